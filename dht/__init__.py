@@ -1,0 +1,1 @@
+"""Content-addressed blobs: manifests, the local store, and fetching from peers."""

@@ -1,0 +1,1 @@
+"""The daemon behind ``p2pflop node``: one trio process that never imports tinygrad."""

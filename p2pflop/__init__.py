@@ -1,0 +1,1 @@
+"""p2pflop: a peer-to-peer market for compute."""

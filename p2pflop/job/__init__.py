@@ -1,0 +1,1 @@
+"""Jobs as data: graphs, their shapes and cost, works, results. Pure: no I/O, no clock."""

@@ -1,0 +1,189 @@
+"""Works, jobs, classes and results: the records that say what is computed and what came out.
+
+A **work** is a deterministic sequence of states. At each step ``k`` its phases run in order on
+the shared param table; a phase is due when ``k + 1 > offset`` and
+``(k + 1 - offset) % every == 0``, so that ``every=100`` runs after steps 99, 199, ... A **job** is
+a stretch of a work. Names (of tensors, outputs, args) are not part of a work: they live in the
+job file beside it, so that renaming a variable does not change what is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Final, Literal
+
+import msgspec
+
+from p2pflop.ids import content_hash
+from p2pflop.wire import Hash, Record, Text, U32, U63, encode
+
+SPEC_VERSION: Final = 1
+MAX_PHASES: Final = 16
+MAX_PARAMS: Final = 4096
+MAX_RANK: Final = 16
+MAX_PHASE_OUTPUTS: Final = 4096
+
+ROLE_INPUT: Final = 0
+ROLE_STATE: Final = 1
+ROLE_FEED: Final = 2
+ROLE_STEP: Final = 3
+ROLE_SEED: Final = 4
+
+MODE_LAST: Final = 0
+MODE_TRACE: Final = 1
+MODE_COLLECT: Final = 2
+
+Version = Literal[1]
+Dim = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+Dims = Annotated[tuple[Dim, ...], msgspec.Meta(max_length=MAX_RANK)]
+
+
+class BlobSource(Record, frozen=True, tag=0):
+    """The bytes of a blob: the tensor in row-major order, little-endian, ``size_bytes`` of them."""
+
+    address: Hash
+    size_bytes: U63
+
+
+class InitSource(Record, frozen=True, tag=1):
+    """Fresh output number ``output`` of an init graph: weights born from the seed."""
+
+    graph: Hash
+    output: U32
+
+
+class ResultSource(Record, frozen=True, tag=2):
+    """An output of another job. A buyer's planner resolves it before anything is sold."""
+
+    work: Hash
+    first_step: U63
+    steps: U63
+    output: U32
+
+
+class NoSource(Record, frozen=True, tag=3):
+    """For the roles that the run itself supplies: ``step`` and ``seed``."""
+
+
+Source = BlobSource | InitSource | ResultSource | NoSource
+
+
+class WorkParam(Record, frozen=True):
+    """One slot of the param table: storage dtype (``graph.Dtype``), shape, role and source."""
+
+    dtype: Annotated[int, msgspec.Meta(ge=0, le=12)]
+    shape: Dims
+    role: Annotated[int, msgspec.Meta(ge=0, le=4)]
+    source: Source
+
+
+class Phase(Record, frozen=True):
+    """A graph, when it is due, and for each of its fresh outputs the mode in which it is kept."""
+
+    graph: Hash
+    every: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+    offset: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+    modes: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=0, le=2)], ...],
+        msgspec.Meta(max_length=MAX_PHASE_OUTPUTS),
+    ]
+
+
+class Stop(Record, frozen=True):
+    """End when the bool output ``output`` of phase ``phase``, looked at every ``every`` steps, is true."""
+
+    phase: U32
+    output: U32
+    every: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+
+
+class Work(Record, frozen=True):
+    """Everything that determines a computation. ``seed`` feeds every param of role ``seed``."""
+
+    MAX_BYTES: ClassVar[int] = 1024 * 1024
+
+    version: Version
+    phases: Annotated[tuple[Phase, ...], msgspec.Meta(min_length=1, max_length=MAX_PHASES)]
+    params: Annotated[tuple[WorkParam, ...], msgspec.Meta(max_length=MAX_PARAMS)]
+    seed: U32
+    stop: Stop | None = None
+
+
+class Job(Record, frozen=True):
+    """A stretch of a work: steps ``first_step`` to ``first_step + steps - 1``."""
+
+    work: Hash
+    first_step: U63
+    steps: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+
+
+class ClassDescriptor(Record, frozen=True):
+    """A determinism class: two honest runs of one job in one class give equal bytes."""
+
+    name: Text
+    backend: Text
+    arch: Text
+    compiler: Text
+    flags: Text
+    tinygrad: Text
+    opts: Text
+
+
+class NamedOutput(Record, frozen=True):
+    """Where one fresh output of a phase ended: blob address and size; for ``collect`` a collection."""
+
+    phase: U32
+    output: U32
+    address: Hash
+    size_bytes: U63
+
+
+class Result(Record, frozen=True):
+    """What a job gave. Its hash is the single hash that a buyer gets.
+
+    ``sources`` are the resolved addresses of the blob inputs in slot order; ``outputs`` the last
+    values; ``trace`` the address of the blob of traced scalars (see ``docs/formats.md``);
+    ``state`` the addresses of the state slots in slot order, ``state_root`` the hash of them.
+    """
+
+    MAX_BYTES: ClassVar[int] = 1024 * 1024
+
+    version: Version
+    work: Hash
+    class_id: Hash
+    first_step: U63
+    steps_done: U63
+    sources: Annotated[tuple[Hash, ...], msgspec.Meta(max_length=MAX_PARAMS)]
+    outputs: Annotated[tuple[NamedOutput, ...], msgspec.Meta(max_length=MAX_PHASE_OUTPUTS)]
+    trace: Hash
+    state: Annotated[tuple[Hash, ...], msgspec.Meta(max_length=MAX_PARAMS)]
+    state_root: Hash
+
+
+def work_id(work: Work) -> bytes:
+    """The hash that names ``work``."""
+    return content_hash(encode(work))
+
+
+def class_id(descriptor: ClassDescriptor) -> bytes:
+    """The hash that names a determinism class."""
+    return content_hash(encode(descriptor))
+
+
+def state_root(addresses: tuple[bytes, ...]) -> bytes:
+    """The hash of the ordered state addresses."""
+    return content_hash(b"".join(addresses))
+
+
+def is_due(phase: Phase, step: int) -> bool:
+    """Whether ``phase`` runs at ``step``, counted from 0."""
+    tick = step + 1 - phase.offset
+    return tick > 0 and tick % phase.every == 0
+
+
+def times_due(phase: Phase, first_step: int, steps: int) -> int:
+    """How often ``phase`` runs in ``steps`` steps from ``first_step``."""
+
+    def until(end: int) -> int:
+        return max(0, end - phase.offset) // phase.every
+
+    return until(first_step + steps) - until(first_step)

@@ -1,0 +1,216 @@
+"""The market's signed records, in wire order.
+
+A purchase is a chain of ids: a **bid** names a provider's ask, a **fill** or **reject** names the
+bid, a **confirm**, **commit**, **receipt** and **abandon** name the fill. A countersigned receipt
+is the buyer's own envelope around the same receipt body. Prices are nano-dollars per PFLOP with at
+most three significant digits; totals are exact nano-dollars.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Final, Literal
+
+import msgspec
+
+from p2pflop.job.spec import Job
+from p2pflop.wire import U32, U63, Ext, Hash, Key, Record, SignedRecord, Text
+
+MAX_SHEET_BYTES: Final = 8 * 1024
+MAX_SHEET_ORDERS: Final = 32
+MAX_SHEET_LIFETIME_NS: Final = 3600 * 10**9
+MAX_DELEGATION_BYTES: Final = 512
+NONCE_BYTES: Final = 16
+
+Version = Literal[1]
+Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
+DelegationBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_DELEGATION_BYTES)]
+
+
+class Delegation(SignedRecord, frozen=True):
+    """Signed by an account key: node ``node`` acts for this account between the two times."""
+
+    KIND: ClassVar[str] = "delegation"
+    MAX_BYTES: ClassVar[int] = MAX_DELEGATION_BYTES
+
+    version: Version
+    node: Key
+    valid_from_ns: U63
+    valid_until_ns: U63
+    ext: Ext = ()
+
+
+class Ask(Record, frozen=True):
+    """An offer to sell. ``flop_per_s`` is a claim that only turns FLOP into minutes for people."""
+
+    number: U32
+    class_id: Hash
+    price_nusd: U63
+    flop_per_byte: U63
+    setup_nusd: U63
+    min_charge_nusd: U63
+    byte_price_nusd: U63
+    memory_bytes: U63
+    flop_per_s: U63
+    valid_until_ns: U63
+    firm_until_ns: U63
+
+
+class Wish(Record, frozen=True):
+    """A resting bid: what a buyer would pay, never what it would run."""
+
+    number: U32
+    class_id: Hash
+    limit_price_nusd: U63
+    flop: U63
+    touched_bytes: U63
+    memory_bytes: U63
+    commitment: Hash
+    valid_until_ns: U63
+
+
+class Sheet(SignedRecord, frozen=True):
+    """All the live orders of one node. Of two sheets of a node the one with the higher number wins."""
+
+    KIND: ClassVar[str] = "sheet"
+    MAX_BYTES: ClassVar[int] = MAX_SHEET_BYTES
+
+    version: Version
+    number: U63
+    issued_ns: U63
+    expires_ns: U63
+    delegation: DelegationBytes
+    addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=8)]
+    asks: Annotated[tuple[Ask, ...], msgspec.Meta(max_length=MAX_SHEET_ORDERS)]
+    wishes: Annotated[tuple[Wish, ...], msgspec.Meta(max_length=MAX_SHEET_ORDERS)]
+    ext: Ext = ()
+
+
+class CostLine(Record, frozen=True):
+    """One graph's metered cost, and how often it runs in the stretch that is bought."""
+
+    graph: Hash
+    flop: U63
+    touched_bytes: U63
+    times: U63
+
+
+class Terms(Record, frozen=True):
+    """What the buyer asks of the lease, beside the computation itself."""
+
+    memory_bytes: U63
+    moved_bytes: U63
+    checkpoint_steps: U63
+    deadline_ns: U63
+
+
+class Bid(SignedRecord, frozen=True):
+    """A directed bid: this stretch of this work, on that ask, for exactly ``quote_nusd``."""
+
+    KIND: ClassVar[str] = "bid"
+
+    version: Version
+    provider: Key
+    sheet_number: U63
+    ask: U32
+    nonce: Nonce
+    class_id: Hash
+    job: Job
+    meter_id: Text
+    costs: Annotated[tuple[CostLine, ...], msgspec.Meta(max_length=64)]
+    terms: Terms
+    quote_nusd: U63
+    decided_at_ns: U63
+    book_digest: Hash
+    policy_digest: Hash
+    delegation: DelegationBytes
+    ext: Ext = ()
+
+
+class Fill(SignedRecord, frozen=True):
+    """The provider accepts bid ``bid`` and holds the capacity until ``confirm_by_ns``."""
+
+    KIND: ClassVar[str] = "fill"
+
+    version: Version
+    bid: Hash
+    confirm_by_ns: U63
+    lease_until_ns: U63
+    delegation: DelegationBytes
+    ext: Ext = ()
+
+
+class Reject(SignedRecord, frozen=True):
+    """The provider refuses bid ``bid``; ``sheet`` is its newest sheet, as an envelope, or empty."""
+
+    KIND: ClassVar[str] = "reject"
+
+    version: Version
+    bid: Hash
+    reason: Text
+    sheet: Annotated[bytes, msgspec.Meta(max_length=MAX_SHEET_BYTES + 512)]
+    ext: Ext = ()
+
+
+class Confirm(SignedRecord, frozen=True):
+    """The buyer's word that makes fill ``fill`` binding."""
+
+    KIND: ClassVar[str] = "confirm"
+
+    version: Version
+    fill: Hash
+    ext: Ext = ()
+
+
+class Commit(SignedRecord, frozen=True):
+    """Sent before any result byte: BLAKE3 of (provider key, salt, state root, result hash)."""
+
+    KIND: ClassVar[str] = "commit"
+
+    version: Version
+    fill: Hash
+    commitment: Hash
+    ext: Ext = ()
+
+
+class Receipt(SignedRecord, frozen=True):
+    """Work delivered under a fill so far; ``amount_nusd`` is cumulative and never above the quote."""
+
+    KIND: ClassVar[str] = "receipt"
+
+    version: Version
+    fill: Hash
+    number: U32
+    from_step: U63
+    root_from: Hash
+    to_step: U63
+    root_to: Hash
+    result: Hash
+    amount_nusd: U63
+    ext: Ext = ()
+
+
+class Abandon(SignedRecord, frozen=True):
+    """Either side gives the lease up; claims for steps from ``from_step`` on are void."""
+
+    KIND: ClassVar[str] = "abandon"
+
+    version: Version
+    fill: Hash
+    from_step: U63
+    root: Hash
+    reason: Text
+    ext: Ext = ()
+
+
+class Trade(SignedRecord, frozen=True):
+    """What the public tape shows of a settled fill: class, price, rounded size, hour. No names."""
+
+    KIND: ClassVar[str] = "trade"
+
+    version: Version
+    fill_digest: Hash
+    class_id: Hash
+    price_nusd: U63
+    gflop_rounded: U63
+    hour: U32
+    ext: Ext = ()
