@@ -6,8 +6,8 @@
     ├── ConfigError                   exit 2   a setting, a flag, a file or this machine is not fit
     │   ├── HomeLockedError           exit 3   another node already runs on this home
     │   └── NodeUnreachableError      exit 4   no node answers at the address in question
-    ├── JobError                      exit 5   the job's own fault: invalid, too large, out of memory
-    ├── ProviderError                 exit 6   not the job's fault: vanished, refused, too slow; try again
+    ├── JobError                      exit 5   the job's own fault: invalid, too large, faulted
+    ├── ProviderError                 exit 6   not the job's fault: vanished, refused; try again
     ├── MarketError                   exit 7   no ask satisfies the job, or the budget does not
     ├── StoreError                    exit 8   the blob store cannot keep or find something
     │   └── BlobNotFoundError         exit 9   no such blob here, nor where it was looked for

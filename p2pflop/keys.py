@@ -12,14 +12,17 @@ from typing import Final
 import base58
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from nacl.exceptions import BadSignatureError, ValueError as NaclValueError
+from nacl.exceptions import BadSignatureError
+from nacl.exceptions import ValueError as NaclValueError
 from nacl.signing import SigningKey, VerifyKey
 
 from p2pflop.errors import ConfigError, VerificationError
 
 SEED_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
-_PEER_ID_PREFIX: Final = bytes.fromhex("002408011220")  # identity multihash of a protobuf Ed25519 key
+_PEER_ID_PREFIX: Final = bytes.fromhex(
+    "002408011220"
+)  # identity multihash of a protobuf Ed25519 key
 
 
 class PrivateKey:

@@ -22,7 +22,15 @@ MAX_NUSD: Final = 2**62
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)?")
-_SECONDS: Final = {"ms": "0.001", "s": "1", "": "1", "m": "60", "min": "60", "h": "3600", "d": "86400"}
+_SECONDS: Final = {
+    "ms": "0.001",
+    "s": "1",
+    "": "1",
+    "m": "60",
+    "min": "60",
+    "h": "3600",
+    "d": "86400",
+}
 
 
 def parse_usd(text: str) -> int:
@@ -60,13 +68,13 @@ def is_price(nusd: int) -> bool:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from ``512``, ``10kB``, ``1.5GiB`` (``k`` is 1000, ``Ki`` is 1024). Raises ConfigError."""
+    """Bytes from ``512``, ``10kB``, ``1.5GiB`` (k is 1000, Ki is 1024). Raises ConfigError."""
     found = _SIZE.fullmatch(text.strip())
     if found is None:
         raise ConfigError(f"{text[:40]!r} is not a size", hint="Write it like 512, 64MiB or 1.5GB.")
     number, prefix, binary = found.groups()
-    power = " kmgt".index(prefix.lower()) if prefix else 0
-    return int(Decimal(number) * (1024 if binary else 1000) ** power)
+    exponent = " kmgt".index(prefix.lower()) if prefix else 0
+    return int(Decimal(number) * Decimal(1024 if binary else 1000) ** exponent)
 
 
 def format_bytes(size_bytes: int) -> str:

@@ -16,6 +16,7 @@ same bytes is the record's id, so an id names kind, signer and content but not t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, ClassVar, Final, Generic, TypeVar
 
 import msgspec
@@ -32,9 +33,7 @@ U63 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Hash = Annotated[bytes, msgspec.Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
 Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
-Signature = Annotated[
-    bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)
-]
+Signature = Annotated[bytes, msgspec.Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 Ext = tuple[tuple[U32, bytes], ...]
 Text = Annotated[str, msgspec.Meta(max_length=200)]
 
@@ -135,7 +134,7 @@ def open_sealed(kind: type[S], data: bytes, network: str = DEFAULT_NETWORK) -> S
 def _check_ext(record: SignedRecord) -> None:
     ext: Ext = getattr(record, "ext", ())
     ids = [number for number, _ in ext]
-    if any(later <= earlier for earlier, later in zip(ids, ids[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(ids)):
         raise ValueError("ext ids do not rise")
     if sum(len(value) for _, value in ext) > MAX_EXT_BYTES:
         raise ValueError(f"ext is over {MAX_EXT_BYTES} bytes")

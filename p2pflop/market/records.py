@@ -69,7 +69,7 @@ class Wish(Record, frozen=True):
 
 
 class Sheet(SignedRecord, frozen=True):
-    """All the live orders of one node. Of two sheets of a node the one with the higher number wins."""
+    """All the live orders of one node. Of two sheets of a node the higher number wins."""
 
     KIND: ClassVar[str] = "sheet"
     MAX_BYTES: ClassVar[int] = MAX_SHEET_BYTES
@@ -173,7 +173,7 @@ class Commit(SignedRecord, frozen=True):
 
 
 class Receipt(SignedRecord, frozen=True):
-    """Work delivered under a fill so far; ``amount_nusd`` is cumulative and never above the quote."""
+    """Work delivered under a fill so far; ``amount_nusd`` is cumulative, at most the quote."""
 
     KIND: ClassVar[str] = "receipt"
 
