@@ -58,7 +58,7 @@ def round_price(nusd: int) -> int:
     digits = len(str(nusd))
     if digits <= 3:
         return nusd
-    unit = 10 ** (digits - 3)
+    unit = int(10 ** (digits - 3))
     return (nusd + unit // 2) // unit * unit
 
 

@@ -1,0 +1,141 @@
+"""What a node is told: flags over ``config.toml`` in its home over the defaults."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Final
+
+import platformdirs
+
+from p2pflop.errors import ConfigError
+from p2pflop.units import GIB, is_price, parse_bytes, parse_usd
+from p2pflop.wire import DEFAULT_NETWORK
+
+DEFAULT_HTTP_PORT: Final = 7420
+DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/7421",)
+LOOPBACK_LISTEN: Final = ("/ip4/127.0.0.1/tcp/0",)
+MAX_SLOTS: Final = 64
+MAX_CONNECT: Final = 64
+MIN_MEMORY_BYTES: Final = 256 * 1024**2
+
+_MONEY: Final = {"ask": "ask_nusd", "setup": "setup_nusd", "min_charge": "min_charge_nusd"}
+_MONEY_MORE: Final = {"byte_price": "byte_price_nusd", "credit": "credit_nusd"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of one node.
+
+    ``ask_nusd`` is nano-dollars per PFLOP, None sells nothing; ``byte_price_nusd`` nano-dollars per
+    10^9 moved bytes; ``memory_bytes`` what all running jobs together may use, None for a half of
+    the machine's; ``credit_nusd`` what all unknown buyers together may owe in a day.
+    """
+
+    home: Path
+    ask_nusd: int | None = None
+    listen: tuple[str, ...] = DEFAULT_LISTEN
+    http_port: int = DEFAULT_HTTP_PORT
+    connect: tuple[str, ...] = ()
+    memory_bytes: int | None = None
+    slots: int = 1
+    network: str = DEFAULT_NETWORK
+    embedded: bool = False
+    log_json: bool = False
+    debug: bool = False
+    setup_nusd: int = 0
+    min_charge_nusd: int = 0
+    byte_price_nusd: int = 0
+    credit_nusd: int = 10**9
+
+    def resolved_memory_bytes(self) -> int:
+        """The memory for jobs in bytes: as set, or a half of this machine's, at most 64 GiB."""
+        if self.memory_bytes is not None:
+            return self.memory_bytes
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(total // 2, 64 * GIB)
+
+
+def default_home() -> Path:
+    """``$P2PFLOP_HOME``, or this platform's folder for a user's data."""
+    given = os.environ.get("P2PFLOP_HOME")
+    return Path(given) if given else Path(platformdirs.user_data_dir("p2pflop", False))
+
+
+def load_settings(overrides: Mapping[str, Any]) -> Settings:
+    """Settings from flags, where not None, over ``config.toml`` over the defaults.
+
+    Raises ConfigError that names the file and the key.
+    """
+    home = Path(overrides.get("home") or default_home()).expanduser()
+    merged = _read_config(home / "config.toml") | {
+        key: value for key, value in overrides.items() if value is not None and key != "home"
+    }
+    known = {field.name for field in fields(Settings)}
+    unknown = sorted(set(merged) - known)
+    if unknown:
+        raise ConfigError(
+            f"unknown setting {unknown[0]!r}", hint=f"Settings are {', '.join(sorted(known))}."
+        )
+    settings = replace(Settings(home), **merged)
+    if settings.embedded:
+        settings = replace(settings, listen=LOOPBACK_LISTEN, ask_nusd=0, http_port=0)
+    _check(settings)
+    return settings
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    settings: dict[str, Any] = {}
+    for key, value in table.items():
+        try:
+            if key in (money := _MONEY | _MONEY_MORE):
+                settings[money[key]] = parse_usd(str(value))
+            elif key == "memory":
+                settings["memory_bytes"] = parse_bytes(str(value))
+            elif isinstance(value, list):
+                settings[key] = tuple(str(item) for item in value)
+            else:
+                settings[key] = value
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {key}: {error.message}", hint=error.hint) from error
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    def require(condition: bool, message: str, hint: str = "") -> None:
+        if not condition:
+            raise ConfigError(message, hint=hint)
+
+    for name in ("http_port", "slots"):
+        value = getattr(settings, name)
+        require(isinstance(value, int) and not isinstance(value, bool), f"{name} is not a number")
+    require(0 <= settings.http_port < 65536, f"no port {settings.http_port}", "Use 0 to 65535.")
+    require(1 <= settings.slots <= MAX_SLOTS, f"slots must be 1 to {MAX_SLOTS}")
+    require(len(settings.connect) <= MAX_CONNECT, f"at most {MAX_CONNECT} peers to connect to")
+    require(
+        settings.memory_bytes is None or settings.memory_bytes >= MIN_MEMORY_BYTES,
+        f"memory for jobs must be at least {MIN_MEMORY_BYTES // 1024**2} MiB",
+    )
+    require(
+        settings.network.isascii()
+        and settings.network.replace("-", "").isalnum()
+        and len(settings.network) <= 32,
+        f"{settings.network[:40]!r} is not a network name",
+        "Use up to 32 letters, digits and dashes.",
+    )
+    for name in ("ask_nusd", "setup_nusd", "min_charge_nusd", "byte_price_nusd"):
+        price = getattr(settings, name)
+        require(
+            price is None or is_price(price),
+            f"{name} must have at most three significant digits",
+            "Prices on a sheet are rounded so that nobody wins by a billionth.",
+        )

@@ -1,0 +1,108 @@
+"""A node's home: its lock, keys, token, and the note that tells local programs where it listens.
+
+``account.pem`` owns the money and signs a delegation to ``node.pem``, the peer's identity. Both
+rest unencrypted with mode 600: a daemon must start without a person.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from p2pflop.errors import ConfigError, HomeLockedError
+from p2pflop.keys import SEED_BYTES, PrivateKey
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """An opened home. Only one process holds one at a time."""
+
+    path: Path
+    account: PrivateKey
+    node: PrivateKey
+    token: str
+
+    def write_note(self, url: str, peer: str, *, embedded: bool) -> None:
+        """Tell local programs where this node listens (``node.json``)."""
+        note = {
+            "url": url,
+            "pid": os.getpid(),
+            "peer": peer,
+            "account": self.account.public_key.hex(),
+            "embedded": embedded,
+        }
+        _write(self.path / "node.json", json.dumps(note, indent=1).encode() + b"\n")
+
+
+@contextmanager
+def open_home(path: Path) -> Iterator[Home]:
+    """Lock and, at first, furnish a home. Raises ConfigError, HomeLockedError."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"the home {path} is not writable: {error.strerror}",
+            hint="Choose another with --home or P2PFLOP_HOME.",
+        ) from error
+    try:
+        _lock(lock, path)
+        try:
+            yield Home(path, _key(path / "account.pem"), _key(path / "node.pem"), _token(path))
+        finally:
+            (path / "node.json").unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def _lock(lock: int, path: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        raise HomeLockedError(
+            f"another node (process {holder}) already runs on {path}",
+            hint="Stop it, or give this one a home of its own with --home.",
+        ) from error
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+
+
+def _key(path: Path) -> PrivateKey:
+    if not path.exists():
+        _write(path, PrivateKey(secrets.token_bytes(SEED_BYTES)).to_pem())
+    try:
+        return PrivateKey.from_pem(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read the key {path}: {error.strerror}") from error
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path}: {error.message}", hint="Restore it from a backup: it is this node's identity."
+        ) from error
+
+
+def _token(home: Path) -> str:
+    path = home / "token"
+    if not path.exists():
+        _write(path, secrets.token_urlsafe(32).encode())
+    return path.read_text("ascii").strip()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace ``path`` in one step, readable by its owner alone."""
+    draft = path.with_name(path.name + ".new")
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
