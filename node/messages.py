@@ -1,0 +1,188 @@
+"""What buyer and provider say on a job stream (``/p2pflop/<network>/job/1``), frame by frame.
+
+::
+
+    buyer                                   provider
+    Offer(bid, job, small inputs)    ->
+                                     <-     Filled(fill)  or  Refused(reject), and the end
+    Confirmed(confirm)               ->
+                                     <-     Fetching* Lowering* Rows* Checkpoint* Heartbeat*
+    CheckpointHeld(step)             ->     for each checkpoint whose chunks the buyer has verified
+                                     <-     Committed(commit)
+                                     <-     Delivered(receipt, result, salt, small blobs)
+    Countersigned(receipt)           ->     once every output is verified and durable
+                                     <-     Settled, and the end
+
+``Cancel`` may come from the buyer and ``Fault`` or ``Abandoned`` from either at any time. Blobs
+that are not small travel over the blob protocol, on streams of their own. Signed records are
+opaque bytes here; ``p2pflop.market`` knows them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+
+from p2pflop.errors import ProtocolError
+from p2pflop.units import KIB
+from p2pflop.wire import U32, U63, Hash, Record, Text
+
+MAX_INLINE_BYTES: Final = 256 * KIB
+MAX_BODY_BYTES: Final = 512 * KIB
+MAX_RECORD_BYTES: Final = 64 * KIB
+MAX_RESULT_BYTES: Final = 512 * KIB
+MAX_ROWS: Final = 4096
+MAX_STATE_SLOTS: Final = 4096
+
+Envelope = Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
+InlineBlobs = Annotated[
+    tuple[tuple[Hash, Annotated[bytes, msgspec.Meta(max_length=MAX_INLINE_BYTES)]], ...],
+    msgspec.Meta(max_length=256),
+]
+ScalarBytes = Annotated[bytes, msgspec.Meta(max_length=8)]
+
+
+class Offer(Record, frozen=True, tag=0):
+    """A directed bid with the job (an encoded JobBody) and the inputs that are small."""
+
+    bid: Envelope
+    body: Annotated[bytes, msgspec.Meta(max_length=MAX_BODY_BYTES)]
+    blobs: InlineBlobs
+
+
+class Filled(Record, frozen=True, tag=1):
+    """The provider's fill."""
+
+    fill: Envelope
+
+
+class Refused(Record, frozen=True, tag=2):
+    """The provider's reject."""
+
+    reject: Envelope
+
+
+class Confirmed(Record, frozen=True, tag=3):
+    """The buyer's confirm."""
+
+    confirm: Envelope
+
+
+class Fetching(Record, frozen=True, tag=4):
+    """The provider holds ``done_bytes`` of ``total_bytes`` of the inputs."""
+
+    done_bytes: U63
+    total_bytes: U63
+
+
+class Lowering(Record, frozen=True, tag=5):
+    """Kernels lowered, over all graphs of the job. ``total`` grows as graphs are scheduled."""
+
+    done: U32
+    total: U32
+
+
+class Rows(Record, frozen=True, tag=6):
+    """Steps ``first_step`` to ``last_step`` are done; their traced values (step, phase, output)."""
+
+    first_step: U63
+    last_step: U63
+    values: Annotated[
+        tuple[tuple[U63, U32, U32, ScalarBytes], ...], msgspec.Meta(max_length=MAX_ROWS)
+    ]
+
+
+class Checkpoint(Record, frozen=True, tag=7):
+    """The state after ``step`` steps is there to fetch: (address, size) a state slot."""
+
+    step: U63
+    state: Annotated[tuple[tuple[Hash, U63], ...], msgspec.Meta(max_length=MAX_STATE_SLOTS)]
+
+
+class CheckpointHeld(Record, frozen=True, tag=8):
+    """The buyer has every verified chunk of the checkpoint after ``step`` steps."""
+
+    step: U63
+
+
+class Committed(Record, frozen=True, tag=9):
+    """The provider's commit, before any result byte."""
+
+    commit: Envelope
+
+
+class Delivered(Record, frozen=True, tag=10):
+    """Receipt, result record, the salt that opens the commit, and the blobs that are small."""
+
+    receipt: Envelope
+    result: Annotated[bytes, msgspec.Meta(max_length=MAX_RESULT_BYTES)]
+    salt: Hash
+    blobs: InlineBlobs
+
+
+class Countersigned(Record, frozen=True, tag=11):
+    """The buyer's envelope around the same receipt."""
+
+    receipt: Envelope
+
+
+class Settled(Record, frozen=True, tag=12):
+    """The provider's ledger has the countersigned receipt."""
+
+
+class Heartbeat(Record, frozen=True, tag=13):
+    """I am alive. Says nothing about work or money."""
+
+
+class Fault(Record, frozen=True, tag=14):
+    """The sender gives up. ``job_fault``: the job is to blame, by the sender's account."""
+
+    job_fault: bool
+    message: Text
+
+
+class Abandoned(Record, frozen=True, tag=15):
+    """The sender's abandon record."""
+
+    abandon: Envelope
+
+
+class Cancel(Record, frozen=True, tag=16):
+    """The buyer wants no more of it."""
+
+
+Message = (
+    Offer
+    | Filled
+    | Refused
+    | Confirmed
+    | Fetching
+    | Lowering
+    | Rows
+    | Checkpoint
+    | CheckpointHeld
+    | Committed
+    | Delivered
+    | Countersigned
+    | Settled
+    | Heartbeat
+    | Fault
+    | Abandoned
+    | Cancel
+)
+_DECODER: Final = msgspec.msgpack.Decoder(Message)
+
+
+def encode_message(message: Message) -> bytes:
+    """One frame."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode_message(frame: bytes, peer: str) -> Message:
+    """Raises ProtocolError, naming ``peer``, for anything but a message within its limits."""
+    try:
+        message: Message = _DECODER.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"{peer} sent a bad message: {str(error)[:200]}", peer=peer) from error
+    return message
