@@ -1,0 +1,385 @@
+"""The local HTTP API: what the SDK, the command line and curl talk to.
+
+====================================== ===========================================================
+``GET /blob/<hash>``                   the bytes, from here or found among peers; ranges; no token
+``HEAD /blob/<hash>``                  whether this node itself holds them; no token
+``PUT /blob?public=0|1``               keep the request's body
+``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=``  submit the job file in the body
+``POST /v1/quote?...``                 what a submission would choose from
+``GET /v1/jobs``, ``/v1/jobs/<id>``    runs of this node
+``GET /v1/jobs/<id>/events?after=``    server-sent events from ``after`` or ``Last-Event-ID`` on
+``GET /v1/jobs/<id>/file``             the job file as submitted
+``GET /v1/jobs/<id>/record``           the encoded ``Result``, whose BLAKE3 is the result hash
+``POST /v1/jobs/<id>/cancel``
+``GET /v1/blobs``, ``/v1/blobs/<hash>``  what is kept here
+``POST /v1/connect``                   ``{"multiaddr": ...}``
+``GET /v1/status|book|peers|ledger|doctor``
+====================================== ===========================================================
+
+Errors are ``{"error": {kind, message, hint, exit_code}}`` with ``kind`` a class of
+``p2pflop.errors``. ``api_guard`` stands before every route, ``api_streams`` sends what is long.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import trio
+from p2pflop.dht.store import BlobInfo
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from p2pflop.dht.manifest import MAX_BLOB_BYTES
+from p2pflop.errors import (
+    BlobNotFoundError,
+    ConfigError,
+    JobError,
+    P2PFlopError,
+    ProtocolError,
+    ProviderError,
+    StoreError,
+)
+from p2pflop.ids import parse_hash
+from p2pflop.node.api_guard import Activity, Guard, error_response, json_response
+from p2pflop.node.api_streams import BlobStream, EventStream, parse_range
+from p2pflop.node.service import (
+    DEFAULT_FIND_TIMEOUT_S,
+    MAX_FIND_TIMEOUT_S,
+    Json,
+    NodeService,
+    SubmitOptions,
+)
+from p2pflop.units import KIB, MAX_NUSD, MIB
+
+MAX_ITEMS: Final = 10_000
+MAX_DEADLINE_S: Final = 366 * 86400
+MAX_STEPS: Final = 2**40
+
+_RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiLimits:
+    """Bounds on what one client may ask for at once."""
+
+    max_blob_bytes: int = MAX_BLOB_BYTES
+    max_job_bytes: int = 16 * MIB
+    max_command_bytes: int = 4 * KIB
+    max_open_requests: int = 256
+    heartbeat_s: float = 15.0
+
+
+class Api:
+    """The routes over one service. ``stopping`` ends the long responses."""
+
+    def __init__(self, service: NodeService, limits: ApiLimits, stopping: trio.Event) -> None:
+        self._service = service
+        self._limits = limits
+        self._stopping = stopping
+
+    def routes(self) -> list[Route]:
+        """All routes."""
+        service = self._service
+        get, post = ["GET"], ["POST"]
+        return [
+            Route("/blob/{address}", self.blob, methods=["GET", "HEAD"]),
+            Route("/blob", self.put_blob, methods=["PUT"]),
+            Route("/v1/jobs", self.submit, methods=post),
+            Route("/v1/quote", self.quote, methods=post),
+            Route("/v1/jobs", partial(_listing, "jobs", service.jobs), methods=get),
+            Route("/v1/jobs/{run}", self.job, methods=get),
+            Route("/v1/jobs/{run}/events", self.events, methods=get),
+            Route("/v1/jobs/{run}/file", partial(_octets, service.job_file), methods=get),
+            Route("/v1/jobs/{run}/record", partial(_octets, service.result_record), methods=get),
+            Route("/v1/jobs/{run}/cancel", self.cancel, methods=post),
+            Route("/v1/blobs", partial(_listing, "blobs", self._blobs), methods=get),
+            Route("/v1/blobs/{address}", self.stat, methods=get),
+            Route("/v1/connect", self.connect, methods=post),
+            Route("/v1/status", partial(_report, service.status), methods=get),
+            Route("/v1/book", partial(_listing, "book", service.book), methods=get),
+            Route("/v1/peers", partial(_listing, "peers", service.peers), methods=get),
+            Route("/v1/ledger", partial(_report, service.ledger), methods=get),
+            Route("/v1/doctor", partial(_report, service.doctor), methods=get),
+        ]
+
+    async def blob(self, request: Request) -> Response:
+        """GET may search the network and wait; HEAD answers from the local store alone."""
+        address = parse_hash(request.path_params["address"])
+        store = self._service.store
+        if request.method == "HEAD":
+            info = await store.stat(address)
+            if info is None:
+                raise BlobNotFoundError(f"no blob {address.hex()} on this node")
+        else:
+            timeout_s = _number(request, "timeout_s", int(MAX_FIND_TIMEOUT_S))
+            info = await self._service.find_blob(
+                address, timeout_s=DEFAULT_FIND_TIMEOUT_S if timeout_s is None else timeout_s
+            )
+        etag = f'"{address.hex()}"'
+        headers = {
+            "etag": etag,
+            "accept-ranges": "bytes",
+            "cache-control": "private, max-age=31536000, immutable",
+        }
+        known = request.headers.get("if-none-match", "")
+        if known.strip() == "*" or etag in known:
+            return Response(status_code=304, headers=headers)
+        size_bytes = info.size_bytes
+        wanted = request.headers.get("range", "")
+        if request.headers.get("if-range", etag) != etag or request.method == "HEAD":
+            wanted = ""
+        span = parse_range(wanted, size_bytes)
+        if span is None:
+            headers["content-range"] = f"bytes */{size_bytes}"
+            return Response(status_code=416, headers=headers)
+        start, stop = span
+        status = 200
+        if wanted and (start, stop) != (0, size_bytes):
+            status = 206
+            headers["content-range"] = f"bytes {start}-{stop - 1}/{size_bytes}"
+        headers["content-length"] = str(stop - start)
+        headers["content-type"] = "application/octet-stream"
+        if request.method == "HEAD":
+            return Response(status_code=status, headers=headers)
+        return await BlobStream.open(store, address, start, stop, status, headers)
+
+    async def put_blob(self, request: Request) -> Response:
+        """Stream the body into the store; public ones are announced when they are whole."""
+        public = request.query_params.get("public", "0")
+        if public not in ("0", "1"):
+            raise ConfigError("public must be 0 or 1")
+        limit = self._limits.max_blob_bytes
+        too_large = StoreError(f"the blob is over the limit of {limit} bytes")
+        if _declared_bytes(request) > limit:
+            raise _Refused(too_large, 413)
+        size_bytes = 0
+        async with self._service.store.writer() as writer:
+            async for piece in request.stream():
+                size_bytes += len(piece)
+                if size_bytes > limit:
+                    raise _Refused(too_large, 413)
+                await writer.write(piece)
+            info = await writer.finish()
+        if public == "1":
+            await self._service.set_public(info.address)
+        kept = await self._service.store.stat(info.address)
+        return json_response(_describe(kept or info), 201)
+
+    async def stat(self, request: Request) -> Response:
+        """Size and openness of a blob that is kept here."""
+        address = parse_hash(request.path_params["address"])
+        info = await self._service.store.stat(address)
+        if info is None:
+            raise BlobNotFoundError(f"no blob {address.hex()} on this node")
+        return json_response(_describe(info))
+
+    async def submit(self, request: Request) -> Response:
+        """Start a run; answers as soon as it is journalled."""
+        options = _options(request)
+        body = await self._body(request, self._limits.max_job_bytes)
+        try:
+            run = await self._service.submit(body, options)
+        except ProtocolError as error:
+            raise _bad_job(error) from error
+        return json_response({"id": run}, 201)
+
+    async def quote(self, request: Request) -> Response:
+        """Rank without buying."""
+        options = _options(request)
+        body = await self._body(request, self._limits.max_job_bytes)
+        try:
+            return json_response(await self._service.quote(body, options))
+        except ProtocolError as error:
+            raise _bad_job(error) from error
+
+    async def job(self, request: Request) -> Response:
+        """One run."""
+        return json_response(await self._service.job(_run_id(request)))
+
+    async def cancel(self, request: Request) -> Response:
+        """Give a run up, and tell how it stands then."""
+        run = _run_id(request)
+        await self._service.cancel(run)
+        return json_response(await self._service.job(run))
+
+    async def events(self, request: Request) -> Response:
+        """Server-sent events; a client that lost the line resumes after the last ``id`` it saw."""
+        run = _run_id(request)
+        given = request.headers.get("last-event-id") or request.query_params.get("after", "0")
+        after = _parse_number(given, "after", 2**63 - 1)
+        await self._service.job(run)
+        events = self._service.events(run, after)
+        return EventStream(events, self._limits.heartbeat_s, self._stopping)
+
+    async def connect(self, request: Request) -> Response:
+        """Dial a peer."""
+        body = await self._body(request, self._limits.max_command_bytes)
+        try:
+            command = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("the request's body is not JSON") from error
+        multiaddr = command.get("multiaddr") if isinstance(command, dict) else None
+        if not isinstance(multiaddr, str):
+            raise ConfigError('the request must be like {"multiaddr": "/ip4/..."}')
+        return json_response(await self._service.connect(multiaddr))
+
+    async def _blobs(self) -> list[Json]:
+        return [_describe(info) for info in await self._service.store.list()]
+
+    async def _body(self, request: Request, limit: int) -> bytes:
+        too_large = JobError(
+            f"the request's body is over the limit of {limit} bytes",
+            hint="Data travels as blobs (PUT /blob), not inside the job.",
+        )
+        if _declared_bytes(request) > limit:
+            raise _Refused(too_large, 413)
+        body = bytearray()
+        async for piece in request.stream():
+            body += piece
+            if len(body) > limit:
+                raise _Refused(too_large, 413)
+        return bytes(body)
+
+
+class _Refused(Exception):
+    """An error that has a status of its own."""
+
+    def __init__(self, error: P2PFlopError, status: int) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.status = status
+
+
+def create_app(
+    service: NodeService,
+    token: str,
+    port: int,
+    *,
+    activity: Activity | None = None,
+    limits: ApiLimits | None = None,
+    stopping: trio.Event | None = None,
+) -> Starlette:
+    """The ASGI application for ``service``, answering as ``127.0.0.1:port`` and to ``token``."""
+    limits = limits or ApiLimits()
+    guard = Middleware(
+        Guard,
+        token=token,
+        port=port,
+        activity=activity or Activity(),
+        max_open_requests=limits.max_open_requests,
+    )
+    return Starlette(
+        routes=Api(service, limits, stopping or trio.Event()).routes(),
+        middleware=[guard],
+        exception_handlers={
+            _Refused: _on_refused,
+            P2PFlopError: _on_error,
+            HTTPException: _on_http_error,
+            ClientDisconnect: _on_disconnect,
+            Exception: _on_fault,
+        },
+    )
+
+
+async def _report(produce: Callable[[], Awaitable[Json]], _request: Request) -> Response:
+    return json_response(await produce())
+
+
+async def _listing(
+    name: str, produce: Callable[[], Awaitable[list[Json]]], _request: Request
+) -> Response:
+    items = await produce()
+    return json_response({name: items[:MAX_ITEMS], "total": len(items)})
+
+
+async def _octets(produce: Callable[[str], Awaitable[bytes]], request: Request) -> Response:
+    data = await produce(_run_id(request))
+    return Response(data, media_type="application/octet-stream")
+
+
+def _describe(info: BlobInfo) -> Json:
+    return {
+        "address": info.address.hex(),
+        "size_bytes": info.size_bytes,
+        "public": info.public,
+    }
+
+
+def _options(request: Request) -> SubmitOptions:
+    return SubmitOptions(
+        max_nusd=_number(request, "max_nusd", MAX_NUSD),
+        deadline_s=_number(request, "deadline_s", MAX_DEADLINE_S),
+        checkpoint_steps=_number(request, "checkpoint_steps", MAX_STEPS),
+    )
+
+
+def _number(request: Request, name: str, highest: int) -> int | None:
+    text = request.query_params.get(name)
+    return None if text is None else _parse_number(text, name, highest)
+
+
+def _parse_number(text: str, name: str, highest: int) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) <= highest):
+        raise ConfigError(f"{name} must be a whole number from 0 to {highest}")
+    return int(text)
+
+
+def _run_id(request: Request) -> str:
+    run: str = request.path_params["run"]
+    if _RUN_ID.fullmatch(run) is None:
+        raise ConfigError(f"{run[:80]!r} is not the id of a run", hint="See 'p2pflop jobs'.")
+    return run
+
+
+def _declared_bytes(request: Request) -> int:
+    text = request.headers.get("content-length", "0")
+    return int(text) if text.isascii() and text.isdecimal() else 0
+
+
+def _bad_job(error: ProtocolError) -> JobError:
+    return JobError(f"not a valid job file: {error.message}", hint=error.hint)
+
+
+async def _on_error(_request: Request, error: Exception) -> Response:
+    fault = error if isinstance(error, P2PFlopError) else P2PFlopError(str(error))
+    return error_response(fault)
+
+
+async def _on_refused(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, _Refused):
+        raise error
+    return error_response(error.error, error.status)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    what = ConfigError(
+        f"{request.method} {request.url.path[:200]}: {error.detail}",
+        hint="This node and this program may be of different versions.",
+    )
+    response = error_response(what, error.status_code)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    return error_response(ProviderError("the client went away"), 400)
+
+
+async def _on_fault(_request: Request, error: Exception) -> Response:
+    return error_response(
+        P2PFlopError(
+            f"the node failed at this request ({type(error).__name__})",
+            hint="Its log has the details; please report them.",
+        )
+    )

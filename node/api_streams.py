@@ -1,0 +1,180 @@
+"""The long responses of the local API: blobs with a read-ahead, and server-sent events.
+
+Both watch for the client's going away, since the server keeps no other word of it, and both end
+when the node stops. A response whose length was announced and that cannot be completed, because a
+chunk does not verify any more, ends by closing the connection: the client sees fewer bytes than
+promised and never a byte that did not verify.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import trio
+from p2pflop.dht.store import Store
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from p2pflop.dht.manifest import CHUNK_BYTES
+from p2pflop.errors import P2PFlopError
+from p2pflop.node.api_guard import dump_json, error_body
+
+READ_AHEAD_CHUNKS: Final = 1
+HEARTBEAT: Final = b": still here\n\n"
+
+_RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
+_log = logging.getLogger(__name__)
+
+
+def parse_range(header: str, size_bytes: int) -> tuple[int, int] | None:
+    """The bytes ``[start, stop)`` that a ``Range`` header wants; None if it cannot be satisfied.
+
+    All of them where there is none, or one that RFC 9110 lets a server ignore: another unit,
+    several ranges, nonsense.
+    """
+    found = _RANGE.fullmatch(header.replace(" ", ""))
+    first, last = found.groups() if found else ("", "")
+    if not first and not last:
+        return 0, size_bytes
+    if not first:
+        start, stop = max(0, size_bytes - int(last)), size_bytes
+    elif last and int(last) < int(first):
+        return 0, size_bytes
+    else:
+        start, stop = int(first), min(size_bytes, int(last) + 1) if last else size_bytes
+    return (start, stop) if start < stop else None
+
+
+class BlobStream(Response):
+    """Bytes of a blob, chunk by verified chunk."""
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], status: int, headers: dict[str, str]):
+        self.status_code = status
+        self.background = None
+        self.init_headers(headers)
+        self._chunks = chunks
+        self._first = b""
+
+    @classmethod
+    async def open(
+        cls,
+        store: Store,
+        address: bytes,
+        start: int,
+        stop: int,
+        status: int,
+        headers: dict[str, str],
+    ) -> BlobStream:
+        """A response with its first chunk read, so that a bad blob is still told as an error."""
+        stream = cls(_read_span(store, address, start, stop), status, headers)
+        stream._first = await anext(stream._chunks, b"")
+        return stream
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_until_gone, receive, nursery.cancel_scope)
+            put, take = trio.open_memory_channel[bytes](READ_AHEAD_CHUNKS)
+            nursery.start_soon(self._read_ahead, put, nursery.cancel_scope)
+            async with take:
+                async for chunk in take:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body"})
+            nursery.cancel_scope.cancel()
+
+    async def _read_ahead(
+        self, put: trio.MemorySendChannel[bytes], scope: trio.CancelScope
+    ) -> None:
+        try:
+            async with put:
+                await put.send(self._first)
+                async for chunk in self._chunks:
+                    await put.send(chunk)
+        except P2PFlopError as error:
+            _log.error("a download breaks off: %s", error.message)
+            scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._chunks.aclose()
+
+
+class EventStream(Response):
+    """Server-sent events with a comment line whenever ``heartbeat_s`` pass without one."""
+
+    def __init__(
+        self, events: AsyncIterator[dict[str, Any]], heartbeat_s: float, stopping: trio.Event
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"content-type": "text/event-stream", "cache-control": "no-store"})
+        self._events = events
+        self._heartbeat_s = heartbeat_s
+        self._stopping = stopping
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(frame: bytes) -> None:
+            await send({"type": "http.response.body", "body": frame, "more_body": True})
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_until_gone, receive, nursery.cancel_scope)
+            nursery.start_soon(_until_set, self._stopping, nursery.cancel_scope)
+            put, take = trio.open_memory_channel[bytes](0)
+            nursery.start_soon(self._pump, put)
+            await self._forward(take, write)
+            nursery.cancel_scope.cancel()
+        await send({"type": "http.response.body"})
+
+    async def _forward(
+        self, take: trio.MemoryReceiveChannel[bytes], write: Callable[[bytes], Awaitable[None]]
+    ) -> None:
+        await write(HEARTBEAT)
+        async with take:
+            while True:
+                frame = HEARTBEAT
+                with trio.move_on_after(self._heartbeat_s):
+                    try:
+                        frame = await take.receive()
+                    except trio.EndOfChannel:
+                        return
+                await write(frame)
+
+    async def _pump(self, put: trio.MemorySendChannel[bytes]) -> None:
+        async with put:
+            try:
+                async for event in self._events:
+                    head = f"id: {event['seq']}\nevent: {event['kind']}\ndata: ".encode()
+                    await put.send(head + dump_json(event) + b"\n\n")
+            except P2PFlopError as error:
+                data = dump_json({"error": error_body(error)})
+                await put.send(b"event: error\ndata: " + data + b"\n\n")
+            finally:
+                if isinstance(self._events, AsyncGenerator):
+                    with trio.CancelScope(shield=True):
+                        await self._events.aclose()
+
+
+async def _read_span(
+    store: Store, address: bytes, start: int, stop: int
+) -> AsyncGenerator[bytes, None]:
+    for index in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)):
+        chunk = await store.read_chunk(address, index)
+        base = index * CHUNK_BYTES
+        yield chunk[max(0, start - base) : stop - base]
+
+
+async def _until_gone(receive: Receive, scope: trio.CancelScope) -> None:
+    message: Message = {"type": ""}
+    while message["type"] != "http.disconnect":
+        message = await receive()
+    scope.cancel()
+
+
+async def _until_set(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()

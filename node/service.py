@@ -1,0 +1,110 @@
+"""What the HTTP API asks of the node behind it, and the words in which the two speak.
+
+``NodeService`` is the seam: ``node.main`` implements it for real, a test in memory. Everything that
+crosses it towards the client is JSON in Python: dicts, lists, strings, numbers, None; hashes and
+addresses as 64 hex digits, money as integer nano-dollars, times as integer nanoseconds.
+
+A **run** is one submission of a job file to this node. It tells its story as **events**: dicts with
+``seq`` (from 1, rising by one), ``at_ns`` (Unix time), ``kind``, and by kind:
+
+============== ====================================================================================
+kind           fields
+============== ====================================================================================
+``state``      ``state``: the buyer's lifecycle state
+``ranked``     ``deals``: ``[{provider, account, total_nusd, minutes, price_nusd}]`` best first,
+               ``misses``: ``[{provider, reason}]``
+``filled``     ``provider``, ``quote_nusd``
+``rejected``   ``provider``, ``reason`` (a peer's own words: clean them before a terminal)
+``fetching``   ``done_bytes``, ``total_bytes``
+``lowering``   ``done``, ``total``, ``graph``
+``rows``       ``rows``: ``[{step, values: {name: number}}]``, steps rising
+``progress``   ``step``, ``steps``
+``checkpoint`` ``step``, ``state_root``
+``receipt``    ``number``, ``amount_nusd``, ``to_step``
+``result``     ``hash``, ``outputs``, ``state``, ``trace``, ``cost_usd``, ``cost_nusd``; last
+``failed``     ``error``: the class's name, ``message``, ``hint``; last
+``cancelled``  last
+============== ====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from p2pflop.dht.store import BlobInfo, Store
+
+DEFAULT_FIND_TIMEOUT_S: Final = 30.0
+MAX_FIND_TIMEOUT_S: Final = 600.0
+LAST_EVENT_KINDS: Final = frozenset({"result", "failed", "cancelled"})
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitOptions:
+    """What a purchase may cost and how long it may take; None leaves it to the node's policy.
+
+    ``checkpoint_steps`` is how many steps lie between two checkpoints.
+    """
+
+    max_nusd: int | None = None
+    deadline_s: int | None = None
+    checkpoint_steps: int | None = None
+
+
+class NodeService(Protocol):
+    """The node as its own user sees it. A run that is not known raises ConfigError."""
+
+    @property
+    def store(self) -> Store:
+        """The blobs of this node."""
+
+    async def status(self) -> Json:
+        """Who and where this node is: ``peer``, ``account``, ``url``, ``version``, and more."""
+
+    async def submit(self, body: bytes, options: SubmitOptions) -> str:
+        """Journal a job file and start its run; the run's id. Raises JobError, MarketError."""
+
+    async def quote(self, body: bytes, options: SubmitOptions) -> Json:
+        """What ``submit`` would choose from: ``deals`` and ``misses`` as in a ``ranked`` event."""
+
+    async def jobs(self) -> list[Json]:
+        """One line a run, newest first: ``id``, ``title``, ``state``, ``step``, ``steps``..."""
+
+    async def job(self, run_id: str) -> Json:
+        """The line of ``jobs`` for one run, and all that is known beyond."""
+
+    async def job_file(self, run_id: str) -> bytes:
+        """The encoded job file that was submitted."""
+
+    async def result_record(self, run_id: str) -> bytes:
+        """The encoded ``Result``, whose hash is the result hash. Raises ConfigError before it."""
+
+    def events(self, run_id: str, after_seq: int) -> AsyncIterator[Json]:
+        """The events after ``after_seq``, waiting for new ones; ends after the last kind."""
+
+    async def cancel(self, run_id: str) -> None:
+        """Give the run up. One that has ended stays as it is."""
+
+    async def book(self) -> list[Json]:
+        """The asks that this node knows."""
+
+    async def peers(self) -> list[Json]:
+        """The peers that this node is connected to."""
+
+    async def ledger(self) -> Json:
+        """Who owes whom, and the newest postings."""
+
+    async def connect(self, multiaddr: str) -> Json:
+        """Dial a peer; ``{"peer": id}``. Raises ConfigError, ProviderError."""
+
+    async def find_blob(self, address: bytes, *, timeout_s: float) -> BlobInfo:
+        """Have the blob in ``store``: from here, else from peers. Raises BlobNotFoundError."""
+
+    async def set_public(self, address: bytes) -> None:
+        """Announce and serve a blob of this node to anyone. Raises BlobNotFoundError."""
+
+    async def doctor(self) -> Json:
+        """Versions, compiler, sandbox level, class, ports, and whatever is wrong with them."""
