@@ -12,22 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from p2pflop.node.database import Database
+from p2pflop.dht.database import Database
 
 BUYER: Final = "buyer"
 PROVIDER: Final = "provider"
 MAX_LISTED: Final = 1000
 
+_SCHEMA_VERSION: Final = 1
 _SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS heads (
+CREATE TABLE heads (
     job TEXT PRIMARY KEY, side TEXT NOT NULL, opened_ns INTEGER NOT NULL, end_state TEXT,
     summary BLOB NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS unfinished ON heads (side) WHERE end_state IS NULL;
-CREATE TABLE IF NOT EXISTS events (
+CREATE INDEX unfinished ON heads (side) WHERE end_state IS NULL;
+CREATE TABLE events (
     job TEXT NOT NULL REFERENCES heads (job), seq INTEGER NOT NULL, at_ns INTEGER NOT NULL,
     kind TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (job, seq)
-) WITHOUT ROWID;
+) WITHOUT ROWID
 """
 
 
@@ -56,7 +57,7 @@ class Journal:
     """See the head of this module. Raises StoreError when the disk fails."""
 
     def __init__(self, path: Path) -> None:
-        self._database = Database(path, _SCHEMA)
+        self._database = Database(path, _SCHEMA, _SCHEMA_VERSION)
 
     async def open(self, job: str, side: str, at_ns: int, summary: bytes) -> bool:
         """Start the journal of ``job``. False if there is one already."""

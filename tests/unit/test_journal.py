@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sqlite3
 from pathlib import Path
 
 import pytest
-import trio
 
 from p2pflop.errors import StoreError
-from p2pflop.node.database import Database
 from p2pflop.node.journal import BUYER, PROVIDER, Journal
 
 
@@ -52,38 +49,7 @@ async def test_a_job_is_opened_once(tmp_path: Path) -> None:
     journal.close()
 
 
-async def test_a_failing_change_does_not_hurt_the_others(tmp_path: Path) -> None:
-    database = Database(tmp_path / "x.db", "CREATE TABLE IF NOT EXISTS t (n INTEGER PRIMARY KEY)")
-    failures = []
-
-    async def insert(number: int) -> None:
-        def change(connection: sqlite3.Connection) -> None:
-            connection.execute("INSERT INTO t VALUES (?)", (number,))
-            if number == 3:
-                raise ValueError("three")
-
-        try:
-            await database.write(change)
-        except ValueError as error:
-            failures.append(str(error))
-
-    async with trio.open_nursery() as nursery:
-        for number in range(8):
-            nursery.start_soon(insert, number)
-    assert failures == ["three"]
-    assert database.read("SELECT n FROM t ORDER BY n") == [(n,) for n in range(8) if n != 3]
-    database.close()
-
-
-async def test_a_constraint_that_breaks_is_a_store_error(tmp_path: Path) -> None:
-    database = Database(tmp_path / "x.db", "CREATE TABLE IF NOT EXISTS t (n INTEGER PRIMARY KEY)")
-    await database.write(lambda connection: connection.execute("INSERT INTO t VALUES (1)"))
-    with pytest.raises(StoreError, match="cannot write"):
-        await database.write(lambda connection: connection.execute("INSERT INTO t VALUES (1)"))
-    database.close()
-
-
 def test_a_file_that_is_no_database_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "journal.db").write_bytes(b"not a database, not at all" * 100)
-    with pytest.raises(StoreError, match=r"cannot open the database .*journal\.db"):
+    with pytest.raises(StoreError, match=r"journal\.db"):
         Journal(tmp_path / "journal.db")
