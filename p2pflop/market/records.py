@@ -3,15 +3,18 @@
 A purchase is a chain of ids: a **bid** names a provider's ask, a **fill** or **reject** names the
 bid, a **confirm**, **commit**, **receipt** and **abandon** name the fill. A countersigned receipt
 is the buyer's own envelope around the same receipt body. Prices are nano-dollars per PFLOP with at
-most three significant digits; totals are exact nano-dollars.
+most three significant digits; totals are exact nano-dollars. Records are signed by node keys; a
+delegation inside says for which account, whose key signs nothing else.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Final, Literal
 
 import msgspec
 
+from p2pflop.ids import HASH_BYTES
 from p2pflop.job.spec import Job
 from p2pflop.wire import U32, U63, Ext, Hash, Key, Record, SignedRecord, Text
 
@@ -19,11 +22,20 @@ MAX_SHEET_BYTES: Final = 8 * 1024
 MAX_SHEET_ORDERS: Final = 32
 MAX_SHEET_LIFETIME_NS: Final = 3600 * 10**9
 MAX_DELEGATION_BYTES: Final = 512
+MAX_COST_LINES: Final = 64
 NONCE_BYTES: Final = 16
+ZERO_HASH: Final = bytes(HASH_BYTES)
 
 Version = Literal[1]
 Nonce = Annotated[bytes, msgspec.Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
 DelegationBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_DELEGATION_BYTES)]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """An expected no, and why: what a check returns instead of the checked thing."""
+
+    reason: str
 
 
 class Delegation(SignedRecord, frozen=True):
@@ -104,7 +116,11 @@ class Terms(Record, frozen=True):
 
 
 class Bid(SignedRecord, frozen=True):
-    """A directed bid: this stretch of this work, on that ask, for exactly ``quote_nusd``."""
+    """A directed bid: this stretch of this work, on that ask, for exactly ``quote_nusd``.
+
+    ``provider`` is the node key that signed the sheet. ``root_from`` is the state root that the
+    stretch starts from, ``ZERO_HASH`` at step 0; the addresses behind it travel beside the bid.
+    """
 
     KIND: ClassVar[str] = "bid"
 
@@ -115,8 +131,9 @@ class Bid(SignedRecord, frozen=True):
     nonce: Nonce
     class_id: Hash
     job: Job
+    root_from: Hash
     meter_id: Text
-    costs: Annotated[tuple[CostLine, ...], msgspec.Meta(max_length=64)]
+    costs: Annotated[tuple[CostLine, ...], msgspec.Meta(max_length=MAX_COST_LINES)]
     terms: Terms
     quote_nusd: U63
     decided_at_ns: U63
@@ -162,7 +179,10 @@ class Confirm(SignedRecord, frozen=True):
 
 
 class Commit(SignedRecord, frozen=True):
-    """Sent before any result byte: BLAKE3 of (provider key, salt, state root, result hash)."""
+    """Sent before any result byte: BLAKE3 of (provider key, salt, state root, result hash).
+
+    The salt, 32 bytes, travels with the result and opens it.
+    """
 
     KIND: ClassVar[str] = "commit"
 

@@ -1,0 +1,324 @@
+"""The order book: the latest sheet of every node, within bounds that nobody can buy or search for.
+
+Theory of operation
+-------------------
+One entry a node. A higher number replaces a lower one; two bodies under one number are
+**equivocation**: both go, the pair of envelopes is kept as proof, and numbers up to that one stay
+refused. An entry is kept after its sheet has expired for as long as an older, longer-lived sheet of
+the same node could be replayed.
+
+Space goes by identity, never by price. Attested accounts come first; strangers share what is left,
+at most ``max_strangers``. Each account may fill ``max_per_account`` places. Where too many compete,
+those with the lowest hash of (account, node) stay, keyed with this book's own secret, so that
+nobody can search for an identity that always wins, and each stranger's chance is the same.
+
+``view(now_ns)`` is what a buyer ranks and commits to: its digest names exactly its sheets.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, ClassVar, Final
+
+import msgspec
+from blake3 import blake3
+
+from p2pflop.errors import ProtocolError, VerificationError
+from p2pflop.ids import content_hash
+from p2pflop.market.records import MAX_SHEET_LIFETIME_NS, Ask, Rejected, Sheet
+from p2pflop.market.sheets import OpenSheet, check_sheet
+from p2pflop.wire import DEFAULT_NETWORK, U63, Hash, Key, Record, open_sealed
+
+MAX_SHEETS: Final = 16_384
+MAX_STRANGERS: Final = 4_096
+MAX_SHEETS_PER_ACCOUNT: Final = 64
+MAX_PROOFS: Final = 256
+SECRET_BYTES: Final = 32
+
+IsAttested = Callable[[bytes, int], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The sheet is in the book. ``changed`` is False if it already was."""
+
+    changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Equivocation:
+    """Two envelopes in which one node signed different sheets under one number."""
+
+    node: bytes
+    number: int
+    first: bytes
+    second: bytes
+
+
+class Summary(Record, frozen=True):
+    """Which sheet of a node a book holds."""
+
+    node: Key
+    number: U63
+    id: Hash
+
+
+class Summaries(Record, frozen=True):
+    """All that a book holds, nodes rising: two books compare these and exchange what differs."""
+
+    MAX_BYTES: ClassVar[int] = 1024 * 1024 * 2
+
+    entries: Annotated[tuple[Summary, ...], msgspec.Meta(max_length=MAX_SHEETS)]
+
+
+@dataclass(frozen=True)
+class BookView:
+    """The live sheets of a book at a moment, nodes rising. Replaying a decision needs no more."""
+
+    sheets: tuple[OpenSheet, ...]
+    at_ns: int
+
+    @cached_property
+    def digest(self) -> bytes:
+        """BLAKE3 over (node, number as 8 bytes big-endian, id) of each sheet, nodes rising."""
+        return content_hash(
+            b"".join(
+                sheet.node + sheet.sheet.number.to_bytes(8, "big") + sheet.sealed.id
+                for sheet in self.sheets
+            )
+        )
+
+    @cached_property
+    def by_price(self) -> dict[bytes, list[tuple[int, OpenSheet, Ask]]]:
+        """The asks of each class, cheapest price per PFLOP first."""
+        found: dict[bytes, list[tuple[int, OpenSheet, Ask]]] = {}
+        for sheet in self.sheets:
+            for ask in sheet.sheet.asks:
+                found.setdefault(ask.class_id, []).append((ask.price_nusd, sheet, ask))
+        for asks in found.values():
+            asks.sort(key=lambda entry: entry[0])
+        return found
+
+
+@dataclass(slots=True)
+class _Entry:
+    sheet: OpenSheet
+    place: tuple[bytes, bytes]
+    attested: bool
+
+
+def nobody(_account: bytes, _now_ns: int) -> bool:
+    """No account is attested."""
+    return False
+
+
+class Book:
+    """``secret`` is 32 random bytes of this node; ``is_attested(account, now_ns)`` ranks space."""
+
+    def __init__(
+        self,
+        secret: bytes,
+        *,
+        network: str = DEFAULT_NETWORK,
+        is_attested: IsAttested = nobody,
+        max_sheets: int = MAX_SHEETS,
+        max_strangers: int = MAX_STRANGERS,
+        max_per_account: int = MAX_SHEETS_PER_ACCOUNT,
+    ) -> None:
+        if len(secret) != SECRET_BYTES:
+            raise ValueError(f"a book's secret has {SECRET_BYTES} bytes, not {len(secret)}")
+        self._secret = secret
+        self._network = network
+        self._is_attested = is_attested
+        self._max_sheets = max_sheets
+        self._max_strangers = max_strangers
+        self._max_per_account = max_per_account
+        self._entries: dict[bytes, _Entry] = {}
+        self._attested: list[tuple[bytes, bytes]] = []
+        self._strangers: list[tuple[bytes, bytes]] = []
+        self._accounts: dict[bytes, list[tuple[bytes, bytes]]] = {}
+        self._proofs: dict[bytes, tuple[Equivocation, int]] = {}
+        self._view: BookView | None = None
+        self._view_until_ns = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def apply(self, sheet: OpenSheet, now_ns: int) -> Applied | Equivocation | Rejected:
+        """Take in a checked sheet. An Equivocation is new proof, to be passed on."""
+        record, node = sheet.sheet, sheet.node
+        if record.expires_ns <= now_ns:
+            return Rejected("sheet has expired")
+        proof = self._proofs.get(node)
+        if proof is not None and record.number <= proof[0].number:
+            return Rejected("node has equivocated about this number or a later one")
+        known = self._entries.get(node)
+        if known is not None:
+            if known.sheet.sealed.id == sheet.sealed.id:
+                return Applied(changed=False)
+            if known.sheet.sheet.number > record.number:
+                return Rejected(f"sheet {record.number} is older than {known.sheet.sheet.number}")
+            if known.sheet.sheet.number == record.number:
+                return self._convict(known.sheet, sheet)
+        attested = self._is_attested(sheet.account, now_ns)
+        return self._place(sheet, attested)
+
+    def apply_equivocation(
+        self, first: bytes, second: bytes, now_ns: int
+    ) -> Equivocation | Applied | Rejected:
+        """Take in a proof from elsewhere. Applied means that the node was known for it."""
+        try:
+            sheets = [open_sealed(Sheet, data, self._network) for data in (first, second)]
+        except (ProtocolError, VerificationError) as error:
+            return Rejected(f"equivocation: {error.message}")
+        one, other = sheets
+        if one.signer != other.signer or one.record.number != other.record.number:
+            return Rejected("equivocation: not one node and one number")
+        if one.id == other.id:
+            return Rejected("equivocation: both sheets are the same")
+        if max(_kept_until_ns(one.record), _kept_until_ns(other.record)) <= now_ns:
+            return Rejected("equivocation: long expired")
+        proof = self._proofs.get(one.signer)
+        if proof is not None and proof[0].number >= one.record.number:
+            return Applied(changed=False)
+        known = self._entries.get(one.signer)
+        if known is not None and known.sheet.sheet.number <= one.record.number:
+            self._remove(one.signer)
+        found = Equivocation(one.signer, one.record.number, first, second)
+        self._keep_proof(found, max(_kept_until_ns(sheet.record) for sheet in sheets))
+        return found
+
+    def expire(self, now_ns: int) -> None:
+        """Forget what no replay can bring back, and see again who is attested."""
+        for node, entry in list(self._entries.items()):
+            if _kept_until_ns(entry.sheet.sheet) <= now_ns:
+                self._remove(node)
+            elif self._is_attested(entry.sheet.account, now_ns) != entry.attested:
+                self._remove(node)
+                self._place(entry.sheet, not entry.attested)
+        for node, (_, until_ns) in list(self._proofs.items()):
+            if until_ns <= now_ns:
+                del self._proofs[node]
+
+    def get(self, node: bytes, now_ns: int) -> OpenSheet | None:
+        """The live sheet of a node."""
+        entry = self._entries.get(node)
+        if entry is None or entry.sheet.sheet.expires_ns <= now_ns:
+            return None
+        return entry.sheet
+
+    def view(self, now_ns: int) -> BookView:
+        """The live sheets, nodes rising, fixed: later changes of the book do not show in it."""
+        if self._view is None or not self._view.at_ns <= now_ns < self._view_until_ns:
+            live = [
+                entry.sheet
+                for entry in self._entries.values()
+                if entry.sheet.sheet.expires_ns > now_ns
+            ]
+            live.sort(key=lambda sheet: sheet.sealed.signer)
+            self._view = BookView(tuple(live), now_ns)
+            self._view_until_ns = min(
+                (sheet.sheet.expires_ns for sheet in live), default=now_ns + MAX_SHEET_LIFETIME_NS
+            )
+        return self._view
+
+    def digest(self, now_ns: int) -> bytes:
+        """The digest of ``view(now_ns)``: what a bid commits to."""
+        return self.view(now_ns).digest
+
+    def proofs(self) -> tuple[Equivocation, ...]:
+        """The kept equivocations, at most ``MAX_PROOFS``, oldest first."""
+        return tuple(proof for proof, _ in self._proofs.values())
+
+    def summaries(self, now_ns: int) -> Summaries:
+        """What to tell a peer so that it can say what it lacks."""
+        return Summaries(
+            tuple(
+                Summary(sheet.node, sheet.sheet.number, sheet.sealed.id)
+                for sheet in self.view(now_ns).sheets
+            )
+        )
+
+    def missing(self, theirs: Summaries) -> tuple[bytes, ...]:
+        """The nodes whose sheets are worth asking that peer for."""
+        wanted = []
+        for entry in theirs.entries:
+            proof = self._proofs.get(entry.node)
+            if proof is not None and entry.number <= proof[0].number:
+                continue
+            known = self._entries.get(entry.node)
+            if (
+                known is None
+                or known.sheet.sheet.number < entry.number
+                or (known.sheet.sheet.number == entry.number and known.sheet.sealed.id != entry.id)
+            ):
+                wanted.append(entry.node)
+        return tuple(wanted)
+
+    def wires(self, nodes: Iterable[bytes], now_ns: int) -> tuple[bytes, ...]:
+        """The envelopes of the live sheets among ``nodes``: the answer to what ``missing`` asks."""
+        found = (self.get(node, now_ns) for node in nodes)
+        return tuple(sheet.sealed.wire for sheet in found if sheet is not None)
+
+    def dump(self) -> tuple[bytes, ...]:
+        """Every envelope, those of proofs too, for ``load`` after a restart."""
+        proofs = [wire for proof in self.proofs() for wire in (proof.first, proof.second)]
+        return (*proofs, *(entry.sheet.sealed.wire for entry in self._entries.values()))
+
+    def load(self, wires: Iterable[bytes], now_ns: int) -> int:
+        """Check and apply envelopes; how many are in the book now that were not."""
+        before = len(self._entries)
+        for wire in wires:
+            sheet = check_sheet(wire, self._network, now_ns)
+            if isinstance(sheet, OpenSheet):
+                self.apply(sheet, now_ns)
+        return len(self._entries) - before
+
+    def _place(self, sheet: OpenSheet, attested: bool) -> Applied | Rejected:
+        node, account = sheet.node, sheet.account
+        self._remove(node)
+        key = blake3(account + node, key=self._secret).digest()
+        entry = _Entry(sheet, (key, node), attested)
+        self._entries[node] = entry
+        insort(self._attested if attested else self._strangers, entry.place)
+        insort(self._accounts.setdefault(account, []), entry.place)
+        if len(self._accounts[account]) > self._max_per_account:
+            self._remove(self._accounts[account][-1][1])
+        if len(self._strangers) > self._max_strangers:
+            self._remove(self._strangers[-1][1])
+        if len(self._entries) > self._max_sheets:
+            self._remove((self._strangers or self._attested)[-1][1])
+        if node not in self._entries:
+            return Rejected("the book has no space for this account")
+        return Applied(changed=True)
+
+    def _remove(self, node: bytes) -> None:
+        self._view = None
+        entry = self._entries.pop(node, None)
+        if entry is None:
+            return
+        places = self._accounts[entry.sheet.account]
+        for group in (self._attested if entry.attested else self._strangers, places):
+            del group[bisect_left(group, entry.place)]
+        if not places:
+            del self._accounts[entry.sheet.account]
+
+    def _convict(self, known: OpenSheet, other: OpenSheet) -> Equivocation:
+        self._remove(known.node)
+        proof = Equivocation(known.node, known.sheet.number, known.sealed.wire, other.sealed.wire)
+        self._keep_proof(proof, max(_kept_until_ns(known.sheet), _kept_until_ns(other.sheet)))
+        return proof
+
+    def _keep_proof(self, proof: Equivocation, until_ns: int) -> None:
+        self._proofs.pop(proof.node, None)
+        while len(self._proofs) >= MAX_PROOFS:
+            del self._proofs[next(iter(self._proofs))]
+        self._proofs[proof.node] = (proof, until_ns)
+
+
+def _kept_until_ns(sheet: Sheet) -> int:
+    # A sheet issued before this one may live an hour from then; this entry is what outranks it.
+    return sheet.issued_ns + MAX_SHEET_LIFETIME_NS

@@ -1,0 +1,389 @@
+"""From a deal to a binding fill, and the records that end one: how each is made and checked.
+
+``check_*`` return the opened record, or ``Rejected`` with a reason that may be told to the other
+side. They verify signature, delegation, that the record answers the one before it and is signed by
+the right party, and the clock where a time matters. Who signs what::
+
+    buyer's node       bid, confirm, the countersigned receipt
+    provider's node    fill or reject, commit, receipt, trade
+    either             abandon
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from p2pflop.errors import ProtocolError, VerificationError
+from p2pflop.ids import HASH_BYTES, content_hash
+from p2pflop.job.spec import Job
+from p2pflop.keys import PrivateKey, peer_id
+from p2pflop.market.ranking import Deal, sum_costs, total_nusd
+from p2pflop.market.records import (
+    MAX_COST_LINES,
+    ZERO_HASH,
+    Abandon,
+    Ask,
+    Bid,
+    Commit,
+    Confirm,
+    CostLine,
+    Fill,
+    Reject,
+    Rejected,
+    Sheet,
+    Terms,
+    Trade,
+)
+from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, check_delegation
+from p2pflop.units import MAX_NUSD, NS_PER_S
+from p2pflop.wire import DEFAULT_NETWORK, Sealed, SignedRecord, open_sealed, seal
+
+CONFIRM_WITHIN_NS: Final = 2 * NS_PER_S
+MAX_BID_AGE_NS: Final = 60 * NS_PER_S
+SALT_BYTES: Final = 32
+TRADE_DIGITS: Final = 2
+HOUR_NS: Final = 3600 * NS_PER_S
+FLOP_PER_GFLOP: Final = 10**9
+
+S = TypeVar("S", bound=SignedRecord)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenBid:
+    """A bid that is for this provider and whose quote is right. ``account`` is the buyer's."""
+
+    sealed: Sealed[Bid]
+    account: bytes
+    ask: Ask
+
+    @property
+    def peer(self) -> str:
+        """The libp2p id of the buyer's node."""
+        return peer_id(self.sealed.signer)
+
+    @property
+    def bid(self) -> Bid:
+        """The record."""
+        return self.sealed.record
+
+
+def make_bid(
+    key: PrivateKey,
+    deal: Deal,
+    *,
+    job: Job,
+    meter_id: str,
+    costs: Sequence[CostLine],
+    terms: Terms,
+    nonce: bytes,
+    now_ns: int,
+    book_digest: bytes,
+    policy_digest: bytes,
+    delegation: bytes,
+    root_from: bytes = ZERO_HASH,
+    network: str = DEFAULT_NETWORK,
+) -> Sealed[Bid]:
+    """Sign a bid on ``deal``. ``nonce`` must be the one that the deal was ranked with.
+
+    Raises ValueError if the deal's total is not what ``costs`` and ``terms`` amount to.
+    """
+    quote_nusd = quote(deal.ask, costs, terms)
+    if quote_nusd != deal.total_nusd:
+        raise ValueError(f"the deal was ranked at {deal.total_nusd} but costs {quote_nusd} nusd")
+    bid = Bid(
+        version=1,
+        provider=deal.node,
+        sheet_number=deal.sheet.sheet.number,
+        ask=deal.ask.number,
+        nonce=nonce,
+        class_id=deal.ask.class_id,
+        job=job,
+        root_from=root_from,
+        meter_id=meter_id,
+        costs=tuple(costs),
+        terms=terms,
+        quote_nusd=quote_nusd,
+        decided_at_ns=now_ns,
+        book_digest=book_digest,
+        policy_digest=policy_digest,
+        delegation=delegation,
+    )
+    return seal(bid, key, network)
+
+
+def quote(ask: Ask, costs: Sequence[CostLine], terms: Terms) -> int:
+    """What a bid with these costs and terms on ``ask`` must say, in nano-dollars."""
+    flop, touched_bytes = sum_costs(costs)
+    return total_nusd(ask, flop, touched_bytes, terms.moved_bytes)
+
+
+def check_bid(
+    data: bytes,
+    *,
+    node: bytes,
+    sheets: Mapping[int, Sheet],
+    now_ns: int,
+    network: str = DEFAULT_NETWORK,
+) -> OpenBid | Rejected:
+    """The provider's check, before it looks at the job.
+
+    ``node`` is the provider's own node key and ``sheets`` its own sheets that it still honours, by
+    number. That the costs are the job's is for ``check_costs``.
+    """
+    sealed = _open(Bid, data, network)
+    if isinstance(sealed, Rejected):
+        return sealed
+    bid = sealed.record
+    if bid.provider != node:
+        return Rejected("bid is for another provider")
+    if sealed.signer == node:
+        return Rejected("bid is by the provider itself")
+    if not now_ns - MAX_BID_AGE_NS <= bid.decided_at_ns <= now_ns + CLOCK_TOLERANCE_NS:
+        return Rejected("bid was not decided just now; check both clocks")
+    if bid.terms.deadline_ns <= now_ns:
+        return Rejected("deadline has passed")
+    account = check_delegation(
+        bid.delegation, sealed.signer, bid.decided_at_ns, bid.decided_at_ns, network
+    )
+    if isinstance(account, Rejected):
+        return account
+    ask = _asked(bid, sheets.get(bid.sheet_number), now_ns)
+    return ask if isinstance(ask, Rejected) else OpenBid(sealed, account, ask)
+
+
+def _asked(bid: Bid, sheet: Sheet | None, now_ns: int) -> Ask | Rejected:
+    if sheet is None:
+        return Rejected("sheet is superseded")
+    ask = next((ask for ask in sheet.asks if ask.number == bid.ask), None)
+    if ask is None:
+        return Rejected("the sheet has no such ask")
+    if min(ask.valid_until_ns, sheet.expires_ns) <= now_ns:
+        return Rejected("ask has expired")
+    if bid.class_id != ask.class_id:
+        return Rejected("the ask is for another class")
+    if bid.terms.memory_bytes > ask.memory_bytes:
+        return Rejected("the ask has too little memory")
+    quote_nusd = quote(ask, bid.costs, bid.terms)
+    if quote_nusd != bid.quote_nusd or quote_nusd > MAX_NUSD:
+        return Rejected(f"the quote should be {quote_nusd} nusd, not {bid.quote_nusd}")
+    return ask
+
+
+def check_costs(bid: Bid, meter_id: str, metered: Sequence[CostLine]) -> Rejected | None:
+    """Whether the bid's cost lines are what the provider's own meter says of the job."""
+    if bid.meter_id != meter_id:
+        return Rejected(f"meter {bid.meter_id!r} is not this node's {meter_id!r}")
+    if len(metered) > MAX_COST_LINES:
+        return Rejected(f"the job has over {MAX_COST_LINES} cost lines")
+    if tuple(metered) != bid.costs:
+        return Rejected("the cost lines are not what the meter says of the job")
+    return None
+
+
+def make_fill(
+    key: PrivateKey,
+    bid: Sealed[Bid],
+    *,
+    now_ns: int,
+    delegation: bytes,
+    lease_until_ns: int | None = None,
+    network: str = DEFAULT_NETWORK,
+) -> Sealed[Fill]:
+    """Accept ``bid``; the lease lasts until the bid's deadline if not longer."""
+    deadline_ns = bid.record.terms.deadline_ns
+    until_ns = deadline_ns if lease_until_ns is None else max(deadline_ns, lease_until_ns)
+    return seal(Fill(1, bid.id, now_ns + CONFIRM_WITHIN_NS, until_ns, delegation), key, network)
+
+
+def make_reject(
+    key: PrivateKey,
+    bid_id: bytes,
+    reason: str,
+    sheet: bytes = b"",
+    network: str = DEFAULT_NETWORK,
+) -> Sealed[Reject]:
+    """Refuse a bid. ``sheet`` is the envelope of the newest sheet."""
+    return seal(Reject(1, bid_id, reason[:200], sheet), key, network)
+
+
+def check_fill(
+    data: bytes,
+    bid: Sealed[Bid],
+    account: bytes,
+    now_ns: int,
+    network: str = DEFAULT_NETWORK,
+) -> Sealed[Fill] | Rejected:
+    """The buyer's check. ``account`` is whose ask it was, from the sheet."""
+    fill = _open(Fill, data, network)
+    if isinstance(fill, Rejected):
+        return fill
+    if fill.signer != bid.record.provider:
+        return Rejected("fill is not by the provider")
+    if fill.record.bid != bid.id:
+        return Rejected("fill is for another bid")
+    found = check_delegation(fill.record.delegation, fill.signer, now_ns, now_ns, network)
+    if isinstance(found, Rejected):
+        return found
+    if found != account:
+        return Rejected("fill is for another account than the ask")
+    if fill.record.lease_until_ns < bid.record.terms.deadline_ns:
+        return Rejected("the lease ends before the deadline")
+    if fill.record.confirm_by_ns < now_ns - CLOCK_TOLERANCE_NS:
+        return Rejected("fill has lapsed")
+    return fill
+
+
+def check_reject(
+    data: bytes, bid: Sealed[Bid], network: str = DEFAULT_NETWORK
+) -> Sealed[Reject] | Rejected:
+    """The buyer's check that a no is the provider's, and about this bid."""
+    reject = _open(Reject, data, network)
+    if isinstance(reject, Rejected):
+        return reject
+    if reject.signer != bid.record.provider or reject.record.bid != bid.id:
+        return Rejected("reject is not the provider's answer to this bid")
+    return reject
+
+
+def make_confirm(
+    key: PrivateKey, fill: Sealed[Fill], network: str = DEFAULT_NETWORK
+) -> Sealed[Confirm]:
+    """Make ``fill`` binding."""
+    return seal(Confirm(1, fill.id), key, network)
+
+
+def check_confirm(
+    data: bytes, bid: Sealed[Bid], fill: Sealed[Fill], network: str = DEFAULT_NETWORK
+) -> Sealed[Confirm] | Rejected:
+    """The provider's check. That it came in time is for the lifecycle."""
+    confirm = _open(Confirm, data, network)
+    if isinstance(confirm, Rejected):
+        return confirm
+    if confirm.signer != bid.signer or confirm.record.fill != fill.id:
+        return Rejected("confirm is not the buyer's word on this fill")
+    return confirm
+
+
+def commitment(provider: bytes, salt: bytes, state_root: bytes, result: bytes) -> bytes:
+    """What a commit says. All four have 32 bytes; ``provider`` is the node key."""
+    parts = (provider, salt, state_root, result)
+    if any(len(part) != HASH_BYTES for part in parts):
+        raise ValueError("a commitment is over four values of 32 bytes")
+    return content_hash(b"".join(parts))
+
+
+def make_commit(
+    key: PrivateKey,
+    fill: Sealed[Fill],
+    *,
+    salt: bytes,
+    state_root: bytes,
+    result: bytes,
+    network: str = DEFAULT_NETWORK,
+) -> Sealed[Commit]:
+    """Commit to a result before showing it. ``salt`` is 32 random bytes, told with the result."""
+    value = commitment(key.public_key, salt, state_root, result)
+    return seal(Commit(1, fill.id, value), key, network)
+
+
+def check_commit(
+    data: bytes, fill: Sealed[Fill], network: str = DEFAULT_NETWORK
+) -> Sealed[Commit] | Rejected:
+    """The buyer's check."""
+    commit = _open(Commit, data, network)
+    if isinstance(commit, Rejected):
+        return commit
+    if commit.signer != fill.signer or commit.record.fill != fill.id:
+        return Rejected("commit is not the provider's for this fill")
+    return commit
+
+
+def check_opening(
+    commit: Sealed[Commit], salt: bytes, state_root: bytes, result: bytes
+) -> Rejected | None:
+    """Whether ``salt`` shows that the commit was to this root and result."""
+    if len(salt) != SALT_BYTES:
+        return Rejected(f"salt has {len(salt)} bytes, not {SALT_BYTES}")
+    if commitment(commit.signer, salt, state_root, result) != commit.record.commitment:
+        return Rejected("the result is not the one committed to")
+    return None
+
+
+def make_abandon(
+    key: PrivateKey,
+    fill: Sealed[Fill],
+    *,
+    from_step: int,
+    root: bytes,
+    reason: str,
+    network: str = DEFAULT_NETWORK,
+) -> Sealed[Abandon]:
+    """Give the lease up: nothing from ``from_step`` on, where the state is ``root``, is owed."""
+    return seal(Abandon(1, fill.id, from_step, root, reason[:200]), key, network)
+
+
+def check_abandon(
+    data: bytes, bid: Sealed[Bid], fill: Sealed[Fill], network: str = DEFAULT_NETWORK
+) -> Sealed[Abandon] | Rejected:
+    """Either side's check."""
+    abandon = _open(Abandon, data, network)
+    if isinstance(abandon, Rejected):
+        return abandon
+    if abandon.signer not in (bid.signer, fill.signer) or abandon.record.fill != fill.id:
+        return Rejected("abandon is by no party of this fill")
+    job = bid.record.job
+    if not job.first_step <= abandon.record.from_step <= job.first_step + job.steps:
+        return Rejected("abandon names a step outside the stretch")
+    return abandon
+
+
+def make_trade(
+    key: PrivateKey,
+    bid: Bid,
+    fill: Sealed[Fill],
+    price_nusd: int,
+    now_ns: int,
+    network: str = DEFAULT_NETWORK,
+) -> Sealed[Trade]:
+    """What the tape shows of a settled fill; ``price_nusd`` is the ask's price per PFLOP."""
+    flop, _ = sum_costs(bid.costs)
+    trade = Trade(
+        version=1,
+        fill_digest=content_hash(b"trade" + fill.id),
+        class_id=bid.class_id,
+        price_nusd=price_nusd,
+        gflop_rounded=round_gflop(flop),
+        hour=now_ns // HOUR_NS,
+    )
+    return seal(trade, key, network)
+
+
+def round_gflop(flop: int) -> int:
+    """GFLOP to two significant digits, halves up, at least 1: a size that gives no job away."""
+    gflop = max(1, (flop + FLOP_PER_GFLOP // 2) // FLOP_PER_GFLOP)
+    unit: int = 10 ** max(0, len(str(gflop)) - TRADE_DIGITS)
+    return min((gflop + unit // 2) // unit * unit, 9 * 10**18)
+
+
+def check_trade(
+    data: bytes, now_ns: int, network: str = DEFAULT_NETWORK
+) -> Sealed[Trade] | Rejected:
+    """A tape entry from anywhere: well formed, rounded, and not from a later hour."""
+    trade = _open(Trade, data, network)
+    if isinstance(trade, Rejected):
+        return trade
+    gflop = trade.record.gflop_rounded
+    if round_gflop(gflop * FLOP_PER_GFLOP) != gflop:
+        return Rejected("trade is not rounded")
+    if trade.record.hour > (now_ns + CLOCK_TOLERANCE_NS) // HOUR_NS:
+        return Rejected("trade is from the future")
+    return trade
+
+
+def _open(kind: type[S], data: bytes, network: str) -> Sealed[S] | Rejected:
+    try:
+        return open_sealed(kind, data, network)
+    except (ProtocolError, VerificationError) as error:
+        return Rejected(error.message)

@@ -1,0 +1,343 @@
+"""Ranking: which ask is the best deal for a need. Pure, public and replayable.
+
+Among the asks that satisfy a need and the buyer's stated policy the lowest total wins; equal totals
+go by BLAKE3(bid nonce || account), then, within one account, by node key and ask number. Neither
+the order in which sheets arrived nor any name or place enters. Claims (``flop_per_s``) rank
+nothing: only the buyer's own audited experience, stated in the policy, may call a provider slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+from p2pflop.errors import MarketError
+from p2pflop.ids import content_hash
+from p2pflop.keys import peer_id
+from p2pflop.market.book import BookView, IsAttested, nobody
+from p2pflop.market.records import Ask, CostLine
+from p2pflop.market.sheets import OpenSheet
+from p2pflop.units import FLOP_PER_PFLOP, MAX_NUSD, NS_PER_S, format_usd
+from p2pflop.wire import U63, Hash, Key, Record, encode
+
+BYTES_PER_GB: Final = 10**9
+MAX_POLICY_ACCOUNTS: Final = 256
+MAX_EXPERIENCE: Final = 256
+
+Accounts = Annotated[tuple[Key, ...], msgspec.Meta(max_length=MAX_POLICY_ACCOUNTS)]
+
+
+class Experience(Record, frozen=True):
+    """The speed at which an account ran this buyer's audited jobs of a class."""
+
+    account: Key
+    class_id: Hash
+    flop_per_s: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+
+
+class Policy(Record, frozen=True):
+    """What a buyer allows. ``only`` empty means any account; ``max_price_nusd`` 0, any price."""
+
+    version: Literal[1] = 1
+    excluded: Accounts = ()
+    only: Accounts = ()
+    attested_only: bool = False
+    max_price_nusd: U63 = 0
+    experience: Annotated[tuple[Experience, ...], msgspec.Meta(max_length=MAX_EXPERIENCE)] = ()
+
+    def canonical(self) -> Policy:
+        """The same policy with its lists sorted and without repeats."""
+        return Policy(
+            version=1,
+            excluded=tuple(sorted(set(self.excluded))),
+            only=tuple(sorted(set(self.only))),
+            attested_only=self.attested_only,
+            max_price_nusd=self.max_price_nusd,
+            experience=tuple(
+                sorted(set(self.experience), key=lambda e: (e.account, e.class_id, e.flop_per_s))
+            ),
+        )
+
+    def digest(self) -> bytes:
+        """What a bid commits to: the hash of the canonical encoding."""
+        return content_hash(encode(self.canonical()))
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What is to be bought. ``flop`` and ``touched_bytes`` are metered totals of the stretch.
+
+    ``moved_bytes`` are manifest sizes of inputs and outputs, ``nonce`` that of the bid to be made,
+    ``own_node`` the buyer's own node key (it does not buy from itself), ``max_nusd`` the budget.
+    """
+
+    class_ids: frozenset[bytes]
+    flop: int
+    touched_bytes: int
+    moved_bytes: int
+    memory_bytes: int
+    deadline_ns: int
+    max_nusd: int
+    nonce: bytes
+    own_node: bytes = b""
+
+
+class MissReason(StrEnum):
+    """Why an ask does not do."""
+
+    CLASS = "wrong class"
+    MEMORY = "too little memory"
+    EXPIRED = "ask has expired"
+    DEADLINE = "deadline has passed"
+    OWN_NODE = "own node"
+    POLICY = "excluded by policy"
+    ATTESTATION = "account is not attested"
+    PRICE = "over the price limit"
+    BUDGET = "over the budget"
+    SLOW = "too slow for the deadline, by own experience"
+
+
+class Deal(msgspec.Struct, frozen=True, gc=False):
+    """An ask that does, and what it would cost.
+
+    ``total_nusd`` is the quote; ``compute_nusd``, ``moved_nusd`` and the ask's ``setup_nusd`` add
+    up to it unless the minimum charge is higher. ``flop`` is the metered total.
+    """
+
+    sheet: OpenSheet
+    ask: Ask
+    total_nusd: int
+    compute_nusd: int
+    moved_nusd: int
+    flop: int
+
+    @property
+    def node(self) -> bytes:
+        """The provider's node key."""
+        return self.sheet.node
+
+    @property
+    def peer(self) -> str:
+        """The libp2p id of the provider's node."""
+        return peer_id(self.sheet.node)
+
+    @property
+    def account(self) -> bytes:
+        """The provider's account key."""
+        return self.sheet.account
+
+    @property
+    def claimed_ns(self) -> int | None:
+        """How long the job takes at the speed that the ask claims; None if it claims none."""
+        if self.ask.flop_per_s == 0:
+            return None
+        return -(-self.flop * NS_PER_S // self.ask.flop_per_s)
+
+
+class Miss(msgspec.Struct, frozen=True, gc=False):
+    """An ask that does not do. ``total_nusd`` is what it would have cost."""
+
+    sheet: OpenSheet
+    ask: Ask
+    reason: MissReason
+    total_nusd: int
+
+    @property
+    def node(self) -> bytes:
+        """The provider's node key."""
+        return self.sheet.node
+
+    @property
+    def peer(self) -> str:
+        """The libp2p id of the provider's node."""
+        return peer_id(self.sheet.node)
+
+    @property
+    def account(self) -> bytes:
+        """The provider's account key."""
+        return self.sheet.account
+
+
+def compute_nusd(ask: Ask, flop: int, touched_bytes: int) -> int:
+    """The price part of a quote: per PFLOP, or per byte touched where memory is the bottleneck."""
+    return -(-ask.price_nusd * max(flop, ask.flop_per_byte * touched_bytes) // FLOP_PER_PFLOP)
+
+
+def moved_nusd(ask: Ask, moved_bytes: int) -> int:
+    """The part of a quote for bytes moved between the nodes."""
+    return -(-ask.byte_price_nusd * moved_bytes // BYTES_PER_GB)
+
+
+def total_nusd(ask: Ask, flop: int, touched_bytes: int, moved_bytes: int) -> int:
+    """The quote: what the job costs on ``ask``, exactly, before anything runs."""
+    parts = compute_nusd(ask, flop, touched_bytes) + moved_nusd(ask, moved_bytes)
+    return max(ask.min_charge_nusd, ask.setup_nusd + parts)
+
+
+def sum_costs(costs: Iterable[CostLine]) -> tuple[int, int]:
+    """The FLOP and the touched bytes of a whole stretch."""
+    flop = touched_bytes = 0
+    for line in costs:
+        flop += line.flop * line.times
+        touched_bytes += line.touched_bytes * line.times
+    return flop, touched_bytes
+
+
+def rank(
+    sheets: Iterable[OpenSheet],
+    need: Need,
+    policy: Policy,
+    now_ns: int,
+    is_attested: IsAttested = nobody,
+) -> list[Deal | Miss]:
+    """Every ask: deals first, best first, then a Miss with its reason for each of the others."""
+    judge = _Judge(need, policy, now_ns, is_attested)
+    deals: list[Deal] = []
+    misses: list[Deal | Miss] = []
+    for sheet in sheets:
+        for ask in sheet.sheet.asks:
+            compute = compute_nusd(ask, need.flop, need.touched_bytes)
+            moved = moved_nusd(ask, need.moved_bytes)
+            total = max(ask.min_charge_nusd, ask.setup_nusd + compute + moved)
+            reason = judge.reason(sheet, ask, total)
+            if reason is None:
+                deals.append(Deal(sheet, ask, total, compute, moved, need.flop))
+            else:
+                misses.append(Miss(sheet, ask, reason, total))
+    deals.sort(key=lambda deal: deal.total_nusd)
+    ranked: list[Deal | Miss] = []
+    for _, group in groupby(deals, key=lambda deal: deal.total_nusd):
+        tied = list(group)
+        if len(tied) > 1:
+            tied.sort(key=lambda deal: tie_key(need.nonce, deal.sheet, deal.ask))
+        ranked += tied
+    misses.sort(key=lambda miss: (miss.total_nusd, miss.sheet.sealed.signer, miss.ask.number))
+    return ranked + misses
+
+
+def best(
+    view: BookView,
+    need: Need,
+    policy: Policy,
+    now_ns: int,
+    is_attested: IsAttested = nobody,
+) -> Deal | None:
+    """The first deal that ``rank`` gives, without ranking the rest.
+
+    Asks are visited by price per PFLOP; since the price part alone is a lower bound of the total,
+    the visit ends where that bound exceeds the best total found.
+    """
+    judge = _Judge(need, policy, now_ns, is_attested)
+    found: tuple[int, OpenSheet, Ask] | None = None
+    for class_id in need.class_ids:
+        for price_nusd, sheet, ask in view.by_price.get(class_id, ()):
+            bound = -(-price_nusd * need.flop // FLOP_PER_PFLOP)
+            if bound > (need.max_nusd if found is None else found[0]):
+                break
+            total = total_nusd(ask, need.flop, need.touched_bytes, need.moved_bytes)
+            if found is not None and (
+                total > found[0]
+                or (
+                    total == found[0]
+                    and tie_key(need.nonce, sheet, ask) > tie_key(need.nonce, *found[1:])
+                )
+            ):
+                continue
+            if judge.reason(sheet, ask, total) is None:
+                found = (total, sheet, ask)
+    if found is None:
+        return None
+    total, sheet, ask = found
+    return Deal(
+        sheet,
+        ask,
+        total,
+        compute_nusd(ask, need.flop, need.touched_bytes),
+        moved_nusd(ask, need.moved_bytes),
+        need.flop,
+    )
+
+
+def tie_key(nonce: bytes, sheet: OpenSheet, ask: Ask) -> tuple[bytes, bytes, int]:
+    """Orders equal totals: a draw among accounts that nobody can steer, then node and number."""
+    return content_hash(nonce + sheet.account), sheet.node, ask.number
+
+
+def no_deal(ranked: Iterable[Deal | Miss]) -> MarketError:
+    """Why nothing was bought, in words: the commonest reason first, the cheapest near miss."""
+    reasons: dict[str, int] = {}
+    cheapest: int | None = None
+    for miss in ranked:
+        if isinstance(miss, Miss):
+            reasons[miss.reason] = reasons.get(miss.reason, 0) + 1
+            if miss.reason is MissReason.BUDGET:
+                cheapest = min(miss.total_nusd, MAX_NUSD if cheapest is None else cheapest)
+    if not reasons:
+        return MarketError(
+            "the order book is empty", hint="Connect to a peer that sells, or wait for its sheet."
+        )
+    counts = sorted(reasons.items(), key=lambda entry: (-entry[1], entry[0]))
+    listed = ", ".join(f"{count} x {reason}" for reason, count in counts)
+    hint = "Relax the deadline, the budget or the policy."
+    if cheapest is not None:
+        hint = f"The cheapest ask over the budget would cost {format_usd(cheapest)}."
+    return MarketError(f"no ask satisfies the job: {listed}", hint=hint)
+
+
+class _Judge:
+    """The reasons of one ranking, with what they look up prepared once."""
+
+    def __init__(self, need: Need, policy: Policy, now_ns: int, is_attested: IsAttested) -> None:
+        self._need = need
+        self._now_ns = now_ns
+        self._excluded = frozenset(policy.excluded)
+        self._only = frozenset(policy.only)
+        self._max_price_nusd = policy.max_price_nusd
+        self._attested_only = policy.attested_only
+        self._is_attested = is_attested
+        self._experience: dict[tuple[bytes, bytes], int] = {}
+        for entry in policy.experience:
+            key = (entry.account, entry.class_id)
+            known = self._experience.get(key, entry.flop_per_s)
+            self._experience[key] = min(known, entry.flop_per_s)
+
+    def reason(self, sheet: OpenSheet, ask: Ask, total: int) -> MissReason | None:
+        """Why this ask does not do, or None if it does. The first reason that holds is given."""
+        need = self._need
+        if ask.class_id not in need.class_ids:
+            return MissReason.CLASS
+        if ask.memory_bytes < need.memory_bytes:
+            return MissReason.MEMORY
+        if ask.valid_until_ns <= self._now_ns or sheet.sheet.expires_ns <= self._now_ns:
+            return MissReason.EXPIRED
+        if need.deadline_ns <= self._now_ns:
+            return MissReason.DEADLINE
+        return self._barred(sheet, ask) or self._unfit(sheet, ask, total)
+
+    def _barred(self, sheet: OpenSheet, ask: Ask) -> MissReason | None:
+        if sheet.node == self._need.own_node:
+            return MissReason.OWN_NODE
+        if sheet.account in self._excluded or (self._only and sheet.account not in self._only):
+            return MissReason.POLICY
+        if self._attested_only and not self._is_attested(sheet.account, self._now_ns):
+            return MissReason.ATTESTATION
+        if self._max_price_nusd and ask.price_nusd > self._max_price_nusd:
+            return MissReason.PRICE
+        return None
+
+    def _unfit(self, sheet: OpenSheet, ask: Ask, total: int) -> MissReason | None:
+        need = self._need
+        if total > min(need.max_nusd, MAX_NUSD):
+            return MissReason.BUDGET
+        if self._experience:
+            speed = self._experience.get((sheet.account, ask.class_id))
+            if speed is not None:
+                left_ns = need.deadline_ns - self._now_ns
+                if need.flop * NS_PER_S > speed * left_ns:
+                    return MissReason.SLOW
+        return None
