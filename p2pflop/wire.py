@@ -101,9 +101,13 @@ def signed_bytes(network: str, kind: str, public_key: bytes, body: bytes) -> byt
 
 
 def seal(record: S, key: PrivateKey, network: str = DEFAULT_NETWORK) -> Sealed[S]:
-    """Sign ``record``. Raises ValueError if its ``ext`` breaks the rules."""
-    _check_ext(record)
+    """Sign ``record``. Raises ValueError if it is not one that ``open_sealed`` accepts."""
     body = encode(record)
+    try:
+        decode(type(record), body)
+    except ProtocolError as error:
+        raise ValueError(error.message) from error
+    _check_ext(record)
     message = signed_bytes(network, record.KIND, key.public_key, body)
     envelope = Envelope(record.KIND, key.public_key, body, key.sign(message))
     return Sealed(record, key.public_key, content_hash(message), encode(envelope))
