@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from p2pflop.ids import content_hash
-from p2pflop.wire import Hash, Record, Text, U32, U63, encode
+from p2pflop.wire import U32, U63, Hash, Record, Text, encode
 
 SPEC_VERSION: Final = 1
 MAX_PHASES: Final = 16
@@ -89,7 +89,7 @@ class Phase(Record, frozen=True):
 
 
 class Stop(Record, frozen=True):
-    """End when the bool output ``output`` of phase ``phase``, looked at every ``every`` steps, is true."""
+    """End when bool output ``output`` of ``phase`` is true, looked at every ``every`` steps."""
 
     phase: U32
     output: U32
@@ -129,7 +129,7 @@ class ClassDescriptor(Record, frozen=True):
 
 
 class NamedOutput(Record, frozen=True):
-    """Where one fresh output of a phase ended: blob address and size; for ``collect`` a collection."""
+    """Where a fresh output of a phase ended: blob address, size; for ``collect`` a collection."""
 
     phase: U32
     output: U32
