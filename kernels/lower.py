@@ -1,0 +1,248 @@
+"""Lowering: a checked graph becomes a plan for this process's class.
+
+The graph is built node by node as tinygrad tensors over unallocated buffers, with tinygrad's shape
+and dtype compared to ours at every node, scheduled once, compiled kernel by kernel, and written
+down flat. No kernel runs and no input data is seen. All of it is Python work of seconds, which is
+why plans are cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from tinygrad import Device, Tensor
+from tinygrad.codegen import to_program
+from tinygrad.device import Buffer
+from tinygrad.dtype import dtypes
+from tinygrad.engine.realize import compile_linear, estimate_uop, get_call_arg_uops
+from tinygrad.uop.ops import Ops, UOp, shape_to_shape_arg
+
+from p2pflop.errors import JobError, P2PFlopError
+from p2pflop.job.graph import Dtype, Graph, Node, Op
+from p2pflop.job.validate import Checked
+from p2pflop.kernels.dialect import DTYPES, OPS, REDUCTIONS, gather_rows, iota
+from p2pflop.kernels.plan import (
+    FRESH,
+    MAX_ARGUMENTS,
+    PLAN_VERSION,
+    SCRATCH,
+    Call,
+    Kernel,
+    Plan,
+    PlanBuffer,
+    Region,
+    encode_plan,
+)
+
+DEVICE: Final = "CPU"
+_UNSUPPORTED_HINT: Final = "Split the step into smaller phases, or file the graph as a bug."
+
+
+def lower(checked: Checked, progress: Callable[[int, int], None] | None = None) -> bytes:
+    """The encoded plan of ``checked`` for this process's class.
+
+    ``progress(done, total)`` is called after every kernel. Raises JobError if tinygrad cannot
+    schedule or compile the graph, or sees another shape or dtype in it than we do.
+    """
+    try:
+        built = _build(checked)
+        linear, variables = Tensor.linear_with_vars(*built.tensors)
+        if variables:
+            raise JobError("graph has symbolic variables, which no graph of ours can have")
+        compiled = _compile(linear, progress)
+        return encode_plan(_Flattener(built).flatten(compiled))
+    except P2PFlopError:
+        raise
+    except RecursionError as error:
+        raise JobError("graph is nested too deep to lower", hint=_UNSUPPORTED_HINT) from error
+    # Whatever tinygrad or the compiler trips over is a property of this graph in this version.
+    except Exception as error:
+        raise JobError(
+            f"graph cannot be lowered: {type(error).__name__}: {str(error)[:300]}",
+            hint=_UNSUPPORTED_HINT,
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A graph as tinygrad tensors: buffers by slot, tensors to realize, which of them are fresh."""
+
+    slots: dict[int, UOp]
+    tensors: list[Tensor]
+    fresh: list[Tensor]
+
+
+def _build(checked: Checked) -> _Built:
+    graph = checked.graph
+    slots, params = _param_buffers(graph)
+    nodes: list[UOp] = []
+    for number, node in enumerate(graph.nodes):
+        built = _build_node(node, nodes, params)
+        shape, dtype = tuple(checked.shapes[number]), DTYPES[Dtype(checked.dtypes[number])]
+        if built.shape != shape or built.dtype != dtype:
+            raise JobError(
+                f"node {number} ({node.op.name}) is {built.dtype} {built.shape} to tinygrad, "
+                f"{dtype} {shape} by the rules"
+            )
+        nodes.append(built)
+    tensors: list[Tensor] = []
+    fresh: list[Tensor] = []
+    for output in graph.outputs:
+        value = nodes[output.node]
+        if output.slot is None:
+            # A buffer of its own even for a param or for a value that is also state.
+            tensor = Tensor(value.clone(DEVICE))
+            fresh.append(tensor)
+        else:
+            target = params[output.slot]
+            tensor = Tensor(target.after(target.store(value)))
+        tensors.append(tensor)
+    return _Built(slots, tensors, fresh)
+
+
+def _param_buffers(graph: Graph) -> tuple[dict[int, UOp], dict[int, UOp]]:
+    """For each slot its flat buffer, and the buffer in the shape of the param."""
+    slots, shaped = {}, {}
+    for param in graph.params:
+        count = 1
+        for dim in param.shape:
+            count *= dim
+        slots[param.slot] = UOp.new_buffer(DEVICE, count, DTYPES[param.dtype])
+        shaped[param.slot] = slots[param.slot].reshape(param.shape)
+    return slots, shaped
+
+
+def _build_node(node: Node, nodes: list[UOp], params: dict[int, UOp]) -> UOp:
+    sources = tuple(nodes[ref] for ref in node.refs)
+    match node.op:
+        case Op.PARAM:
+            return params[_integer(node.attrs[0])]
+        case Op.CONST:
+            dtype, value = DTYPES[Dtype(_integer(node.attrs[0]))], node.attrs[1]
+            return UOp.invalid() if value is None else UOp.const(value, dtype)
+        case Op.IOTA:
+            return iota(DTYPES[Dtype(_integer(node.attrs[0]))], _integer(node.attrs[1]))
+        case Op.GATHER:
+            return gather_rows(*sources)
+        case Op.RESHAPE | Op.EXPAND:
+            return UOp(OPS[node.op], src=(*sources, shape_to_shape_arg(_integers(node))))
+        case Op.PAD | Op.SHRINK:
+            dims = _integers(node)
+            starts, sizes = shape_to_shape_arg(dims[0::2]), shape_to_shape_arg(dims[1::2])
+            return UOp(OPS[node.op], src=(*sources, starts, sizes))
+        case _:
+            return UOp(OPS[node.op], src=sources, arg=_argument(node))
+
+
+def _argument(node: Node) -> object:
+    """What tinygrad keeps beside the sources of such a node."""
+    match node.op:
+        case Op.CAST | Op.BITCAST:
+            return DTYPES[Dtype(_integer(node.attrs[0]))]
+        case Op.PERMUTE:
+            return _integers(node)
+        case Op.FLIP:
+            return tuple(bool(axis) for axis in node.attrs)
+        case Op.REDUCE:
+            alu, axes = _integers(node)
+            return REDUCTIONS[alu], axes
+        case _:
+            return None
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int):
+        raise JobError(f"{value!r} stands where a graph has an integer")
+    return value
+
+
+def _integers(node: Node) -> tuple[int, ...]:
+    return tuple(_integer(value) for value in node.attrs)
+
+
+def _compile(linear: UOp, progress: Callable[[int, int], None] | None) -> UOp:
+    """``linear`` with every kernel compiled. Equal kernels are compiled once."""
+    renderer = Device[DEVICE].renderer
+    kernels = {call.src[0].key: call.src[0] for call in linear.src if call.src[0].op is Ops.SINK}
+    for done, kernel in enumerate(kernels.values(), start=1):
+        to_program(kernel, renderer)
+        if progress is not None:
+            progress(done, len(kernels))
+    return compile_linear(linear)
+
+
+class _Flattener:
+    """Numbers kernels and buffers in the order in which the calls first use them."""
+
+    def __init__(self, built: _Built) -> None:
+        self._slot_of = {id(uop.buffer): slot for slot, uop in built.slots.items()}
+        self._fresh = [tensor.uop.base.buffer for tensor in built.fresh]
+        self._fresh_ids = {id(buffer.base) for buffer in self._fresh}
+        self._built = built
+        self._buffers: dict[int, tuple[int, PlanBuffer]] = {}
+        self._kernels: dict[bytes, tuple[int, Kernel]] = {}
+
+    def flatten(self, linear: UOp) -> Plan:
+        calls = tuple(self._call(call) for call in linear.src)
+        outputs = tuple(self._region(buffer) for buffer in self._fresh)
+        estimates = [estimate_uop(call) for call in linear.src]
+        return Plan(
+            version=PLAN_VERSION,
+            kernels=tuple(kernel for _, kernel in self._kernels.values()),
+            buffers=tuple(buffer for _, buffer in self._buffers.values()),
+            calls=calls,
+            outputs=outputs,
+            flop=sum(int(estimate.ops) for estimate in estimates),
+            touched_bytes=sum(int(estimate.mem) for estimate in estimates),
+        )
+
+    def _call(self, call: UOp) -> Call:
+        program = call.src[0]
+        if program.op is not Ops.PROGRAM:
+            raise JobError(f"graph needs a {program.op.name}, which a plan cannot hold")
+        threads = self._threads(program)
+        arguments = get_call_arg_uops(call)
+        regions = tuple(self._region(arguments[i].buffer) for i in program.arg.globals)
+        return Call(self._kernel(program, len(regions), threads), regions, threads or 1)
+
+    @staticmethod
+    def _threads(program: UOp) -> int:
+        """How often the kernel is called with a thread number; 0 if it takes none."""
+        names = [variable.expr for variable in program.arg.vars]
+        if not names:
+            return 0
+        if names != ["core_id"]:
+            raise JobError(f"kernel takes {', '.join(names)}, which a plan cannot bind")
+        return int(program.arg.global_size[0])
+
+    def _kernel(self, program: UOp, arguments: int, threads: int) -> int:
+        found = self._kernels.get(program.key)
+        if found is not None:
+            return found[0]
+        if arguments > MAX_ARGUMENTS:
+            raise JobError(
+                f"one kernel of the graph reads {arguments} buffers, {MAX_ARGUMENTS} are possible",
+                hint="Call .contiguous() on part of the sum that needs them all.",
+            )
+        elf = program.to_elf()
+        number = len(self._kernels)
+        self._kernels[program.key] = number, Kernel(elf.name, elf.lib, arguments, threads > 0)
+        return number
+
+    def _region(self, buffer: Buffer) -> Region:
+        base = buffer.base
+        found = self._buffers.get(id(base))
+        if found is None:
+            kind = self._slot_of.get(id(base), FRESH if id(base) in self._fresh_ids else SCRATCH)
+            found = len(self._buffers), PlanBuffer(kind, base.nbytes)
+            self._buffers[id(base)] = found
+        return Region(found[0], buffer.offset, buffer.nbytes)
+
+
+def warm() -> None:
+    """Open the device and lower a small graph, so that a fork of this process starts warm."""
+    tensor = Tensor(UOp.new_buffer(DEVICE, 64, dtypes.float32).reshape((8, 8)))
+    linear, _ = Tensor.linear_with_vars((tensor @ tensor).relu().sum())
+    compile_linear(linear)
