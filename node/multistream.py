@@ -1,0 +1,112 @@
+"""multistream-select 1.0: how both ends of a new stream agree on its protocol.
+
+The one that opens proposes, the other echoes or answers ``na``. The proposal travels with the
+first bytes of the conversation, so a protocol that a connection is known to answer costs no round
+trip; the echo is then checked when the first answer is read.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.node.mux import MuxStream
+
+MAX_LINE_BYTES: Final = 1024
+_VERSION: Final = "/multistream/1.0.0"
+
+
+def encode_line(text: str) -> bytes:
+    """A line as it travels: its length as a varint, its bytes, a newline."""
+    body = text.encode() + b"\n"
+    if len(body) > MAX_LINE_BYTES:
+        raise ValueError(f"a protocol name of {len(body)} bytes")
+    if len(body) < 128:
+        return bytes([len(body)]) + body
+    return bytes([len(body) & 0x7F | 0x80, len(body) >> 7]) + body
+
+
+async def _read_line(stream: MuxStream) -> str:
+    length = shift = 0
+    while True:
+        byte = (await _read_exactly(stream, 1))[0]
+        length |= (byte & 0x7F) << shift
+        shift += 7
+        if not byte & 0x80:
+            break
+        if shift > 14:
+            raise ProtocolError("a protocol name without end")
+    if not 0 < length <= MAX_LINE_BYTES:
+        raise ProtocolError(f"a protocol name of {length} bytes")
+    line = await _read_exactly(stream, length)
+    try:
+        return line.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ProtocolError("a protocol name that is not text") from error
+
+
+async def _read_exactly(stream: MuxStream, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = await stream.read(size - len(data))
+        if not part:
+            raise ProtocolError("the peer opened a stream and said nothing")
+        data += part
+    return data
+
+
+async def answer(stream: MuxStream, known: frozenset[str] | set[str]) -> str:
+    """Agree, as the one who did not open ``stream``, on one of the ``known`` protocols.
+
+    Raises ProtocolError or ProviderError.
+    """
+    if await _read_line(stream) != _VERSION:
+        raise ProtocolError("the peer does not speak multistream-select")
+    greeting = encode_line(_VERSION)
+    if not stream.buffered_bytes:  # some wait for the greeting before they propose
+        await stream.write(greeting)
+        greeting = b""
+    proposed = await _read_line(stream)
+    if proposed in known:
+        await stream.write(greeting + encode_line(proposed))
+        return proposed
+    await stream.write(greeting + encode_line("na"))
+    raise ProviderError(f"{proposed[:80]!r} is not spoken here")
+
+
+class ProposedStream:
+    """A ByteStream that begins by proposing a protocol. See ``p2pflop.dht.planes``."""
+
+    def __init__(self, stream: MuxStream, peer: str, protocol: str) -> None:
+        self._stream = stream
+        self._peer = peer
+        self._protocol = protocol
+        self._unsent = self._proposal = encode_line(_VERSION) + encode_line(protocol)
+        self._echo = b""
+
+    async def confirm(self) -> None:
+        """Wait until the peer has agreed. Raises ProviderError if it does not."""
+        await self._propose(b"")
+        while len(self._echo) < len(self._proposal):
+            part = await self._stream.read(len(self._proposal) - len(self._echo))
+            self._echo += part
+            if not part or not self._proposal.startswith(self._echo):
+                self._stream.reset()
+                raise ProviderError(f"{self._peer} does not answer {self._protocol}")
+
+    async def _propose(self, data: bytes) -> None:
+        unsent, self._unsent = self._unsent, b""
+        if unsent or data:
+            await self._stream.write(unsent + data)
+
+    async def read(self, n: int) -> bytes:
+        if len(self._echo) < len(self._proposal):
+            await self.confirm()
+        return await self._stream.read(n)
+
+    async def write(self, data: bytes) -> None:
+        await self._propose(data)
+
+    async def close(self) -> None:
+        await self._propose(b"")
+        await self._stream.close()

@@ -1,0 +1,470 @@
+"""Yamux over an encrypted socket: many streams of bytes on one connection.
+
+It speaks yamux as go-yamux, js-libp2p and py-libp2p do (frames of a 12-byte header: version, type,
+flags, stream, length), inside packets of a u16 length and a sealed body, which is what noise gives.
+It is ours because a round trip through py-libp2p's layers costs 1.5 ms of Python on both ends
+together, a bid needs several, and its buffers have no bound. How it gets by with little:
+
+- **Writing never waits for the socket.** A frame is sealed and handed to the kernel at once, in the
+  task that sends; only what the kernel does not take is left to a writer task. So a cancelled
+  sender never leaves half a packet behind, and a small frame costs one system call.
+- **Reading is one task**, which takes what the kernel has, opens all packets in it and wakes the
+  streams that got something.
+- **Credit** goes back to a sender once half a window was read, so small messages cost no updates.
+- A stream's first frame carries SYN or ACK itself.
+
+Nothing that a peer sends can make it use more than ``MAX_STREAMS`` windows of ``WINDOW_BYTES`` and
+``MAX_QUEUED_BYTES`` of answers; who goes beyond its credit, or breaks the format, is cut off.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+import trio
+
+from p2pflop.errors import ProviderError
+from p2pflop.units import KIB, MIB
+
+DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
+SYN, ACK, FIN, RST = 1, 2, 4, 8
+HEADER: Final = struct.Struct("!BBHII")
+WINDOW_BYTES: Final = 256 * KIB
+"""Fixed by yamux for a new stream; ours stays there."""
+MAX_SEND_WINDOW_BYTES: Final = 2**32 - 1
+MAX_BODY_BYTES: Final = 60 * KIB
+"""Of the data frames that we send: one fits a packet."""
+MAX_STREAMS: Final = 256
+"""Open at once on one connection, counted apart for each end's own."""
+READY_BYTES: Final = 256 * KIB
+"""Streams wait while more than this is queued for the socket."""
+MAX_QUEUED_BYTES: Final = 2 * MIB
+"""A peer that lets more pile up, by asking without reading, is cut off."""
+MAX_DISCARDED_BYTES: Final = 128 * KIB
+"""What a peer may still send on a stream that this end has finished with."""
+LINGER_S: Final = 30.0
+"""How long a stream that this end has finished with waits for the peer to finish too."""
+PING_S: Final = 15.0
+SILENCE_S: Final = 45.0
+"""A connection on which nothing at all came for so long is dead."""
+FAREWELL_S: Final = 0.5
+"""How long a closing connection waits for the peer to take what was sent."""
+
+MAX_PACKET_BYTES: Final = 65535
+SEAL_BYTES: Final = 16
+_RECEIVE_BYTES: Final = 128 * KIB
+
+
+class StreamBroken(ProviderError):
+    """The stream was reset, or its connection ended."""
+
+
+class Violation(Exception):
+    """The peer broke the format, its credit or a limit."""
+
+
+class SealedSocket:
+    """Packets over a connected socket, which it takes over. ``seal`` and ``unseal`` keep order."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        seal: Callable[[bytes], bytes],
+        unseal: Callable[[bytes], bytes],
+    ) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._seal = seal
+        self._unseal = unseal
+        self._queue = bytearray()
+        self._inbox = bytearray()
+        self._wake = trio.Event()
+        self._room = trio.Event()
+        self.closed = False
+
+    @property
+    def queued_bytes(self) -> int:
+        """What the kernel has not taken yet."""
+        return len(self._queue)
+
+    def send(self, data: bytes | bytearray) -> None:
+        """Queue ``data`` and give the kernel what it takes now. Nothing happens once closed."""
+        step = MAX_PACKET_BYTES - SEAL_BYTES
+        for start in range(0, len(data), step):
+            sealed = self._seal(bytes(data[start : start + step]))
+            self._queue += len(sealed).to_bytes(2, "big")
+            self._queue += sealed
+        self._flush()
+
+    def _flush(self) -> None:
+        if self.closed:
+            return
+        try:
+            del self._queue[: self._socket.send(self._queue)]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self.close()
+        if self._queue:
+            self._wake.set()
+        self._room.set()
+
+    async def room(self, queued_bytes: int = READY_BYTES) -> None:
+        """Return once no more than ``queued_bytes`` are queued, or the socket is closed."""
+        while len(self._queue) > queued_bytes and not self.closed:
+            if self._room.is_set():
+                self._room = trio.Event()
+            await self._room.wait()
+
+    async def write_queue(self) -> None:
+        """Give the kernel what ``send`` could not, until closed."""
+        while not self.closed:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            while self._queue and not self.closed:
+                try:
+                    await trio.lowlevel.wait_writable(self._socket)
+                except (trio.ClosedResourceError, OSError):
+                    self.close()
+                self._flush()
+
+    async def receive(self) -> bytes:
+        """The contents of the packets that came next; none at the end. Raises Violation."""
+        while not self.closed:
+            opened = self._open_packets()
+            if opened:
+                return opened
+            try:
+                await trio.lowlevel.wait_readable(self._socket)
+                data = self._socket.recv(_RECEIVE_BYTES)
+            except (BlockingIOError, InterruptedError):
+                continue
+            except (OSError, trio.ClosedResourceError):
+                break
+            if not data:
+                break
+            self._inbox += data
+        return b""
+
+    def _open_packets(self) -> bytes:
+        opened: list[bytes] = []
+        start, size = 0, len(self._inbox)
+        while size - start >= 2:
+            end = start + 2 + int.from_bytes(self._inbox[start : start + 2], "big")
+            if end > size:
+                break
+            opened.append(self._unseal(bytes(self._inbox[start + 2 : end])))
+            start = end
+        del self._inbox[:start]
+        return b"".join(opened)
+
+    def close(self) -> None:
+        """Close at once; waiting tasks wake up."""
+        if self.closed:
+            return
+        self.closed = True
+        trio.lowlevel.notify_closing(self._socket)
+        with suppress(OSError):  # the peer may have been first
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._queue.clear()
+        self._wake.set()
+        self._room.set()
+
+
+class MuxStream:
+    """A stream of bytes. One task may read and another write at the same time."""
+
+    def __init__(self, mux: Mux, number: int, first_flag: int) -> None:
+        self.mux = mux
+        self.number = number
+        self.protocol = ""
+        self.finished_at: float | None = None
+        self._flag = first_flag
+        self._buffer = bytearray()
+        self._unreported_bytes = 0
+        self._credit_bytes = WINDOW_BYTES  # what the peer may still send
+        self._window_bytes = WINDOW_BYTES  # what we may still send
+        self._discarded_bytes = 0
+        self._fault = ""
+        self._ended = False  # the peer has sent FIN
+        self._closed = False  # we have sent FIN
+        self._readable = trio.Event()
+        self._writable = trio.Event()
+
+    @property
+    def buffered_bytes(self) -> int:
+        """What can be read without waiting."""
+        return len(self._buffer)
+
+    async def read(self, n: int) -> bytes:
+        """Between 1 and ``n`` bytes, or none at the orderly end. Raises StreamBroken."""
+        if self._buffer:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._buffer:
+            if self._fault:
+                raise StreamBroken(self._fault)
+            if self.finished_at is not None:
+                raise StreamBroken("the stream is closed")
+            if self._ended:
+                return b""
+            self._readable = trio.Event()
+            await self._readable.wait()
+        data = bytes(self._buffer[:n])
+        del self._buffer[:n]
+        self._unreported_bytes += len(data)
+        if self._unreported_bytes >= WINDOW_BYTES // 2 and not self._ended and not self._fault:
+            self._send(WINDOW_UPDATE, self._unreported_bytes)
+            self._credit_bytes += self._unreported_bytes
+            self._unreported_bytes = 0
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Send all of ``data``, as the peer gives credit. One task at a time. Raises StreamBroken.
+
+        Cancelled, it may have sent a part.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        position = 0
+        while position < len(data):
+            self._check_writable()
+            if not self._window_bytes:
+                self._writable = trio.Event()
+                await self._writable.wait()
+                continue
+            if self.mux.wire.queued_bytes > READY_BYTES:
+                await self.mux.wire.room()
+                continue
+            size = min(self._window_bytes, MAX_BODY_BYTES, len(data) - position)
+            self._window_bytes -= size
+            self._send(DATA, size, data[position : position + size])
+            position += size
+
+    def _check_writable(self) -> None:
+        if self._fault:
+            raise StreamBroken(self._fault)
+        if self._closed:
+            raise StreamBroken("the stream is closed")
+
+    def _send(self, kind: int, length: int, body: bytes = b"", flags: int = 0) -> None:
+        flags |= self._flag
+        self._flag = 0
+        self.mux.wire.send(HEADER.pack(0, kind, flags, self.number, length) + body)
+
+    def close_write(self) -> None:
+        """Finish sending; reading goes on."""
+        if not self._closed and not self._fault:
+            self._closed = True
+            self._send(WINDOW_UPDATE, 0, flags=FIN)
+            self._writable.set()
+            self.mux.forget_if_over(self)
+
+    async def close(self) -> None:
+        """Finish sending, and read no more: what still comes is thrown away."""
+        self.close_write()
+        if self.finished_at is None:
+            self.finished_at = trio.current_time()
+            self._readable.set()
+            self._buffer.clear()
+            self.mux.forget_if_over(self)
+
+    def reset(self, why: str = "the stream was reset here") -> None:
+        """End it both ways at once; the peer sees a broken stream."""
+        if not self._fault and not self.over:
+            self._send(WINDOW_UPDATE, 0, flags=RST)
+        self.break_off(why)
+
+    def break_off(self, why: str) -> None:
+        """Let every task that uses it fail with ``why``. What came is still read first."""
+        self._fault = self._fault or why
+        self._readable.set()
+        self._writable.set()
+        self.mux.forget_if_over(self)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing will come or go any more."""
+        return bool(self._fault) or (self._closed and self._ended)
+
+    def on_frame(self, flags: int, increment: int, body: bytes) -> None:
+        """What the peer sent. Raises Violation."""
+        if increment:
+            self._window_bytes += increment
+            if self._window_bytes > MAX_SEND_WINDOW_BYTES:
+                raise Violation("a send window beyond 32 bits")
+            self._writable.set()
+        if body:
+            self._credit_bytes -= len(body)
+            if self._credit_bytes < 0 or self._ended:
+                raise Violation("data beyond the credit or after the end of a stream")
+            self._take(body)
+        if flags & RST:
+            self._buffer.clear()
+            self.break_off("the peer reset the stream")
+        elif flags & FIN:
+            self._ended = True
+            self._readable.set()
+            self.mux.forget_if_over(self)
+
+    def _take(self, body: bytes) -> None:
+        if self.finished_at is None:
+            self._buffer += body
+            self._readable.set()
+            return
+        self._discarded_bytes += len(body)
+        if self._discarded_bytes > MAX_DISCARDED_BYTES:
+            self.reset("the peer went on sending")
+
+
+class Mux:
+    """One end of a yamux connection. ``run`` it; ``on_stream`` gets each stream the peer opens.
+
+    ``received`` is what came before the muxer took over.
+    """
+
+    def __init__(
+        self,
+        wire: SealedSocket,
+        *,
+        initiator: bool,
+        on_stream: Callable[[MuxStream], None],
+        received: bytes = b"",
+    ) -> None:
+        self.wire = wire
+        self.why_closed = ""
+        self.rtt_ns = 0
+        self._on_stream = on_stream
+        self._inbox = bytearray(received)
+        self._streams: dict[int, MuxStream] = {}
+        self._next_number = 1 if initiator else 2
+        self._peer_parity = 0 if initiator else 1
+        self._last_peer_number = 0
+        self._heard_at = 0.0
+        self._ping_sent_at = 0.0
+        self._pings = 0
+
+    def open(self) -> MuxStream:
+        """A new stream. Raises StreamBroken if the connection ended or has too many."""
+        if self.why_closed:
+            raise StreamBroken(self.why_closed)
+        if self.count_streams(inbound=False) >= MAX_STREAMS:
+            raise StreamBroken(f"{MAX_STREAMS} streams are already open on the connection")
+        stream = MuxStream(self, self._next_number, SYN)
+        self._next_number += 2
+        self._streams[stream.number] = stream
+        return stream
+
+    def count_streams(self, *, inbound: bool) -> int:
+        """Open streams that the peer (``inbound``) or this end began."""
+        parity = self._peer_parity if inbound else 1 - self._peer_parity
+        return sum(1 for number in self._streams if number % 2 == parity)
+
+    def forget_if_over(self, stream: MuxStream) -> None:
+        """Drop the entry of a stream on which nothing will come or go any more."""
+        if stream.over:
+            self._streams.pop(stream.number, None)
+
+    async def run(self) -> None:
+        """Serve the connection until either end closes it. Raises nothing that a peer caused."""
+        self._heard_at = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.wire.write_queue)
+            nursery.start_soon(self._watch)
+            try:
+                await self._read()
+                self.close("the peer closed the connection")
+            except Violation as fault:
+                self.close(f"cut off: {fault}")
+            finally:
+                self.close("the connection was closed here")
+                nursery.cancel_scope.cancel()
+
+    async def aclose(self) -> None:
+        """``close`` after what was sent has gone out, if the peer takes it within a moment."""
+        with trio.move_on_after(FAREWELL_S):
+            await self.wire.room(0)
+        self.close()
+
+    def close(self, why: str = "the connection was closed here") -> None:
+        """End the connection and break its streams. What they received can still be read."""
+        if self.why_closed:
+            return
+        self.why_closed = why
+        self.wire.send(HEADER.pack(0, GO_AWAY, 0, 0, 0))
+        self.wire.close()
+        for stream in list(self._streams.values()):
+            stream.break_off(why)
+        self._streams.clear()
+
+    async def _read(self) -> None:
+        while True:
+            self._take_frames()
+            data = await self.wire.receive()
+            if not data:
+                return
+            self._heard_at = trio.current_time()
+            self._inbox += data
+
+    def _take_frames(self) -> None:
+        start, size = 0, len(self._inbox)
+        while size - start >= HEADER.size and not self.why_closed:
+            version, kind, flags, number, length = HEADER.unpack_from(self._inbox, start)
+            if version or kind > GO_AWAY:
+                raise Violation("not a yamux frame")
+            end = start + HEADER.size + (length if kind == DATA else 0)
+            if kind == DATA and length > WINDOW_BYTES:
+                raise Violation(f"a data frame of {length} bytes")
+            if end > size:
+                break
+            if kind == PING:
+                self._on_ping(flags, length)
+            elif kind == GO_AWAY:
+                self.close("the peer closed the connection")
+            else:
+                body = bytes(self._inbox[start + HEADER.size : end])
+                self._on_stream_frame(flags, number, 0 if kind == DATA else length, body)
+            start = end
+        del self._inbox[:start]
+        if self.wire.queued_bytes > MAX_QUEUED_BYTES:
+            raise Violation("the peer asks without reading the answers")
+
+    def _on_stream_frame(self, flags: int, number: int, increment: int, body: bytes) -> None:
+        stream = self._streams.get(number)
+        if flags & SYN:
+            if number % 2 != self._peer_parity or number <= self._last_peer_number:
+                raise Violation(f"a new stream with the number {number}")
+            self._last_peer_number = number
+            if self.count_streams(inbound=True) >= MAX_STREAMS:
+                self.wire.send(HEADER.pack(0, WINDOW_UPDATE, RST, number, 0))
+                return
+            stream = self._streams[number] = MuxStream(self, number, ACK)
+            stream.on_frame(flags, increment, body)
+            self._on_stream(stream)
+        elif stream is not None:
+            stream.on_frame(flags, increment, body)
+
+    def _on_ping(self, flags: int, value: int) -> None:
+        if flags & SYN:
+            self.wire.send(HEADER.pack(0, PING, ACK, 0, value))
+        elif value == self._pings and self._ping_sent_at:
+            self.rtt_ns = int((trio.current_time() - self._ping_sent_at) * 1e9)
+            self._ping_sent_at = 0.0
+
+    async def _watch(self) -> None:
+        """Notice a dead peer, measure the round trip, and let go of streams long finished here."""
+        while True:
+            self._pings += 1
+            self._ping_sent_at = trio.current_time()
+            self.wire.send(HEADER.pack(0, PING, SYN, 0, self._pings))
+            await trio.sleep(PING_S)
+            now = trio.current_time()
+            if now - self._heard_at > SILENCE_S:
+                self.close(f"nothing came for {SILENCE_S:.0f} s")
+                return
+            for stream in list(self._streams.values()):
+                if stream.finished_at is not None and now - stream.finished_at > LINGER_S:
+                    stream.reset("the peer did not finish")
