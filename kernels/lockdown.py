@@ -75,12 +75,14 @@ class Mechanisms:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What a locked process keeps. ``execute`` are files that it may start."""
+    """What a locked process keeps. ``execute`` are files that it may start, ``read`` paths that it
+    may read beside ``readable_paths``."""
 
     memory_bytes: int
     cpu_seconds: int
     calls: Mapping[str, Rule | None]
     execute: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
 
 
 def lock(allowance: Allowance, mechanisms: Mechanisms) -> None:
@@ -95,7 +97,7 @@ def lock(allowance: Allowance, mechanisms: Mechanisms) -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if mechanisms.landlock:
-        _landlock(readable_paths(), allowance.execute)
+        _landlock((*readable_paths(), *allowance.read), allowance.execute)
     if mechanisms.seccomp:
         _drop_capabilities()
         calls = dict(allowance.calls)
@@ -110,6 +112,18 @@ def die_with_parent(parent: int) -> None:
         _prctl(_PR_SET_PDEATHSIG, 9)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def only_descriptors(keep: Iterable[int]) -> None:
+    """Close every descriptor but ``keep``, and point 0, 1 and 2 at /dev/null."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for standard in range(3):
+        os.dup2(null, standard)
+    start = 3
+    for descriptor in sorted(keep):
+        os.closerange(start, descriptor)
+        start = descriptor + 1
+    os.closerange(start, os.sysconf("SC_OPEN_MAX"))
 
 
 def set_limits(memory_bytes: int, cpu_seconds: int) -> None:

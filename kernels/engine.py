@@ -1,0 +1,52 @@
+"""What the zygote needs of a tensor library: lower a graph, run a plan, and be warm beforehand.
+
+The engine is named on the zygote's command line as a module with a ``create`` function, so that a
+test can put in one that misbehaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from p2pflop.job.spec import Work
+from p2pflop.kernels.compiler import CompileClient
+
+DEFAULT_ENGINE = "p2pflop.kernels.tinygrad_engine"
+
+
+class WorkSession(Protocol):
+    """One work in memory; see ``run.Session`` for what each method promises."""
+
+    def write(self, slot: int, offset_bytes: int, data: bytes | memoryview) -> None: ...
+
+    def initialise(self) -> None: ...
+
+    def step(self, number: int) -> None: ...
+
+    def scalars(self) -> list[tuple[int, int, bytes]]: ...
+
+    def should_stop(self, number: int) -> bool: ...
+
+    def read(self, slot: int) -> memoryview: ...
+
+    def read_output(self, phase: int, output: int) -> memoryview | None: ...
+
+
+class Engine(Protocol):
+    """A tensor library behind the sandbox."""
+
+    def use_compiler(self, client: CompileClient) -> None:
+        """Compile by asking ``client`` from now on."""
+
+    def warm(self) -> str:
+        """Import and try out all that a locked child will need, which can read hardly any file.
+
+        Returns what a plan depends on beside graph and class: versions, the processor.
+        """
+
+    def lower(self, graph: bytes, progress: Callable[[int, int], None]) -> bytes:
+        """The plan of an encoded graph. Raises JobError."""
+
+    def session(self, work: Work, plans: Mapping[bytes, bytes]) -> WorkSession:
+        """``work`` in memory. Raises JobError, ProtocolError."""

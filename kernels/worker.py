@@ -1,0 +1,183 @@
+"""A worker: a locked process that holds one work in memory and runs steps of it on command.
+
+It answers one exchange at a time (``frames``). While it runs it looks for a ``Stop`` between two
+steps, and tells rows at most every ``ROWS_INTERVAL_SECONDS``, or when a frame of them is full; a
+node that does not read them makes it wait on the pipe.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from typing import Final
+
+from p2pflop.errors import JobError, P2PFlopError, ProtocolError
+from p2pflop.job.spec import Work
+from p2pflop.kernels.engine import Engine, WorkSession
+from p2pflop.kernels.frames import (
+    MAX_ROW_VALUES,
+    BlockingPipe,
+    Continue,
+    Done,
+    Fault,
+    Initialise,
+    Load,
+    LoadPlan,
+    Paused,
+    Progressed,
+    Read,
+    ReadOutput,
+    Ready,
+    Run,
+    Scalar,
+    Stop,
+    WorkerCommand,
+    Write,
+    parts,
+    text,
+    worker_command,
+)
+from p2pflop.units import MIB
+from p2pflop.wire import decode
+
+ROWS_INTERVAL_SECONDS: Final = 0.05
+MAX_PLANS_BYTES: Final = 512 * MIB
+
+
+def serve(pipe: BlockingPipe, engine: Engine) -> None:
+    """Obey the node until it closes the pipe. Raises EOFError or OSError then."""
+    pipe.send(Ready())
+    try:
+        _Worker(pipe, engine).obey()
+    except (EOFError, BrokenPipeError):
+        raise
+    except MemoryError:
+        pipe.send(Fault(True, "the job ran out of memory"))
+    except OSError as error:
+        job = error.errno == errno.ENOMEM
+        pipe.send(Fault(job, "the job ran out of memory" if job else text(repr(error))))
+    except P2PFlopError as error:
+        pipe.send(Fault(isinstance(error, JobError), text(error)))
+    # The node must hear why, whatever it is, before this process ends.
+    except Exception as error:  # noqa: BLE001
+        pipe.send(Fault(False, text(f"the worker failed: {error!r}")))
+
+
+class _Worker:
+    def __init__(self, pipe: BlockingPipe, engine: Engine) -> None:
+        self._pipe = pipe
+        self._engine = engine
+        self._loaded: WorkSession | None = None
+
+    def obey(self) -> None:
+        while True:
+            self._answer(self._pipe.receive(worker_command))
+
+    def _answer(self, command: WorkerCommand) -> None:
+        match command:
+            case Load():
+                self._load(command)
+            case Write():
+                self._session.write(command.slot, command.offset_bytes, command.data)
+            case Initialise():
+                self._session.initialise()
+                self._pipe.send(Done())
+            case Run():
+                self._run(command)
+            case Read():
+                self._send(self._session.read(command.slot))
+            case ReadOutput():
+                self._send(self._session.read_output(command.phase, command.output))
+            case Stop():
+                pass  # it crossed the end of the run that it was meant for
+            case _:
+                raise ProtocolError(f"{type(command).__name__} out of turn")
+
+    @property
+    def _session(self) -> WorkSession:
+        if self._loaded is None:
+            raise ProtocolError("no work is loaded")
+        return self._loaded
+
+    def _load(self, command: Load) -> None:
+        plans: dict[bytes, bytes] = {}
+        budget = MAX_PLANS_BYTES
+        for _ in range(command.plans):
+            start = self._pipe.receive(worker_command)
+            if not isinstance(start, LoadPlan):
+                raise ProtocolError(f"expected a plan, got {type(start).__name__}")
+            plans[start.graph] = self._pipe.receive_parts(worker_command, budget)
+            budget -= len(plans[start.graph])
+        self._loaded = self._engine.session(decode(Work, command.work), plans)
+        self._pipe.send(Done())
+
+    def _send(self, view: memoryview | None) -> None:
+        for part in parts(view if view is not None else b""):
+            self._pipe.send(part)
+
+    def _run(self, command: Run) -> None:
+        session, rows = self._session, _Rows(self._pipe)
+        step, end = command.first_step, command.first_step + command.steps
+        stopped = condition = False
+        while step < end and not (stopped or condition):
+            session.step(step)
+            rows.add(step, session.scalars())
+            condition = session.should_stop(step)
+            step += 1
+            stopped = self._pipe.waiting() and self._stop_came()
+            boundary = command.pause_every and step % command.pause_every == 0
+            if boundary and step < end and not (stopped or condition):
+                rows.flush()
+                self._pipe.send(Paused(step, False, False))
+                stopped = self._stand_still()
+                if stopped:
+                    return
+        rows.flush()
+        self._pipe.send(Paused(step, True, condition))
+
+    def _stop_came(self) -> bool:
+        command = self._pipe.receive(worker_command)
+        if not isinstance(command, Stop):
+            raise ProtocolError(f"{type(command).__name__} during a run")
+        return True
+
+    def _stand_still(self) -> bool:
+        """Answer reads until told to go on; whether the run was given up for another command."""
+        while True:
+            command = self._pipe.receive(worker_command)
+            if isinstance(command, Continue):
+                return False
+            self._answer(command)
+            if isinstance(command, Run | Load):
+                return True
+
+
+class _Rows:
+    """Traced scalars on their way out, batched."""
+
+    def __init__(self, pipe: BlockingPipe) -> None:
+        self._pipe = pipe
+        self._values: list[Scalar] = []
+        self._first: int | None = None
+        self._last = 0
+        self._due = time.monotonic() + ROWS_INTERVAL_SECONDS
+
+    def add(self, step: int, scalars: list[tuple[int, int, bytes]]) -> None:
+        if len(self._values) + len(scalars) > MAX_ROW_VALUES:
+            self.flush()
+        self._first = step if self._first is None else self._first
+        self._last = step
+        for phase, output, value in scalars:
+            if len(self._values) == MAX_ROW_VALUES:
+                self.flush()
+                self._first = step
+            self._values.append((step, phase, output, value))
+        if time.monotonic() >= self._due:
+            self.flush()
+
+    def flush(self) -> None:
+        self._due = time.monotonic() + ROWS_INTERVAL_SECONDS
+        if self._first is None:
+            return
+        self._pipe.send(Progressed(self._first, self._last, tuple(self._values)))
+        self._values, self._first = [], None
