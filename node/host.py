@@ -37,6 +37,8 @@ from p2pflop.dht.planes import FrameStream, Stream
 from p2pflop.errors import ConfigError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.keys import PrivateKey, peer_id, public_key_of
 from p2pflop.node import multistream
+from p2pflop.node.libp2p_directory import KadDirectory
+from p2pflop.node.libp2p_gossip import Gossip
 from p2pflop.node.libp2p_streams import MuxedConnection, build_host
 from p2pflop.node.mux import MuxStream
 from p2pflop.wire import DEFAULT_NETWORK
@@ -87,10 +89,14 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class HostStatistics:
-    """Counts since the host was opened; ``peers`` and ``inbound_streams`` are those of now."""
+    """``counts`` are since the host was opened; the others are of now.
+
+    ``directory_peers`` are those in the DHT's routing table.
+    """
 
     peers: int
     inbound_streams: int
+    directory_peers: int
     counts: dict[str, int]
 
 
@@ -116,6 +122,8 @@ class Host:
         self._libp2p.get_network().set_stream_handler(self._serve_libp2p)
         if self._libp2p.get_id().to_base58() != self.peer:
             raise ConfigError("libp2p derives another peer id from this key than p2pflop does")
+        self._gossip = Gossip(self._libp2p, self.peer, self.network, self._counts)
+        self._directory = KadDirectory(self._libp2p, self.network)
 
     # Streams
 
@@ -134,7 +142,7 @@ class Host:
         """
         name = self._protocol(protocol)
         with trio.move_on_after(OPEN_S):
-            connection = self._live(peer) or await self._dial(peer, self._known.get(peer, ()))
+            connection = self._live(peer) or await self._find_and_dial(peer)
             stream = connection.mux.open()
             proposed = multistream.ProposedStream(stream, peer, name)
             if name not in connection.answered:
@@ -259,7 +267,12 @@ class Host:
 
     def statistics(self) -> HostStatistics:
         """See HostStatistics."""
-        return HostStatistics(len(self._connections), self._inbound.total(), dict(self._counts))
+        return HostStatistics(
+            len(self._connections),
+            self._inbound.total(),
+            self._directory.size,
+            dict(self._counts),
+        )
 
     def connection_up(self, connection: MuxedConnection) -> None:
         """See Owner."""
@@ -268,6 +281,7 @@ class Host:
         self._counts["connections"] += 1
         if len(connections) == 1:
             self._tell(self._connect_callbacks, connection.peer)
+            self._nursery.start_soon(self._directory.introduce, connection.peer)
 
     def connection_down(self, connection: MuxedConnection) -> None:
         """See Owner."""
@@ -327,6 +341,19 @@ class Host:
             hint="Check that the address is right and that its node is running.",
         )
 
+    async def _find_and_dial(self, peer: str) -> MuxedConnection:
+        public_key_of(peer)
+        known = self._known.get(peer, ())
+        try:
+            return await self._dial(peer, known)
+        except ProviderError:
+            found = await self._directory.find_addresses(peer)
+            found = _dialable(peer, found)
+            if not set(found) - set(known):
+                raise
+            self._remember(peer, found)
+            return await self._dial(peer, found)
+
     async def _stay_connected(self, address: str) -> None:
         """Keep a connection to a bootstrap address, trying again ever more rarely."""
         peer = _peer_of(address)
@@ -341,6 +368,44 @@ class Host:
                 delay_s = min(delay_s * 2, MAX_RETRY_S)
             while self._live(peer) is not None:
                 await self._changed.wait()
+
+    # Gossip and directory
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Send ``data`` to every subscriber of ``topic``, signed by this host; not to itself.
+
+        Delivery is likely, not certain. Raises ValueError over ``MAX_MESSAGE_BYTES``.
+        """
+        await self._gossip.publish(topic, data)
+
+    async def subscribe(
+        self,
+        topic: str,
+        validator: Callable[[str, bytes], bool],
+        sink: trio.MemorySendChannel[tuple[str, bytes]],
+    ) -> None:
+        """Put ``(author, data)`` of every message on ``topic`` into ``sink``, dropped if it is full.
+
+        ``validator(author, data)`` decides what is delivered and forwarded, and must be quick. The
+        author's signature was checked. Closing the channel ends the subscription. Raises ValueError
+        if the topic has a subscriber.
+        """
+        await self._gossip.subscribe(self._nursery, topic, validator, sink)
+
+    def neighbours(self, topic: str) -> list[str]:
+        """Connected peers that take messages on ``topic``."""
+        return self._gossip.reachable(topic)
+
+    async def provide(self, key: bytes) -> None:
+        """See Directory."""
+        await self._directory.provide(key)
+
+    async def find(self, key: bytes) -> list[str]:
+        """See Directory. The addresses found are remembered for ``open``."""
+        found = await self._directory.find(key)
+        for peer, addresses in found:
+            self._remember(peer, _dialable(peer, addresses))
+        return [peer for peer, _ in found]
 
     # Life
 
@@ -367,6 +432,7 @@ async def open_host(config: HostConfig) -> AsyncIterator[Host]:
         try:
             host = Host(config, nursery)
             async with _listening(host):
+                nursery.start_soon(host._directory.keep_addresses)
                 for address in config.bootstrap:
                     if _peer_of(address) != host.peer:
                         nursery.start_soon(host._stay_connected, address)
@@ -391,7 +457,8 @@ async def _listening(host: Host) -> AsyncIterator[None]:
         if len(libp2p.get_transport_addrs()) < len(listen):
             raise ConfigError(f"cannot listen on {', '.join(host._config.listen)}")
         host.addresses = tuple(f"{a}/p2p/{host.peer}" for a in libp2p.get_transport_addrs())
-        yield
+        async with host._gossip.running(), host._directory.running():
+            yield
 
 
 def _listen_address(text: str) -> Multiaddr:
@@ -443,6 +510,19 @@ def _peer_of(address: str) -> str:
     peer = str(parsed.value_for_protocol("p2p"))
     public_key_of(peer)
     return peer
+
+
+def _dialable(peer: str, addresses: Iterable[str]) -> tuple[str, ...]:
+    """Those of the ``addresses`` that other peers give for ``peer`` that can be dialled."""
+    dialable: list[str] = []
+    for text in addresses:
+        address = text if text.endswith(f"/p2p/{peer}") else f"{text}/p2p/{peer}"
+        try:
+            if _peer_of(address) == peer:
+                dialable.append(address)
+        except ConfigError:
+            continue
+    return tuple(dialable[:MAX_ADDRESSES_PER_PEER])
 
 
 def _reason(error: BaseException, peer: str) -> str:
