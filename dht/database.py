@@ -1,0 +1,158 @@
+"""One SQLite file with one writer thread, which commits in groups, and a reader.
+
+With ``synchronous=FULL`` a commit waits for the disk, about a millisecond; doing it on the event
+loop would stop everything else, and doing it once a row would cap the rate at the disk's. So
+operations queue for one thread, which runs all that wait as one transaction, each in its own
+savepoint, and wakes their tasks only after the commit: what ``write`` returned is on disk.
+
+The reader runs on the event loop, for look-ups by key: WAL lets it read while the writer writes.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Final, Generic, TypeVar
+
+import trio
+
+from p2pflop.errors import StoreError
+
+MAX_GROUP: Final = 256
+MAX_WAITING: Final = 4096
+BUSY_TIMEOUT_S: Final = 5.0
+
+T = TypeVar("T")
+
+
+class _Request(Generic[T]):
+    def __init__(self, operation: Callable[[sqlite3.Connection], T]) -> None:
+        self.operation = operation
+        self.token = trio.lowlevel.current_trio_token()
+        self.done = trio.Event()
+        self.result: T
+        self.fault: BaseException | None = None
+
+    def run(self, connection: sqlite3.Connection) -> None:
+        connection.execute("SAVEPOINT operation")
+        try:
+            self.result = self.operation(connection)
+        except sqlite3.Error:
+            raise
+        except BaseException as fault:  # noqa: BLE001 - raised again in the task that waits
+            self.fault = fault
+            connection.execute("ROLLBACK TO operation")
+        connection.execute("RELEASE operation")
+
+    def wake(self) -> None:
+        try:
+            self.token.run_sync_soon(self.done.set)
+        except trio.RunFinishedError:
+            return  # The event loop is gone, and with it the task that waited.
+
+
+class Database:
+    """``schema`` is run if the file is new; ``version`` is written to it and checked after that."""
+
+    def __init__(self, path: Path, schema: str, version: int) -> None:
+        self.path = path
+        self._closed = False
+        self._queue: SimpleQueue[_Request[Any] | None] = SimpleQueue()
+        self._waiting = trio.CapacityLimiter(MAX_WAITING)
+        try:
+            self._connection = self._connect(schema, version)
+            self._reader = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)
+        except sqlite3.Error as error:
+            raise self._fault(error) from error
+        self._thread = threading.Thread(target=self._run, name=f"commits {path.name}", daemon=True)
+        self._thread.start()
+
+    async def write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        """Run ``operation`` in the writer thread and return its result once it is on disk.
+
+        Not cancellable while it waits, so that a caller always knows whether it was done. Raises
+        StoreError if the database fails, and whatever ``operation`` raises, which undoes it alone.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.CancelScope(shield=True):
+            async with self._waiting:
+                if self._closed:
+                    raise StoreError(f"{self.path} is closed")
+                request = _Request(operation)
+                self._queue.put(request)
+                await request.done.wait()
+        if request.fault is not None:
+            raise request.fault
+        return request.result
+
+    def read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Rows of a short query. Raises StoreError."""
+        if self._closed:
+            raise StoreError(f"{self.path} is closed")
+        try:
+            return self._reader.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._fault(error) from error
+
+    async def aclose(self) -> None:
+        """Finish what waits and close the file."""
+        self._stop()
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._thread.join)
+        self._reader.close()
+
+    def _stop(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+
+    def _connect(self, schema: str, version: int) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path, isolation_level=None, timeout=BUSY_TIMEOUT_S, check_same_thread=False
+        )
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        (found,) = connection.execute("PRAGMA user_version").fetchone()
+        if found == 0:
+            connection.executescript(f"BEGIN; {schema}; PRAGMA user_version={version}; COMMIT")
+        elif found != version:
+            raise StoreError(
+                f"{self.path} has format {found}, and this version reads format {version}",
+                hint="Use the version of p2pflop that wrote it, or move the file away.",
+            )
+        return connection
+
+    def _run(self) -> None:
+        while True:
+            group = [self._queue.get()]
+            while len(group) < MAX_GROUP and not self._queue.empty():
+                group.append(self._queue.get())
+            requests = [request for request in group if request is not None]
+            if requests:
+                self._commit(requests)
+            if len(requests) < len(group):
+                self._connection.close()
+                return
+
+    def _commit(self, requests: list[_Request[Any]]) -> None:
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            for request in requests:
+                request.run(self._connection)
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            for request in requests:
+                request.fault = self._fault(error)
+        for request in requests:
+            request.wake()
+
+    def _fault(self, error: sqlite3.Error) -> StoreError:
+        return StoreError(
+            f"{self.path.name}: {error}",
+            hint=f"See that {self.path.parent} is writable and its disk has space and is sound.",
+        )
