@@ -1,8 +1,9 @@
 """What a graph from a stranger may be at most. Every number has a test at its edge.
 
 The defaults are far above real training steps (an 8-layer transformer with AdamW has 6,021 nodes
-and a depth of 1,927, 225 more a layer, but no fused chain over 58) and far below what made tinygrad hang, run out of memory or
-crash when it was tried: chains of thousands of nodes, STACKs of thousands, EXPAND to 2**40.
+and a depth of 1,927, 225 more a layer, but no fused chain over 58) and far below what made tinygrad
+hang, run out of memory or crash when it was tried: chains of thousands of nodes, STACKs of
+thousands, EXPAND to 2**40.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ class Limits:
     """Limits on one graph, and on the works and jobs made of graphs.
 
     ``depth`` is the longest path of nodes, ``chain`` the longest that nothing but elementwise and
-    movement operations are on, which a compiler may fuse into one expression; ``numel`` bounds the elements of every tensor, even one
-    that is fused away; ``stored_bytes`` every param and output; ``flop`` one run of the graph;
-    ``interval_bits`` the size that an integer's bounds may reach while a compiler folds them.
+    movement operations are on, which a compiler may fuse into one expression; ``numel`` bounds the
+    elements of every tensor, even one that is fused away; ``stored_bytes`` every param and output;
+    ``flop`` one run of the graph; ``interval_bits`` the size that an integer's bounds may reach
+    while a compiler folds them; ``graphs`` how many a work may have, ``trace_bytes`` how much a
+    job's traced scalars may take.
     """
 
     graph_bytes: int = 2 * 1024 * 1024
@@ -44,6 +47,7 @@ class Limits:
     flop: int = 2**62
     interval_bits: int = 4096
     graphs: int = 64
+    trace_bytes: int = 256 * 1024 * 1024
 
 
 DEFAULT_LIMITS: Final = Limits()

@@ -1,0 +1,610 @@
+"""The two lives of a job, the buyer's and the provider's, as state machines without I/O.
+
+Theory of operation
+-------------------
+A lifecycle is a path through one table: in a **state**, an **event** takes an **edge** to the next
+state. Whoever drives it calls ``on(event, now_ns)`` and does what the returned actions say, in
+order. Two rules make it safe to die at any moment:
+
+1. **The journal is the path.** Every edge that changes anything is one ``Persist(edge, body)``,
+   always the first action; the body holds the signed records that came in or went out with it.
+   It must be durable before the rest is done. ``resume(rows, now_ns)`` walks the same table
+   again and returns what has to be repeated: the last message, the running timers.
+2. **Every state is bounded.** Each state that is not an end has a named limit (``LIMITS``), and the
+   deadline bounds all of them up to delivery. An event that comes when a limit has passed is
+   dropped and the limit's edge is taken instead, so that a slow driver changes nothing.
+
+Repeating is harmless: the same bid gets the same fill, the same confirm or receipt the same answer,
+in end states too. An event that the table does not allow, or a record that does not check, raises
+ProtocolError and changes nothing; the driver then closes the stream and reports ``Lost``.
+
+What the records are and who may sign them is the business of a **desk** (``BuyerDesk``,
+``ProviderDesk``; the real ones are in ``p2pflop.market.desk``). Here is only order and time.
+
+An exchange, with what each ``on`` returns (timers left out)::
+
+    buyer                                              provider
+    start()      Persist(start)
+    Ranked()     Persist(ranked) Send(bid)   -bid->    start()      Persist(start)
+                                                       Grant()      Persist(grant) Send(fill)
+    Received     Persist(fill) Send(confirm) <-fill-
+                                             -confirm-> Received    Persist(confirm) Start(prepare)
+    Alive()      Persist(started)            <-frames-  Ready()     Persist(ready) Start(run)
+    Received     Persist(commit)             <-commit-  Done(...)   Persist(done) Send(commit)
+                                                                    Start(reveal)
+    Received     Persist(last receipt)       <-receipt- Reveal()    Persist(reveal) Send(receipt)
+                 Start(verify)
+    Verified(n)  Persist(verified)
+                 Send(countersign) Finish    -receipt-> Received    Persist(settle) Stop Finish
+
+``Send("bid", ...)`` means: close the stream to the last provider, if any, and open one to the
+provider that the bid names. ``Stop`` ends the work that a ``Start`` began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Generic, Protocol, TypeVar
+
+import msgspec
+
+from p2pflop.errors import ProtocolError, StoreError
+from p2pflop.units import NS_PER_S
+from p2pflop.wire import envelope_kind
+
+CONFIRM_WITHIN_NS: Final = 2 * NS_PER_S
+DEADLINE: Final = "deadline"
+
+
+class State(StrEnum):
+    """Of both sides; ``SETTLED``, ``FAILED``, ``CANCELLED`` and ``RELEASED`` are ends."""
+
+    RANKING = "ranking"
+    BIDDING = "bidding"
+    CONFIRMING = "confirming"
+    VERIFYING = "verifying"
+    OFFERED = "offered"
+    LEASED = "leased"
+    PREPARING = "preparing"
+    COMMITTED = "committed"
+    RECEIPTED = "receipted"
+    RUNNING = "running"
+    SETTLED = "settled"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    RELEASED = "released"
+
+
+ENDS: Final = frozenset({State.SETTLED, State.FAILED, State.CANCELLED, State.RELEASED})
+
+
+class Edge(StrEnum):
+    """The kinds of journal rows. ``ALIVE``, ``REPEAT`` and ``QUIET`` change nothing: no row."""
+
+    START = "start"
+    RANKED = "ranked"
+    NO_DEAL = "no deal"
+    NEXT = "next"
+    EXHAUSTED = "exhausted"
+    FILL = "fill"
+    STARTED = "started"
+    COMMIT = "commit"
+    RECEIPT = "receipt"
+    LAST_RECEIPT = "last receipt"
+    COUNTERSIGN = "countersign"
+    VERIFIED = "verified"
+    REFUTED = "refuted"
+    LOST = "lost"
+    SILENT = "silent"
+    JOB_FAULT = "job fault"
+    GIVEN_UP = "given up"
+    CANCEL = "cancel"
+    DEADLINE = "deadline"
+    GRANT = "grant"
+    DENY = "deny"
+    CONFIRM = "confirm"
+    LAPSE = "lapse"
+    READY = "ready"
+    DONE = "done"
+    REVEAL = "reveal"
+    SETTLE = "settle"
+    UNPAID = "unpaid"
+    FAULT = "fault"
+    ABANDONED = "abandoned"
+    WITHDRAW = "withdraw"
+    RESTART = "restart"
+    ALIVE = "alive"
+    REPEAT = "repeat"
+    QUIET = "quiet"
+
+
+VOLATILE: Final = frozenset({Edge.ALIVE, Edge.REPEAT, Edge.QUIET})
+
+Table = Mapping[State, Mapping[Edge, State]]
+
+_END_ROWS: Final[dict[State, dict[Edge, State]]] = {
+    end: {Edge.REPEAT: end, Edge.QUIET: end} for end in ENDS
+}
+
+# Loss of a provider ends a job. A RESUBMIT edge, from RUNNING and VERIFYING back to BIDDING with the
+# newest verified checkpoint as its start, takes the place of LOST, SILENT and GIVEN_UP there.
+BUYER: Final[Table] = {
+    State.RANKING: {
+        Edge.RANKED: State.BIDDING,
+        Edge.NO_DEAL: State.FAILED,
+        Edge.SILENT: State.FAILED,
+        Edge.DEADLINE: State.FAILED,
+        Edge.CANCEL: State.CANCELLED,
+    },
+    State.BIDDING: {
+        Edge.FILL: State.CONFIRMING,
+        Edge.NEXT: State.BIDDING,
+        Edge.EXHAUSTED: State.FAILED,
+        Edge.DEADLINE: State.FAILED,
+        Edge.CANCEL: State.CANCELLED,
+        Edge.QUIET: State.BIDDING,
+    },
+    State.CONFIRMING: {
+        Edge.STARTED: State.RUNNING,
+        Edge.COMMIT: State.RUNNING,
+        Edge.NEXT: State.BIDDING,
+        Edge.EXHAUSTED: State.FAILED,
+        Edge.JOB_FAULT: State.FAILED,
+        Edge.DEADLINE: State.FAILED,
+        Edge.CANCEL: State.CANCELLED,
+        Edge.REPEAT: State.CONFIRMING,
+    },
+    State.RUNNING: {
+        Edge.RECEIPT: State.RUNNING,
+        Edge.COUNTERSIGN: State.RUNNING,
+        Edge.COMMIT: State.RUNNING,
+        Edge.LAST_RECEIPT: State.VERIFYING,
+        Edge.REFUTED: State.FAILED,
+        Edge.LOST: State.FAILED,
+        Edge.SILENT: State.FAILED,
+        Edge.GIVEN_UP: State.FAILED,
+        Edge.JOB_FAULT: State.FAILED,
+        Edge.DEADLINE: State.FAILED,
+        Edge.CANCEL: State.CANCELLED,
+        Edge.ALIVE: State.RUNNING,
+        Edge.REPEAT: State.RUNNING,
+        Edge.QUIET: State.RUNNING,
+    },
+    State.VERIFYING: {
+        Edge.VERIFIED: State.SETTLED,
+        Edge.COUNTERSIGN: State.VERIFYING,
+        Edge.REFUTED: State.FAILED,
+        Edge.SILENT: State.FAILED,
+        Edge.GIVEN_UP: State.FAILED,
+        Edge.CANCEL: State.CANCELLED,
+        Edge.REPEAT: State.VERIFYING,
+        Edge.QUIET: State.VERIFYING,
+    },
+    **{end: row for end, row in _END_ROWS.items() if end is not State.RELEASED},
+}
+
+PROVIDER: Final[Table] = {
+    State.OFFERED: {
+        Edge.GRANT: State.LEASED,
+        Edge.DENY: State.RELEASED,
+        Edge.QUIET: State.OFFERED,
+    },
+    State.LEASED: {
+        Edge.CONFIRM: State.PREPARING,
+        Edge.LAPSE: State.RELEASED,
+        Edge.ABANDONED: State.RELEASED,
+        Edge.WITHDRAW: State.RELEASED,
+        Edge.REPEAT: State.LEASED,
+        Edge.QUIET: State.LEASED,
+    },
+    State.PREPARING: {
+        Edge.READY: State.RUNNING,
+        Edge.FAULT: State.FAILED,
+        Edge.ABANDONED: State.RELEASED,
+        Edge.WITHDRAW: State.RELEASED,
+        Edge.RESTART: State.RELEASED,
+        Edge.SILENT: State.RELEASED,
+        Edge.DEADLINE: State.RELEASED,
+        Edge.ALIVE: State.PREPARING,
+        Edge.REPEAT: State.PREPARING,
+        Edge.QUIET: State.PREPARING,
+    },
+    State.RUNNING: {
+        Edge.RECEIPT: State.RUNNING,
+        Edge.COUNTERSIGN: State.RUNNING,
+        Edge.DONE: State.COMMITTED,
+        Edge.FAULT: State.FAILED,
+        Edge.ABANDONED: State.RELEASED,
+        Edge.WITHDRAW: State.RELEASED,
+        Edge.RESTART: State.RELEASED,
+        Edge.SILENT: State.RELEASED,
+        Edge.DEADLINE: State.RELEASED,
+        Edge.ALIVE: State.RUNNING,
+        Edge.REPEAT: State.RUNNING,
+        Edge.QUIET: State.RUNNING,
+    },
+    State.COMMITTED: {
+        Edge.REVEAL: State.RECEIPTED,
+        Edge.COUNTERSIGN: State.COMMITTED,
+        Edge.FAULT: State.FAILED,
+        Edge.ABANDONED: State.RELEASED,
+        Edge.SILENT: State.RELEASED,
+        Edge.ALIVE: State.COMMITTED,
+        Edge.REPEAT: State.COMMITTED,
+        Edge.QUIET: State.COMMITTED,
+    },
+    State.RECEIPTED: {
+        Edge.SETTLE: State.SETTLED,
+        Edge.COUNTERSIGN: State.RECEIPTED,
+        Edge.ABANDONED: State.FAILED,
+        Edge.UNPAID: State.FAILED,
+        Edge.REPEAT: State.RECEIPTED,
+        Edge.QUIET: State.RECEIPTED,
+    },
+    **{end: row for end, row in _END_ROWS.items() if end is not State.CANCELLED},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How long a state may last, from its last journalled edge or, if ``renewed``, sign of life."""
+
+    name: str
+    after_ns: int
+    renewed: bool = False
+
+
+BUYER_LIMITS: Final[Mapping[State, Limit]] = {
+    State.RANKING: Limit("ranking", 60 * NS_PER_S),
+    State.BIDDING: Limit("answer", 10 * NS_PER_S),
+    State.CONFIRMING: Limit("start", 10 * NS_PER_S),
+    State.RUNNING: Limit("provider silence", 30 * NS_PER_S, renewed=True),
+    State.VERIFYING: Limit("verification", 1800 * NS_PER_S),
+}
+PROVIDER_LIMITS: Final[Mapping[State, Limit]] = {
+    State.OFFERED: Limit("decision", 10 * NS_PER_S),
+    State.LEASED: Limit("confirm", CONFIRM_WITHIN_NS),
+    State.PREPARING: Limit("buyer silence", 60 * NS_PER_S, renewed=True),
+    State.RUNNING: Limit("buyer silence", 60 * NS_PER_S, renewed=True),
+    State.COMMITTED: Limit("reveal", 60 * NS_PER_S, renewed=True),
+    State.RECEIPTED: Limit("countersignature", 3600 * NS_PER_S),
+}
+UNTIL_DEADLINE: Final = frozenset(
+    {
+        State.RANKING,
+        State.BIDDING,
+        State.CONFIRMING,
+        State.RUNNING,
+        State.OFFERED,
+        State.LEASED,
+        State.PREPARING,
+    }
+)
+
+
+class Blame(StrEnum):
+    """Whose doing an end is, for the choice of error and of what to try next."""
+
+    NOBODY = ""
+    MARKET = "market"
+    PROVIDER = "provider"
+    BUYER = "buyer"
+    JOB = "job"
+
+
+# Events.
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A signed record came, as an envelope; ``salt`` goes with the last receipt."""
+
+    wire: bytes
+    salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """Anything else came from the other side: progress, rows, a heartbeat."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The stream broke, could not be opened, or was closed because of what came on it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The work failed: at the provider, or so it told the buyer. ``job_fault`` blames the job."""
+
+    reason: str
+    job_fault: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """A ``SetTimer`` of this name is due. Early or outdated ones are ignored."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """Buyer: the book has been ranked; the desk has the deals, or none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Buyer: everything that receipt ``number`` is about is held and verified."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuted:
+    """Buyer: what was delivered is not what was bought."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Buyer: the user wants no more of it."""
+
+    reason: str = "cancelled by the user"
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Provider: the allocator has reserved a slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deny:
+    """Provider: the bid is refused."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Provider: inputs are here and every graph is lowered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpointed:
+    """Provider: the state after ``step`` steps of the work is there to fetch and to be billed."""
+
+    step: int
+    root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Provider: the job is over after ``step`` steps of the work. ``salt`` is 32 random bytes."""
+
+    step: int
+    root: bytes
+    result: bytes
+    salt: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reveal:
+    """Provider: the commit is out; show the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Provider: give the lease back (``cost``, shutdown)."""
+
+    reason: str
+
+
+Event = (
+    Received
+    | Alive
+    | Lost
+    | Fault
+    | Timer
+    | Ranked
+    | Verified
+    | Refuted
+    | Cancel
+    | Grant
+    | Deny
+    | Ready
+    | Checkpointed
+    | Done
+    | Reveal
+    | Withdraw
+)
+
+
+# Actions.
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Journal this row before doing anything else."""
+
+    kind: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a signed record: ``bid``, ``fill``, ``confirm``, ...; ``salt`` goes with the last receipt."""
+
+    kind: str
+    wire: bytes
+    salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Begin ``prepare``, ``run`` or ``reveal`` (provider) or ``verify`` (buyer)."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End whatever was started for this job and free what it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    """Report ``Timer(name)`` at ``at_ns``; replaces the timer of that name."""
+
+    name: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The job is over on this side."""
+
+    state: State
+    reason: str
+    blame: Blame
+
+
+Action = Persist | Send | Start | Stop | SetTimer | Finish
+Parts = tuple[bytes, ...]
+Row = tuple[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The edge that an event takes, what is journalled with it, and what is to be done."""
+
+    edge: Edge
+    parts: Parts = ()
+    actions: Sequence[Action] = ()
+
+
+class Side(Protocol):
+    """One side's content: which edges an event may take, which it does take, what that changes."""
+
+    table: Table
+    limits: Mapping[State, Limit]
+    edges: Mapping[str, tuple[Edge, ...]]
+    initial: State
+
+    def decide(self, name: str, event: Event, state: State, now_ns: int) -> Move: ...
+
+    def apply(self, edge: Edge, parts: Parts) -> None: ...
+
+    def start_parts(self) -> Parts: ...
+
+    def revive(self, state: State) -> Move | None: ...
+
+    def pending(self, state: State) -> Sequence[Action]: ...
+
+    def outcome(self) -> tuple[str, Blame]: ...
+
+
+SideT = TypeVar("SideT", bound=Side)
+
+
+class Lifecycle(Generic[SideT]):
+    """Drives one side through its table. ``side`` holds the records of the job so far."""
+
+    def __init__(self, side: SideT, deadline_ns: int) -> None:
+        self.side = side
+        self.deadline_ns = deadline_ns
+        self.state = side.initial
+        self._timers: dict[str, int] = {}
+
+    @property
+    def ended(self) -> bool:
+        """Whether the state is an end."""
+        return self.state in ENDS
+
+    def start(self, now_ns: int) -> list[Action]:
+        """To be called once, before the first event of a new job."""
+        body = _PARTS.encode(self.side.start_parts())
+        return [Persist(Edge.START, body), *self._arm(now_ns)]
+
+    def on(self, event: Event, now_ns: int) -> list[Action]:
+        """Take in an event. Raises ProtocolError, changing nothing, if it is not allowed now."""
+        due = self._due(now_ns)
+        if due is not None:
+            event = Timer(due)
+        elif isinstance(event, Timer):
+            return []
+        name = event_name(event)
+        row = self.side.table[self.state]
+        if not any(edge in row for edge in self.side.edges.get(name, ())):
+            raise ProtocolError(f"{name} is not allowed in state {self.state}")
+        move = self.side.decide(name, event, self.state, now_ns)
+        return self._take(move, name, now_ns)
+
+    def resume(self, rows: Iterable[Row], now_ns: int) -> list[Action]:
+        """Take up a journalled job: what to do again. Raises StoreError for a broken journal.
+
+        Only for a lifecycle that has not started.
+        """
+        for kind, body in rows:
+            try:
+                parts = _PARTS_DECODER.decode(body)
+                edge = Edge(kind)
+                if edge is not Edge.START:
+                    self.state = self.side.table[self.state][edge]
+                self.side.apply(edge, parts)
+            except (KeyError, ValueError, msgspec.DecodeError) as error:
+                raise StoreError(
+                    f"the journal has {kind!r} in state {self.state}, which cannot be",
+                    hint="The journal is damaged; restore it from a backup.",
+                ) from error
+        move = self.side.revive(self.state)
+        if move is not None:
+            return self._take(move, "restart", now_ns)
+        again = list(self.side.pending(self.state))
+        if self.ended:
+            return [*again, Finish(self.state, *self.side.outcome())]
+        return [*again, *self._arm(now_ns)]
+
+    def _take(self, move: Move, name: str, now_ns: int) -> list[Action]:
+        after = self.side.table[self.state].get(move.edge)
+        if after is None:
+            raise ProtocolError(f"{name} is not allowed in state {self.state}")
+        if move.edge in VOLATILE:
+            renewed = move.edge is Edge.ALIVE
+            return [*move.actions, *(self._arm(now_ns) if renewed else ())]
+        actions: list[Action] = [Persist(move.edge, _PARTS.encode(move.parts)), *move.actions]
+        self.state = after
+        self.side.apply(move.edge, move.parts)
+        if self.ended:
+            self._timers.clear()
+            return [*actions, Stop(), Finish(after, *self.side.outcome())]
+        return [*actions, *self._arm(now_ns)]
+
+    def _arm(self, now_ns: int) -> list[Action]:
+        limit = self.side.limits[self.state]
+        self._timers = {limit.name: now_ns + limit.after_ns}
+        if self.state in UNTIL_DEADLINE:
+            self._timers[DEADLINE] = self.deadline_ns
+        return [SetTimer(name, at_ns) for name, at_ns in self._timers.items()]
+
+    def _due(self, now_ns: int) -> str | None:
+        passed = [(at_ns, name) for name, at_ns in self._timers.items() if at_ns <= now_ns]
+        return min(passed)[1] if passed else None
+
+
+def event_name(event: Event) -> str:
+    """What the tables call an event: the kind of a received record, ``timer``, or its class."""
+    if isinstance(event, Received):
+        return envelope_kind(event.wire)
+    if isinstance(event, Timer):
+        return DEADLINE if event.name == DEADLINE else "timer"
+    return type(event).__name__.lower()
+
+
+_PARTS: Final = msgspec.msgpack.Encoder()
+_PARTS_DECODER: Final = msgspec.msgpack.Decoder(tuple[bytes, ...])
