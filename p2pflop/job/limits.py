@@ -19,6 +19,7 @@ MAX_GRAPH_PARAMS: Final = 4096
 MAX_GRAPH_OUTPUTS: Final = 4096
 MAX_TENSOR_RANK: Final = 16
 MAX_DIM: Final = 2**40
+MAX_TRACE_BYTES: Final = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Limits:
     flop: int = 2**62
     interval_bits: int = 4096
     graphs: int = 64
-    trace_bytes: int = 256 * 1024 * 1024
+    trace_bytes: int = MAX_TRACE_BYTES // 2
 
 
 DEFAULT_LIMITS: Final = Limits()

@@ -34,9 +34,9 @@ from typing import Final
 
 from p2pflop.errors import JobError
 from p2pflop.job.graph import ELEMENTWISE, MOVEMENT, Dtype, Op
-from p2pflop.job.shapes import ITEM_BYTES, Shape
+from p2pflop.job.shapes import ITEM_BYTES, Shape, stored_bytes
 from p2pflop.job.spec import InitSource, Job, Work, times_due
-from p2pflop.job.validate import Checked, stored_bytes
+from p2pflop.job.validate import Checked
 
 METER_ID: Final = "nodes-1"
 MAX_LINE_VALUE: Final = 2**63 - 1

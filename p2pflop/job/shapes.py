@@ -91,6 +91,11 @@ def _least_upper_float(dtype: Dtype) -> Dtype:
     return least_upper_dtype(frozenset({dtype, Dtype.FLOAT32}))
 
 
+def stored_bytes(dtype: Dtype, shape: Shape) -> int:
+    """The size of a tensor in memory."""
+    return ITEM_BYTES[dtype] * math.prod(shape)
+
+
 def infer_dtype(node: Node, operands: Sequence[Dtype]) -> Dtype:
     """The dtype of ``node`` from those of its operands. Not for PARAM. Raises ShapeError."""
     op = node.op

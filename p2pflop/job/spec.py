@@ -5,6 +5,11 @@ the shared param table; a phase is due when ``k + 1 > offset`` and
 ``(k + 1 - offset) % every == 0``, so that ``every=100`` runs after steps 99, 199, ... A **job** is
 a stretch of a work. Names (of tensors, outputs, args) are not part of a work: they live in the
 job file beside it, so that renaming a variable does not change what is computed.
+
+What a slot of the param table is depends on its role: ``input`` never changes, ``state`` is what
+graphs write, ``step`` (one 32 or 64 bit integer, 0-d or of one element) holds the number of the
+step, ``seed`` (two UINT32) holds a constant and the work's seed, as tinygrad's generator wants it.
+``feed`` is reserved.
 """
 
 from __future__ import annotations

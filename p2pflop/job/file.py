@@ -1,0 +1,166 @@
+"""A job as bytes: what travels to a provider, and the ``.p2pj`` file that a user keeps.
+
+Both are one canonical record, compressed by zlib. The compressed form is not canonical (zlib's
+versions differ), so nothing is ever named by its hash: works and graphs inside it are. Inflating
+stops at a limit before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Final, Literal
+
+import msgspec
+
+from p2pflop.errors import JobError, ProtocolError
+from p2pflop.job.graph import decode_graph, graph_hash
+from p2pflop.job.limits import DEFAULT_LIMITS, Limits
+from p2pflop.job.meter import JobCost, init_graphs, meter_job
+from p2pflop.job.spec import MAX_PARAMS, MAX_PHASE_OUTPUTS, MAX_PHASES, Job, Work, work_id
+from p2pflop.job.validate import Checked, Refusal, validate, validate_job, validate_work
+from p2pflop.wire import Record, Text, decode, encode
+
+MAX_INFLATED_BYTES: Final = 16 * 1024 * 1024
+MAX_COMPRESSED_BYTES: Final = 4 * 1024 * 1024
+MAX_BODY_GRAPHS: Final = 64
+FILE_MAGIC: Final = b"p2pj\x01"
+_LEVEL: Final = 9
+
+
+class JobBody(Record, frozen=True):
+    """A job with everything that determines it but its inputs: what travels to a provider.
+
+    ``work`` is an encoded ``Work``; ``graphs`` are encoded, each distinct graph of the work once:
+    the phases' in their order, then the init graphs in slot order.
+    """
+
+    MAX_BYTES: ClassVar[int] = MAX_INFLATED_BYTES
+
+    job: Job
+    work: Annotated[bytes, msgspec.Meta(max_length=Work.MAX_BYTES)]
+    graphs: Annotated[tuple[bytes, ...], msgspec.Meta(max_length=MAX_BODY_GRAPHS)]
+
+
+class Labels(Record, frozen=True):
+    """Names for people; no part of what is computed.
+
+    ``params`` has a name a slot, ``phases`` a name a phase, ``outputs`` a tuple of names a phase,
+    one for each of its fresh outputs.
+    """
+
+    title: Text
+    params: Annotated[tuple[Text, ...], msgspec.Meta(max_length=MAX_PARAMS)]
+    phases: Annotated[tuple[Text, ...], msgspec.Meta(max_length=MAX_PHASES)]
+    outputs: Annotated[
+        tuple[Annotated[tuple[Text, ...], msgspec.Meta(max_length=MAX_PHASE_OUTPUTS)], ...],
+        msgspec.Meta(max_length=MAX_PHASES),
+    ]
+
+
+class JobFile(Record, frozen=True):
+    """A job and its labels."""
+
+    MAX_BYTES: ClassVar[int] = MAX_INFLATED_BYTES
+
+    version: Literal[1]
+    body: JobBody
+    labels: Labels
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedJob:
+    """A job that may be run: decoded, validated and metered. ``graphs`` are keyed by hash."""
+
+    job: Job
+    work: Work
+    work_id: bytes
+    graphs: dict[bytes, Checked]
+    cost: JobCost
+
+
+def encode_body(body: JobBody) -> bytes:
+    """``body``, compressed. Raises JobError if it is over the limits of a receiver."""
+    return _deflate("job", encode(body))
+
+
+def decode_body(data: bytes) -> JobBody:
+    """The body in ``data``; its work and graphs are still bytes. Raises ProtocolError."""
+    return decode(JobBody, _inflate("job", data))
+
+
+def encode_file(file: JobFile) -> bytes:
+    """The bytes of a ``.p2pj`` file. Raises JobError if it is over the limits of a reader."""
+    return FILE_MAGIC + _deflate("job file", encode(file))
+
+
+def decode_file(data: bytes) -> JobFile:
+    """The job in a ``.p2pj`` file, whose labels fit its work. Raises ProtocolError."""
+    if data[: len(FILE_MAGIC)] != FILE_MAGIC:
+        raise ProtocolError("not a job file", hint="Write one with 'p2pflop trace'.")
+    file = decode(JobFile, _inflate("job file", data[len(FILE_MAGIC) :]))
+    work = decode(Work, file.body.work)
+    labels = file.labels
+    counts = [len(names) for names in labels.outputs]
+    if len(labels.params) != len(work.params) or len(labels.phases) != len(work.phases):
+        raise ProtocolError("the labels of the job file do not fit its work")
+    if counts != [len(phase.modes) for phase in work.phases]:
+        raise ProtocolError("the output names of the job file do not fit its work")
+    return file
+
+
+def open_job(body: JobBody, limits: Limits = DEFAULT_LIMITS) -> CheckedJob | Refusal:
+    """Decode, validate and meter ``body``: after this it may be priced, lowered and run."""
+    try:
+        work = decode(Work, body.work)
+        if len(body.graphs) > limits.graphs:
+            return Refusal(f"{len(body.graphs)} graphs are over the limit of {limits.graphs}")
+        decoded = {graph_hash(data): decode_graph(data, limits) for data in body.graphs}
+    except ProtocolError as error:
+        return Refusal(error.message)
+    named = dict.fromkeys((*(phase.graph for phase in work.phases), *init_graphs(work)))
+    if [graph_hash(data) for data in body.graphs] != list(named):
+        return Refusal("the graphs of the job are not those of its work, in their order")
+    graphs: dict[bytes, Checked] = {}
+    for name, graph in decoded.items():
+        checked = validate(graph, limits)
+        if isinstance(checked, Refusal):
+            return Refusal(f"graph {name.hex()[:12]}: {checked.reason}")
+        graphs[name] = checked
+    return _finish(body.job, work, graphs, limits)
+
+
+def _finish(
+    job: Job, work: Work, graphs: Mapping[bytes, Checked], limits: Limits
+) -> CheckedJob | Refusal:
+    refusal = validate_work(work, graphs, limits) or validate_job(work, job, graphs, limits)
+    if refusal is not None:
+        return refusal
+    try:
+        cost = meter_job(work, job, graphs)
+    except JobError as error:
+        return Refusal(error.message)
+    return CheckedJob(job, work, work_id(work), dict(graphs), cost)
+
+
+def _deflate(what: str, data: bytes) -> bytes:
+    compressed = zlib.compress(data, _LEVEL)
+    if len(data) > MAX_INFLATED_BYTES or len(compressed) > MAX_COMPRESSED_BYTES:
+        raise JobError(f"{what} of {len(data)} bytes ({len(compressed)} compressed) is too large")
+    return compressed
+
+
+def _inflate(what: str, data: bytes) -> bytes:
+    if len(data) > MAX_COMPRESSED_BYTES:
+        raise ProtocolError(f"{what} of {len(data)} bytes is over {MAX_COMPRESSED_BYTES}")
+    stream = zlib.decompressobj()
+    try:
+        inflated = stream.decompress(data, MAX_INFLATED_BYTES + 1)
+    except zlib.error as error:
+        raise ProtocolError(f"{what} is not a zlib stream: {error}") from error
+    if len(inflated) > MAX_INFLATED_BYTES:
+        raise ProtocolError(f"{what} is over {MAX_INFLATED_BYTES} bytes inflated")
+    if not stream.eof or stream.unused_data:
+        raise ProtocolError(f"{what} is cut short or has bytes after its end")
+    return inflated
