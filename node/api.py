@@ -7,7 +7,8 @@
 ``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=``  submit the job file in the body
 ``POST /v1/quote?...``                 what a submission would choose from
 ``GET /v1/jobs``, ``/v1/jobs/<id>``    runs of this node
-``GET /v1/jobs/<id>/events?after=``    server-sent events from ``after`` or ``Last-Event-ID`` on
+``GET /v1/jobs/<id>/events?after=&wait_ms=``  server-sent events after ``after`` or
+                                       ``Last-Event-ID``, for ``wait_ms`` at most
 ``GET /v1/jobs/<id>/file``             the job file as submitted
 ``GET /v1/jobs/<id>/record``           the encoded ``Result``, whose BLAKE3 is the result hash
 ``POST /v1/jobs/<id>/cancel``
@@ -23,6 +24,7 @@ Errors are ``{"error": {kind, message, hint, exit_code}}`` with ``kind`` a class
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -30,7 +32,6 @@ from functools import partial
 from typing import Final
 
 import trio
-from p2pflop.dht.store import BlobInfo
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -38,6 +39,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from p2pflop.dht.blobs import BlobInfo
 from p2pflop.dht.manifest import MAX_BLOB_BYTES
 from p2pflop.errors import (
     BlobNotFoundError,
@@ -49,6 +51,7 @@ from p2pflop.errors import (
     StoreError,
 )
 from p2pflop.ids import parse_hash
+from p2pflop.job.file import FILE_MAGIC, MAX_COMPRESSED_BYTES
 from p2pflop.node.api_guard import Activity, Guard, error_response, json_response
 from p2pflop.node.api_streams import BlobStream, EventStream, parse_range
 from p2pflop.node.service import (
@@ -58,10 +61,11 @@ from p2pflop.node.service import (
     NodeService,
     SubmitOptions,
 )
-from p2pflop.units import KIB, MAX_NUSD, MIB
+from p2pflop.units import KIB, MAX_NUSD
 
 MAX_ITEMS: Final = 10_000
 MAX_DEADLINE_S: Final = 366 * 86400
+MAX_WAIT_MS: Final = 7 * 86400 * 1000
 MAX_STEPS: Final = 2**40
 
 _RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
@@ -72,7 +76,7 @@ class ApiLimits:
     """Bounds on what one client may ask for at once."""
 
     max_blob_bytes: int = MAX_BLOB_BYTES
-    max_job_bytes: int = 16 * MIB
+    max_job_bytes: int = MAX_COMPRESSED_BYTES + len(FILE_MAGIC)
     max_command_bytes: int = 4 * KIB
     max_open_requests: int = 256
     heartbeat_s: float = 15.0
@@ -217,8 +221,13 @@ class Api:
         given = request.headers.get("last-event-id") or request.query_params.get("after", "0")
         after = _parse_number(given, "after", 2**63 - 1)
         await self._service.job(run)
-        events = self._service.events(run, after)
-        return EventStream(events, self._limits.heartbeat_s, self._stopping)
+        wait_ms = _number(request, "wait_ms", MAX_WAIT_MS)
+        return EventStream(
+            self._service.events(run, after),
+            heartbeat_s=self._limits.heartbeat_s,
+            wait_s=math.inf if wait_ms is None else wait_ms / 1000,
+            stopping=self._stopping,
+        )
 
     async def connect(self, request: Request) -> Response:
         """Dial a peer."""
@@ -270,6 +279,7 @@ def create_app(
 ) -> Starlette:
     """The ASGI application for ``service``, answering as ``127.0.0.1:port`` and to ``token``."""
     limits = limits or ApiLimits()
+    stopping = trio.Event() if stopping is None else stopping
     guard = Middleware(
         Guard,
         token=token,
@@ -278,7 +288,7 @@ def create_app(
         max_open_requests=limits.max_open_requests,
     )
     return Starlette(
-        routes=Api(service, limits, stopping or trio.Event()).routes(),
+        routes=Api(service, limits, stopping).routes(),
         middleware=[guard],
         exception_handlers={
             _Refused: _on_refused,

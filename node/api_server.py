@@ -66,7 +66,7 @@ async def serve_api(
     listener: ApiListener,
     stopping: trio.Event,
     *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    task_status: Any = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve ``app`` until ``stopping`` is set, then let open requests end for ``GRACE_S``."""
     config = Config()
@@ -90,7 +90,7 @@ async def _serve(
     config: Config,
     stopping: trio.Event,
     *,
-    task_status: trio.TaskStatus[list[str]],
+    task_status: Any,
 ) -> None:
     await serve(
         cast(Any, app),

@@ -14,10 +14,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 import trio
-from p2pflop.dht.store import Store
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from p2pflop.dht.blobs import Store
 from p2pflop.dht.manifest import CHUNK_BYTES
 from p2pflop.errors import P2PFlopError
 from p2pflop.node.api_guard import dump_json, error_body
@@ -107,13 +107,19 @@ class EventStream(Response):
     """Server-sent events with a comment line whenever ``heartbeat_s`` pass without one."""
 
     def __init__(
-        self, events: AsyncIterator[dict[str, Any]], heartbeat_s: float, stopping: trio.Event
+        self,
+        events: AsyncIterator[dict[str, Any]],
+        *,
+        heartbeat_s: float,
+        wait_s: float,
+        stopping: trio.Event,
     ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"content-type": "text/event-stream", "cache-control": "no-store"})
         self._events = events
         self._heartbeat_s = heartbeat_s
+        self._wait_s = wait_s
         self._stopping = stopping
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,6 +128,7 @@ class EventStream(Response):
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with trio.open_nursery() as nursery:
+            nursery.cancel_scope.deadline = trio.current_time() + self._wait_s
             nursery.start_soon(_until_gone, receive, nursery.cancel_scope)
             nursery.start_soon(_until_set, self._stopping, nursery.cancel_scope)
             put, take = trio.open_memory_channel[bytes](0)

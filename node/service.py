@@ -21,8 +21,8 @@ kind           fields
 ``progress``   ``step``, ``steps``
 ``checkpoint`` ``step``, ``state_root``
 ``receipt``    ``number``, ``amount_nusd``, ``to_step``
-``result``     ``hash``, ``outputs``, ``state``, ``trace``, ``cost_usd``, ``cost_nusd``; last
-``failed``     ``error``: the class's name, ``message``, ``hint``; last
+``result``     ``hash``: of the record, ``cost_nusd``; last
+``failed``     ``error``: the name of the error's class, ``message``, ``hint``; last
 ``cancelled``  last
 ============== ====================================================================================
 """
@@ -31,9 +31,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from p2pflop.dht.store import BlobInfo, Store
+if TYPE_CHECKING:  # the client needs this module, and must not wait for trio
+    from p2pflop.dht.blobs import BlobInfo, Store
 
 DEFAULT_FIND_TIMEOUT_S: Final = 30.0
 MAX_FIND_TIMEOUT_S: Final = 600.0

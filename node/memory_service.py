@@ -1,0 +1,171 @@
+"""A ``NodeService`` in memory: its runs follow a script and its store forgets everything.
+
+It is what the API's and the client's tests talk to, and what a front end can be tried against
+without a network, a sandbox or a compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import trio
+
+from p2pflop.dht.blobs import BlobInfo, Store
+from p2pflop.dht.memory import MemoryStore
+from p2pflop.errors import BlobNotFoundError, ConfigError, JobError
+from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions
+
+
+class MemoryRun:
+    """A run whose events come from ``tell``."""
+
+    def __init__(self, run_id: str, body: bytes, options: SubmitOptions) -> None:
+        self.id = run_id
+        self.body = body
+        self.options = options
+        self.record = b""
+        self.events: list[Json] = []
+        self.told = trio.Condition()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last event has been told."""
+        return bool(self.events) and self.events[-1]["kind"] in LAST_EVENT_KINDS
+
+    async def tell(self, kind: str, **fields: object) -> None:
+        """Append an event and wake who waits for it."""
+        async with self.told:
+            seq = len(self.events) + 1
+            self.events.append({"seq": seq, "at_ns": seq, "kind": kind, **fields})
+            self.told.notify_all()
+
+    def line(self) -> Json:
+        """The run as ``jobs`` lists it."""
+        kind = self.events[-1]["kind"] if self.events else "new"
+        return {"id": self.id, "title": "", "state": kind, "step": 0, "steps": 1}
+
+
+class MemoryService:
+    """See the head of this module. ``elsewhere`` is what peers would have: address to bytes.
+
+    ``script`` is the events of every new run as ``(kind, fields)``; without it a run stands still
+    until somebody calls ``runs[id].tell``.
+    """
+
+    def __init__(
+        self,
+        *,
+        script: Sequence[tuple[str, Mapping[str, object]]] = (),
+        record: bytes = b"",
+        elsewhere: Mapping[bytes, bytes] | None = None,
+    ) -> None:
+        self.runs: dict[str, MemoryRun] = {}
+        self.connected: list[str] = []
+        self._store = MemoryStore()
+        self._script = script
+        self._record = record
+        self._elsewhere = dict(elsewhere or {})
+
+    @property
+    def store(self) -> Store:
+        """The blobs, in memory."""
+        return self._store
+
+    async def status(self) -> Json:
+        """See NodeService."""
+        return {"peer": "12D3KooWMemory", "account": "00" * 32, "network": "memory"}
+
+    async def submit(self, body: bytes, options: SubmitOptions) -> str:
+        """Start a run that follows the script. An empty body is no job."""
+        if not body:
+            raise JobError("the job file is empty")
+        run = MemoryRun(f"r-{len(self.runs) + 1}", body, options)
+        run.record = self._record
+        self.runs[run.id] = run
+        for kind, fields in self._script:
+            await run.tell(kind, **fields)
+        return run.id
+
+    async def quote(self, body: bytes, options: SubmitOptions) -> Json:
+        """Nobody sells here."""
+        del options
+        if not body:
+            raise JobError("the job file is empty")
+        return {"deals": [], "misses": [{"provider": "12D3KooWMemory", "reason": "sells nothing"}]}
+
+    async def jobs(self) -> list[Json]:
+        """See NodeService."""
+        return [run.line() for run in reversed(self.runs.values())]
+
+    async def job(self, run_id: str) -> Json:
+        """See NodeService."""
+        return self._run(run_id).line()
+
+    async def job_file(self, run_id: str) -> bytes:
+        """See NodeService."""
+        return self._run(run_id).body
+
+    async def result_record(self, run_id: str) -> bytes:
+        """See NodeService."""
+        run = self._run(run_id)
+        if not run.record:
+            raise ConfigError(f"run {run_id} has no result yet")
+        return run.record
+
+    async def events(self, run_id: str, after_seq: int) -> AsyncIterator[Json]:
+        """See NodeService."""
+        run = self._run(run_id)
+        seen = after_seq
+        while not (run.has_ended and seen >= len(run.events)):
+            async with run.told:
+                while len(run.events) <= seen:
+                    await run.told.wait()
+            for event in run.events[seen:]:
+                seen += 1
+                yield event
+
+    async def cancel(self, run_id: str) -> None:
+        """See NodeService."""
+        run = self._run(run_id)
+        if not run.has_ended:
+            await run.tell("cancelled")
+
+    async def book(self) -> list[Json]:
+        """Empty."""
+        return []
+
+    async def peers(self) -> list[Json]:
+        """Whoever ``connect`` was asked for."""
+        return [{"peer": multiaddr} for multiaddr in self.connected]
+
+    async def ledger(self) -> Json:
+        """Nobody owes anything."""
+        return {"owed_nusd": 0, "owing_nusd": 0, "postings": []}
+
+    async def connect(self, multiaddr: str) -> Json:
+        """See NodeService."""
+        self.connected.append(multiaddr)
+        return {"peer": multiaddr}
+
+    async def find_blob(self, address: bytes, *, timeout_s: float) -> BlobInfo:
+        """See NodeService."""
+        info = await self._store.stat(address)
+        if info is not None:
+            return info
+        if address not in self._elsewhere:
+            raise BlobNotFoundError(f"no blob {address.hex()} within {timeout_s:.0f} s")
+        return await self._store.put(self._elsewhere[address])
+
+    async def set_public(self, address: bytes) -> None:
+        """See NodeService."""
+        await self._store.set_public(address)
+
+    async def doctor(self) -> Json:
+        """All is well."""
+        return {"problems": []}
+
+    def _run(self, run_id: str) -> MemoryRun:
+        run = self.runs.get(run_id)
+        if run is None:
+            raise ConfigError(f"no run {run_id!r}", hint="See 'p2pflop jobs'.")
+        return run
