@@ -1,16 +1,23 @@
-"""What a node must remember to bring every job to an end: events, durable before acted on.
+"""What a node must remember to bring every job to an end: rows, in order, durable before acted on.
 
-One row an event: ``(job, seq, at_ns, kind, body)``. ``job`` is a run id on the buying side and a
-bid id in hex on the selling side. The head of a job tells its side and, once it is over, its end
-state; a restart reads the heads that have none and resumes or closes them.
+One row an event: ``(job, seq, at_ns, kind, body)``. ``job`` is a run id on the buying side and the
+hex of a bid's id on the selling side. The head of a job tells its side and, once it is over, its
+end state; a restart reads the heads that have none and resumes or closes them.
+
+A job's rows are collected in ``JobRows`` and flushed together, before the first thing that others
+can see: a signed record that leaves, an answer to the user, the end. So a purchase costs a few
+commits, not one a row, and what was promised is always on disk.
 """
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import trio
 
 from p2pflop.dht.database import Database
 
@@ -25,16 +32,17 @@ CREATE TABLE heads (
     summary BLOB NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX unfinished ON heads (side) WHERE end_state IS NULL;
-CREATE TABLE events (
+CREATE TABLE rows (
     job TEXT NOT NULL REFERENCES heads (job), seq INTEGER NOT NULL, at_ns INTEGER NOT NULL,
     kind TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (job, seq)
 ) WITHOUT ROWID
 """
+_HEADS: Final = "SELECT job, side, opened_ns, COALESCE(end_state, ''), summary FROM heads "
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A journalled job. ``end_state`` is empty until it is over; ``summary`` is a JSON card."""
+    """A journalled job. ``end_state`` is empty until it is over; ``summary`` is its side's own."""
 
     job: str
     side: str
@@ -44,8 +52,8 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """One durable event of a job."""
+class Row:
+    """One durable row of a job."""
 
     seq: int
     at_ns: int
@@ -59,49 +67,31 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._database = Database(path, _SCHEMA, _SCHEMA_VERSION)
 
-    async def open(self, job: str, side: str, at_ns: int, summary: bytes) -> bool:
-        """Start the journal of ``job``. False if there is one already."""
-
-        def change(connection: sqlite3.Connection) -> bool:
-            cursor = connection.execute(
-                "INSERT OR IGNORE INTO heads VALUES (?, ?, ?, NULL, ?)", (job, side, at_ns, summary)
-            )
-            return cursor.rowcount == 1
-
-        return await self._database.write(change)
-
-    async def append(
-        self,
-        job: str,
-        at_ns: int,
-        events: list[tuple[str, bytes]],
-        *,
-        end_state: str = "",
-        summary: bytes | None = None,
-    ) -> None:
-        """Add events in one transaction, with the new end state and summary, if given."""
+    async def append(self, head: Head, rows: list[tuple[int, str, bytes]]) -> None:
+        """Add rows ``(at_ns, kind, body)`` and make ``head`` the job's head, in one transaction."""
 
         def change(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "INSERT INTO heads VALUES (?, ?, ?, NULLIF(?, ''), ?) ON CONFLICT (job) DO UPDATE"
+                " SET end_state = excluded.end_state, summary = excluded.summary",
+                (head.job, head.side, head.opened_ns, head.end_state, head.summary),
+            )
             (last,) = connection.execute(
-                "SELECT COALESCE(MAX(seq), -1) FROM events WHERE job = ?", (job,)
+                "SELECT COALESCE(MAX(seq), -1) FROM rows WHERE job = ?", (head.job,)
             ).fetchone()
             connection.executemany(
-                "INSERT INTO events VALUES (?, ?, ?, ?, ?)",
-                [(job, last + 1 + n, at_ns, kind, body) for n, (kind, body) in enumerate(events)],
+                "INSERT INTO rows VALUES (?, ?, ?, ?, ?)",
+                [(head.job, last + 1 + place, *row) for place, row in enumerate(rows)],
             )
-            if end_state:
-                connection.execute("UPDATE heads SET end_state = ? WHERE job = ?", (end_state, job))
-            if summary is not None:
-                connection.execute("UPDATE heads SET summary = ? WHERE job = ?", (summary, job))
 
         await self._database.write(change)
 
-    def events(self, job: str) -> list[Event]:
-        """The events of ``job``, oldest first."""
-        rows = self._database.read(
-            "SELECT seq, at_ns, kind, body FROM events WHERE job = ? ORDER BY seq", job
+    def rows(self, job: str) -> list[Row]:
+        """The rows of ``job``, oldest first."""
+        found = self._database.read(
+            "SELECT seq, at_ns, kind, body FROM rows WHERE job = ? ORDER BY seq", job
         )
-        return [Event(*row) for row in rows]
+        return [Row(*row) for row in found]
 
     def head(self, job: str) -> Head | None:
         """The head of ``job``, or None if it is unknown."""
@@ -116,12 +106,38 @@ class Journal:
         """The jobs of a side that are not over, oldest first."""
         return self._heads("WHERE side = ? AND end_state IS NULL ORDER BY opened_ns", side)
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Flush and close."""
-        self._database.close()
+        await self._database.aclose()
 
     def _heads(self, where: str, *values: object) -> list[Head]:
         return [Head(*row) for row in self._database.read(_HEADS + where, *values)]
 
 
-_HEADS: Final = "SELECT job, side, opened_ns, COALESCE(end_state, ''), summary FROM heads "
+class JobRows:
+    """The rows of one job on their way to the journal."""
+
+    def __init__(self, journal: Journal, head: Head, now_ns: Callable[[], int]) -> None:
+        self.head = head
+        self._journal = journal
+        self._now_ns = now_ns
+        self._pending: list[tuple[int, str, bytes]] = []
+        self._changed = False
+        self._flushing = trio.Lock()
+
+    def add(self, kind: str, body: bytes) -> None:
+        """To be written with the next flush."""
+        self._pending.append((self._now_ns(), kind, body))
+
+    def set_head(self, *, summary: bytes, end_state: str = "") -> None:
+        """A new summary and, at the end, the end state; written with the next flush."""
+        job, side, opened_ns = self.head.job, self.head.side, self.head.opened_ns
+        self.head = Head(job, side, opened_ns, end_state or self.head.end_state, summary)
+        self._changed = True
+
+    async def flush(self) -> None:
+        """Return once everything added so far is on disk."""
+        async with self._flushing:
+            if self._pending or self._changed:
+                rows, self._pending, self._changed = self._pending, [], False
+                await self._journal.append(self.head, rows)

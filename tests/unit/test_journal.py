@@ -7,46 +7,54 @@ from pathlib import Path
 import pytest
 
 from p2pflop.errors import StoreError
-from p2pflop.node.journal import BUYER, PROVIDER, Journal
+from p2pflop.node.journal import BUYER, PROVIDER, Head, JobRows, Journal
 
 
-async def test_events_come_back_in_order_after_a_restart(tmp_path: Path) -> None:
+def head(job: str, side: str = BUYER, opened_ns: int = 5) -> Head:
+    return Head(job, side, opened_ns, "", b"{}")
+
+
+async def test_rows_come_back_in_order_after_a_restart(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
-    assert await journal.open("run-1", BUYER, 5, b"{}")
-    await journal.append("run-1", 6, [("ranked", b"a"), ("filled", b"b")])
-    await journal.append("run-1", 7, [("settled", b"c")], end_state="settled", summary=b"[]")
-    journal.close()
+    rows = JobRows(journal, head("run-1"), now_ns=lambda: 6)
+    rows.add("ranked", b"a")
+    rows.add("filled", b"b")
+    await rows.flush()
+    rows.add("settled", b"c")
+    rows.set_head(summary=b"[]", end_state="settled")
+    await rows.flush()
+    await journal.aclose()
     again = Journal(tmp_path / "journal.db")
-    assert [(event.seq, event.kind, event.body) for event in again.events("run-1")] == [
-        (0, "ranked", b"a"),
-        (1, "filled", b"b"),
-        (2, "settled", b"c"),
+    assert [(row.seq, row.at_ns, row.kind, row.body) for row in again.rows("run-1")] == [
+        (0, 6, "ranked", b"a"),
+        (1, 6, "filled", b"b"),
+        (2, 6, "settled", b"c"),
     ]
-    head = again.head("run-1")
-    assert head is not None
-    assert (head.end_state, head.summary, head.opened_ns) == ("settled", b"[]", 5)
-    again.close()
+    assert again.head("run-1") == Head("run-1", BUYER, 5, "settled", b"[]")
+    await again.aclose()
+
+
+async def test_nothing_is_written_before_the_flush(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    rows = JobRows(journal, head("run-1"), now_ns=lambda: 6)
+    rows.add("ranked", b"a")
+    assert journal.head("run-1") is None
+    await rows.flush()
+    assert journal.head("run-1") is not None
+    await journal.aclose()
 
 
 async def test_only_jobs_without_an_end_are_unfinished(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
     for number, side in enumerate([BUYER, BUYER, PROVIDER]):
-        await journal.open(f"job-{number}", side, number, b"")
-    await journal.append("job-0", 9, [("failed", b"")], end_state="failed")
-    assert [head.job for head in journal.unfinished(BUYER)] == ["job-1"]
-    assert [head.job for head in journal.heads(BUYER)] == ["job-1", "job-0"]
-    assert [head.job for head in journal.unfinished(PROVIDER)] == ["job-2"]
-    journal.close()
-
-
-async def test_a_job_is_opened_once(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.db")
-    assert await journal.open("run-1", BUYER, 1, b"first")
-    assert not await journal.open("run-1", BUYER, 2, b"second")
-    head = journal.head("run-1")
-    assert head is not None
-    assert head.summary == b"first"
-    journal.close()
+        await journal.append(head(f"job-{number}", side, number), [])
+    rows = JobRows(journal, head("job-0"), now_ns=lambda: 9)
+    rows.set_head(summary=b"", end_state="failed")
+    await rows.flush()
+    assert [found.job for found in journal.unfinished(BUYER)] == ["job-1"]
+    assert [found.job for found in journal.heads(BUYER)] == ["job-1", "job-0"]
+    assert [found.job for found in journal.unfinished(PROVIDER)] == ["job-2"]
+    await journal.aclose()
 
 
 def test_a_file_that_is_no_database_is_a_clear_error(tmp_path: Path) -> None:

@@ -1,0 +1,214 @@
+"""Running one checked job in one worker, from its inputs to its result record.
+
+The same few steps serve a provider's lease and nothing else: lower what is not in the plan cache,
+load, write inputs, initialise, run, and keep what came out. The node hashes every byte itself while
+it reads it from the worker; what the worker says of itself is never believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from p2pflop.dht.blobs import BlobInfo, Store
+from p2pflop.errors import ProviderError
+from p2pflop.job.file import CheckedJob
+from p2pflop.job.graph import Dtype
+from p2pflop.job.results import TraceLog, build_result, result_hash
+from p2pflop.job.spec import (
+    MODE_COLLECT,
+    MODE_LAST,
+    ROLE_STATE,
+    BlobSource,
+    InitSource,
+    NamedOutput,
+    Result,
+    is_due,
+)
+from p2pflop.node.workers import Paused, Rows, Worker, WorkerPool
+from p2pflop.units import MIB
+
+WORKER_BASE_BYTES: Final = 256 * MIB
+"""What a worker needs beside the job's tensors: the interpreter, tinygrad, linked kernels."""
+MAX_OPEN_LOWERERS: Final = 2
+
+OnLowering = Callable[[int, int], Awaitable[None]]
+OnRows = Callable[[Rows], Awaitable[None]]
+OnCheckpoint = Callable[[int, tuple[BlobInfo, ...]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run gave: the record, its hash, and every blob that it names."""
+
+    result: Result
+    hash: bytes
+    blobs: tuple[BlobInfo, ...]
+
+
+def memory_bytes(checked: CheckedJob) -> int:
+    """What a lease of this job must hold: the metered peak and the worker itself."""
+    return checked.cost.peak_bytes + WORKER_BASE_BYTES
+
+
+def unsupported(checked: CheckedJob) -> str:
+    """Why this version cannot run the job, or an empty string."""
+    if checked.job.first_step:
+        return "jobs that start from a checkpoint are not supported yet"
+    if any(MODE_COLLECT in phase.modes for phase in checked.work.phases):
+        return "collected outputs are not supported yet; return a scalar or keep it in the state"
+    for param in checked.work.params:
+        if not isinstance(param.source, BlobSource | InitSource) and param.role <= ROLE_STATE:
+            return "inputs from other jobs' results are not supported yet"
+    return ""
+
+
+def input_blobs(checked: CheckedJob) -> list[tuple[int, BlobSource]]:
+    """The slots that are filled from blobs."""
+    return [
+        (slot, param.source)
+        for slot, param in enumerate(checked.work.params)
+        if isinstance(param.source, BlobSource)
+    ]
+
+
+async def lower_all(
+    pool: WorkerPool, checked: CheckedJob, on_lowering: OnLowering
+) -> dict[bytes, bytes]:
+    """The plan of every graph of the job, from the cache or lowered now."""
+    plans: dict[bytes, bytes] = {}
+    counts: dict[bytes, tuple[int, int]] = {}
+    told, news = (0, 0), trio.Event()
+    limiter = trio.CapacityLimiter(MAX_OPEN_LOWERERS)
+
+    async def lower(graph_hash: bytes) -> None:
+        def progress(done: int, total: int) -> None:
+            counts[graph_hash] = (done, total)
+            news.set()
+
+        async with limiter:
+            plans[graph_hash] = await pool.lower(checked.graph_bytes[graph_hash], progress)
+
+    async def tell() -> None:
+        nonlocal news, told
+        while True:
+            await news.wait()
+            news = trio.Event()
+            now = (sum(d for d, _ in counts.values()), sum(t for _, t in counts.values()))
+            if now != told:
+                told = now
+                await on_lowering(*now)
+
+    async with trio.open_nursery() as outer:
+        outer.start_soon(tell)
+        async with trio.open_nursery() as inner:
+            for graph_hash in checked.graph_bytes:
+                inner.start_soon(lower, graph_hash)
+        outer.cancel_scope.cancel()
+    return plans
+
+
+class Execution:
+    """One job in one worker. ``reader`` may read what it gives: a peer's key."""
+
+    def __init__(
+        self, checked: CheckedJob, class_id: bytes, store: Store, worker: Worker, reader: bytes
+    ) -> None:
+        self._checked = checked
+        self._class_id = class_id
+        self._store = store
+        self._worker = worker
+        self._reader = reader
+        self._trace = TraceLog()
+        self._done_to = checked.job.first_step
+        self._states = [
+            slot for slot, param in enumerate(checked.work.params) if param.role == ROLE_STATE
+        ]
+
+    async def load(self, plans: dict[bytes, bytes]) -> None:
+        """Give the worker its plans and inputs, and let the weights be born."""
+        await self._worker.load(self._checked.work_bytes, plans)
+        await self._worker.initialise()
+        for slot, source in input_blobs(self._checked):
+            manifest = await self._store.manifest(source.address)
+            offset_bytes = 0
+            for index in range(len(manifest.chunks)):
+                chunk = await self._store.read_chunk(source.address, index)
+                await self._worker.write(slot, offset_bytes, chunk)
+                offset_bytes += len(chunk)
+
+    async def run(
+        self, checkpoint_steps: int, on_rows: OnRows, on_checkpoint: OnCheckpoint
+    ) -> Outcome:
+        """Run to the end, or to the work's own stop. ``checkpoint_steps`` 0: only the end."""
+        job = self._checked.job
+        end = job.first_step + job.steps
+        async for event in self._worker.run(job.first_step, job.steps, checkpoint_steps):
+            if isinstance(event, Rows):
+                self._note(event)
+                await on_rows(event)
+            elif isinstance(event, Paused):
+                self._done_to = event.step
+                if event.step < end and checkpoint_steps and event.step % checkpoint_steps == 0:
+                    await on_checkpoint(event.step, await self._keep_state())
+        if not job.first_step < self._done_to <= end:
+            raise ProviderError(f"the worker stopped at step {self._done_to}")
+        return await self._finish()
+
+    def _note(self, rows: Rows) -> None:
+        work = self._checked.work
+        for step, phase, output, value in rows.values:
+            if phase >= len(work.phases) or not is_due(work.phases[phase], step):
+                raise ProviderError("the worker told a value of a phase that was not due")
+            self._trace.append(phase, output, self._dtype(phase, output), value)
+
+    def _dtype(self, phase: int, output: int) -> Dtype:
+        graph = self._checked.graphs[self._checked.work.phases[phase].graph]
+        return graph.dtypes[graph.graph.outputs[output].node]
+
+    async def _finish(self) -> Outcome:
+        checked = self._checked
+        trace = await self._keep(self._trace.encode())
+        state = await self._keep_state()
+        outputs: list[NamedOutput] = []
+        blobs = [trace, *state]
+        for number, phase in enumerate(checked.work.phases):
+            for output, mode in enumerate(phase.modes):
+                if mode != MODE_LAST:
+                    continue
+                value = b"".join([p async for p in self._worker.read_output(number, output)])
+                if value:
+                    info = await self._keep(value)
+                    blobs.append(info)
+                    outputs.append(NamedOutput(number, output, info.address, info.size_bytes))
+        addresses = tuple(info.address for info in state)
+        result = build_result(
+            work=checked.work,
+            work_id=checked.work_id,
+            class_id=self._class_id,
+            first_step=checked.job.first_step,
+            steps_done=self._done_to - checked.job.first_step,
+            outputs=tuple(outputs),
+            trace=trace.address,
+            state=addresses,
+        )
+        return Outcome(result, result_hash(result), tuple(blobs))
+
+    async def _keep_state(self) -> tuple[BlobInfo, ...]:
+        return tuple([await self._keep_stream(self._worker.read(slot)) for slot in self._states])
+
+    async def _keep(self, data: bytes) -> BlobInfo:
+        info = await self._store.put(data)
+        await self._store.grant(info.address, self._reader)
+        return info
+
+    async def _keep_stream(self, parts: AsyncIterator[bytes]) -> BlobInfo:
+        async with self._store.writer() as writer:
+            async for part in parts:
+                await writer.write(part)
+            info = await writer.finish()
+        await self._store.grant(info.address, self._reader)
+        return info

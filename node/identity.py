@@ -1,0 +1,42 @@
+"""Who this node is in signed records: its keys, its network, and the account's delegation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from p2pflop.keys import PrivateKey, peer_id
+from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, make_delegation
+from p2pflop.units import NS_PER_S
+
+DELEGATION_NS: Final = 7 * 24 * 3600 * NS_PER_S
+RENEW_NS: Final = DELEGATION_NS // 2
+
+
+@dataclass(slots=True)
+class Identity:
+    """The account's delegation to the node is renewed long before it ends."""
+
+    account: PrivateKey
+    node: PrivateKey
+    network: str
+    _delegation: bytes = b""
+    _renew_at_ns: int = field(default=0)
+
+    @property
+    def peer(self) -> str:
+        """The libp2p id of the node."""
+        return peer_id(self.node.public_key)
+
+    def delegation(self, now_ns: int) -> bytes:
+        """An envelope that covers at least the next ``RENEW_NS``."""
+        if now_ns >= self._renew_at_ns:
+            self._delegation = make_delegation(
+                self.account,
+                self.node.public_key,
+                now_ns - 2 * CLOCK_TOLERANCE_NS,
+                now_ns + DELEGATION_NS,
+                self.network,
+            )
+            self._renew_at_ns = now_ns + RENEW_NS
+        return self._delegation

@@ -1,0 +1,114 @@
+"""The ledger on disk: entries in the order of their chain, each durable before anybody is told.
+
+A book whose chain does not hold is not opened: somebody changed it, or the disk did.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from p2pflop.dht.database import Database
+from p2pflop.market.ledger import Entry, Kind, Ledger
+from p2pflop.market.records import Receipt
+from p2pflop.node.service import Json
+from p2pflop.wire import decode, encode
+
+MAX_LISTED: Final = 200
+_SCHEMA_VERSION: Final = 1
+_SCHEMA: Final = "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body BLOB NOT NULL)"
+
+
+class LedgerBook:
+    """The double-entry book of this node's account.
+
+    Raises StoreError if it cannot be opened, VerificationError if it was tampered with.
+    """
+
+    def __init__(self, path: Path, own_account: bytes) -> None:
+        self._database = Database(path, _SCHEMA, _SCHEMA_VERSION)
+        self._own_account = own_account
+        self._lock = trio.Lock()
+        self._ledger = self._load()
+
+    async def delivered(self, receipt: Receipt, provider: bytes, at_ns: int) -> None:
+        """The buyer's entry for a receipt that it is about to countersign."""
+        await self._book(provider, lambda: self._ledger.book_delivered(receipt, provider, at_ns))
+
+    async def earned(self, receipt: Receipt, buyer: bytes, at_ns: int) -> None:
+        """The provider's entry for a countersigned receipt."""
+        await self._book(buyer, lambda: self._ledger.book_earned(receipt, buyer, at_ns))
+
+    def due_nusd(self, counterparty: bytes) -> int:
+        """What that account owes this one in nano-dollars; negative if this one owes it."""
+        return self._ledger.due_nusd(counterparty)
+
+    def report(self) -> Json:
+        """Balances by account, totals, and the newest entries, as JSON."""
+        accounts = sorted({account for account, _ in self._ledger.balances()})
+        totals = self._ledger.totals()
+        return {
+            "account": self._own_account.hex(),
+            "balances": [
+                {"account": account.hex(), "due_nusd": self._ledger.due_nusd(account)}
+                for account in accounts
+            ],
+            "owed_nusd": totals[Kind.RECEIVABLE],
+            "owing_nusd": -totals[Kind.PAYABLE],
+            "earned_nusd": -totals[Kind.REVENUE],
+            "spent_nusd": totals[Kind.EXPENSE],
+            "entries": [_describe(entry) for entry in self._entries(MAX_LISTED)],
+            "head": self._ledger.head.hex(),
+        }
+
+    async def aclose(self) -> None:
+        """Flush and close."""
+        await self._database.aclose()
+
+    async def _book(self, counterparty: bytes, post: Callable[[], Entry | None]) -> None:
+        """Post in memory, then on disk; if the disk fails, memory forgets it again."""
+        if counterparty == self._own_account:
+            return  # Nobody owes himself.
+        async with self._lock:
+            entry = post()
+            if entry is None:
+                return
+            body = encode(entry)
+
+            def change(connection: sqlite3.Connection) -> None:
+                connection.execute("INSERT INTO entries (body) VALUES (?)", (body,))
+
+            try:
+                await self._database.write(change)
+            except BaseException:
+                self._ledger = self._load()
+                raise
+
+    def _load(self) -> Ledger:
+        rows = self._database.read("SELECT body FROM entries ORDER BY seq")
+        return Ledger.load(decode(Entry, body) for (body,) in rows)
+
+    def _entries(self, limit: int) -> list[Entry]:
+        rows = self._database.read("SELECT body FROM entries ORDER BY seq DESC LIMIT ?", limit)
+        return [decode(Entry, body) for (body,) in rows]
+
+
+def _describe(entry: Entry) -> Json:
+    return {
+        "at_ns": entry.at_ns,
+        "memo": entry.memo,
+        "reference": entry.reference.hex(),
+        "number": entry.number,
+        "postings": [
+            {
+                "account": posting.counterparty.hex(),
+                "kind": Kind(posting.kind).name.lower(),
+                "amount_nusd": posting.amount_nusd,
+            }
+            for posting in entry.postings
+        ],
+    }

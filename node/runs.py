@@ -1,0 +1,168 @@
+"""Runs: what this node buys for its own user, and the story that each tells.
+
+A run's events go to whoever watches. Those that matter after a restart are journalled with the
+run's next flush; traced rows and progress are told but not kept, because the result has them. The
+last event is on disk before anybody hears it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import trio
+
+from p2pflop.errors import ConfigError
+from p2pflop.node.journal import BUYER, Head, JobRows, Journal, Row
+from p2pflop.node.service import LAST_EVENT_KINDS, Json
+
+MAX_LIVE_EVENTS: Final = 10_000
+MAX_FINISHED: Final = 64
+"""Runs that are over but still tell passing events, such as rows, to those who come late."""
+
+EVENT_ROW: Final = "event"
+KEPT_KINDS: Final = frozenset(
+    {"ranked", "filled", "rejected", "checkpoint", "receipt"} | LAST_EVENT_KINDS
+)
+END_STATES: Final = {"result": "settled", "failed": "failed", "cancelled": "cancelled"}
+_RUN_ID: Final = re.compile(r"[0-9a-f]{12}")
+
+
+@dataclass(slots=True)
+class Run:
+    """One submission. ``card`` is what ``jobs`` lists; ``rows`` its way to the journal."""
+
+    id: str
+    card: Json
+    rows: JobRows
+    events: deque[Json] = field(default_factory=deque)
+    next_seq: int = 1
+    news: trio.Event = field(default_factory=trio.Event)
+    cancel_requested: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def over(self) -> bool:
+        """Whether the last event has been told."""
+        return bool(self.card["end_state"])
+
+
+class Runs:
+    """All runs of this node: those under way in memory, the others in the journal."""
+
+    def __init__(self, journal: Journal, now_ns: Callable[[], int] = time.time_ns) -> None:
+        self._journal = journal
+        self._now_ns = now_ns
+        self._live: dict[str, Run] = {}
+        self._finished: deque[str] = deque()
+
+    def create(self, card: Json) -> Run:
+        """A new run, on disk with its first flush. ``card`` is JSON; id and state are added."""
+        run_id = secrets.token_hex(6)
+        now_ns = self._now_ns()
+        card = {"id": run_id, "state": "ranking", "end_state": "", "submitted_ns": now_ns, **card}
+        head = Head(run_id, BUYER, now_ns, "", _dump(card))
+        run = self._live[run_id] = Run(run_id, card, JobRows(self._journal, head, self._now_ns))
+        return run
+
+    def adopt(self, head: Head) -> Run:
+        """A run as the journal has it; one that is not over is live again."""
+        rows = JobRows(self._journal, head, self._now_ns)
+        run = Run(head.job, json.loads(head.summary), rows)
+        for row in self._journal.rows(head.job):
+            if row.kind == EVENT_ROW:
+                _tell(run, json.loads(row.body))
+        if not run.over:
+            self._live[run.id] = run
+        return run
+
+    async def emit(self, run: Run, kind: str, **fields: Any) -> None:
+        """Tell an event. The last one closes the run and is on disk before it is told."""
+        event: Json = {"seq": run.next_seq, "at_ns": self._now_ns(), "kind": kind, **fields}
+        if kind == "state":
+            run.card["state"] = fields["state"]
+        elif kind == "progress":
+            run.card["step"] = fields["step"]
+        if kind in KEPT_KINDS:
+            run.rows.add(EVENT_ROW, _dump(event))
+        if kind in LAST_EVENT_KINDS:
+            end_state = END_STATES[kind]
+            run.card |= {"state": end_state, "end_state": end_state}
+            run.rows.set_head(summary=_dump(run.card), end_state=end_state)
+            await run.rows.flush()
+            self._retire(run)
+        _tell(run, event)
+
+    def get(self, run_id: str) -> Run:
+        """A run by id. Raises ConfigError if there is none."""
+        if run_id in self._live:
+            return self._live[run_id]
+        head = self._journal.head(run_id) if _RUN_ID.fullmatch(run_id) else None
+        if head is None or head.side != BUYER:
+            raise ConfigError(f"there is no job {run_id[:40]!r} here", hint="See p2pflop jobs.")
+        return self.adopt(head)
+
+    def rows(self, run_id: str) -> list[Row]:
+        """What the journal has of a run."""
+        return self._journal.rows(run_id)
+
+    def cards(self) -> list[Json]:
+        """The card of every run, newest first."""
+        return [
+            self._live[head.job].card if head.job in self._live else json.loads(head.summary)
+            for head in self._journal.heads(BUYER)
+        ]
+
+    def unfinished(self) -> list[Head]:
+        """What a restart finds without an end, oldest first."""
+        return self._journal.unfinished(BUYER)
+
+    def under_way(self) -> int:
+        """How many runs are not over."""
+        return sum(not run.over for run in self._live.values())
+
+    async def follow(self, run_id: str, after_seq: int) -> AsyncIterator[Json]:
+        """The events after ``after_seq``, waiting for new ones; ends with the last kind."""
+        run = self.get(run_id)
+        while True:
+            news = run.news
+            for event in [event for event in run.events if event["seq"] > after_seq]:
+                after_seq = event["seq"]
+                yield event
+                if event["kind"] in LAST_EVENT_KINDS:
+                    return
+            if run.over and (not run.events or run.events[-1]["kind"] in LAST_EVENT_KINDS):
+                return
+            await news.wait()
+
+    def _retire(self, run: Run) -> None:
+        self._finished.append(run.id)
+        if len(self._finished) > MAX_FINISHED:
+            self._live.pop(self._finished.popleft(), None)
+
+
+def _tell(run: Run, event: Json) -> None:
+    run.events.append(event)
+    run.next_seq = event["seq"] + 1
+    if len(run.events) > MAX_LIVE_EVENTS:
+        _drop_oldest_passing(run.events)
+    run.news.set()
+    run.news = trio.Event()
+
+
+def _drop_oldest_passing(events: deque[Json]) -> None:
+    """Forget the oldest event that is not kept, so that what matters outlives a flood of rows."""
+    for index, event in enumerate(events):
+        if event["kind"] not in KEPT_KINDS:
+            del events[index]
+            return
+    events.popleft()
+
+
+def _dump(value: Json) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

@@ -1,0 +1,233 @@
+"""This node's sheets and everybody's book, kept alike by gossip and by comparing books.
+
+A new sheet is gossiped once; each node checks it and passes it on only if it changed its book. What
+gossip lost is mended by comparing: on every new connection, and with one neighbour in turn every
+``COMPARE_S``, the two books exchange summaries and then what each lacks::
+
+    dialler                          listener
+    Compare(summaries)         ->
+                               <-    Compare(summaries), Sheets(what the dialler lacks)...
+    Sheets(what the other lacks)... ->
+                               <-    (end)
+
+Own sheets live for an hour and are issued anew every ``REISSUE_S``, so that a node that vanished
+leaves the book by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Final, Protocol
+
+import msgspec
+import trio
+
+from p2pflop.dht.planes import Dialer, EndOfStream, Stream
+from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.market.book import Applied, Book, Equivocation, Summaries
+from p2pflop.market.records import MAX_SHEET_BYTES, Ask, Rejected, Sheet
+from p2pflop.market.sheets import OpenSheet, check_sheet, make_sheet
+from p2pflop.node.identity import Identity
+from p2pflop.units import KIB
+from p2pflop.wire import MAX_ENVELOPE_OVERHEAD_BYTES, Record, decode, encode
+
+PROTOCOL: Final = "/p2pflop/sheets/1"
+TOPIC: Final = "/p2pflop/sheets/1"
+REISSUE_S: Final = 900.0
+EXPIRE_S: Final = 10.0
+COMPARE_S: Final = 30.0
+EXCHANGE_S: Final = 20.0
+HONOURED_SHEETS: Final = 4
+"""Superseded own sheets on which bids that were under way are still taken."""
+MAX_SHEETS_A_FRAME: Final = 64
+MAX_FRAMES_AN_EXCHANGE: Final = 512
+MAX_SHEET_WIRE_BYTES: Final = MAX_SHEET_BYTES + MAX_ENVELOPE_OVERHEAD_BYTES
+
+_log = logging.getLogger(__name__)
+_Wire = Annotated[bytes, msgspec.Meta(max_length=MAX_SHEET_WIRE_BYTES)]
+
+
+class Sheets(Record, frozen=True):
+    """Envelopes of sheets; ``last`` ends the series."""
+
+    MAX_BYTES = MAX_SHEETS_A_FRAME * (MAX_SHEET_WIRE_BYTES + 8) + KIB
+
+    wires: Annotated[tuple[_Wire, ...], msgspec.Meta(max_length=MAX_SHEETS_A_FRAME)]
+    last: bool
+
+
+class Gossip(Dialer, Protocol):
+    """What this service needs of the host."""
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Gossip ``data``."""
+
+    def peers(self) -> list[Any]:
+        """Who is connected."""
+
+
+class SheetService:
+    """The book, the node's own sheet in it, and its conversations about sheets."""
+
+    def __init__(
+        self, identity: Identity, book: Book, host: Gossip, now_ns: Callable[[], int]
+    ) -> None:
+        self.book = book
+        self._identity = identity
+        self._host = host
+        self._now_ns = now_ns
+        self._asks: Callable[[int], Sequence[Ask]] | None = None
+        self._addresses: tuple[str, ...] = ()
+        self._last_number = 0
+        self._own: dict[int, OpenSheet] = {}
+
+    @property
+    def newest(self) -> OpenSheet | None:
+        """The node's own newest sheet."""
+        return self._own[self._last_number] if self._own else None
+
+    def honoured(self) -> dict[int, Sheet]:
+        """Own sheets by number on which a bid is still taken."""
+        return {number: sheet.sheet for number, sheet in self._own.items()}
+
+    async def offer(
+        self, asks: Callable[[int], Sequence[Ask]], addresses: Sequence[str]
+    ) -> OpenSheet:
+        """Sell on these asks from now on: ``asks(until_ns)`` gives them for a new sheet."""
+        self._asks = asks
+        self._addresses = tuple(addresses)
+        return await self.issue()
+
+    async def withdraw(self) -> None:
+        """Take every order back: an empty sheet under a higher number."""
+        if self._asks is not None:
+            self._asks = None
+            await self.issue()
+
+    async def issue(self) -> OpenSheet:
+        """Sign a new sheet, put it into the book and gossip it."""
+        now_ns = self._now_ns()
+        lifetime_ns = int(4 * REISSUE_S) * 10**9
+        number = max(now_ns, self._last_number + 1)
+        sheet = make_sheet(
+            self._identity.node,
+            number=number,
+            now_ns=now_ns,
+            delegation=self._identity.delegation(now_ns),
+            asks=() if self._asks is None else self._asks(now_ns + lifetime_ns),
+            addresses=self._addresses,
+            lifetime_ns=lifetime_ns,
+            network=self._identity.network,
+        )
+        if self._asks is None:
+            self._own.clear()
+        self._own[number] = sheet
+        self._last_number = number
+        while len(self._own) > HONOURED_SHEETS:
+            del self._own[min(self._own)]
+        self.book.apply(sheet, now_ns)
+        await self._publish(sheet.sealed.wire)
+        return sheet
+
+    def take(self, wire: bytes) -> bool:
+        """Check a sheet from anywhere and put it into the book; whether it is worth passing on."""
+        now_ns = self._now_ns()
+        sheet = check_sheet(wire, self._identity.network, now_ns)
+        if isinstance(sheet, Rejected):
+            _log.debug("sheet refused: %s", sheet.reason)
+            return False
+        outcome = self.book.apply(sheet, now_ns)
+        if isinstance(outcome, Equivocation):
+            _log.warning("%s signed two sheets under one number; both are dropped", sheet.peer)
+            return True
+        return isinstance(outcome, Applied) and outcome.changed
+
+    async def run(self) -> None:
+        """Reissue, expire and compare, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._reissue)
+            nursery.start_soon(self._expire)
+            nursery.start_soon(self._compare_in_turn)
+
+    async def compare(self, peer: str) -> None:
+        """Make both books whole, as the dialler. Raises ProviderError, ProtocolError."""
+        with trio.move_on_after(EXCHANGE_S) as scope:
+            stream = await self._host.open(peer, PROTOCOL)
+            try:
+                await stream.send(encode(self.book.summaries(self._now_ns())))
+                theirs = decode(Summaries, await stream.receive())
+                await self._receive_sheets(stream)
+                await self._send_sheets(stream, theirs)
+            finally:
+                await stream.aclose()
+        if scope.cancelled_caught:
+            raise ProviderError(f"{peer} took over {EXCHANGE_S:.0f} s to compare books")
+
+    async def answer(self, stream: Stream) -> None:
+        """The listener's side of ``compare``."""
+        with trio.fail_after(EXCHANGE_S):
+            theirs = decode(Summaries, await stream.receive())
+            await stream.send(encode(self.book.summaries(self._now_ns())))
+            await self._send_sheets(stream, theirs)
+            await self._receive_sheets(stream)
+
+    async def _send_sheets(self, stream: Stream, theirs: Summaries) -> None:
+        now_ns = self._now_ns()
+        held = {entry.node: entry for entry in theirs.entries}
+        wires = [
+            sheet.sealed.wire
+            for sheet in self.book.view(now_ns).sheets
+            if (entry := held.get(sheet.node)) is None
+            or entry.number < sheet.sheet.number
+            or (entry.number == sheet.sheet.number and entry.id != sheet.sealed.id)
+        ]
+        for start in range(0, len(wires), MAX_SHEETS_A_FRAME):
+            batch = tuple(wires[start : start + MAX_SHEETS_A_FRAME])
+            await stream.send(encode(Sheets(batch, last=False)))
+        await stream.send(encode(Sheets((), last=True)))
+
+    async def _receive_sheets(self, stream: Stream) -> None:
+        for _ in range(MAX_FRAMES_AN_EXCHANGE):
+            series = decode(Sheets, await stream.receive())
+            for wire in series.wires:
+                self.take(wire)
+                await trio.lowlevel.checkpoint()
+            if series.last:
+                return
+        raise ProtocolError(f"{stream.peer} sends sheets without end", peer=stream.peer)
+
+    async def _publish(self, wire: bytes) -> None:
+        try:
+            await self._host.publish(TOPIC, wire)
+        except ProviderError as error:
+            _log.info("sheet not gossiped, books compared later will have it: %s", error)
+
+    async def _reissue(self) -> None:
+        while True:
+            await trio.sleep(REISSUE_S)
+            if self._asks is not None:
+                await self.issue()
+
+    async def _expire(self) -> None:
+        while True:
+            await trio.sleep(EXPIRE_S)
+            self.book.expire(self._now_ns())
+
+    async def _compare_in_turn(self) -> None:
+        while True:
+            await trio.sleep(COMPARE_S)
+            peers = self._host.peers()
+            if peers:
+                await self._compare_quietly(secrets.choice(peers).peer)
+
+    async def _compare_quietly(self, peer: str) -> None:
+        try:
+            await self.compare(peer)
+        except (ProviderError, ProtocolError, EndOfStream) as error:
+            _log.info("books not compared with %s: %s", peer, error)
+
+    async def on_connect(self, peer: str) -> None:
+        """Compare books with a peer that is new here; never raises for what the peer does."""
+        await self._compare_quietly(peer)

@@ -1,0 +1,97 @@
+"""Runs tell their events in order, to early and late listeners, and survive a restart."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from p2pflop.errors import ConfigError
+from p2pflop.node import runs as runs_module
+from p2pflop.node.journal import Journal
+from p2pflop.node.runs import MAX_LIVE_EVENTS, Runs
+
+
+@pytest.fixture
+async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
+    journal = Journal(tmp_path / "journal.db")
+    yield journal
+    await journal.aclose()
+
+
+async def collect(runs: Runs, run_id: str, after: int = 0) -> list[dict[str, Any]]:
+    return [event async for event in runs.follow(run_id, after)]
+
+
+async def test_a_listener_hears_what_was_and_what_comes(journal: Journal) -> None:
+    runs = Runs(journal, now_ns=lambda: 7)
+    run = runs.create({"title": "digits"})
+    await runs.emit(run, "ranked", deals=[], misses=[])
+    heard: list[dict[str, Any]] = []
+
+    async def listen() -> None:
+        heard.extend(await collect(runs, run.id))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listen)
+        await trio.testing.wait_all_tasks_blocked()
+        await runs.emit(run, "rows", rows=[])
+        await runs.emit(run, "failed", error="ProviderError", message="gone", hint="")
+    assert [(event["seq"], event["kind"]) for event in heard] == [
+        (1, "ranked"),
+        (2, "rows"),
+        (3, "failed"),
+    ]
+    assert await collect(runs, run.id, after=2) == heard[2:]
+    assert runs.cards()[0]["end_state"] == "failed"
+
+
+async def test_after_a_restart_the_kept_events_are_there(journal: Journal) -> None:
+    runs = Runs(journal)
+    run = runs.create({"title": "digits"})
+    await runs.emit(run, "ranked", deals=[], misses=[])
+    await runs.emit(run, "progress", step=3, steps=9)
+    await run.rows.flush()
+    assert [head.job for head in runs.unfinished()] == [run.id]
+    again = Runs(journal)
+    revived = again.adopt(again.unfinished()[0])
+    await again.emit(revived, "cancelled")
+    assert [event["kind"] for event in await collect(again, run.id)] == ["ranked", "cancelled"]
+    third = Runs(journal)
+    assert [event["kind"] for event in await collect(third, run.id)] == ["ranked", "cancelled"]
+    assert third.unfinished() == []
+
+
+async def test_a_flood_of_rows_does_not_push_out_what_matters(journal: Journal) -> None:
+    runs = Runs(journal)
+    run = runs.create({})
+    await runs.emit(run, "ranked", deals=[], misses=[])
+    for _ in range(MAX_LIVE_EVENTS + 5):
+        await runs.emit(run, "rows", rows=[])
+    assert len(run.events) == MAX_LIVE_EVENTS
+    assert run.events[0]["kind"] == "ranked"
+
+
+async def test_finished_runs_leave_memory(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_module, "MAX_FINISHED", 2)
+    runs = Runs(journal)
+    ids = []
+    for _ in range(3):
+        run = runs.create({})
+        await runs.emit(run, "rows", rows=[])
+        await runs.emit(run, "cancelled")
+        ids.append(run.id)
+    kinds = [[event["kind"] for event in await collect(runs, run_id)] for run_id in ids]
+    assert kinds == [["cancelled"], ["rows", "cancelled"], ["rows", "cancelled"]]
+
+
+@pytest.mark.parametrize("run_id", ["", "0" * 12, "../../etc", "x" * 5000])
+async def test_an_unknown_run_is_a_clear_error(journal: Journal, run_id: str) -> None:
+    with pytest.raises(ConfigError, match="no job"):
+        Runs(journal).get(run_id)
