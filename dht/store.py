@@ -50,7 +50,7 @@ from p2pflop.dht.manifest import (
 )
 from p2pflop.dht.memory import FinishedPartial, MemoryPartial
 from p2pflop.dht.writing import FilePartial, FileWriter
-from p2pflop.errors import ProtocolError, VerificationError
+from p2pflop.errors import ProtocolError, StoreError, VerificationError
 from p2pflop.units import NS_PER_S
 
 __all__ = ["BlobInfo", "BlobWriter", "FileStore", "PartialBlob", "Store", "StoreStatistics"]
