@@ -1,0 +1,224 @@
+"""Running a user's step on stand-ins, to see what it computes without computing it.
+
+Theory of operation. tinygrad is lazy: a step function only builds graph nodes until something is
+realized. So while it runs here, ``realize`` does nothing and reading a value is an error, and what
+the function returns, and every tensor it leaves changed, still holds its whole graph.
+
+Before the function runs, every live tensor that is not yet realized gets a stand-in: a buffer
+without memory. Otherwise an unrealized weight would be part of each graph that uses it, and an
+assignment to it could not be told from a new tensor (Adam's zeros of one shape are all one node).
+After the function has run, a stand-in is one of three things:
+
+- *state*, if any phase assigned to its tensor;
+- a plain use of its original graph, if nobody did: the graph is put back in its place;
+- a value to be computed once, if nobody did but it needs the seed or data of its own, such as a
+  learning rate: it stays a buffer, as in a native run.
+
+Whatever happens, the user's tensors and the random state are as before when it is over.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final
+
+from tinygrad import Device, Tensor
+from tinygrad.dtype import dtypes
+from tinygrad.engine.jit import _TinyJit
+from tinygrad.helpers import Context
+from tinygrad.tensor import all_tensors
+from tinygrad.uop.ops import Ops, UOp
+
+from p2pflop.errors import JobError
+
+HOST_DEVICES: Final = ("PYTHON", "NPY")
+MAX_LITERAL_BYTES: Final = 256
+_READ_HINT: Final = (
+    "Return the tensor in the function's dict instead, {'loss': loss}: its value comes as a row."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A live tensor as it was. ``buffer`` is its stand-in's or, if realized, its own buffer."""
+
+    tensor: Tensor
+    uop: UOp
+    grad: Tensor | None
+    stand_in: UOp | None
+    buffer: UOp | None
+
+    @property
+    def start(self) -> UOp:
+        """The node that the tensor holds when a phase begins."""
+        return self.uop if self.stand_in is None else self.stand_in
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What one phase did: fresh outputs by name, and new values of held tensors by their number."""
+
+    name: str
+    outputs: dict[str, UOp]
+    changed: dict[int, UOp]
+
+
+@dataclass(slots=True)
+class Stage:
+    """Every live tensor on stand-ins, between ``with`` and its end.
+
+    ``seeds`` and ``counts`` are the buffers under the random seed and the counter of random draws,
+    ``counter`` the counter itself; ``arguments`` the buffers of the function's arguments by name.
+    """
+
+    held: list[Held] = field(default_factory=list)
+    seeds: set[UOp] = field(default_factory=set)
+    counts: set[UOp] = field(default_factory=set)
+    counter: Tensor | None = None
+    arguments: dict[str, UOp] = field(default_factory=dict)
+    _saved: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    def __enter__(self) -> Stage:
+        self._save(Tensor, "_device_seeds", dict(Tensor._device_seeds))
+        self._save(Tensor, "_device_rng_counters", dict(Tensor._device_rng_counters))
+        if Device.DEFAULT not in Tensor._device_seeds:
+            Tensor._next_counter(Device.DEFAULT, 0)
+        self._save(Tensor, "realize", lambda tensor, *_, **__: tensor)
+        self._save(Tensor, "_buffer", _refuse_reading)
+        self._save(Tensor, "linear_with_vars", _refuse_reading)
+        self._hold()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for held in self.held:
+            held.tensor.uop, held.tensor.grad = held.uop, held.grad
+        for owner, name, value in reversed(self._saved):
+            setattr(owner, name, value)
+
+    def record(
+        self, function: Callable[..., object], arguments: Mapping[str, Tensor], *, training: bool
+    ) -> Recording:
+        """Run ``function`` once on the stand-ins. Raises JobError."""
+        plain = function.fxn if isinstance(function, _TinyJit) else function
+        for held in self.held:
+            held.tensor.uop, held.tensor.grad = held.start, held.grad
+        with Context(TRAINING=int(training)):
+            returned = plain(**{name: arguments[name] for name in parameter_names(plain)})
+        name = getattr(plain, "__name__", "phase")
+        outputs = _outputs(name, returned)
+        changed = {
+            number: held.tensor.uop
+            for number, held in enumerate(self.held)
+            if held.tensor.uop is not held.start
+        }
+        return Recording(name, outputs, changed)
+
+    def _save(self, owner: object, name: str, value: object) -> None:
+        self._saved.append((owner, name, owner.__dict__[name]))
+        setattr(owner, name, value)
+
+    def _hold(self) -> None:
+        seed = Tensor._device_seeds[Device.DEFAULT]
+        self.counter = counter = Tensor._device_rng_counters[Device.DEFAULT]
+        self.seeds = {node for node in seed.uop.toposort() if node.op is Ops.BUFFER}
+        self.counts = {node for node in counter.uop.toposort() if node.op is Ops.BUFFER}
+        on_data: dict[UOp, bool] = {}
+
+        def visit(node: UOp) -> bool:
+            if node.op is Ops.BUFFER:
+                if node in self.seeds or node in self.counts:
+                    return False
+                return is_realized(node) and not is_literal(node)
+            return any(on_data.get(source, False) for source in node.src)
+
+        for reference in list(all_tensors):
+            tensor = reference()
+            if tensor is None:
+                continue
+            # A realized counter stands for two numbers, not for data that would have to travel.
+            can_wait = tensor is counter or (
+                tensor is not seed and _needs_stand_in(tensor.uop, visit, on_data)
+            )
+            stand_in = make_stand_in(tensor.uop) if can_wait else None
+            base = (stand_in if stand_in is not None else tensor.uop).base
+            buffer = base if base.op is Ops.BUFFER else None
+            self.held.append(Held(tensor, tensor.uop, tensor.grad, stand_in, buffer))
+
+
+def parameter_names(function: Callable[..., object]) -> tuple[str, ...]:
+    """The names by which ``function`` takes its arguments."""
+    return tuple(inspect.signature(function).parameters)
+
+
+def make_stand_in(uop: UOp) -> UOp:
+    """A buffer without memory, in the place, shape and dtype of ``uop``."""
+    device = uop.device if isinstance(uop.device, str) else Device.DEFAULT
+    return UOp.new_buffer(device, uop.numel(), uop.dtype).reshape(uop.shape)
+
+
+def is_realized(buffer: UOp) -> bool:
+    """Whether the BUFFER node has memory with data in it."""
+    return buffer.realized is not None
+
+
+def is_literal(buffer: UOp) -> bool:
+    """Whether the BUFFER holds a few numbers written in the program, as ``Tensor([0.1])`` does."""
+    return (
+        buffer.device == "PYTHON"
+        and is_realized(buffer)
+        and buffer.numel() * buffer.dtype.itemsize <= MAX_LITERAL_BYTES
+    )
+
+
+def _needs_stand_in(uop: UOp, visit: Callable[[UOp], bool], cache: dict[UOp, bool]) -> bool:
+    """Whether a tensor that holds ``uop`` is unrealized, and could be state that starts there."""
+    dims = uop.shape
+    if uop.dtype in dtypes.weaks or isinstance(uop.device, tuple) or uop.has_buffer_identity():
+        return False
+    if not all(isinstance(dim, int) for dim in dims) or 0 in dims:
+        return False
+    return is_host_copy(uop) or not uop.topovisit(visit, cache)
+
+
+def is_host_copy(uop: UOp) -> bool:
+    """Whether ``uop`` is data of Python or numpy on its way to a device, and nothing else."""
+    copied = False
+    while uop.op in (Ops.COPY, Ops.RESHAPE):
+        copied = copied or uop.op is Ops.COPY
+        uop = uop.src[0]
+    return copied and uop.op is Ops.BUFFER and uop.device in HOST_DEVICES
+
+
+def _outputs(name: str, returned: object) -> dict[str, UOp]:
+    if returned is None:
+        return {}
+    if isinstance(returned, Tensor):
+        returned = {"output": returned}
+    if not isinstance(returned, dict):
+        raise JobError(
+            f"{name} returned a {type(returned).__name__}",
+            hint="Return a dict of names to tensors, such as {'loss': loss}, or nothing.",
+        )
+    for key, value in returned.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise JobError(
+                f"{name} returned {key!r}: {type(value).__name__}, not a name and a tensor",
+                hint="Return a dict of names to tensors, such as {'loss': loss}.",
+            )
+    return {key: value.uop for key, value in returned.items()}
+
+
+def _refuse_reading(*_: object, **__: object) -> None:
+    raise JobError(
+        "a traced function cannot read a tensor's value (.item(), .numpy(), .tolist()): "
+        "no value exists until the job runs",
+        hint=_READ_HINT,
+    )

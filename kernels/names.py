@@ -1,0 +1,78 @@
+"""Names for a traced program's tensors, from the variables that its functions can see.
+
+They are labels for people: nothing that is computed or hashed depends on them.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from tinygrad import Tensor
+from tinygrad.engine.jit import _TinyJit
+from tinygrad.nn.optim import Optimizer
+from tinygrad.nn.state import get_state_dict
+
+MAX_HELPER_DEPTH: Final = 4
+_OPAQUE: Final = (types.ModuleType, type, str, bytes, int, float, types.BuiltinFunctionType)
+
+
+def name_tensors(functions: Iterable[Callable[..., object]]) -> dict[int, str]:
+    """``id`` of a tensor to a name such as ``net.l1.weight``, for all that ``functions`` reach.
+
+    A model's name for a weight goes before the optimizer's.
+    """
+    found: dict[str, object] = {}
+    for function in functions:
+        _collect(function, found, MAX_HELPER_DEPTH)
+    names: dict[int, str] = {}
+    ordered = sorted(found.items(), key=lambda item: isinstance(item[1], Optimizer))
+    for variable, value in ordered:
+        try:
+            tensors = get_state_dict(value, prefix=f"{variable}.")
+        except (RecursionError, TypeError, AttributeError):
+            # An object of the user's that refers to itself or resists being looked at has no names.
+            continue
+        for name, tensor in tensors.items():
+            names.setdefault(id(tensor), name)
+    return names
+
+
+def _collect(function: object, found: dict[str, object], depth: int) -> None:
+    """Add the variables that ``function`` and the functions it calls by name refer to."""
+    if isinstance(function, _TinyJit):
+        function = function.fxn
+    if isinstance(function, types.MethodType):
+        found.setdefault("self", function.__self__)
+        function = function.__func__
+    if not isinstance(function, types.FunctionType) or depth == 0:
+        return
+    for name, value in _visible(function).items():
+        if isinstance(value, (types.FunctionType, types.MethodType, _TinyJit)):
+            _collect(value, found, depth - 1)
+        elif isinstance(value, Tensor) or not isinstance(value, _OPAQUE):
+            found.setdefault(name, value)
+
+
+def _visible(function: types.FunctionType) -> dict[str, object]:
+    """The closed-over and global variables that the text of ``function`` names."""
+    values: dict[str, object] = {}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for name, cell in cells:
+        try:
+            values[name] = cell.cell_contents
+        except ValueError:
+            # A variable that has no value yet.
+            continue
+    for name in _global_names(function.__code__):
+        if name in function.__globals__:
+            values.setdefault(name, function.__globals__[name])
+    return values
+
+
+def _global_names(code: types.CodeType) -> Iterable[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _global_names(constant)
