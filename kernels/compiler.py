@@ -17,6 +17,7 @@ test compares the two.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import os
 import re
@@ -33,6 +34,7 @@ from p2pflop.kernels import lockdown, syscalls
 from p2pflop.kernels.frames import (
     MAX_CONTROL_BYTES,
     BlockingPipe,
+    Failed,
     FrameBuffer,
     Serve,
     Started,
@@ -127,7 +129,8 @@ class _Run:
                 os._exit(127)
         for descriptor in (stdin, stdout, stderr):
             os.close(descriptor)
-        os.set_blocking(self._to_clang, False)
+        # Not os.set_blocking, which is an ioctl, and those are all refused.
+        fcntl.fcntl(self._to_clang, fcntl.F_SETFL, os.O_WRONLY | os.O_NONBLOCK)
         self._received = {self._from_clang: bytearray(), self._complaints: bytearray()}
         self._exchange(source)
         if not self.late:
@@ -263,11 +266,16 @@ class Helper:
 def main(command: list[str]) -> None:
     """``python -m p2pflop.kernels.compiler CONTROL_FD``, with ``CC`` and ``DEV`` set."""
     control = socket.socket(fileno=int(command[0]))
-    clang = _Clang(os.path.realpath(os.environ["CC"]), arguments(os.environ["DEV"]))
-    mechanisms = lockdown.probe()
-    gc.collect()
-    gc.freeze()
-    Helper(control, clang, mechanisms).run()
+    try:
+        clang = _Clang(os.path.realpath(os.environ["CC"]), arguments(os.environ["DEV"]))
+        mechanisms = lockdown.probe()
+        gc.collect()
+        gc.freeze()
+        Helper(control, clang, mechanisms).run()
+    # Standard error goes nowhere: the node must hear why, whatever it is.
+    except Exception as error:
+        control.sendall(pack(Failed(text(repr(error)))))
+        raise
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ To a lowerer::
     Lower, Part(graph)...           ->
                                     <-      Progress*, Part(plan)...  or  Fault
 
-To a worker, one exchange at a time; only ``Stop`` may overtake a run::
+To a worker, one exchange at a time; only ``Stop`` may come during a run::
 
     node                                    worker
                                     <-      Ready
@@ -27,7 +27,7 @@ To a worker, one exchange at a time; only ``Stop`` may overtake a run::
     Continue  or  anything else     ->      (while paused)
     Read(slot) or ReadOutput        ->
                                     <-      Part...
-    Stop                            ->      (only while running)
+    Stop                            ->      (running: Paused comes soon; paused: the run is over)
 
 A ``Fault`` may come in place of any answer, and is the last frame. The zygote and the compile
 helper are spoken to over socket pairs with ``Request`` and ``Notice``; a ``Fork`` brings its pipe
@@ -123,7 +123,8 @@ class Continue(Message, frozen=True, tag=7):
 
 
 class Stop(Message, frozen=True, tag=8):
-    """Finish the current step, then pause for good. Ignored by a worker that is not running."""
+    """Finish the current step, then pause for good. It ends a run that stands still without an
+    answer, and is ignored where there is no run."""
 
 
 class Read(Message, frozen=True, tag=9):
@@ -257,7 +258,13 @@ class Exited(Message, frozen=True, tag=82):
     out_of_memory: bool
 
 
-Notice = Started | Forked | Exited
+class Failed(Message, frozen=True, tag=83):
+    """The zygote or helper cannot start or go on, and ends."""
+
+    text: _Text
+
+
+Notice = Started | Forked | Exited | Failed
 
 lowerer_command = msgspec.msgpack.Decoder(LowererCommand)
 worker_command = msgspec.msgpack.Decoder(WorkerCommand)

@@ -129,8 +129,7 @@ class _Worker:
             if boundary and step < end and not (stopped or condition):
                 rows.flush()
                 self._pipe.send(Paused(step, False, False))
-                stopped = self._stand_still()
-                if stopped:
+                if self._given_up():
                     return
         rows.flush()
         self._pipe.send(Paused(step, True, condition))
@@ -141,15 +140,15 @@ class _Worker:
             raise ProtocolError(f"{type(command).__name__} during a run")
         return True
 
-    def _stand_still(self) -> bool:
-        """Answer reads until told to go on; whether the run was given up for another command."""
+    def _given_up(self) -> bool:
+        """Stand still and answer until told to go on (False) or to stop (True)."""
         while True:
             command = self._pipe.receive(worker_command)
-            if isinstance(command, Continue):
-                return False
-            self._answer(command)
+            if isinstance(command, Continue | Stop):
+                return isinstance(command, Stop)
             if isinstance(command, Run | Load):
-                return True
+                raise ProtocolError(f"{type(command).__name__} inside a run")
+            self._answer(command)
 
 
 class _Rows:

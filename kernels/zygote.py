@@ -32,6 +32,7 @@ from p2pflop.kernels.frames import (
     MAX_CONTROL_BYTES,
     BlockingPipe,
     Exited,
+    Failed,
     Fork,
     Forked,
     FrameBuffer,
@@ -185,8 +186,17 @@ def main(command: list[str]) -> None:
     """
     control = socket.socket(fileno=int(command[0]))
     compile_pipe = [int(command[1]), int(command[2])]
+    try:
+        _live(control, compile_pipe, command[3])
+    # Standard error goes nowhere: the node must hear why, whatever it is.
+    except Exception as error:
+        control.sendall(pack(Failed(text(repr(error)))))
+        raise
+
+
+def _live(control: socket.socket, compile_pipe: list[int], engine_name: str) -> None:
     mechanisms = lockdown.probe()
-    engine: Engine = importlib.import_module(command[3]).create()
+    engine: Engine = importlib.import_module(engine_name).create()
     engine.use_compiler(CompileClient(*compile_pipe))
     version = engine.warm()
     for descriptor in compile_pipe:

@@ -1,0 +1,290 @@
+"""A worker in a sandboxed process, from the node's side.
+
+The worker runs a stranger's code, so each of its answers is checked against what was asked: rows
+must be exactly the traced scalars of exactly the next steps, a pause must stand where a pause is
+due, a slot must have its own size. Whatever does not fit ends the worker and is a ProviderError.
+Silence is limited too: a step, a load and an answer each have their time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+
+from p2pflop.errors import JobError, P2PFlopError, ProtocolError, ProviderError
+from p2pflop.job.graph import Dtype
+from p2pflop.job.spec import MODE_TRACE, Work, is_due, times_due
+from p2pflop.job.validate import stored_bytes
+from p2pflop.kernels import frames
+from p2pflop.kernels.frames import MAX_ROW_VALUES, PART_BYTES, worker_report
+from p2pflop.kernels.worker import ROWS_INTERVAL_SECONDS
+from p2pflop.node.crew import Child, fault_error
+from p2pflop.node.pipes import EndOfPipe
+from p2pflop.node.worker_types import Paused, Rows, WorkerEvent, WorkerLimits
+from p2pflop.wire import decode
+
+ANSWER_SECONDS: Final = 30.0
+# Above a step's own limit: telling the rows, and a machine with more to do than this.
+STEP_SLACK_SECONDS: Final = 1.0 + ROWS_INTERVAL_SECONDS
+_JOB_WORK: Final = ("a step", "initialising")
+
+
+class ProcessWorker:
+    """``worker_types.Worker`` over a child's pipe. Made by ``WorkerPool.worker``."""
+
+    def __init__(
+        self, child: Child, limits: WorkerLimits, kill: Callable[[Child], Awaitable[None]]
+    ) -> None:
+        self._child = child
+        self._limits = limits
+        self._kill = kill
+        self._work: Work | None = None
+        self._failure: P2PFlopError | None = None
+        self._busy = ""
+        self._running = False
+        self._stopping = False
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._child.pid
+
+    async def load(self, work: bytes, plans: Mapping[bytes, bytes]) -> None:
+        """See ``Worker``."""
+        decoded = decode(Work, work)
+        async with self._exchange("loading", self._limits.step_seconds + ANSWER_SECONDS):
+            await self._child.pipe.send(frames.Load(work, len(plans)))
+            for graph, plan in plans.items():
+                await self._child.pipe.send(frames.LoadPlan(graph))
+                await self._child.pipe.send_parts(plan)
+            await self._done()
+        self._work = decoded
+
+    async def write(self, slot: int, offset_bytes: int, data: bytes) -> None:
+        """See ``Worker``. Raises ValueError if the data does not fit the slot."""
+        if offset_bytes < 0 or offset_bytes + len(data) > self._slot_bytes(slot):
+            raise ValueError(f"{len(data)} bytes at {offset_bytes} do not fit slot {slot}")
+        view = memoryview(data)
+        for start in range(0, len(view), PART_BYTES):
+            chunk = bytes(view[start : start + PART_BYTES])
+            async with self._exchange("writing", ANSWER_SECONDS):
+                await self._child.pipe.send(frames.Write(slot, offset_bytes + start, chunk))
+
+    async def initialise(self) -> None:
+        """See ``Worker``."""
+        async with self._exchange("initialising", self._limits.step_seconds + ANSWER_SECONDS):
+            await self._child.pipe.send(frames.Initialise())
+            await self._done()
+
+    async def run(
+        self, first_step: int, steps: int, pause_every: int = 0
+    ) -> AsyncIterator[WorkerEvent]:
+        """See ``Worker``."""
+        progress = _Progress(self._loaded, first_step, steps)
+        limit = self._limits.step_seconds + STEP_SLACK_SECONDS
+        async with self._exchange("running", ANSWER_SECONDS):
+            await self._child.pipe.send(frames.Run(first_step, steps, pause_every))
+        self._running, self._stopping = True, False
+        while True:
+            async with self._exchange("a step", limit):
+                event = await self._event(progress, pause_every)
+            if not isinstance(event, Paused):
+                yield event
+                continue
+            if event.ended:
+                self._running = False
+                yield event
+                return
+            self._running = False
+            yield event
+            if self._stopping:
+                return
+            async with self._exchange("running", ANSWER_SECONDS):
+                await self._child.pipe.send(frames.Continue())
+            self._running = True
+
+    async def read(self, slot: int) -> AsyncIterator[bytes]:
+        """See ``Worker``."""
+        size = self._slot_bytes(slot)
+        async for chunk in self._parts(frames.Read(slot), size, size):
+            yield chunk
+
+    async def read_output(self, phase: int, output: int) -> AsyncIterator[bytes]:
+        """See ``Worker``."""
+        request = frames.ReadOutput(phase, output)
+        async for chunk in self._parts(request, 0, self._limits.memory_bytes):
+            yield chunk
+
+    async def stop(self) -> None:
+        """See ``Worker``."""
+        if self._failure is None and self._work is not None and not self._stopping:
+            self._stopping = True
+            with contextlib.suppress(EndOfPipe):  # whoever waits for the run learns why
+                await self._child.pipe.send(frames.Stop())
+
+    @property
+    def _loaded(self) -> Work:
+        if self._work is None:
+            raise RuntimeError("no work is loaded")
+        return self._work
+
+    def _slot_bytes(self, slot: int) -> int:
+        param = self._loaded.params[slot]
+        return stored_bytes(Dtype(param.dtype), param.shape)
+
+    async def _done(self) -> None:
+        report = await self._report()
+        if not isinstance(report, frames.Done):
+            raise ProtocolError(f"{type(report).__name__} instead of an acknowledgement")
+
+    async def _report(self) -> frames.WorkerReport:
+        report = await self._child.pipe.receive(worker_report)
+        if isinstance(report, frames.Fault):
+            raise fault_error(report)
+        return report
+
+    async def _event(self, progress: _Progress, pause_every: int) -> WorkerEvent:
+        report = await self._report()
+        if isinstance(report, frames.Progressed):
+            return progress.rows(report)
+        if not isinstance(report, frames.Paused):
+            raise ProtocolError(f"{type(report).__name__} during a run")
+        return progress.pause(report, pause_every, self._stopping)
+
+    async def _parts(
+        self, request: frames.Message, min_bytes: int, max_bytes: int
+    ) -> AsyncIterator[bytes]:
+        received = 0
+        last = False
+        self._claim("reading")
+        try:
+            async with self._guard("reading", ANSWER_SECONDS):
+                await self._child.pipe.send(request)
+            while not last:
+                async with self._guard("reading", ANSWER_SECONDS):
+                    part = await self._report()
+                    if not isinstance(part, frames.Part):
+                        raise ProtocolError(f"{type(part).__name__} instead of data")
+                    received += len(part.data)
+                    last = part.last
+                    if received > max_bytes or (last and received < min_bytes):
+                        raise ProtocolError(f"{received} bytes where {max_bytes} are due")
+                    if not last and not part.data:
+                        raise ProtocolError("an empty part")
+                if part.data:
+                    yield part.data
+        finally:
+            self._busy = ""
+            if not last and self._failure is None:
+                self._failure = ProviderError("a reading of this worker was broken off")
+
+    def _claim(self, what: str) -> None:
+        if self._failure is not None:
+            raise _again(self._failure)
+        if self._busy or self._running:
+            raise RuntimeError(f"{what}: the worker is still {self._busy or 'running'}")
+        self._busy = what
+
+    @asynccontextmanager
+    async def _exchange(self, what: str, limit_seconds: float) -> AsyncIterator[None]:
+        if not self._running:
+            self._claim(what)
+        elif self._failure is not None:
+            raise _again(self._failure)
+        try:
+            async with self._guard(what, limit_seconds):
+                yield
+        finally:
+            self._busy = ""
+
+    @asynccontextmanager
+    async def _guard(self, what: str, limit_seconds: float) -> AsyncIterator[None]:
+        """Turn whatever goes wrong into an error to raise, and end the worker then."""
+        try:
+            with trio.fail_after(limit_seconds):
+                yield
+        except trio.TooSlowError as error:
+            late = JobError if what in _JOB_WORK else ProviderError
+            self._failure = late(f"{what} took longer than {limit_seconds:.0f} s")
+            await self._kill(self._child)
+            raise _again(self._failure) from error
+        except EndOfPipe as error:
+            self._failure = await self._child.cause_of_death("worker")
+            raise _again(self._failure) from error
+        except ProtocolError as error:
+            self._failure = ProviderError(f"the worker broke the protocol: {error.message}")
+            await self._kill(self._child)
+            raise _again(self._failure) from error
+        except (JobError, ProviderError) as error:
+            self._failure = error
+            await self._kill(self._child)
+            raise
+        except BaseException:
+            # Cancelled in the middle of a frame: the two ends no longer agree where one starts.
+            self._failure = ProviderError(f"{what} was broken off")
+            raise
+
+
+class _Progress:
+    """Which rows and pauses a run must bring next."""
+
+    def __init__(self, work: Work, first_step: int, steps: int) -> None:
+        self._work = work
+        self._step = first_step
+        self._end = first_step + steps
+        self._told = 0
+        self._last: tuple[int, int, int] | None = None
+        self._traced = [
+            (phase, sum(mode == MODE_TRACE for mode in phase.modes)) for phase in work.phases
+        ]
+
+    def rows(self, report: frames.Progressed) -> Rows:
+        """The rows of a report. Raises ProtocolError unless they are exactly the next ones."""
+        first, last, values = report.first_step, report.last_step, report.values
+        if not (first == self._step <= last < self._end):
+            raise ProtocolError(f"steps {first} to {last} where {self._step} was next")
+        for step, phase, output, _ in values:
+            key = (step, phase, output)
+            if not first <= step <= last or (self._last is not None and key <= self._last):
+                raise ProtocolError(f"row {key} out of order")
+            self._check_traced(step, phase, output)
+            self._last = key
+        missing = self._count(first, last) - self._told - len(values)
+        if missing < 0:
+            raise ProtocolError("more rows than are due")
+        if missing and (first != last or len(values) != MAX_ROW_VALUES):
+            raise ProtocolError(f"{missing} rows are missing")
+        self._told = self._told + len(values) if missing else 0
+        self._step = last if missing else last + 1
+        return Rows(first, last, values)
+
+    def pause(self, report: frames.Paused, pause_every: int, stopping: bool) -> Paused:
+        """A report's pause. Raises ProtocolError if none is due there."""
+        step, stop = report.step, self._work.stop
+        condition = report.condition and stop is not None and step % stop.every == 0
+        at_end = step == self._end or stopping or condition
+        boundary = pause_every > 0 and step % pause_every == 0
+        if step != self._step or self._told or not (at_end if report.ended else boundary):
+            raise ProtocolError(f"a pause at step {step} where {self._step} was next")
+        return Paused(step, report.ended or stopping, condition)
+
+    def _check_traced(self, step: int, phase: int, output: int) -> None:
+        phases = self._work.phases
+        known = phase < len(phases) and output < len(phases[phase].modes)
+        if not known or phases[phase].modes[output] != MODE_TRACE:
+            raise ProtocolError(f"row of phase {phase}, output {output}, which is not traced")
+        if not is_due(phases[phase], step):
+            raise ProtocolError(f"row of phase {phase}, which is not due at step {step}")
+
+    def _count(self, first: int, last: int) -> int:
+        steps = last - first + 1
+        return sum(times_due(phase, first, steps) * traced for phase, traced in self._traced)
+
+
+def _again(error: P2PFlopError) -> P2PFlopError:
+    """The same error once more: one instance raised twice would grow its traceback."""
+    return type(error)(error.message, hint=error.hint)

@@ -1,0 +1,350 @@
+"""The worker pool: lowering and running jobs in sandboxed processes, from trio, without tinygrad.
+
+The pool keeps a **crew** (zygote and compile helper) alive. ``lower`` gives the plan of a graph:
+from the cache, from a lowering that is already under way, or from a lowerer of its own. ``worker``
+leases a locked process. A crew that ends takes its children with it; their callers get
+ProviderError and a new crew starts. ``MAX_CRASHES`` ends within ``CRASH_WINDOW_SECONDS`` break the
+pool for good: it calls ``on_broken`` and refuses everything, so that a node can withdraw its asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from p2pflop.errors import ConfigError, JobError, P2PFlopError, ProtocolError, ProviderError
+from p2pflop.ids import content_hash
+from p2pflop.job.graph import graph_hash
+from p2pflop.job.spec import ClassDescriptor, class_id
+from p2pflop.kernels import classes
+from p2pflop.kernels.engine import DEFAULT_ENGINE
+from p2pflop.kernels.frames import (
+    LOWERER,
+    MAX_GRAPH_BYTES,
+    WORKER,
+    Fault,
+    Lower,
+    Part,
+    Progress,
+    lowerer_report,
+)
+from p2pflop.kernels.plan import MAX_PLAN_BYTES
+from p2pflop.node.crew import Child, Crew, fault_error
+from p2pflop.node.pipes import EndOfPipe
+from p2pflop.node.plans import PlanCache
+from p2pflop.node.worker_process import ProcessWorker
+from p2pflop.node.worker_types import PoolStatistics, WorkerLimits
+from p2pflop.units import GIB
+
+MAX_WORKERS: Final = 64
+MAX_LOWERINGS: Final = 256
+MAX_CRASHES: Final = 3
+CRASH_WINDOW_SECONDS: Final = 60.0
+LOWER_SECONDS: Final = 900.0
+LOWER_CPU_SECONDS: Final = 600
+LOWER_MEMORY_BYTES: Final = 4 * GIB
+MAX_PROGRESS_FRAMES: Final = 65_536
+_KEEP_VARIABLES: Final = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+
+
+class WorkerPool:
+    """``worker_types.Workers`` by processes. ``engine`` and ``variables`` are seams for tests."""
+
+    def __init__(
+        self,
+        plans_dir: Path,
+        *,
+        on_broken: Callable[[], None] | None = None,
+        lowerers: int | None = None,
+        engine: str = DEFAULT_ENGINE,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        self._plans = PlanCache(plans_dir)
+        self._on_broken = on_broken
+        self._slots = trio.CapacityLimiter(lowerers or os.cpu_count() or 1)
+        self._engine = engine
+        self._variables = variables or {}
+        self._crew: Crew | None = None
+        self._descriptor: ClassDescriptor | None = None
+        self._lowerings: dict[bytes, _Lowering] = {}
+        self._nursery: trio.Nursery | None = None
+        self._changed = trio.Event()
+        self._workers = 0
+        self._crashes: deque[float] = deque(maxlen=MAX_CRASHES)
+        self._crash_count = self._lowered = self._reused = 0
+        self._broken = False
+        self._scope = trio.CancelScope()
+        self._first = trio.Event()
+        self._first_error: P2PFlopError | None = None
+        self._over = trio.Event()
+
+    @property
+    def descriptor(self) -> ClassDescriptor:
+        """The determinism class of every worker here."""
+        if self._descriptor is None:
+            raise RuntimeError("the pool has not been started")
+        return self._descriptor
+
+    @property
+    def class_id(self) -> bytes:
+        """The hash of the descriptor."""
+        return class_id(self.descriptor)
+
+    @property
+    def level(self) -> int:
+        """The sandbox level, 1 to 3, as the zygote probed it; 0 while there is none."""
+        return self._crew.started.level if self._crew and self._crew.ready.is_set() else 0
+
+    @property
+    def broken(self) -> bool:
+        """Whether the sandbox crashed too often and has been given up."""
+        return self._broken
+
+    async def start(self, nursery: trio.Nursery | None = None) -> None:
+        """Start the crew and wait until it is warm; it lives in ``nursery``, else beside main.
+
+        Raises ConfigError if this machine cannot compute (no clang, no tinygrad, no class).
+        """
+        # Asks clang for its version: tens of milliseconds.
+        self._descriptor = await trio.to_thread.run_sync(classes.descriptor)
+        if nursery is not None:
+            nursery.start_soon(self._keep_crew)
+        else:
+            trio.lowlevel.spawn_system_task(self._keep_crew)
+        try:
+            await self._first.wait()
+        except trio.Cancelled:
+            self._scope.cancel()
+            raise
+        if self._first_error is not None:
+            raise self._first_error
+
+    async def aclose(self) -> None:
+        """End every worker, lowerer and helper process; wait until they are gone."""
+        self._scope.cancel()
+        if self._descriptor is not None:
+            with trio.CancelScope(shield=True):
+                await self._over.wait()
+
+    def statistics(self) -> PoolStatistics:
+        """Counters and process ids."""
+        ready = self._crew is not None and self._crew.ready.is_set()
+        return PoolStatistics(
+            level=self.level,
+            notes=self._crew.started.notes if self._crew is not None and ready else (),
+            workers=self._workers,
+            lowering=len(self._lowerings),
+            plans_lowered=self._lowered,
+            plans_reused=self._reused,
+            crashes=self._crash_count,
+            broken=self._broken,
+            process_ids=self._crew.process_ids if self._crew is not None else (),
+        )
+
+    async def lower(
+        self, graph: bytes, progress: Callable[[int, int], None] | None = None
+    ) -> bytes:
+        """The plan of an encoded graph; callers for one graph share one lowerer.
+
+        Raises JobError, ProviderError.
+        """
+        if len(graph) > MAX_GRAPH_BYTES:
+            raise JobError(f"graph of {len(graph)} bytes is over the limit of {MAX_GRAPH_BYTES}")
+        crew = await self._ready_crew()
+        versions = crew.started.version.encode()
+        key = content_hash(graph_hash(graph) + self.class_id + versions)
+        lowering = self._lowerings.get(key)
+        if lowering is None:
+            plan = await self._plans.get(key)
+            if plan is not None:
+                self._reused += 1
+                return plan
+            # Another caller may have begun while the disk was looked at.
+            lowering = self._lowerings.get(key)
+        if lowering is None:
+            if len(self._lowerings) >= MAX_LOWERINGS:
+                raise ProviderError(f"{MAX_LOWERINGS} graphs are waiting to be lowered")
+            if self._nursery is None:
+                raise ProviderError("the pool is closed")
+            lowering = self._lowerings[key] = _Lowering(key, graph)
+            self._nursery.start_soon(self._lower, lowering)
+        return await lowering.wait(progress)
+
+    @asynccontextmanager
+    async def worker(self, limits: WorkerLimits) -> AsyncIterator[ProcessWorker]:
+        """A fresh locked worker, killed at the end of the context. Raises ProviderError."""
+        crew = await self._ready_crew()
+        if self._workers >= MAX_WORKERS:
+            raise ProviderError(f"all {MAX_WORKERS} workers are taken")
+        self._workers += 1
+        try:
+            memory, cpu = limits.memory_bytes, limits.cpu_seconds
+            async with crew.child(WORKER, memory, cpu) as child:
+                yield ProcessWorker(child, limits, crew.end)
+        finally:
+            self._workers -= 1
+
+    async def _ready_crew(self) -> Crew:
+        """The crew, once it is warm. Raises ProviderError if there will be none."""
+        while not self._broken and not self._over.is_set() and not self._scope.cancel_called:
+            crew = self._crew
+            if crew is None or crew.lost.is_set():
+                await self._changed.wait()
+                continue
+            try:
+                await crew.wait_ready()
+            except ConfigError as error:
+                raise ProviderError(error.message) from error
+            return crew
+        raise ProviderError(
+            "the sandbox of this node has stopped", hint="`p2pflop doctor` says what is wrong."
+        )
+
+    async def _keep_crew(self) -> None:
+        try:
+            with self._scope:
+                async with trio.open_nursery() as self._nursery:
+                    while await self._serve_crew():
+                        pass
+        finally:
+            self._nursery = None
+            self._over.set()
+            self._first.set()
+            self._note_change()
+
+    async def _serve_crew(self) -> bool:
+        """One crew from start to end; whether another one should follow."""
+        failure = ConfigError("no sandbox for jobs: this machine starts no processes")
+        with contextlib.suppress(OSError):
+            crew = self._crew = Crew(self._environment(), self._engine)
+            self._note_change()
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._announce, crew, nursery.cancel_scope)
+                    await crew.serve()
+                    nursery.cancel_scope.cancel()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await crew.aclose()
+            failure = crew.error()
+        if not self._first.is_set():
+            self._first_error = failure
+            return False
+        self._count_crash()
+        return not self._broken
+
+    def _count_crash(self) -> None:
+        self._crash_count += 1
+        self._crashes.append(trio.current_time())
+        recent = self._crashes[-1] - self._crashes[0] <= CRASH_WINDOW_SECONDS
+        if len(self._crashes) == MAX_CRASHES and recent:
+            self._broken = True
+            if self._on_broken is not None:
+                self._on_broken()
+
+    async def _announce(self, crew: Crew, scope: trio.CancelScope) -> None:
+        try:
+            await crew.wait_ready()
+        except ConfigError:
+            scope.cancel()
+        else:
+            self._first.set()
+
+    def _note_change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in _KEEP_VARIABLES if name in os.environ}
+        # Hashes of strings decide orders inside tinygrad: equal graphs, equal plans.
+        fixed = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "HOME": "/nonexistent"}
+        return {**kept, **fixed, **classes.environment(), **self._variables}
+
+    async def _lower(self, lowering: _Lowering) -> None:
+        try:
+            with lowering.scope:
+                async with self._slots:
+                    plan = await self._run_lowerer(lowering)
+                    self._lowered += 1
+                    lowering.plan = plan
+                    await self._plans.put(lowering.key, plan)
+        except P2PFlopError as error:
+            lowering.error = error
+        finally:
+            if self._lowerings.get(lowering.key) is lowering:
+                del self._lowerings[lowering.key]
+            lowering.done.set()
+
+    async def _run_lowerer(self, lowering: _Lowering) -> bytes:
+        crew = await self._ready_crew()
+        async with crew.child(LOWERER, LOWER_MEMORY_BYTES, LOWER_CPU_SECONDS) as child:
+            try:
+                with trio.fail_after(LOWER_SECONDS):
+                    await child.pipe.send(Lower())
+                    await child.pipe.send_parts(lowering.graph)
+                    return await _receive_plan(child, lowering)
+            except trio.TooSlowError as error:
+                raise JobError(f"lowering took longer than {LOWER_SECONDS:.0f} s") from error
+            except EndOfPipe as error:
+                raise await child.cause_of_death("lowerer") from error
+            except ProtocolError as error:
+                message = f"the lowerer broke the protocol: {error.message}"
+                raise ProviderError(message) from error
+
+
+class _Lowering:
+    """A graph being lowered, and everybody who waits for it."""
+
+    def __init__(self, key: bytes, graph: bytes) -> None:
+        self.key = key
+        self.graph = graph
+        self.scope = trio.CancelScope()
+        self.done = trio.Event()
+        self.plan: bytes | None = None
+        self.error: P2PFlopError | None = None
+        self._listeners: list[Callable[[int, int], None] | None] = []
+
+    def tell(self, done: int, total: int) -> None:
+        for listener in self._listeners:
+            if listener is not None:
+                listener(done, total)
+
+    async def wait(self, progress: Callable[[int, int], None] | None) -> bytes:
+        self._listeners.append(progress)
+        try:
+            await self.done.wait()
+        finally:
+            self._listeners.remove(progress)
+            if not self._listeners:
+                self.scope.cancel()
+        if self.plan is not None:
+            return self.plan
+        error = self.error or ProviderError("the lowering was broken off")
+        raise type(error)(error.message, hint=error.hint)
+
+
+async def _receive_plan(child: Child, lowering: _Lowering) -> bytes:
+    plan = bytearray()
+    for _ in range(MAX_PROGRESS_FRAMES):
+        report = await child.pipe.receive(lowerer_report)
+        match report:
+            case Progress():
+                lowering.tell(report.done, report.total)
+            case Fault():
+                raise fault_error(report)
+            case Part():
+                plan += report.data
+                if len(plan) > MAX_PLAN_BYTES:
+                    raise JobError(f"the plan is over the limit of {MAX_PLAN_BYTES} bytes")
+                if report.last:
+                    return bytes(plan)
+            case _:
+                raise ProtocolError(f"{type(report).__name__} instead of a plan")
+    raise ProtocolError(f"more than {MAX_PROGRESS_FRAMES} frames")
