@@ -62,8 +62,6 @@ def integer_bounds(node: Node, dtype: Dtype, operands: Sequence[Bounds | None]) 
     whole = _DTYPE_BOUNDS.get(dtype)
     if whole is None:
         return None
-    if dtype is Dtype.BOOL:
-        return BOOL_BOUNDS
     found = _by_rule(node, whole, operands)
     if dtype is not Dtype.WEAKINT and (found.low < whole.low or found.high > whole.high):
         return Bounds(whole.low, whole.high, max(found.bits, whole.bits))
