@@ -95,6 +95,14 @@ def decode(kind: type[R], data: bytes) -> R:
     return record
 
 
+def envelope_kind(data: bytes) -> str:
+    """What an envelope claims to hold; nothing is verified. Raises ProtocolError."""
+    try:
+        return msgspec.msgpack.decode(data, type=Envelope).kind
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"not a valid envelope: {str(error)[:200]}") from error
+
+
 def signed_bytes(network: str, kind: str, public_key: bytes, body: bytes) -> bytes:
     """What a signature covers and what a record's id hashes."""
     return b"p2pflop/1/" + network.encode() + b"/" + kind.encode() + b"\0" + public_key + body

@@ -51,33 +51,23 @@ from typing import Final, Generic, Protocol, TypeVar
 import msgspec
 
 from p2pflop.errors import ProtocolError, StoreError
+from p2pflop.job.events import (
+    DEADLINE,
+    ENDS,
+    Action,
+    Blame,
+    Event,
+    Finish,
+    Persist,
+    SetTimer,
+    State,
+    Stop,
+    Timer,
+    event_name,
+)
 from p2pflop.units import NS_PER_S
-from p2pflop.wire import envelope_kind
 
 CONFIRM_WITHIN_NS: Final = 2 * NS_PER_S
-DEADLINE: Final = "deadline"
-
-
-class State(StrEnum):
-    """Of both sides; ``SETTLED``, ``FAILED``, ``CANCELLED`` and ``RELEASED`` are ends."""
-
-    RANKING = "ranking"
-    BIDDING = "bidding"
-    CONFIRMING = "confirming"
-    VERIFYING = "verifying"
-    OFFERED = "offered"
-    LEASED = "leased"
-    PREPARING = "preparing"
-    COMMITTED = "committed"
-    RECEIPTED = "receipted"
-    RUNNING = "running"
-    SETTLED = "settled"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    RELEASED = "released"
-
-
-ENDS: Final = frozenset({State.SETTLED, State.FAILED, State.CANCELLED, State.RELEASED})
 
 
 class Edge(StrEnum):
@@ -128,8 +118,8 @@ _END_ROWS: Final[dict[State, dict[Edge, State]]] = {
     end: {Edge.REPEAT: end, Edge.QUIET: end} for end in ENDS
 }
 
-# Loss of a provider ends a job. A RESUBMIT edge, from RUNNING and VERIFYING back to BIDDING with the
-# newest verified checkpoint as its start, takes the place of LOST, SILENT and GIVEN_UP there.
+# Loss of a provider ends a job. A RESUBMIT edge, from RUNNING and VERIFYING back to BIDDING with
+# the newest verified checkpoint as its start, will take the place of LOST, SILENT and GIVEN_UP.
 BUYER: Final[Table] = {
     State.RANKING: {
         Edge.RANKED: State.BIDDING,
@@ -149,6 +139,7 @@ BUYER: Final[Table] = {
     State.CONFIRMING: {
         Edge.STARTED: State.RUNNING,
         Edge.COMMIT: State.RUNNING,
+        Edge.RECEIPT: State.RUNNING,
         Edge.NEXT: State.BIDDING,
         Edge.EXHAUSTED: State.FAILED,
         Edge.JOB_FAULT: State.FAILED,
@@ -249,26 +240,25 @@ PROVIDER: Final[Table] = {
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How long a state may last, from its last journalled edge or, if ``renewed``, sign of life."""
+    """How long a state may last since its last journalled edge, or ``ALIVE`` where it has that."""
 
     name: str
     after_ns: int
-    renewed: bool = False
 
 
 BUYER_LIMITS: Final[Mapping[State, Limit]] = {
     State.RANKING: Limit("ranking", 60 * NS_PER_S),
     State.BIDDING: Limit("answer", 10 * NS_PER_S),
     State.CONFIRMING: Limit("start", 10 * NS_PER_S),
-    State.RUNNING: Limit("provider silence", 30 * NS_PER_S, renewed=True),
+    State.RUNNING: Limit("provider silence", 30 * NS_PER_S),
     State.VERIFYING: Limit("verification", 1800 * NS_PER_S),
 }
 PROVIDER_LIMITS: Final[Mapping[State, Limit]] = {
     State.OFFERED: Limit("decision", 10 * NS_PER_S),
     State.LEASED: Limit("confirm", CONFIRM_WITHIN_NS),
-    State.PREPARING: Limit("buyer silence", 60 * NS_PER_S, renewed=True),
-    State.RUNNING: Limit("buyer silence", 60 * NS_PER_S, renewed=True),
-    State.COMMITTED: Limit("reveal", 60 * NS_PER_S, renewed=True),
+    State.PREPARING: Limit("buyer silence", 60 * NS_PER_S),
+    State.RUNNING: Limit("buyer silence", 60 * NS_PER_S),
+    State.COMMITTED: Limit("reveal", 60 * NS_PER_S),
     State.RECEIPTED: Limit("countersignature", 3600 * NS_PER_S),
 }
 UNTIL_DEADLINE: Final = frozenset(
@@ -284,197 +274,6 @@ UNTIL_DEADLINE: Final = frozenset(
 )
 
 
-class Blame(StrEnum):
-    """Whose doing an end is, for the choice of error and of what to try next."""
-
-    NOBODY = ""
-    MARKET = "market"
-    PROVIDER = "provider"
-    BUYER = "buyer"
-    JOB = "job"
-
-
-# Events.
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A signed record came, as an envelope; ``salt`` goes with the last receipt."""
-
-    wire: bytes
-    salt: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class Alive:
-    """Anything else came from the other side: progress, rows, a heartbeat."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """The stream broke, could not be opened, or was closed because of what came on it."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """The work failed: at the provider, or so it told the buyer. ``job_fault`` blames the job."""
-
-    reason: str
-    job_fault: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Timer:
-    """A ``SetTimer`` of this name is due. Early or outdated ones are ignored."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """Buyer: the book has been ranked; the desk has the deals, or none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """Buyer: everything that receipt ``number`` is about is held and verified."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class Refuted:
-    """Buyer: what was delivered is not what was bought."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Buyer: the user wants no more of it."""
-
-    reason: str = "cancelled by the user"
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Provider: the allocator has reserved a slot."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deny:
-    """Provider: the bid is refused."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """Provider: inputs are here and every graph is lowered."""
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpointed:
-    """Provider: the state after ``step`` steps of the work is there to fetch and to be billed."""
-
-    step: int
-    root: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """Provider: the job is over after ``step`` steps of the work. ``salt`` is 32 random bytes."""
-
-    step: int
-    root: bytes
-    result: bytes
-    salt: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Reveal:
-    """Provider: the commit is out; show the result."""
-
-
-@dataclass(frozen=True, slots=True)
-class Withdraw:
-    """Provider: give the lease back (``cost``, shutdown)."""
-
-    reason: str
-
-
-Event = (
-    Received
-    | Alive
-    | Lost
-    | Fault
-    | Timer
-    | Ranked
-    | Verified
-    | Refuted
-    | Cancel
-    | Grant
-    | Deny
-    | Ready
-    | Checkpointed
-    | Done
-    | Reveal
-    | Withdraw
-)
-
-
-# Actions.
-
-
-@dataclass(frozen=True, slots=True)
-class Persist:
-    """Journal this row before doing anything else."""
-
-    kind: str
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send a signed record: ``bid``, ``fill``, ``confirm``, ...; ``salt`` goes with the last receipt."""
-
-    kind: str
-    wire: bytes
-    salt: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Begin ``prepare``, ``run`` or ``reveal`` (provider) or ``verify`` (buyer)."""
-
-    task: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """End whatever was started for this job and free what it holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class SetTimer:
-    """Report ``Timer(name)`` at ``at_ns``; replaces the timer of that name."""
-
-    name: str
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """The job is over on this side."""
-
-    state: State
-    reason: str
-    blame: Blame
-
-
-Action = Persist | Send | Start | Stop | SetTimer | Finish
 Parts = tuple[bytes, ...]
 Row = tuple[str, bytes]
 
@@ -489,24 +288,37 @@ class Move:
 
 
 class Side(Protocol):
-    """One side's content: which edges an event may take, which it does take, what that changes."""
+    """One side's content: the records so far, and what they make of an event."""
 
     table: Table
     limits: Mapping[State, Limit]
     edges: Mapping[str, tuple[Edge, ...]]
+    """Which edges an event of that name may take, in whatever state."""
     initial: State
 
-    def decide(self, name: str, event: Event, state: State, now_ns: int) -> Move: ...
+    def decide(self, name: str, event: Event, state: State, now_ns: int) -> Move:
+        """Only called if the state has one of the event's edges. Changes nothing."""
+        ...
 
-    def apply(self, edge: Edge, parts: Parts) -> None: ...
+    def apply(self, edge: Edge, parts: Parts) -> None:
+        """Take in a journalled edge, now or again. Raises ValueError for parts that do not fit."""
+        ...
 
-    def start_parts(self) -> Parts: ...
+    def start_parts(self) -> Parts:
+        """What the first row of the journal holds."""
+        ...
 
-    def revive(self, state: State) -> Move | None: ...
+    def revive(self, state: State, /) -> Sequence[Move]:
+        """The move that a restart in this state means, if any."""
+        ...
 
-    def pending(self, state: State) -> Sequence[Action]: ...
+    def pending(self, state: State) -> Sequence[Action]:
+        """What to do again after a restart in this state."""
+        ...
 
-    def outcome(self) -> tuple[str, Blame]: ...
+    def outcome(self) -> tuple[str, Blame]:
+        """Why it ended, and whose doing that is."""
+        ...
 
 
 SideT = TypeVar("SideT", bound=Side)
@@ -562,8 +374,7 @@ class Lifecycle(Generic[SideT]):
                     f"the journal has {kind!r} in state {self.state}, which cannot be",
                     hint="The journal is damaged; restore it from a backup.",
                 ) from error
-        move = self.side.revive(self.state)
-        if move is not None:
+        for move in self.side.revive(self.state):
             return self._take(move, "restart", now_ns)
         again = list(self.side.pending(self.state))
         if self.ended:
@@ -595,15 +406,6 @@ class Lifecycle(Generic[SideT]):
     def _due(self, now_ns: int) -> str | None:
         passed = [(at_ns, name) for name, at_ns in self._timers.items() if at_ns <= now_ns]
         return min(passed)[1] if passed else None
-
-
-def event_name(event: Event) -> str:
-    """What the tables call an event: the kind of a received record, ``timer``, or its class."""
-    if isinstance(event, Received):
-        return envelope_kind(event.wire)
-    if isinstance(event, Timer):
-        return DEADLINE if event.name == DEADLINE else "timer"
-    return type(event).__name__.lower()
 
 
 _PARTS: Final = msgspec.msgpack.Encoder()

@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.ids import HASH_BYTES, content_hash
+from p2pflop.job.lifecycle import CONFIRM_WITHIN_NS
 from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey, peer_id
 from p2pflop.market.ranking import Deal, sum_costs, total_nusd
@@ -40,7 +41,6 @@ from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, check_delegation
 from p2pflop.units import MAX_NUSD, NS_PER_S
 from p2pflop.wire import DEFAULT_NETWORK, Sealed, SignedRecord, open_sealed, seal
 
-CONFIRM_WITHIN_NS: Final = 2 * NS_PER_S
 MAX_BID_AGE_NS: Final = 60 * NS_PER_S
 SALT_BYTES: Final = 32
 TRADE_DIGITS: Final = 2

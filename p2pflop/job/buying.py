@@ -1,0 +1,330 @@
+"""The buyer's side of a lifecycle: which edge each event takes, and what it journals and sends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
+
+from p2pflop.errors import ProtocolError
+from p2pflop.job.events import (
+    DEADLINE,
+    ENDS,
+    Action,
+    Alive,
+    Blame,
+    Cancel,
+    Event,
+    Fault,
+    Lost,
+    Ranked,
+    Received,
+    Refuted,
+    Send,
+    Start,
+    State,
+    Timer,
+    Verified,
+)
+from p2pflop.job.lifecycle import BUYER, BUYER_LIMITS, Edge, Lifecycle, Limit, Move, Parts, Table
+from p2pflop.units import NS_PER_S
+
+MAX_ATTEMPTS: Final = 64
+MAX_UNSIGNED_RECEIPTS: Final = 64
+JOB_FAULT_PREFIX: Final = "job: "
+
+BUYER_EDGES: Final[Mapping[str, tuple[Edge, ...]]] = {
+    "ranked": (Edge.RANKED, Edge.NO_DEAL),
+    "fill": (Edge.FILL, Edge.REPEAT),
+    "reject": (Edge.NEXT,),
+    "commit": (Edge.COMMIT, Edge.REPEAT),
+    "receipt": (Edge.RECEIPT, Edge.LAST_RECEIPT, Edge.REPEAT),
+    "abandon": (Edge.NEXT, Edge.GIVEN_UP, Edge.QUIET),
+    "fault": (Edge.NEXT, Edge.JOB_FAULT, Edge.QUIET),
+    "lost": (Edge.NEXT, Edge.LOST, Edge.QUIET),
+    "alive": (Edge.STARTED, Edge.ALIVE, Edge.QUIET),
+    "verified": (Edge.VERIFIED, Edge.COUNTERSIGN, Edge.QUIET),
+    "refuted": (Edge.REFUTED, Edge.QUIET),
+    "cancel": (Edge.CANCEL, Edge.QUIET),
+    "timer": (Edge.NEXT, Edge.SILENT),
+    "deadline": (Edge.DEADLINE,),
+}
+
+
+class BuyerDesk(Protocol):
+    """Signs and checks the buyer's records. ``check_*`` and ``*_number`` raise ProtocolError."""
+
+    def bid(self, attempt: int, now_ns: int) -> bytes | None:
+        """A bid on the deal to try as number ``attempt`` (from 0), or None if there is none."""
+        ...
+
+    def check_fill(self, wire: bytes, bid: bytes, now_ns: int) -> None: ...
+
+    def check_reject(self, wire: bytes, bid: bytes) -> str:
+        """The provider's reason."""
+        ...
+
+    def confirm(self, fill: bytes) -> bytes: ...
+
+    def check_commit(self, wire: bytes, fill: bytes) -> None: ...
+
+    def receipt_number(self, wire: bytes, fill: bytes) -> int:
+        """The number of a receipt that the provider signed for this fill."""
+        ...
+
+    def check_receipt(
+        self, wire: bytes, bid: bytes, fill: bytes, previous: bytes, commit: bytes, salt: bytes
+    ) -> bool:
+        """Whether it is the last one. ``previous`` and ``commit`` may be empty: none yet."""
+        ...
+
+    def countersign(self, receipt: bytes) -> bytes: ...
+
+    def abandon(self, bid: bytes, fill: bytes, countersigned: bytes, reason: str) -> bytes: ...
+
+    def check_abandon(self, wire: bytes, bid: bytes, fill: bytes) -> str:
+        """The reason given."""
+        ...
+
+
+class Buying:
+    """The records of a purchase so far. Empty bytes mean: not yet."""
+
+    table: Table = BUYER
+    limits: Mapping[State, Limit] = BUYER_LIMITS
+    edges: Mapping[str, tuple[Edge, ...]] = BUYER_EDGES
+    initial = State.RANKING
+
+    def __init__(self, desk: BuyerDesk) -> None:
+        self.desk = desk
+        self.attempt = 0
+        self.bid = b""
+        self.fill = b""
+        self.confirm = b""
+        self.commit = b""
+        self.receipt = b""
+        self.salt = b""
+        self.unsigned: dict[int, bytes] = {}
+        self.countersigned = b""
+        self.abandon = b""
+        self.last_number = 0
+        self._accepted = 0
+        self._reason = ""
+        self._blame = Blame.NOBODY
+
+    def decide(self, name: str, event: Event, state: State, now_ns: int) -> Move:
+        """See ``Side``."""
+        if state in ENDS:
+            return self._after_end(name)
+        if isinstance(event, Received):
+            return self._on_record(name, event, state, now_ns)
+        if isinstance(event, Alive | Lost | Fault | Timer):
+            return self._on_sign(event, state, now_ns)
+        return self._on_own(event, now_ns)
+
+    def apply(self, edge: Edge, parts: Parts) -> None:
+        """See ``Side``."""
+        match edge, parts:
+            case Edge.RANKED, (bid,):
+                self.bid = bid
+            case Edge.NEXT, (reason, bid, _):
+                self.attempt += 1
+                self.bid, self._reason = bid, reason.decode()
+                self.fill = self.confirm = self.commit = self.receipt = self.countersigned = b""
+                self.unsigned, self._accepted = {}, 0
+            case Edge.FILL, (fill, confirm):
+                self.fill, self.confirm = fill, confirm
+            case Edge.COMMIT, (commit,):
+                self.commit = commit
+            case ((Edge.RECEIPT | Edge.LAST_RECEIPT), (receipt, number, salt)):
+                self._accepted = int.from_bytes(number, "big")
+                self.receipt = self.unsigned[self._accepted] = receipt
+                self.salt = salt
+                if edge is Edge.LAST_RECEIPT:
+                    self.last_number = self._accepted
+            case ((Edge.COUNTERSIGN | Edge.VERIFIED), (countersigned, number)):
+                self.countersigned = countersigned
+                signed = int.from_bytes(number, "big")
+                self.unsigned = {n: wire for n, wire in self.unsigned.items() if n > signed}
+                self._reason = ""
+            case ((Edge.START | Edge.STARTED), ()):
+                pass
+            case _, (reason, blame, abandon):
+                self._reason, self._blame = reason.decode(), Blame(blame.decode())
+                self.abandon = abandon
+            case _:
+                raise ValueError(f"{edge} with {len(parts)} parts")
+
+    def start_parts(self) -> Parts:
+        """See ``Side``."""
+        return ()
+
+    def revive(self, _state: State) -> Sequence[Move]:
+        """See ``Side``: a buyer goes on where it was."""
+        return ()
+
+    def pending(self, state: State) -> Sequence[Action]:
+        """See ``Side``. In RANKING the driver ranks again."""
+        if state is State.BIDDING:
+            return [Send("bid", self.bid)]
+        if state in (State.CONFIRMING, State.RUNNING, State.VERIFYING):
+            verify = [Start("verify")] if self.unsigned else []
+            return [Send("confirm", self.confirm), *verify]
+        return self._last_word()
+
+    def outcome(self) -> tuple[str, Blame]:
+        """See ``Side``."""
+        return self._reason, self._blame
+
+    def _on_record(self, name: str, event: Received, state: State, now_ns: int) -> Move:
+        if name == "fill":
+            return self._on_fill(event.wire, state, now_ns)
+        if name == "reject":
+            return self._on_reject(event.wire, state, now_ns)
+        if name == "commit":
+            return self._on_commit(event.wire)
+        if name == "receipt":
+            return self._on_receipt(event.wire, event.salt)
+        return self._on_abandon(event.wire, state, now_ns)
+
+    def _on_fill(self, wire: bytes, state: State, now_ns: int) -> Move:
+        if state is not State.BIDDING:
+            if wire != self.fill:
+                raise ProtocolError(f"a second fill in state {state}")
+            return Move(Edge.REPEAT, (), [Send("confirm", self.confirm)])
+        self.desk.check_fill(wire, self.bid, now_ns)
+        confirm = self.desk.confirm(wire)
+        return Move(Edge.FILL, (wire, confirm), [Send("confirm", confirm)])
+
+    def _on_reject(self, wire: bytes, state: State, now_ns: int) -> Move:
+        if state is not State.BIDDING:
+            raise ProtocolError(f"a reject after a fill, in state {state}")
+        reason = self.desk.check_reject(wire, self.bid)
+        return self._next(f"refused: {reason}", now_ns)
+
+    def _on_commit(self, wire: bytes) -> Move:
+        if self.commit:
+            if wire != self.commit:
+                raise ProtocolError("a second commit for one fill")
+            return Move(Edge.REPEAT)
+        self.desk.check_commit(wire, self.fill)
+        return Move(Edge.COMMIT, (wire,))
+
+    def _on_receipt(self, wire: bytes, salt: bytes) -> Move:
+        number = self.desk.receipt_number(wire, self.fill)
+        if number <= self._accepted:
+            signed = [Send("countersign", self.countersigned)] if self.countersigned else []
+            return Move(Edge.REPEAT, (), signed)
+        if len(self.unsigned) >= MAX_UNSIGNED_RECEIPTS:
+            raise ProtocolError(f"over {MAX_UNSIGNED_RECEIPTS} receipts wait for verification")
+        last = self.desk.check_receipt(wire, self.bid, self.fill, self.receipt, self.commit, salt)
+        edge = Edge.LAST_RECEIPT if last else Edge.RECEIPT
+        return Move(edge, (wire, number.to_bytes(4, "big"), salt), [Start("verify")])
+
+    def _on_abandon(self, wire: bytes, state: State, now_ns: int) -> Move:
+        if not self.fill:
+            raise ProtocolError("an abandon without a fill")
+        reason = self.desk.check_abandon(wire, self.bid, self.fill)
+        job_fault = reason.startswith(JOB_FAULT_PREFIX)
+        reason = f"the provider gave the lease back: {reason}"
+        if state is State.CONFIRMING and not job_fault:
+            return self._next(reason, now_ns, fence=False)
+        edge = Edge.JOB_FAULT if job_fault and state is not State.VERIFYING else Edge.GIVEN_UP
+        return self._end(edge, reason, Blame.JOB if job_fault else Blame.PROVIDER, fence=False)
+
+    def _on_sign(self, event: Alive | Lost | Fault | Timer, state: State, now_ns: int) -> Move:
+        match event:
+            case Timer(name):
+                return self._on_deadline(state) if name == DEADLINE else self._limit(state, now_ns)
+            case Alive():
+                if state is State.CONFIRMING:
+                    return Move(Edge.STARTED)
+                return Move(Edge.ALIVE if state is State.RUNNING else Edge.QUIET)
+            case _ if state is State.VERIFYING:
+                # All that is still needed can come over other streams.
+                return Move(Edge.QUIET)
+            case Lost(reason):
+                return self._fall(f"the provider was lost: {reason}", state, now_ns, Edge.LOST)
+            case Fault(reason, job_fault):
+                if job_fault and state is not State.BIDDING:
+                    return self._end(Edge.JOB_FAULT, f"the job failed: {reason}", Blame.JOB)
+                return self._fall(f"the provider failed: {reason}", state, now_ns, Edge.LOST)
+
+    def _limit(self, state: State, now_ns: int) -> Move:
+        if state is State.RANKING:
+            return self._end(Edge.SILENT, "no deal was found in time", Blame.MARKET)
+        if state is State.VERIFYING:
+            reason = "the result could not be verified in time"
+            return self._end(Edge.SILENT, reason, Blame.PROVIDER)
+        seconds = BUYER_LIMITS[state].after_ns // NS_PER_S
+        return self._fall(f"the provider was silent for {seconds} s", state, now_ns, Edge.SILENT)
+
+    def _on_deadline(self, state: State) -> Move:
+        blame = Blame.PROVIDER if state is State.RUNNING else Blame.MARKET
+        return self._end(Edge.DEADLINE, f"the deadline passed while {state}", blame)
+
+    def _on_own(self, event: Event, now_ns: int) -> Move:
+        match event:
+            case Ranked(reason):
+                bid = self.desk.bid(0, now_ns)
+                if bid is None:
+                    return self._end(Edge.NO_DEAL, reason, Blame.MARKET)
+                return Move(Edge.RANKED, (bid,), [Send("bid", bid)])
+            case Verified(number):
+                return self._on_verified(number)
+            case Refuted(reason) if self.unsigned:
+                return self._end(Edge.REFUTED, f"wrong delivery: {reason}", Blame.PROVIDER)
+            case Cancel(reason):
+                return self._end(Edge.CANCEL, reason, Blame.BUYER)
+            case _:
+                return Move(Edge.QUIET)
+
+    def _on_verified(self, number: int) -> Move:
+        receipt = self.unsigned.get(number)
+        if receipt is None:
+            return Move(Edge.QUIET)
+        signed = self.desk.countersign(receipt)
+        edge = Edge.VERIFIED if number == self.last_number else Edge.COUNTERSIGN
+        return Move(edge, (signed, number.to_bytes(4, "big")), [Send("countersign", signed)])
+
+    def _fall(self, reason: str, state: State, now_ns: int, edge: Edge) -> Move:
+        """A provider is of no use: try the next one, unless work was under way."""
+        if state is State.RUNNING:
+            return self._end(edge, reason, Blame.PROVIDER)
+        return self._next(reason, now_ns)
+
+    def _next(self, reason: str, now_ns: int, fence: bool = True) -> Move:
+        attempt = self.attempt + 1
+        bid = self.desk.bid(attempt, now_ns) if attempt < MAX_ATTEMPTS else None
+        if bid is None:
+            message = f"no provider took the job; the last one: {reason}"
+            return self._end(Edge.EXHAUSTED, message, Blame.MARKET, fence)
+        abandon = self._fence(reason) if fence else []
+        parts = (reason.encode(), bid, abandon[0].wire if abandon else b"")
+        return Move(Edge.NEXT, parts, [*abandon, Send("bid", bid)])
+
+    def _end(self, edge: Edge, reason: str, blame: Blame, fence: bool = True) -> Move:
+        abandon = self._fence(reason) if fence else []
+        wire = abandon[0].wire if abandon else b""
+        return Move(edge, (reason.encode(), blame.encode(), wire), abandon)
+
+    def _fence(self, reason: str) -> list[Send]:
+        """Once confirmed, claims for later steps are void only by an abandon."""
+        if not self.fill:
+            return []
+        wire = self.desk.abandon(self.bid, self.fill, self.countersigned, reason)
+        return [Send("abandon", wire)]
+
+    def _after_end(self, name: str) -> Move:
+        if name in ("fill", "commit", "receipt"):
+            return Move(Edge.REPEAT, (), self._last_word())
+        return Move(Edge.QUIET)
+
+    def _last_word(self) -> list[Send]:
+        if self.abandon:
+            return [Send("abandon", self.abandon)]
+        return [Send("countersign", self.countersigned)] if self.countersigned else []
+
+
+def buyer(desk: BuyerDesk, deadline_ns: int) -> Lifecycle[Buying]:
+    """A purchase that has not begun."""
+    return Lifecycle(Buying(desk), deadline_ns)

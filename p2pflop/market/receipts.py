@@ -1,0 +1,161 @@
+"""Receipts: what has been delivered under a fill, and what is therefore owed.
+
+Receipts of a fill are numbered from 1. Each covers the stretch from where the one before it ended
+(the first from the job's first step and the bid's ``root_from``), and its amount is the sum for
+all steps so far, so that the latest countersigned one is the whole truth. The amount follows from
+the bid alone and both sides compute it::
+
+    amount = floor(quote x delivered / total)
+
+``total`` is the metered FLOP of the bought stretch, ``delivered`` that of the phases which were due
+in the steps done; init graphs count with the first step. If the meter counts no FLOP at all,
+touched bytes take its place, and if none of those, steps. The last receipt of a complete stretch
+is exactly the quote; a work that stops early is paid pro rata. Setup and minimum charge are part of
+the quote and thus of the proportion.
+
+The last receipt names the result. A buyer countersigns by putting the identical body into an
+envelope of its own, once it holds and has verified what the receipt is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from p2pflop.errors import ProtocolError, VerificationError
+from p2pflop.job.spec import InitSource, Work, times_due
+from p2pflop.keys import PrivateKey
+from p2pflop.market.records import ZERO_HASH, Bid, CostLine, Fill, Receipt, Rejected
+from p2pflop.wire import DEFAULT_NETWORK, Sealed, open_sealed, seal
+
+
+def amount_nusd(bid: Bid, work: Work, steps_done: int) -> int:
+    """What is owed after ``steps_done`` of the job's steps. Raises ValueError outside the job."""
+    if not 0 <= steps_done <= bid.job.steps:
+        raise ValueError(f"{steps_done} of {bid.job.steps} steps")
+    if steps_done == bid.job.steps:
+        return bid.quote_nusd
+    times = _times_run(bid, work, steps_done)
+    measures: tuple[Callable[[CostLine], int], ...] = (
+        lambda line: line.flop,
+        lambda line: line.touched_bytes,
+    )
+    for measure in measures:
+        total = sum(measure(line) * line.times for line in bid.costs)
+        if total:
+            by_graph = {line.graph: measure(line) for line in bid.costs}
+            delivered = sum(by_graph[graph] * times.get(graph, 0) for graph in by_graph)
+            return min(bid.quote_nusd, bid.quote_nusd * delivered // total)
+    return bid.quote_nusd * steps_done // bid.job.steps
+
+
+def make_receipt(
+    key: PrivateKey,
+    fill: Sealed[Fill],
+    bid: Bid,
+    work: Work,
+    previous: Receipt | None,
+    *,
+    to_step: int,
+    root_to: bytes,
+    result: bytes = ZERO_HASH,
+    network: str = DEFAULT_NETWORK,
+) -> Sealed[Receipt]:
+    """The receipt after ``previous``; the last one names ``result``. Raises ValueError."""
+    receipt = Receipt(
+        version=1,
+        fill=fill.id,
+        number=1 if previous is None else previous.number + 1,
+        from_step=bid.job.first_step if previous is None else previous.to_step,
+        root_from=bid.root_from if previous is None else previous.root_to,
+        to_step=to_step,
+        root_to=root_to,
+        result=result,
+        amount_nusd=amount_nusd(bid, work, to_step - bid.job.first_step),
+    )
+    wrong = check_rules(receipt, fill, bid, work, previous)
+    if wrong is not None:
+        raise ValueError(f"receipt: {wrong.reason}")
+    return seal(receipt, key, network)
+
+
+def check_receipt(
+    data: bytes,
+    fill: Sealed[Fill],
+    bid: Bid,
+    work: Work,
+    previous: Receipt | None,
+    network: str = DEFAULT_NETWORK,
+) -> Sealed[Receipt] | Rejected:
+    """The buyer's check. ``previous`` is the last one accepted, countersigned or not."""
+    try:
+        sealed = open_sealed(Receipt, data, network)
+    except (ProtocolError, VerificationError) as error:
+        return Rejected(error.message)
+    if sealed.signer != fill.signer:
+        return Rejected("receipt is not by the provider")
+    return check_rules(sealed.record, fill, bid, work, previous) or sealed
+
+
+def check_rules(
+    receipt: Receipt, fill: Sealed[Fill], bid: Bid, work: Work, previous: Receipt | None
+) -> Rejected | None:
+    """What must hold of a receipt, whoever signed it."""
+    last_step = bid.job.first_step + bid.job.steps
+    if receipt.fill != fill.id:
+        return Rejected("receipt is for another fill")
+    if previous is not None and previous.result != ZERO_HASH:
+        return Rejected("receipt comes after the last one")
+    start = (
+        (1, bid.job.first_step, bid.root_from)
+        if previous is None
+        else (previous.number + 1, previous.to_step, previous.root_to)
+    )
+    if (receipt.number, receipt.from_step, receipt.root_from) != start:
+        return Rejected("receipt does not continue the one before it")
+    if not receipt.from_step <= receipt.to_step <= last_step:
+        return Rejected("receipt covers steps outside the stretch")
+    if receipt.result == ZERO_HASH:
+        if receipt.to_step == receipt.from_step:
+            return Rejected("receipt covers no step")
+    elif receipt.to_step < last_step and work.stop is None:
+        return Rejected("receipt is the last but steps are missing")
+    elif receipt.to_step == receipt.from_step and receipt.root_to != receipt.root_from:
+        return Rejected("receipt changes the state without a step")
+    due = amount_nusd(bid, work, receipt.to_step - bid.job.first_step)
+    if receipt.amount_nusd != due:
+        return Rejected(f"receipt should be for {due} nusd, not {receipt.amount_nusd}")
+    return None
+
+
+def countersign(
+    key: PrivateKey, receipt: Sealed[Receipt], network: str = DEFAULT_NETWORK
+) -> Sealed[Receipt]:
+    """The buyer's own envelope around the same body: from now on the amount is owed."""
+    return seal(receipt.record, key, network)
+
+
+def check_countersigned(
+    data: bytes, receipt: Receipt, buyer: bytes, network: str = DEFAULT_NETWORK
+) -> Sealed[Receipt] | Rejected:
+    """The provider's check. ``buyer`` is the node key that signed the bid."""
+    try:
+        sealed = open_sealed(Receipt, data, network)
+    except (ProtocolError, VerificationError) as error:
+        return Rejected(error.message)
+    if sealed.signer != buyer:
+        return Rejected("receipt is not countersigned by the buyer")
+    if sealed.record != receipt:
+        return Rejected("countersigned receipt is not the one that was sent")
+    return sealed
+
+
+def _times_run(bid: Bid, work: Work, steps_done: int) -> dict[bytes, int]:
+    times: dict[bytes, int] = {}
+    for phase in work.phases:
+        due = times_due(phase, bid.job.first_step, steps_done)
+        times[phase.graph] = times.get(phase.graph, 0) + due
+    if bid.job.first_step == 0 and steps_done > 0:
+        born = {param.source.graph for param in work.params if isinstance(param.source, InitSource)}
+        for graph in born:
+            times[graph] = times.get(graph, 0) + 1
+    return times
