@@ -67,7 +67,10 @@ class BlobWriter(Protocol):
     ) -> None: ...
 
     async def write(self, data: Buffer) -> None:
-        """Append ``data``, which may be changed afterwards. Raises StoreError."""
+        """Append ``data``, which may be changed afterwards; one call at a time.
+
+        Raises StoreError. After a call that failed or was cancelled the writer is of no more use.
+        """
 
     async def finish(self) -> BlobInfo:
         """Make it a blob, on disk before this returns. Raises StoreError."""

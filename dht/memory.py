@@ -135,11 +135,15 @@ class MemoryWriter:
 
     async def write(self, data: Buffer) -> None:
         """See BlobWriter."""
-        await trio.lowlevel.checkpoint()
         if self._done:
             raise StoreError("this writer is finished")
         self._store.quota.reserve(len(data))
         self._buffer += data
+        try:
+            await trio.lowlevel.checkpoint()
+        except trio.Cancelled:
+            self._abandon()  # As on disk, where a cancelled write may have lost a piece.
+            raise
 
     async def finish(self) -> BlobInfo:
         """See BlobWriter."""

@@ -61,13 +61,13 @@ class FileWriter:
             raise over_limit(size_bytes, MAX_BLOB_BYTES)
         self._store.quota.reserve(len(data))
         self._reserved_bytes += len(data)
-        if len(self._buffer) + len(data) < CHUNK_BYTES:
-            self._buffer += data
-            await trio.lowlevel.checkpoint()
-            return
-        buffered, self._buffer = self._buffer, bytearray()
         try:
-            await self._store.in_thread(self._append, buffered, data)
+            if len(self._buffer) + len(data) < CHUNK_BYTES:
+                self._buffer += data
+                await trio.lowlevel.checkpoint()
+            else:
+                buffered, self._buffer = self._buffer, bytearray()
+                await self._store.in_thread(self._append, buffered, data)
         except BaseException:
             self._abandon()  # Cancelled or failed, a piece may be lost: this can be no blob now.
             raise

@@ -1,4 +1,4 @@
-"""Every Stream keeps the promises of p2pflop.dht.planes: in memory, over sockets, over odd reads."""
+"""Every Stream keeps the promises of p2pflop.dht.planes: in memory, over sockets, by odd reads."""
 
 from __future__ import annotations
 
@@ -99,9 +99,13 @@ async def test_a_closed_stream_refuses_its_owner_and_closing_twice_is_fine(pair:
 async def test_sending_to_a_peer_that_is_gone_fails(pair: Pair) -> None:
     left, right = pair
     await right.aclose()
-    with trio.fail_after(5), pytest.raises(ProviderError):
+
+    async def send_on() -> None:
         while True:
             await left.send(bytes(64 * 1024))
+
+    with trio.fail_after(5), pytest.raises(ProviderError):
+        await send_on()
 
 
 async def test_the_limit_of_a_frame_is_exact(pair: Pair) -> None:
@@ -144,7 +148,7 @@ async def test_a_cancelled_receive_loses_nothing(pair: Pair) -> None:
 
 
 async def test_a_fast_sender_waits_for_a_slow_receiver(pair: Pair) -> None:
-    left, right = pair
+    left, _ = pair
     sent = 0
 
     async def send() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 
-import msgpack
+import msgspec
 import pytest
 from blake3 import blake3
 from hypothesis import given
@@ -35,7 +35,7 @@ def _data(size: int) -> bytes:
 def test_an_address_is_the_hash_of_the_record_that_the_design_gives() -> None:
     data = _data(CHUNK_BYTES + 3)
     chunks = [blake3(data[:CHUNK_BYTES]).digest(), blake3(data[CHUNK_BYTES:]).digest()]
-    record = msgpack.packb([1, len(data), CHUNK_BYTES, chunks])
+    record = msgspec.msgpack.encode([1, len(data), CHUNK_BYTES, chunks])
     assert encode(manifest_of(data)) == record
     assert address_of(data) == blake3(record).digest() == manifest_of(data).address
 
@@ -102,7 +102,7 @@ def test_a_chunk_is_told_from_what_is_not() -> None:
 )
 def test_manifests_that_are_none_are_refused(fields: object) -> None:
     with pytest.raises(ProtocolError):
-        decode(Manifest, msgpack.packb(fields))
+        decode(Manifest, msgspec.msgpack.encode(fields))
 
 
 def test_a_second_encoding_of_a_manifest_is_refused() -> None:
@@ -144,13 +144,13 @@ def test_a_collection_is_sorted_and_comes_back() -> None:
 def test_names_that_could_leave_a_folder_are_refused(name: str) -> None:
     fields = [1, [[name, HASH, 1]]]
     with pytest.raises(ProtocolError):
-        decode(Collection, msgpack.packb(fields))
+        decode(Collection, msgspec.msgpack.encode(fields))
 
 
 @pytest.mark.parametrize("names", [["b", "a"], ["a", "a"]])
 def test_names_that_do_not_rise_are_refused(names: list[str]) -> None:
     with pytest.raises(ProtocolError):
-        decode(Collection, msgpack.packb([1, [[name, HASH, 1] for name in names]]))
+        decode(Collection, msgspec.msgpack.encode([1, [[name, HASH, 1] for name in names]]))
 
 
 def test_the_most_entries_of_a_collection() -> None:
