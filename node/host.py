@@ -18,90 +18,51 @@ most. Importing this module imports libp2p and takes over a second: the daemon i
 from __future__ import annotations
 
 import logging
-import random
-import socket
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Final
 
 import trio
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo as Libp2pPeerInfo
+from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
 from multiaddr import Multiaddr
-from multiaddr.exceptions import Error as MultiaddrError
 
 from p2pflop.dht.planes import FrameStream, Stream
 from p2pflop.errors import ConfigError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.keys import PrivateKey, peer_id, public_key_of
 from p2pflop.node import multistream
+from p2pflop.node.libp2p_addresses import (
+    MAX_ADDRESSES_PER_PEER,
+    check_port_free,
+    dialable,
+    listen_address,
+    peer_of,
+)
 from p2pflop.node.libp2p_directory import KadDirectory
 from p2pflop.node.libp2p_gossip import Gossip
 from p2pflop.node.libp2p_streams import MuxedConnection, build_host
 from p2pflop.node.mux import MuxStream
-from p2pflop.wire import DEFAULT_NETWORK
+from p2pflop.node.network import Handler, HostConfig, HostStatistics, Peer, Sink, Validator
 
 CONNECT_S: Final = 10.0
 OPEN_S: Final = 10.0
 NEGOTIATE_S: Final = 10.0
 SHUTDOWN_S: Final = 1.0
-MAX_CONNECTIONS: Final = 300
 MAX_INBOUND_STREAMS: Final = 1024
 MAX_INBOUND_STREAMS_PER_PEER: Final = 64
 MAX_KNOWN_PEERS: Final = 4096
-MAX_ADDRESSES_PER_PEER: Final = 8
 MIN_RETRY_S: Final = 0.5
 MAX_RETRY_S: Final = 60.0
+MAX_CAUSES: Final = 50
 
 _log = logging.getLogger(__name__)
 
-Handler = Callable[[Stream], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class HostConfig:
-    """What a host needs to know.
-
-    ``seed`` is the node's 32-byte Ed25519 seed, ``listen`` multiaddrs to listen on (port 0 takes a
-    free one), ``bootstrap`` multiaddrs with ``/p2p/<peer>`` to stay connected to. ``jitter`` gives
-    numbers in [0, 1) that spread reconnections.
-    """
-
-    seed: bytes
-    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
-    network: str = DEFAULT_NETWORK
-    bootstrap: tuple[str, ...] = ()
-    max_connections: int = MAX_CONNECTIONS
-    jitter: Callable[[], float] = field(default_factory=lambda: random.SystemRandom().random)
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """A connected peer. ``rtt_ns`` is 0 until it was measured."""
-
-    peer: str
-    addresses: tuple[str, ...]
-    inbound: bool
-    rtt_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class HostStatistics:
-    """``counts`` are since the host was opened; the others are of now.
-
-    ``directory_peers`` are those in the DHT's routing table.
-    """
-
-    peers: int
-    inbound_streams: int
-    directory_peers: int
-    counts: dict[str, int]
-
 
 class Host:
-    """See the module. Made by ``open_host``; a Dialer and a Directory."""
+    """See the module, and ``Network`` for the methods. Made by ``open_host``."""
 
     def __init__(self, config: HostConfig, nursery: trio.Nursery) -> None:
         self.peer = peer_id(PrivateKey(config.seed).public_key)
@@ -117,7 +78,7 @@ class Host:
         self._connect_callbacks: list[Callable[[str], None]] = []
         self._disconnect_callbacks: list[Callable[[str], None]] = []
         self._changed = trio.Event()
-        listen = [_listen_address(text) for text in config.listen]
+        listen = [listen_address(text) for text in config.listen]
         self._libp2p = build_host(config.seed, listen, config.max_connections, self)
         self._libp2p.get_network().set_stream_handler(self._serve_libp2p)
         if self._libp2p.get_id().to_base58() != self.peer:
@@ -128,18 +89,11 @@ class Host:
     # Streams
 
     def handle(self, protocol: str, handler: Handler) -> None:
-        """Let ``handler`` answer each stream that a peer opens for ``protocol``.
-
-        The stream is closed when it returns and reset when it raises. It runs on if the peer
-        disconnects, and is cancelled when the host closes.
-        """
+        """See Network."""
         self._handlers[self._protocol(protocol)] = handler
 
     async def open(self, peer: str, protocol: str) -> Stream:
-        """See Dialer. Connects first if it must and knows an address.
-
-        On a connection that has answered ``protocol`` before, a refusal shows at the first read.
-        """
+        """See Network."""
         name = self._protocol(protocol)
         with trio.move_on_after(OPEN_S):
             connection = self._live(peer) or await self._find_and_dial(peer)
@@ -192,6 +146,9 @@ class Host:
             _log.debug("no protocol agreed with %s: %s", connection.peer, error)
             stream.reset()
             return
+        if protocol is None:
+            await stream.close()
+            return
         handler = self._handlers.get(protocol)
         if handler is None:
             stream.protocol = protocol
@@ -226,12 +183,8 @@ class Host:
     # Connections
 
     async def connect(self, address: str) -> str:
-        """Connect to ``address``, a multiaddr that ends in ``/p2p/<peer>``; the peer's id.
-
-        Raises ConfigError if it is no such address, or this host's own; ProviderError if nobody,
-        or somebody else, answers there.
-        """
-        peer = _peer_of(address)
+        """See Network."""
+        peer = peer_of(address)
         if peer == self.peer:
             raise ConfigError(f"{address} is this node itself")
         if self._live(peer) is None:
@@ -240,13 +193,15 @@ class Host:
         return peer
 
     async def disconnect(self, peer: str) -> None:
-        """Close every connection to ``peer``."""
+        """See Network."""
+        # Else libp2p's DHT dials it again at once.
+        self._libp2p.get_peerstore().clear_addrs(ID.from_base58(peer))
         async with trio.open_nursery() as nursery:
             for connection in list(self._connections.get(peer, ())):
                 nursery.start_soon(connection.close)
 
     def peers(self) -> list[Peer]:
-        """Who is connected, with the addresses of the connections."""
+        """See Network."""
         return [
             Peer(
                 peer,
@@ -258,15 +213,15 @@ class Host:
         ]
 
     def on_connect(self, callback: Callable[[str], None]) -> None:
-        """Call ``callback(peer)`` when the first connection to a peer has begun."""
+        """See Network."""
         self._connect_callbacks.append(callback)
 
     def on_disconnect(self, callback: Callable[[str], None]) -> None:
-        """Call ``callback(peer)`` when the last connection to a peer has ended."""
+        """See Network."""
         self._disconnect_callbacks.append(callback)
 
     def statistics(self) -> HostStatistics:
-        """See HostStatistics."""
+        """See Network."""
         return HostStatistics(
             len(self._connections),
             self._inbound.total(),
@@ -348,7 +303,7 @@ class Host:
             return await self._dial(peer, known)
         except ProviderError:
             found = await self._directory.find_addresses(peer)
-            found = _dialable(peer, found)
+            found = dialable(peer, found)
             if not set(found) - set(known):
                 raise
             self._remember(peer, found)
@@ -356,7 +311,7 @@ class Host:
 
     async def _stay_connected(self, address: str) -> None:
         """Keep a connection to a bootstrap address, trying again ever more rarely."""
-        peer = _peer_of(address)
+        peer = peer_of(address)
         delay_s = MIN_RETRY_S
         while True:
             try:
@@ -372,45 +327,47 @@ class Host:
     # Gossip and directory
 
     async def publish(self, topic: str, data: bytes) -> None:
-        """Send ``data`` to every subscriber of ``topic``, signed by this host; not to itself.
-
-        Delivery is likely, not certain. Raises ValueError over ``MAX_MESSAGE_BYTES``.
-        """
+        """See Network."""
         await self._gossip.publish(topic, data)
 
     async def subscribe(
         self,
         topic: str,
-        validator: Callable[[str, bytes], bool],
-        sink: trio.MemorySendChannel[tuple[str, bytes]],
+        validator: Validator,
+        sink: Sink,
     ) -> None:
-        """Put ``(author, data)`` of every message on ``topic`` into ``sink``, dropped if it is full.
-
-        ``validator(author, data)`` decides what is delivered and forwarded, and must be quick. The
-        author's signature was checked. Closing the channel ends the subscription. Raises ValueError
-        if the topic has a subscriber.
-        """
+        """See Network."""
         await self._gossip.subscribe(self._nursery, topic, validator, sink)
 
     def neighbours(self, topic: str) -> list[str]:
-        """Connected peers that take messages on ``topic``."""
+        """See Network."""
         return self._gossip.reachable(topic)
 
     async def provide(self, key: bytes) -> None:
-        """See Directory."""
+        """See Network."""
         await self._directory.provide(key)
 
     async def find(self, key: bytes) -> list[str]:
-        """See Directory. The addresses found are remembered for ``open``."""
+        """See Network."""
         found = await self._directory.find(key)
         for peer, addresses in found:
-            self._remember(peer, _dialable(peer, addresses))
+            self._remember(peer, dialable(peer, addresses))
         return [peer for peer, _ in found]
 
     # Life
 
+    def _start(self) -> None:
+        listening = self._libp2p.get_transport_addrs()
+        if len(listening) < len(self._config.listen):
+            raise ConfigError(f"cannot listen on all of {', '.join(self._config.listen)}")
+        self.addresses = tuple(f"{address}/p2p/{self.peer}" for address in listening)
+        self._nursery.start_soon(self._directory.keep_addresses)
+        for address in self._config.bootstrap:
+            if peer_of(address) != self.peer:
+                self._nursery.start_soon(self._stay_connected, address)
+
     async def _close(self) -> None:
-        with trio.move_on_after(SHUTDOWN_S, shield=True):
+        with trio.CancelScope(deadline=trio.current_time() + SHUTDOWN_S, shield=True):
             async with trio.open_nursery() as nursery:
                 for connections in list(self._connections.values()):
                     for connection in list(connections):
@@ -426,111 +383,40 @@ async def open_host(config: HostConfig) -> AsyncIterator[Host]:
     Raises ConfigError for a bad key, address or bootstrap peer, and for a port in use.
     """
     for address in config.bootstrap:
-        _peer_of(address)
-    failure: Exception | None = None
+        peer_of(address)
+    listen = [listen_address(text) for text in config.listen]
+    for listened in listen:
+        check_port_free(listened)
+    failure: Exception | None = None  # raised at the end, outside the nurseries' groups
     async with trio.open_nursery() as nursery:
         try:
             host = Host(config, nursery)
-            async with _listening(host):
-                nursery.start_soon(host._directory.keep_addresses)
-                for address in config.bootstrap:
-                    if _peer_of(address) != host.peer:
-                        nursery.start_soon(host._stay_connected, address)
+            async with (
+                host._libp2p.run(listen_addrs=listen),
+                host._gossip.running(),
+                host._directory.running(),
+            ):
                 try:
+                    host._start()
                     yield host
+                except Exception as error:  # noqa: BLE001 - see failure
+                    failure = error
                 finally:
                     await host._close()
-        except Exception as error:  # noqa: BLE001 - raised below, outside the nursery's group
-            failure = error
+        except Exception as error:  # noqa: BLE001 - see failure
+            failure = failure or error
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
 
 
-@asynccontextmanager
-async def _listening(host: Host) -> AsyncIterator[None]:
-    listen = [_listen_address(text) for text in host._config.listen]
-    for address in listen:
-        _check_port_free(address)
-    libp2p = host._libp2p
-    async with libp2p.run(listen_addrs=listen):
-        if len(libp2p.get_transport_addrs()) < len(listen):
-            raise ConfigError(f"cannot listen on {', '.join(host._config.listen)}")
-        host.addresses = tuple(f"{a}/p2p/{host.peer}" for a in libp2p.get_transport_addrs())
-        async with host._gossip.running(), host._directory.running():
-            yield
-
-
-def _listen_address(text: str) -> Multiaddr:
-    address = _parse(text)
-    names = [protocol.name for protocol in address.protocols()]
-    if names not in (["ip4", "tcp"], ["ip6", "tcp"]):
-        raise ConfigError(
-            f"cannot listen on {text!r}",
-            hint="Give an address like /ip4/0.0.0.0/tcp/7421.",
-        )
-    return address
-
-
-def _check_port_free(address: Multiaddr) -> None:
-    """libp2p shares ports with whoever lets it, so two nodes would take each other's peers."""
-    family, name = (socket.AF_INET, "ip4") if "/ip4/" in str(address) else (socket.AF_INET6, "ip6")
-    port = int(address.value_for_protocol("tcp"))
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address.value_for_protocol(name), port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {address}: {error.strerror}",
-                hint="Another program has the port, or the address is not this machine's. "
-                "Choose another one, or /tcp/0 for any free port.",
-            ) from error
-
-
-def _parse(text: str) -> Multiaddr:
-    try:
-        return Multiaddr(text)
-    except (MultiaddrError, ValueError) as error:
-        raise ConfigError(
-            f"{text[:200]!r} is not a multiaddr",
-            hint="Give an address like /ip4/203.0.113.7/tcp/7421/p2p/<peer id>.",
-        ) from error
-
-
-def _peer_of(address: str) -> str:
-    """The peer that a dialable multiaddr names. Raises ConfigError."""
-    parsed = _parse(address)
-    names = [protocol.name for protocol in parsed.protocols()]
-    if len(names) != 3 or names[1:] != ["tcp", "p2p"]:
-        raise ConfigError(
-            f"{address[:200]!r} does not name a peer that can be dialled",
-            hint="Give an address like /ip4/203.0.113.7/tcp/7421/p2p/<peer id>.",
-        )
-    peer = str(parsed.value_for_protocol("p2p"))
-    public_key_of(peer)
-    return peer
-
-
-def _dialable(peer: str, addresses: Iterable[str]) -> tuple[str, ...]:
-    """Those of the ``addresses`` that other peers give for ``peer`` that can be dialled."""
-    dialable: list[str] = []
-    for text in addresses:
-        address = text if text.endswith(f"/p2p/{peer}") else f"{text}/p2p/{peer}"
-        try:
-            if _peer_of(address) == peer:
-                dialable.append(address)
-        except ConfigError:
-            continue
-    return tuple(dialable[:MAX_ADDRESSES_PER_PEER])
-
-
 def _reason(error: BaseException, peer: str) -> str:
-    chain: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None and len(chain) < 10:
-        chain.append(str(cause))
-        cause = cause.__cause__ or cause.__context__
-    if any("mismatch" in text.lower() for text in chain):
-        return f" as {peer}: another peer does"
+    """What to add to "nobody answers", from the chains and groups of causes that libp2p makes."""
+    causes: list[BaseException | None] = [error]
+    for cause in causes:
+        if cause is None or len(causes) > MAX_CAUSES:
+            continue
+        if isinstance(cause, PeerIDMismatchesPubkey) or "mismatch" in str(cause).lower():
+            return f" as {peer}: another peer does"
+        causes += [cause.__cause__, cause.__context__, *getattr(cause, "errors", ())]
     return ""

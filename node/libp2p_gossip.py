@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -28,10 +28,10 @@ from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
+from p2pflop.node.network import MAX_MESSAGE_BYTES, Sink, Validator
 from p2pflop.node.rates import Rates
 from p2pflop.units import KIB
 
-MAX_MESSAGE_BYTES: Final = 64 * KIB
 FORWARDER_PER_S: Final = 50.0
 FORWARDER_BURST: Final = 200
 ORIGIN_PER_S: Final = 4.0
@@ -39,8 +39,6 @@ ORIGIN_BURST: Final = 32
 _MAX_RPC_BYTES: Final = 512 * KIB
 
 _log = logging.getLogger(__name__)
-
-Validator = Callable[[str, bytes], bool]
 
 
 class Gossip:
@@ -87,9 +85,9 @@ class Gossip:
         nursery: trio.Nursery,
         topic: str,
         validator: Validator,
-        sink: trio.MemorySendChannel[tuple[str, bytes]],
+        sink: Sink,
     ) -> None:
-        """Deliver into ``sink`` from a task in ``nursery``; see ``Host.subscribe``."""
+        """Deliver into ``sink`` from a task in ``nursery``; see ``Network.subscribe``."""
         name = self._prefix + topic
         if name in self._pubsub.topic_validators:
             raise ValueError(f"the topic {topic!r} has a subscriber already")
@@ -105,9 +103,7 @@ class Gossip:
         subscribed = self._pubsub.peer_topics.get(name, set())
         return [peer.to_base58() for peer in subscribed if peer in self._pubsub.peers]
 
-    async def _deliver(
-        self, name: str, subscription: Any, sink: trio.MemorySendChannel[tuple[str, bytes]]
-    ) -> None:
+    async def _deliver(self, name: str, subscription: Any, sink: Sink) -> None:
         try:
             async for message in subscription:
                 origin = ID(message.from_id).to_base58()

@@ -1,6 +1,6 @@
 """What stands between py-libp2p and this node: its host, built as we need it, and our muxer in it.
 
-With ``host.py`` the only module that imports libp2p. It is pinned to one version, because three
+Only ``host.py`` and ``libp2p_*.py`` import libp2p. It is pinned to one version, because three
 things here lean on its insides; ``build_host`` fails with ConfigError if one of them is gone:
 
 - ``_HAPPY_EYEBALLS_DELAY``: every dial waits for it, 250 ms, even when it has one address.
@@ -51,7 +51,8 @@ from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
 from p2pflop.errors import ConfigError
-from p2pflop.node.mux import Mux, MuxStream, SealedSocket, StreamBroken, Violation
+from p2pflop.node.mux import Mux, MuxStream, StreamBroken
+from p2pflop.node.sealed_socket import SealedSocket, Violation
 
 YAMUX: Final = TProtocol("/yamux/1.0.0")
 HANDSHAKE_S: Final = 5.0
@@ -78,7 +79,7 @@ class Owner(Protocol):
         """The peer opened a stream, on which no protocol is agreed yet."""
 
 
-class MuxedConnection(IMuxedConn):
+class MuxedConnection(IMuxedConn):  # type: ignore[misc]
     """A connection as libp2p's swarm wants it, over our muxer."""
 
     def __init__(self, session: SecureSession, peer_id: ID, owner: Owner) -> None:
@@ -167,7 +168,7 @@ class MuxedConnection(IMuxedConn):
         return ConnectionType.DIRECT
 
 
-class MuxedStream(IMuxedStream):
+class MuxedStream(IMuxedStream):  # type: ignore[misc]
     """A stream as libp2p's own protocols (identify, gossip, DHT) want it."""
 
     def __init__(self, stream: MuxStream, connection: MuxedConnection) -> None:
@@ -236,7 +237,7 @@ def _take_over(session: SecureSession) -> tuple[SealedSocket, bytes]:
     return SealedSocket(twin, lambda data: bytes(state.encrypt(data)), unseal), session._drain(None)
 
 
-class _Muxers(MuxerMultistream):
+class _Muxers(MuxerMultistream):  # type: ignore[misc]
     """Negotiates the muxer as libp2p does, and then makes ours."""
 
     def __init__(self, owner: Owner) -> None:
@@ -248,7 +249,7 @@ class _Muxers(MuxerMultistream):
         return MuxedConnection(conn, peer_id, self._owner)
 
 
-class _AcceptedSocket(TrioTCPStream):
+class _AcceptedSocket(TrioTCPStream):  # type: ignore[misc]
     """An inbound socket that says when its handshake is over and when it is closed."""
 
     def __init__(self, stream: trio.SocketStream, secured: Callable[[], None]) -> None:
@@ -261,7 +262,7 @@ class _AcceptedSocket(TrioTCPStream):
         self.scope.cancel()
 
 
-class _Transport(TCP):
+class _Transport(TCP):  # type: ignore[misc]
     """TCP with a bound on unfinished handshakes, which gives up a closed connection's place."""
 
     def __init__(self) -> None:

@@ -7,6 +7,7 @@ trip; the echo is then checked when the first answer is read.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Final
 
 from p2pflop.errors import ProtocolError, ProviderError
@@ -55,10 +56,11 @@ async def _read_exactly(stream: MuxStream, size: int) -> bytes:
     return data
 
 
-async def answer(stream: MuxStream, known: frozenset[str] | set[str]) -> str:
+async def answer(stream: MuxStream, known: Container[str]) -> str | None:
     """Agree, as the one who did not open ``stream``, on one of the ``known`` protocols.
 
-    Raises ProtocolError or ProviderError.
+    None if another one was proposed, which the peer was then told. Raises ProtocolError or
+    ProviderError.
     """
     if await _read_line(stream) != _VERSION:
         raise ProtocolError("the peer does not speak multistream-select")
@@ -71,7 +73,7 @@ async def answer(stream: MuxStream, known: frozenset[str] | set[str]) -> str:
         await stream.write(greeting + encode_line(proposed))
         return proposed
     await stream.write(greeting + encode_line("na"))
-    raise ProviderError(f"{proposed[:80]!r} is not spoken here")
+    return None
 
 
 class ProposedStream:

@@ -1,13 +1,11 @@
 """Yamux over an encrypted socket: many streams of bytes on one connection.
 
-It speaks yamux as go-yamux, js-libp2p and py-libp2p do (frames of a 12-byte header: version, type,
-flags, stream, length), inside packets of a u16 length and a sealed body, which is what noise gives.
-It is ours because a round trip through py-libp2p's layers costs 1.5 ms of Python on both ends
-together, a bid needs several, and its buffers have no bound. How it gets by with little:
+It speaks yamux as go-yamux, js-libp2p and py-libp2p do: frames of a 12-byte header (version, type,
+flags, stream, length), inside the packets of ``sealed_socket.py``. It is ours because a round trip
+through py-libp2p's layers costs 1.5 ms of Python on both ends together, a bid needs several, and
+its buffers have no bound. How it gets by with little:
 
-- **Writing never waits for the socket.** A frame is sealed and handed to the kernel at once, in the
-  task that sends; only what the kernel does not take is left to a writer task. So a cancelled
-  sender never leaves half a packet behind, and a small frame costs one system call.
+- **Writing never waits for the socket**; senders of much wait for what is queued to shrink.
 - **Reading is one task**, which takes what the kernel has, opens all packets in it and wakes the
   streams that got something.
 - **Credit** goes back to a sender once half a window was read, so small messages cost no updates.
@@ -19,15 +17,14 @@ Nothing that a peer sends can make it use more than ``MAX_STREAMS`` windows of `
 
 from __future__ import annotations
 
-import socket
 import struct
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Final
 
 import trio
 
 from p2pflop.errors import ProviderError
+from p2pflop.node.sealed_socket import READY_BYTES, SealedSocket, Violation
 from p2pflop.units import KIB, MIB
 
 DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
@@ -40,8 +37,6 @@ MAX_BODY_BYTES: Final = 60 * KIB
 """Of the data frames that we send: one fits a packet."""
 MAX_STREAMS: Final = 256
 """Open at once on one connection, counted apart for each end's own."""
-READY_BYTES: Final = 256 * KIB
-"""Streams wait while more than this is queued for the socket."""
 MAX_QUEUED_BYTES: Final = 2 * MIB
 """A peer that lets more pile up, by asking without reading, is cut off."""
 MAX_DISCARDED_BYTES: Final = 128 * KIB
@@ -54,126 +49,9 @@ SILENCE_S: Final = 45.0
 FAREWELL_S: Final = 0.5
 """How long a closing connection waits for the peer to take what was sent."""
 
-MAX_PACKET_BYTES: Final = 65535
-SEAL_BYTES: Final = 16
-_RECEIVE_BYTES: Final = 128 * KIB
-
 
 class StreamBroken(ProviderError):
     """The stream was reset, or its connection ended."""
-
-
-class Violation(Exception):
-    """The peer broke the format, its credit or a limit."""
-
-
-class SealedSocket:
-    """Packets over a connected socket, which it takes over. ``seal`` and ``unseal`` keep order."""
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        seal: Callable[[bytes], bytes],
-        unseal: Callable[[bytes], bytes],
-    ) -> None:
-        sock.setblocking(False)
-        self._socket = sock
-        self._seal = seal
-        self._unseal = unseal
-        self._queue = bytearray()
-        self._inbox = bytearray()
-        self._wake = trio.Event()
-        self._room = trio.Event()
-        self.closed = False
-
-    @property
-    def queued_bytes(self) -> int:
-        """What the kernel has not taken yet."""
-        return len(self._queue)
-
-    def send(self, data: bytes | bytearray) -> None:
-        """Queue ``data`` and give the kernel what it takes now. Nothing happens once closed."""
-        step = MAX_PACKET_BYTES - SEAL_BYTES
-        for start in range(0, len(data), step):
-            sealed = self._seal(bytes(data[start : start + step]))
-            self._queue += len(sealed).to_bytes(2, "big")
-            self._queue += sealed
-        self._flush()
-
-    def _flush(self) -> None:
-        if self.closed:
-            return
-        try:
-            del self._queue[: self._socket.send(self._queue)]
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError:
-            self.close()
-        if self._queue:
-            self._wake.set()
-        self._room.set()
-
-    async def room(self, queued_bytes: int = READY_BYTES) -> None:
-        """Return once no more than ``queued_bytes`` are queued, or the socket is closed."""
-        while len(self._queue) > queued_bytes and not self.closed:
-            if self._room.is_set():
-                self._room = trio.Event()
-            await self._room.wait()
-
-    async def write_queue(self) -> None:
-        """Give the kernel what ``send`` could not, until closed."""
-        while not self.closed:
-            await self._wake.wait()
-            self._wake = trio.Event()
-            while self._queue and not self.closed:
-                try:
-                    await trio.lowlevel.wait_writable(self._socket)
-                except (trio.ClosedResourceError, OSError):
-                    self.close()
-                self._flush()
-
-    async def receive(self) -> bytes:
-        """The contents of the packets that came next; none at the end. Raises Violation."""
-        while not self.closed:
-            opened = self._open_packets()
-            if opened:
-                return opened
-            try:
-                await trio.lowlevel.wait_readable(self._socket)
-                data = self._socket.recv(_RECEIVE_BYTES)
-            except (BlockingIOError, InterruptedError):
-                continue
-            except (OSError, trio.ClosedResourceError):
-                break
-            if not data:
-                break
-            self._inbox += data
-        return b""
-
-    def _open_packets(self) -> bytes:
-        opened: list[bytes] = []
-        start, size = 0, len(self._inbox)
-        while size - start >= 2:
-            end = start + 2 + int.from_bytes(self._inbox[start : start + 2], "big")
-            if end > size:
-                break
-            opened.append(self._unseal(bytes(self._inbox[start + 2 : end])))
-            start = end
-        del self._inbox[:start]
-        return b"".join(opened)
-
-    def close(self) -> None:
-        """Close at once; waiting tasks wake up."""
-        if self.closed:
-            return
-        self.closed = True
-        trio.lowlevel.notify_closing(self._socket)
-        with suppress(OSError):  # the peer may have been first
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._queue.clear()
-        self._wake.set()
-        self._room.set()
 
 
 class MuxStream:
@@ -342,7 +220,6 @@ class Mux:
         self._streams: dict[int, MuxStream] = {}
         self._next_number = 1 if initiator else 2
         self._peer_parity = 0 if initiator else 1
-        self._last_peer_number = 0
         self._heard_at = 0.0
         self._ping_sent_at = 0.0
         self._pings = 0
@@ -435,9 +312,9 @@ class Mux:
     def _on_stream_frame(self, flags: int, number: int, increment: int, body: bytes) -> None:
         stream = self._streams.get(number)
         if flags & SYN:
-            if number % 2 != self._peer_parity or number <= self._last_peer_number:
+            # Numbers need not rise: a stream is announced by its first frame, not when it is made.
+            if number % 2 != self._peer_parity or stream is not None:
                 raise Violation(f"a new stream with the number {number}")
-            self._last_peer_number = number
             if self.count_streams(inbound=True) >= MAX_STREAMS:
                 self.wire.send(HEADER.pack(0, WINDOW_UPDATE, RST, number, 0))
                 return
