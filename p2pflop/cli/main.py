@@ -1,0 +1,144 @@
+"""The command ``p2pflop``: a table of commands, each imported only when it is called.
+
+Every error ends here: one message and a hint on standard error and the exit code of its class. A
+traceback is shown only with ``--debug``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+import click
+
+from p2pflop import __version__
+from p2pflop.cli.output import Flags, print_error
+from p2pflop.errors import ConfigError, P2PFlopError
+
+EXIT_INTERRUPTED: Final = 130
+EXIT_BROKEN_PIPE: Final = 141
+
+# name -> (module, one line of help). The line is repeated here so that `p2pflop --help` imports
+# none of them; a test holds it to the command's own.
+COMMANDS: Final = {
+    "node": ("node", "Run a node: buy, and with --ask sell, compute."),
+    "submit": ("submit", "Buy a job's run and follow it to its result."),
+    "trace": ("script", "Turn a script's job into a .p2pj file."),
+    "run": ("script", "Run a Python script with its environment prepared."),
+    "show": ("submit", "Show a job file or a run."),
+    "jobs": ("runs", "List the runs of this node."),
+    "watch": ("runs", "Follow a run from its first event."),
+    "cancel": ("runs", "Give a run up."),
+    "put": ("blobs", "Keep a file as a blob."),
+    "get": ("blobs", "Fetch a blob by its hash."),
+    "ls": ("blobs", "List the blobs of this node."),
+    "book": ("market", "Show the order book."),
+    "peers": ("market", "List the connected peers."),
+    "ledger": ("market", "Show who owes whom."),
+    "doctor": ("doctor", "Check this machine and its node."),
+    "demo": ("demo", "Train a digit classifier between four nodes on this machine."),
+}
+
+EPILOG: Final = """\b
+Start:
+  p2pflop demo                          see it all work on this machine
+  p2pflop node --ask 0.05               sell compute at $0.05 a PFLOP
+  p2pflop submit examples/digits.py     buy a training run
+
+\b
+Exit codes:
+  0 done             1 other failure      2 bad setting, flag, file or machine
+  3 home in use      4 no node answers    5 the job's own fault
+  6 provider failed  7 no deal            8 blob store failed
+  9 no such blob    10 hash or signature wrong  11 a peer broke the protocol
+  130 interrupted
+
+Every command has --json, --home, --debug and its own --help with examples.
+"""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
+        """In the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """The command, imported now."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"p2pflop.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """The table, without importing a command."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="p2pflop")
+def cli() -> None:
+    """A market for compute: sell idle machines, run tinygrad programs where it is cheapest."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; its exit code. Errors are printed, not raised."""
+    flags = Flags()
+    try:
+        code = cli.main(list(arguments), prog_name="p2pflop", standalone_mode=False, obj=flags)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except (KeyboardInterrupt, click.Abort) as interrupt:
+        for note in getattr(interrupt, "__notes__", []):
+            click.echo(note, err=True)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read us has gone; without this, Python would complain while it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except click.ClickException as error:
+        return _report_usage(error, flags, as_json=flags.json or "--json" in arguments)
+    except P2PFlopError as error:
+        if flags.debug:
+            raise
+        print_error(error, as_json=flags.json)
+        return error.exit_code
+    except Exception as error:
+        if flags.debug:
+            raise
+        fault = P2PFlopError(
+            f"{type(error).__name__}: {error}",
+            hint="This is a fault of p2pflop itself; --debug shows where. Please report it.",
+        )
+        print_error(fault, as_json=flags.json)
+        return fault.exit_code
+
+
+def _report_usage(error: click.ClickException, flags: Flags, *, as_json: bool) -> int:
+    if as_json:
+        print_error(ConfigError(error.format_message()), as_json=True)
+    else:
+        error.show()
+    if flags.debug:
+        raise error
+    return ConfigError.exit_code
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

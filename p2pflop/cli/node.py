@@ -1,0 +1,62 @@
+"""``p2pflop node``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from p2pflop.cli.output import Flags, common_options
+from p2pflop.units import parse_bytes, parse_usd
+
+
+@click.command("node")
+@click.option("--ask", metavar="USD", help="Sell compute at this price a PFLOP; else do not sell.")
+@click.option("--listen", metavar="MULTIADDR", multiple=True, help="Listen here; repeatable.")
+@click.option("--port", type=click.IntRange(0, 65535), help="HTTP port [default: 7420; 0: any].")
+@click.option("--connect", metavar="MULTIADDR", multiple=True, help="Dial this peer; repeatable.")
+@click.option("--memory", metavar="SIZE", help="Memory for jobs [default: half of the machine's].")
+@click.option("--slots", type=click.IntRange(1), help="Jobs at once [default: 1].")
+@click.option("--network", metavar="NAME", help="Network to take part in [default: main].")
+@click.option("--embedded", is_flag=True, hidden=True)
+@common_options
+@click.pass_obj
+def node_command(
+    flags: Flags,
+    ask: str | None,
+    listen: tuple[str, ...],
+    port: int | None,
+    connect: tuple[str, ...],
+    memory: str | None,
+    slots: int | None,
+    network: str | None,
+    embedded: bool,
+) -> int:
+    """Run a node: buy, and with --ask sell, compute.
+
+    What is not given here is taken from config.toml in the home. With --json the log is JSON lines.
+
+    \b
+    Examples:
+      p2pflop node                           take part, sell nothing
+      p2pflop node --ask 0.05                sell at $0.05 a PFLOP (10^15 FLOP)
+      p2pflop node --ask 0.02 --memory 8GiB --slots 2
+      p2pflop node --home /tmp/n2 --port 0 --connect /ip4/10.0.0.7/tcp/7421/p2p/12D3Koo...
+    """
+    from p2pflop.node.config import load_settings
+    from p2pflop.node.main import run_node
+
+    overrides: dict[str, Any] = {
+        "home": flags.home,
+        "ask_nusd": None if ask is None else parse_usd(ask),
+        "listen": listen or None,
+        "http_port": port,
+        "connect": connect or None,
+        "memory_bytes": None if memory is None else parse_bytes(memory),
+        "slots": slots,
+        "network": network,
+        "embedded": embedded or None,
+        "log_json": flags.json or None,
+        "debug": flags.debug or None,
+    }
+    return run_node(load_settings(overrides))

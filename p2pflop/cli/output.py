@@ -1,0 +1,156 @@
+"""What the commands print: tables, JSON, errors; and nothing that a peer could play with.
+
+Results go to standard output, everything else to standard error, so that a pipe gets the result
+alone. Text that came from a peer passes ``clean``, since a terminal obeys control characters.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+
+import click
+
+from p2pflop.errors import P2PFlopError
+
+if TYPE_CHECKING:
+    from p2pflop.client import Client
+
+MAX_TEXT_CHARS: Final = 500
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(slots=True)
+class Flags:
+    """The options that every command has."""
+
+    home: Path | None = None
+    json: bool = False
+    debug: bool = False
+
+    def client(self, *, start: bool = False) -> Client:
+        """A client of the node of the chosen home; ``start`` an embedded one where none runs."""
+        from p2pflop.client import Client
+
+        return Client(self.home, start=start)
+
+
+def common_options(command: Callable[P, R]) -> Callable[P, R]:
+    """Adds ``--home``, ``--json`` and ``--debug``, which set the command's ``Flags``."""
+    for declare in (
+        click.option(
+            "--debug",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_remember,
+            help="Show the traceback of an error.",
+        ),
+        click.option(
+            "--json",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_remember,
+            help="Print JSON, errors too.",
+        ),
+        click.option(
+            "--home",
+            type=click.Path(path_type=Path, file_okay=False),
+            is_eager=True,
+            expose_value=False,
+            callback=_remember,
+            help="The node's home [default: $P2PFLOP_HOME or your data folder].",
+        ),
+    ):
+        command = declare(command)
+    return command
+
+
+def _remember(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    if value and parameter.name is not None:
+        setattr(context.ensure_object(Flags), parameter.name, value)
+    return value
+
+
+def clean(text: object) -> str:
+    """``text`` on one line, without control or direction characters, of bounded length."""
+    plain = "".join(
+        char if char.isprintable() else " " if char.isspace() else "\N{REPLACEMENT CHARACTER}"
+        for char in str(text)[:MAX_TEXT_CHARS]
+    )
+    return plain.strip()
+
+
+def print_json(value: Any) -> None:
+    """``value`` as one line of JSON."""
+    click.echo(json.dumps(value, separators=(", ", ": ")))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
+    """Aligned columns, numbers to the right; ``empty`` where there are no rows."""
+    for line in table_lines(header, rows) or [empty]:
+        click.echo(line)
+
+
+def table_lines(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a table, header first; none without rows."""
+    cells = [[clean(cell) for cell in row] for row in rows]
+    if not cells:
+        return []
+    columns = list(zip(header, *cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    to_right = [all(_is_number(cell) for cell in column[1:]) for column in columns]
+
+    def line(row: Sequence[str]) -> str:
+        parts = zip(row, widths, to_right, strict=True)
+        return "  ".join(
+            cell.rjust(width) if right else cell.ljust(width) for cell, width, right in parts
+        ).rstrip()
+
+    return [line(header), *map(line, cells)]
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit() or cell[:1] in "$-" or not cell
+
+
+def print_fields(fields: Iterable[tuple[str, object]]) -> None:
+    """``name  value`` lines, aligned."""
+    pairs = [(name, clean(value)) for name, value in fields]
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
+        click.echo(f"{name.ljust(width)}  {value}")
+
+
+def say(text: str) -> None:
+    """A remark for the person at the terminal."""
+    click.echo(text, err=True)
+
+
+def print_error(error: P2PFlopError, *, as_json: bool) -> None:
+    """``error`` and what to do about it, on standard error."""
+    if as_json:
+        told = {
+            "kind": type(error).__name__,
+            "message": error.message,
+            "hint": error.hint,
+            "exit_code": error.exit_code,
+        }
+        print(json.dumps({"error": told}), file=sys.stderr)
+        return
+    click.echo(f"{click.style('error:', fg='red')} {clean(error.message)}", err=True)
+    if error.hint:
+        click.echo(f"{click.style('hint:', fg='cyan')} {clean(error.hint)}", err=True)
+
+
+def short(identifier: str) -> str:
+    """Enough of a hash or peer id to recognise it: all Ed25519 peer ids begin alike."""
+    text = clean(identifier)
+    return f"..{text[-10:]}" if text.startswith("12D3KooW") else text[:12]

@@ -1,0 +1,163 @@
+"""A run on the terminal: its deals, its progress with loss and accuracy, its result, its cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from p2pflop.cli.output import Flags, clean, print_json, short, table_lines
+from p2pflop.runs import Run, check_event
+from p2pflop.units import format_usd
+
+if TYPE_CHECKING:
+    from p2pflop.client import Client
+
+MAX_SHOWN: Final = 20
+PLAIN_EVERY_S: Final = 5.0
+
+
+def follow(flags: Flags, client: Client, run_id: str) -> None:
+    """Show a run up to its end. Raises what it failed with."""
+    events = Run(run_id, client).events()
+    if flags.json:
+        for event in events:
+            print_json(event)
+            check_event(event, run_id)
+        return
+    with RunView() as view:
+        for event in events:
+            view.show(event)
+            check_event(event, run_id)
+
+
+class RunView:
+    """Turns events into lines, and into a live bar where a person looks at a terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False, markup=False)
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[values]}", markup=False),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("waiting", total=1, values="")
+        self._values: dict[str, float] = {}
+        self._paid_nusd: int | None = None
+        self._last_plain = -math.inf
+        self._last_names: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Show one event. Kinds of a later version are passed over."""
+        handler = getattr(self, f"_on_{event['kind']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _say(self, text: str) -> None:
+        self._console.print(Text(clean(text)), soft_wrap=True)
+
+    def _progress(self, what: str, done: int, total: int, *, important: bool = False) -> None:
+        values = "  ".join(f"{clean(name)} {value:.4g}" for name, value in self._values.items())
+        self._bar.update(
+            self._task, description=what, completed=done, total=max(total, 1), values=values
+        )
+        now = time.monotonic()
+        is_due = important or done == total or now - self._last_plain >= PLAIN_EVERY_S
+        if self._bar.disable and is_due:
+            self._last_plain = now
+            self._say(f"{what} {done}/{total}  {values}")
+
+    def _on_ranked(self, event: Mapping[str, Any]) -> None:
+        for line in ranked_lines(event):
+            self._console.print(Text(line), soft_wrap=True)
+
+    def _on_filled(self, event: Mapping[str, Any]) -> None:
+        quote = format_usd(int(event["quote_nusd"]))
+        self._say(f"bought from {short(event['provider'])} for at most {quote}")
+
+    def _on_rejected(self, event: Mapping[str, Any]) -> None:
+        self._say(f"{short(event['provider'])} refused: {clean(event['reason'])}")
+
+    def _on_fetching(self, event: Mapping[str, Any]) -> None:
+        done, total = int(event["done_bytes"]), int(event["total_bytes"])
+        self._progress("provider fetches bytes", done, total)
+
+    def _on_lowering(self, event: Mapping[str, Any]) -> None:
+        self._progress("lowering kernels", int(event["done"]), int(event["total"]))
+
+    def _on_rows(self, event: Mapping[str, Any]) -> None:
+        for row in event["rows"]:
+            if row["values"].keys() - self._last_names:  # an evaluation among training steps
+                self._last_plain = -math.inf
+            self._last_names = set(row["values"])
+            self._values |= {name: float(value) for name, value in row["values"].items()}
+
+    def _on_progress(self, event: Mapping[str, Any]) -> None:
+        self._progress("step", int(event["step"]), int(event["steps"]))
+
+    def _on_checkpoint(self, event: Mapping[str, Any]) -> None:
+        self._bar.update(self._task, description=f"step (checkpoint at {int(event['step'])})")
+
+    def _on_receipt(self, event: Mapping[str, Any]) -> None:
+        self._paid_nusd = int(event["amount_nusd"])
+        self._say(
+            f"receipt {int(event['number'])}: {format_usd(self._paid_nusd)} "
+            f"up to step {int(event['to_step'])}"
+        )
+
+    def _on_result(self, event: Mapping[str, Any]) -> None:
+        self._bar.stop()
+        click.echo(clean(event["hash"]))
+        fields = [("cost", format_usd(int(event["cost_nusd"])))]
+        fields += [(name, f"{value:.6g}") for name, value in self._values.items()]
+        for name, value in fields:
+            self._say(f"{name}  {value}")
+
+    def _on_cancelled(self, _event: Mapping[str, Any]) -> None:
+        self._say("cancelled")
+
+
+def ranked_lines(event: Mapping[str, Any]) -> list[str]:
+    """The asks that can do it, best first, and why the others cannot."""
+    deals, misses = event["deals"], event["misses"]
+    rows = [
+        (
+            short(deal["provider"]),
+            format_usd(int(deal["total_nusd"])),
+            "?" if deal.get("minutes") is None else f"{float(deal['minutes']):.2f} min",
+            f"{format_usd(int(deal['price_nusd']))}/PFLOP",
+        )
+        for deal in deals[:MAX_SHOWN]
+    ]
+    lines = table_lines(("PROVIDER", "TOTAL", "TIME", "PRICE"), rows)
+    if len(deals) > MAX_SHOWN:
+        lines.append(f"... and {len(deals) - MAX_SHOWN} more")
+    for miss in misses[:MAX_SHOWN]:
+        lines.append(f"not {short(miss['provider'])}: {clean(miss['reason'])}")
+    if len(misses) > MAX_SHOWN:
+        lines.append(f"... and {len(misses) - MAX_SHOWN} more that cannot")
+    return lines

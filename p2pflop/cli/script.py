@@ -1,0 +1,129 @@
+"""``p2pflop trace`` and ``run``, and the one rule by which a script's job is found.
+
+A script that is given to ``trace`` or ``submit`` is imported, not run as ``__main__``: what it
+keeps under ``if __name__ == "__main__":`` does not happen. It offers its job as a function
+``make_job()`` without parameters that returns ``pf.trace(...)``, or as a variable ``job``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from p2pflop.cli.output import Flags, common_options, print_json, say
+from p2pflop.errors import ConfigError, JobError, P2PFlopError
+from p2pflop.units import format_bytes, format_flop
+
+if TYPE_CHECKING:
+    from p2pflop.sdk import Job
+
+MODULE_NAME: Final = "p2pflop_job"
+HOW: Final = "Define 'def make_job(): return pf.trace(...)', or a variable 'job'."
+
+
+@click.command("trace")
+@click.argument("script", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write here [default: *.p2pj].")
+@common_options
+@click.pass_obj
+def trace_command(flags: Flags, script: Path, arguments: tuple[str, ...], out: Path | None) -> None:
+    """Turn a script's job into a .p2pj file.
+
+    The script is imported, not run as __main__, and offers its job as a function make_job() that
+    takes nothing and returns pf.trace(...), or as a variable named job. ARGUMENTS are its sys.argv.
+    Input data goes into the folder OUT.inputs beside the file.
+
+    \b
+    Examples:
+      p2pflop trace examples/digits.py -o digits.p2pj
+      p2pflop trace train.py -- --lr 0.001
+      p2pflop show digits.p2pj
+    """
+    job = job_from_script(script, arguments)
+    target = job.save(out or script.with_suffix(".p2pj"))
+    if flags.json:
+        print_json({"path": str(target), "bytes": job.size_bytes, "flop": job.cost.flop})
+        return
+    click.echo(str(target))
+    say(f"{format_bytes(job.size_bytes)}, {job.steps} steps, {format_flop(job.cost.flop)}")
+
+
+@click.command(
+    "run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+@common_options
+@click.argument("script", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_obj
+def run_command(flags: Flags, script: Path, arguments: tuple[str, ...]) -> None:
+    """Run a Python script with its environment prepared.
+
+    P2PFLOP_HOME, tinygrad's device and compiler are set as a provider sets them, so that a local
+    run computes what a provider's run computes. The exit code is the script's.
+
+    \b
+    Examples:
+      p2pflop run examples/digits.py
+      p2pflop run --home /tmp/home train.py --epochs 3
+    """
+    if not script.is_file():
+        raise ConfigError(f"{script} is not a file")
+    environment = os.environ | compute_environment()
+    if flags.home is not None:
+        environment["P2PFLOP_HOME"] = str(flags.home.absolute())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, str(script), *arguments]
+    # Running the user's own script is the point, and there is no shell in between.
+    os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+def compute_environment() -> dict[str, str]:
+    """What tinygrad must find set to compute as this machine's class does. Raises ConfigError."""
+    from p2pflop.kernels.classes import clang, environment
+
+    folders = (str(Path(clang()).parent), os.environ.get("PATH", os.defpath))
+    return {**environment(), "PATH": os.pathsep.join(folders)}
+
+
+def job_from_script(script: Path, arguments: tuple[str, ...] = ()) -> Job:
+    """The job that ``script`` offers; see the head of this module. Raises JobError, ConfigError."""
+    from p2pflop.sdk import Job
+
+    if not script.is_file():
+        raise ConfigError(f"{script} is not a file")
+    spec = importlib.util.spec_from_file_location(MODULE_NAME, script)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{script} is not a Python script", hint="Give a .py or .p2pj file.")
+    try:
+        os.environ.update(compute_environment())
+    except ConfigError as error:
+        # Tracing computes nothing; a script that realizes tensors will say what it lacks.
+        say(f"note: {error.message}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[MODULE_NAME] = module
+    sys.path.insert(0, str(script.parent.absolute()))
+    sys.argv = [str(script), *arguments]
+    try:
+        spec.loader.exec_module(module)
+        make_job = getattr(module, "make_job", None)
+        job = make_job() if callable(make_job) else getattr(module, "job", None)
+    except P2PFlopError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(script)]
+        place = f"{script}:{lines[-1]}" if lines else str(script)
+        raise JobError(
+            f"{place}: {type(error).__name__}: {error}", hint="--debug shows the whole traceback."
+        ) from error
+    if not isinstance(job, Job):
+        raise JobError(f"{script} offers no job", hint=HOW)
+    return job

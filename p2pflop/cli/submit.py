@@ -1,0 +1,205 @@
+"""``p2pflop submit`` and ``show``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from p2pflop.cli.output import (
+    Flags,
+    clean,
+    common_options,
+    print_fields,
+    print_json,
+    print_table,
+    say,
+)
+from p2pflop.errors import ConfigError
+from p2pflop.units import format_bytes, format_flop
+
+if TYPE_CHECKING:
+    from p2pflop.sdk import Job
+
+
+@click.command("submit")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--max-usd", metavar="USD", help="The most that it may cost.")
+@click.option("--deadline", metavar="TIME", help="How long it may take, like 90s or 2h.")
+@click.option("--detach", is_flag=True, help="Print the run's id and leave it.")
+@click.option("--quote", is_flag=True, help="Show the ranked asks and buy nothing.")
+@common_options
+@click.pass_obj
+def submit_command(
+    flags: Flags,
+    file: Path,
+    arguments: tuple[str, ...],
+    max_usd: str | None,
+    deadline: str | None,
+    detach: bool,
+    quote: bool,
+) -> None:
+    """Buy a job's run and follow it to its result.
+
+    FILE is a .p2pj file, or a script that offers its job as make_job() or job (see 'p2pflop trace
+    --help'), with ARGUMENTS as its sys.argv. The result's hash goes to standard output. Ctrl-C
+    leaves the run alone. With --json every event is a line of JSON, the last one the result.
+
+    \b
+    Examples:
+      p2pflop submit digits.p2pj --max-usd 0.05
+      p2pflop submit examples/digits.py --deadline 10m
+      p2pflop submit digits.p2pj --quote
+      p2pflop submit digits.p2pj --json | jq -r 'select(.kind == "result") | .hash'
+    """
+    from p2pflop.cli.progress import follow, ranked_lines
+    from p2pflop.job.file import encode_file
+    from p2pflop.sdk import submit, submit_options
+
+    options = submit_options(max_usd, deadline)
+    job = open_file(file, arguments)
+    client = flags.client(start=True)
+    if not flags.json:
+        cost = job.cost
+        say(
+            f"{clean(job.file.labels.title)}: {job.size_bytes:,} bytes, {job.steps} steps, "
+            f"{format_flop(cost.flop)}, touches {format_bytes(cost.touched_bytes)}"
+        )
+    if quote:
+        ranking = client.quote(encode_file(job.file), options)
+        if flags.json:
+            print_json(ranking)
+        for line in [] if flags.json else ranked_lines(ranking):
+            click.echo(line)
+        return
+    run = submit(job, max_usd=max_usd, deadline=deadline, client=client)
+    if detach:
+        if flags.json:
+            print_json({"id": run.id})
+        else:
+            click.echo(run.id)
+        return
+    follow(flags, client, run.id)
+
+
+@click.command("show")
+@click.argument("what", metavar="FILE|ID")
+@common_options
+@click.pass_obj
+def show_command(flags: Flags, what: str) -> None:
+    """Show a job file or a run.
+
+    \b
+    Examples:
+      p2pflop show digits.p2pj
+      p2pflop show examples/digits.py
+      p2pflop show r-7c1f --json
+    """
+    path = Path(what)
+    if path.suffix in (".p2pj", ".py") or path.is_file():
+        about = describe(open_file(path))
+        if flags.json:
+            print_json(about)
+        else:
+            _print_job(about)
+        return
+    run = flags.client(start=True).job(what)
+    if flags.json:
+        print_json(run)
+    else:
+        print_fields(
+            (name, value) for name, value in run.items() if not isinstance(value, dict | list)
+        )
+
+
+def open_file(path: Path, arguments: tuple[str, ...] = ()) -> Job:
+    """The job of a ``.p2pj`` file or a script. Raises ConfigError, JobError."""
+    if path.suffix == ".py":
+        from p2pflop.cli.script import job_from_script
+
+        return job_from_script(path, arguments)
+    if arguments:
+        raise ConfigError(f"a job file takes no arguments, and {path} is one")
+    from p2pflop.sdk import load
+
+    return load(path)
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """What a job is, as JSON in Python."""
+    from p2pflop.job.graph import Dtype
+    from p2pflop.job.spec import BlobSource, InitSource, times_due
+
+    opened, labels = job.checked, job.file.labels
+    stretch = opened.job
+    tensors = []
+    for name, param in zip(labels.params, opened.work.params, strict=True):
+        source = param.source
+        tensors.append(
+            {
+                "name": name,
+                "role": ("input", "state", "feed", "step", "seed")[param.role],
+                "dtype": Dtype(param.dtype).name.lower(),
+                "shape": list(param.shape),
+                "from": "blob"
+                if isinstance(source, BlobSource)
+                else "the seed"
+                if isinstance(source, InitSource)
+                else "the run",
+                "address": source.address.hex() if isinstance(source, BlobSource) else None,
+                "size_bytes": source.size_bytes if isinstance(source, BlobSource) else 0,
+            }
+        )
+    return {
+        "title": labels.title,
+        "work": opened.work_id.hex(),
+        "first_step": stretch.first_step,
+        "steps": stretch.steps,
+        "seed": opened.work.seed,
+        "size_bytes": job.size_bytes,
+        "flop": opened.cost.flop,
+        "touched_bytes": opened.cost.touched_bytes,
+        "peak_bytes": opened.cost.peak_bytes,
+        "phases": [
+            {
+                "name": name,
+                "every": phase.every,
+                "times": times_due(phase, stretch.first_step, stretch.steps),
+                "outputs": list(outputs),
+            }
+            for name, outputs, phase in zip(
+                labels.phases, labels.outputs, opened.work.phases, strict=True
+            )
+        ],
+        "tensors": tensors,
+    }
+
+
+def _print_job(about: dict[str, Any]) -> None:
+    moved_bytes = sum(tensor["size_bytes"] for tensor in about["tensors"])
+    print_fields(
+        [
+            ("title", about["title"]),
+            ("work", about["work"]),
+            ("steps", f"{about['steps']} from {about['first_step']}"),
+            ("seed", about["seed"]),
+            ("size", f"{about['size_bytes']:,} bytes, and {format_bytes(moved_bytes)} of inputs"),
+            ("cost", format_flop(about["flop"])),
+            ("touches", format_bytes(about["touched_bytes"])),
+            ("memory", f"up to {format_bytes(about['peak_bytes'])}"),
+        ]
+    )
+    click.echo()
+    phases = (
+        (phase["name"], phase["every"], phase["times"], ", ".join(phase["outputs"]))
+        for phase in about["phases"]
+    )
+    print_table(("PHASE", "EVERY", "TIMES", "OUTPUTS"), phases, "")
+    click.echo()
+    tensors = (
+        (tensor["name"], tensor["role"], f"{tensor['dtype']}{tensor['shape']}", tensor["from"])
+        for tensor in about["tensors"]
+    )
+    print_table(("TENSOR", "ROLE", "TYPE", "FROM"), tensors, "It has no tensors.")

@@ -1,0 +1,399 @@
+"""A synchronous client of the local node's HTTP API.
+
+It finds the node through its home. A request that could not be delivered, because the node was
+restarted or has gone, is tried once more at the address that the home tells then; with
+``start=True`` an embedded node is started where none runs. An error of the node is raised here as
+the same class of ``p2pflop.errors``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import httpx
+
+from p2pflop.dht.manifest import CHUNK_BYTES, ManifestBuilder, address_of
+from p2pflop.embedded import NodeNote, read_note, start_embedded
+from p2pflop.errors import NodeUnreachableError, StoreError, VerificationError
+from p2pflop.node.config import default_home
+from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions
+from p2pflop.replies import error_of, lines, not_a_node, raise_for, read
+
+CONNECT_TIMEOUT_S: Final = 5.0
+REPLY_TIMEOUT_S: Final = 120.0
+MAX_RECONNECTS: Final = 8
+FIRST_PAUSE_S: Final = 0.1
+MAX_PAUSE_S: Final = 3.0
+
+Content = bytes | Callable[[], Iterator[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class BlobStat:
+    """A blob that the node keeps."""
+
+    address: bytes
+    size_bytes: int
+    public: bool
+
+
+class Client:
+    """The node of one home, spoken to in blocking calls. Safe to keep; close it, or use ``with``.
+
+    ``home`` is ``P2PFLOP_HOME`` or the user's data folder unless given. ``transport`` replaces the
+    network in tests.
+    """
+
+    def __init__(
+        self,
+        home: Path | str | None = None,
+        *,
+        start: bool = False,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.home = Path(home).expanduser() if home is not None else default_home()
+        self._start = start
+        self._transport = transport
+        self._note: NodeNote | None = None
+        self._http: httpx.Client | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. The next call opens new ones."""
+        if self._http is not None:
+            self._http.close()
+            self._http = None
+
+    # What the node knows
+
+    def status(self) -> Json:
+        """Peer, account, address and version of the node."""
+        return self._json("GET", "/v1/status")
+
+    def doctor(self) -> Json:
+        """The node's own view of its health."""
+        return self._json("GET", "/v1/doctor")
+
+    def book(self) -> list[Json]:
+        """The asks that the node knows."""
+        return self._list("book")
+
+    def peers(self) -> list[Json]:
+        """The peers that the node is connected to."""
+        return self._list("peers")
+
+    def ledger(self) -> Json:
+        """Who owes whom."""
+        return self._json("GET", "/v1/ledger")
+
+    def connect(self, multiaddr: str) -> Json:
+        """Let the node dial a peer."""
+        content = json.dumps({"multiaddr": multiaddr}).encode()
+        return self._json("POST", "/v1/connect", content=content)
+
+    # Runs
+
+    def submit(self, body: bytes, options: SubmitOptions | None = None) -> str:
+        """Submit an encoded job file; the id of its run."""
+        reply = self._json("POST", "/v1/jobs", content=body, params=_params(options))
+        return str(reply["id"])
+
+    def quote(self, body: bytes, options: SubmitOptions | None = None) -> Json:
+        """``deals`` and ``misses`` that a submission would choose from."""
+        return self._json("POST", "/v1/quote", content=body, params=_params(options))
+
+    def jobs(self) -> list[Json]:
+        """The runs of the node, newest first."""
+        return self._list("jobs")
+
+    def job(self, run_id: str) -> Json:
+        """One run."""
+        return self._json("GET", f"/v1/jobs/{run_id}")
+
+    def job_file(self, run_id: str) -> bytes:
+        """The job file of a run, encoded."""
+        return self._octets(f"/v1/jobs/{run_id}/file")
+
+    def result_record(self, run_id: str) -> bytes:
+        """The encoded ``Result`` of a run that has ended well."""
+        return self._octets(f"/v1/jobs/{run_id}/record")
+
+    def cancel(self, run_id: str) -> Json:
+        """Give a run up; how it stands then."""
+        return self._json("POST", f"/v1/jobs/{run_id}/cancel")
+
+    def events(
+        self, run_id: str, after: int = 0, *, timeout_s: float | None = None
+    ) -> Iterator[Json]:
+        """The events of a run after number ``after``, as they come, up to its last one.
+
+        A lost connection is taken up again after the last event seen, ``MAX_RECONNECTS`` times in
+        a row; then NodeUnreachableError. TimeoutError after ``timeout_s``.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        failures = 0
+        while True:
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                raise TimeoutError(f"run {run_id} did not end in {timeout_s} s; it goes on")
+            try:
+                for event in self._event_stream(run_id, after, left_s):
+                    failures = 0
+                    after = int(event["seq"])
+                    yield event
+                    if event["kind"] in LAST_EVENT_KINDS:
+                        return
+                if deadline is not None and time.monotonic() >= deadline:
+                    continue
+                reason = "it ended the connection"
+            except (httpx.TransportError, NodeUnreachableError) as error:
+                reason = str(error)
+            failures += 1
+            if failures > MAX_RECONNECTS:
+                raise NodeUnreachableError(
+                    f"lost the node while following run {run_id}: {reason}",
+                    hint="The run is in its journal and goes on when the node runs again: "
+                    f"start it, then 'p2pflop watch {run_id}'.",
+                )
+            time.sleep(min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** (failures - 1)))
+
+    # Blobs
+
+    def has(self, address: bytes) -> bool:
+        """Whether the node itself keeps the blob."""
+        with self._exchange("HEAD", f"/blob/{address.hex()}") as response:
+            if response.status_code == httpx.codes.NOT_FOUND:
+                return False
+            raise_for(response)
+            return True
+
+    def blobs(self) -> list[BlobStat]:
+        """The blobs that the node keeps."""
+        return [_blob(item) for item in self._list("blobs")]
+
+    def put(self, data: bytes | bytearray | memoryview | Path, *, public: bool = False) -> BlobStat:
+        """Keep ``data``, or the contents of the file at a path, in the node's store."""
+        content = _file_reader(data) if isinstance(data, Path) else _buffer_reader(data)
+        params = {"public": "1" if public else "0"}
+        return _blob(self._json("PUT", "/blob", content=content, params=params))
+
+    def get(self, address: bytes, *, timeout_s: float | None = None) -> bytes:
+        """The bytes of a blob, from this node or through it from others, verified here again."""
+        data = b"".join(self._blob_stream(address, timeout_s))
+        if address_of(data) != address:
+            raise VerificationError(f"the node sent other bytes than blob {address.hex()}")
+        return data
+
+    def download(
+        self,
+        address: bytes,
+        out: Path,
+        *,
+        timeout_s: float | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Write a blob to ``out``, which appears only when it is whole and verified; its size."""
+        builder = ManifestBuilder()
+        draft = out.with_name(f".{out.name}.{os.getpid()}.part")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("wb") as file:
+                for piece in self._blob_stream(address, timeout_s):
+                    builder.update(piece)
+                    file.write(piece)
+                    if progress is not None:
+                        progress(builder.size_bytes)
+                if builder.finish().address != address:
+                    raise VerificationError(f"the node sent other bytes than blob {address.hex()}")
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(out)
+        except OSError as error:
+            raise StoreError(f"cannot write {out}: {error.strerror}") from error
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+        return builder.size_bytes
+
+    # The line to the node
+
+    def _json(self, method: str, path: str, **extra: Any) -> Json:
+        with self._exchange(method, path, **extra) as response:
+            raise_for(response)
+            try:
+                reply = json.loads(read(response))
+            except ValueError as error:
+                raise not_a_node(response) from error
+        if not isinstance(reply, dict):
+            raise not_a_node(response)
+        return reply
+
+    def _list(self, name: str) -> list[Json]:
+        items: list[Json] = self._json("GET", f"/v1/{name}")[name]
+        return items
+
+    def _octets(self, path: str) -> bytes:
+        with self._exchange("GET", path) as response:
+            raise_for(response)
+            return read(response)
+
+    def _blob_stream(self, address: bytes, timeout_s: float | None) -> Iterator[bytes]:
+        params = {} if timeout_s is None else {"timeout_s": str(int(timeout_s))}
+        with self._exchange("GET", f"/blob/{address.hex()}", params=params) as response:
+            raise_for(response)
+            try:
+                yield from response.iter_raw(CHUNK_BYTES)
+            except httpx.TransportError as error:
+                raise StoreError(
+                    f"the download of {address.hex()} broke off: {error}",
+                    hint="Try again; if it stays so, the node's log tells more.",
+                ) from error
+
+    def _event_stream(self, run_id: str, after: int, wait_s: float | None) -> Iterator[Json]:
+        params = {"after": str(after)}
+        if wait_s is not None:
+            params["wait_ms"] = str(int(wait_s * 1000) + 1)
+        with self._exchange("GET", f"/v1/jobs/{run_id}/events", params=params) as response:
+            raise_for(response)
+            name, data = "", ""
+            for line in lines(response):
+                field, _, value = line.partition(": ")
+                if field == "event":
+                    name = value
+                elif field == "data":
+                    data = value
+                elif not line and data:
+                    event = json.loads(data)
+                    if name == "error":
+                        raise error_of(event, response)
+                    yield event
+                    name, data = "", ""
+
+    @contextmanager
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        *,
+        content: Content | None = None,
+        params: dict[str, str] | None = None,
+    ) -> Iterator[httpx.Response]:
+        """One request, its response's body still to be read."""
+        try:
+            response = self._send(self._line(), method, path, content, params)
+        except httpx.ConnectError as error:
+            http = self._line(refused=str(error))
+            response = self._retry(http, method, path, content, params)
+        except httpx.TransportError as error:
+            # It may have been acted upon: only what changes nothing is asked again.
+            if method not in ("GET", "HEAD") or isinstance(error, httpx.TimeoutException):
+                raise self._unreachable(f"{error or type(error).__name__}") from error
+            response = self._retry(self._line(), method, path, content, params)
+        try:
+            yield response
+        finally:
+            response.close()
+
+    def _retry(
+        self,
+        http: httpx.Client,
+        method: str,
+        path: str,
+        content: Content | None,
+        params: dict[str, str] | None,
+    ) -> httpx.Response:
+        try:
+            return self._send(http, method, path, content, params)
+        except httpx.TransportError as error:
+            raise self._unreachable(f"{error or type(error).__name__}") from error
+
+    def _send(
+        self,
+        http: httpx.Client,
+        method: str,
+        path: str,
+        content: Content | None,
+        params: dict[str, str] | None,
+    ) -> httpx.Response:
+        body = content() if callable(content) else content
+        return http.send(http.build_request(method, path, content=body, params=params), stream=True)
+
+    def _line(self, *, refused: str = "") -> httpx.Client:
+        """The HTTP client for the node as its home tells; started if that is wanted.
+
+        ``refused`` is why nobody answered where the home told before.
+        """
+        if self._http is not None and not refused:
+            return self._http
+        self.close()
+        note = read_note(self.home)
+        if note is None or not note.is_alive or (refused and note == self._note):
+            # A node that its owner started is its owner's to start again.
+            is_owned = self._note is not None and not self._note.embedded
+            if not self._start or is_owned:
+                raise self._unreachable(refused or "no node runs there")
+            note = start_embedded(self.home)
+        self._note = note
+        self._http = httpx.Client(
+            base_url=note.url,
+            headers={"authorization": f"Bearer {note.token}", "accept-encoding": "identity"},
+            # Plain HTTP to this machine: reading the system's certificates would take 30 ms.
+            verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+            timeout=httpx.Timeout(REPLY_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            # No proxy from the environment: it is this machine, and the token is for it alone.
+            trust_env=False,
+            transport=self._transport,
+        )
+        return self._http
+
+    def _unreachable(self, reason: str) -> NodeUnreachableError:
+        return NodeUnreachableError(
+            f"cannot reach the node of {self.home}: {reason}",
+            hint="Start one with 'p2pflop node', or name its home with --home or P2PFLOP_HOME.",
+        )
+
+
+def _params(options: SubmitOptions | None) -> dict[str, str]:
+    fields = asdict(options) if options is not None else {}
+    return {name: str(value) for name, value in fields.items() if value is not None}
+
+
+def _blob(item: Json) -> BlobStat:
+    return BlobStat(bytes.fromhex(item["address"]), int(item["size_bytes"]), bool(item["public"]))
+
+
+def _file_reader(path: Path) -> Callable[[], Iterator[bytes]]:
+    def read() -> Iterator[bytes]:
+        try:
+            with path.open("rb") as file:
+                while piece := file.read(CHUNK_BYTES):
+                    yield piece
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror}") from error
+
+    return read
+
+
+def _buffer_reader(data: bytes | bytearray | memoryview) -> Callable[[], Iterator[bytes]]:
+    view = memoryview(data).cast("B")
+    starts = range(0, len(view), CHUNK_BYTES)
+    return lambda: (bytes(view[start : start + CHUNK_BYTES]) for start in starts)

@@ -1,0 +1,280 @@
+"""The functions that a user calls: trace, submit, attach, load, put, get.
+
+All of them speak to the node of ``P2PFLOP_HOME`` (or the user's data folder), and start an embedded
+one where none runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from p2pflop.client import Client
+from p2pflop.dht.manifest import address_of
+from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, ProtocolError
+from p2pflop.ids import blob_url, parse_hash
+from p2pflop.job.file import (
+    FILE_MAGIC,
+    MAX_COMPRESSED_BYTES,
+    CheckedJob,
+    JobBody,
+    JobFile,
+    decode_file,
+    encode_body,
+    encode_file,
+    open_job,
+)
+from p2pflop.job.graph import Dtype
+from p2pflop.job.meter import JobCost
+from p2pflop.job.spec import ROLE_INPUT, SPEC_VERSION, BlobSource, Work, work_id
+from p2pflop.job.spec import Job as JobRecord
+from p2pflop.job.validate import Refusal
+from p2pflop.node.service import Json, SubmitOptions
+from p2pflop.runs import Row, Run
+from p2pflop.units import format_bytes, format_flop, parse_duration, parse_usd
+from p2pflop.wire import decode, encode
+
+if TYPE_CHECKING:
+    from p2pflop.results import Result
+
+MAX_FILE_BYTES: Final = MAX_COMPRESSED_BYTES + len(FILE_MAGIC)
+INPUTS_SUFFIX: Final = ".inputs"
+
+_ARGUMENTS: Final = {Dtype.BOOL: "<?", Dtype.INT32: "<i", Dtype.FLOAT32: "<f"}
+
+Inputs = dict[int, bytes]
+Number = bool | int | float
+Usd = str | int | float
+
+
+@dataclass(frozen=True)
+class Job:
+    """A traced job: a few kilobytes that say what to compute, and the inputs it needs as blobs.
+
+    ``inputs`` has the bytes of input blobs by address, as far as they are at hand.
+    """
+
+    file: JobFile
+    inputs: Mapping[bytes, bytes] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        cost = self.cost
+        return (
+            f"Job({self.file.labels.title!r}, {self.steps} steps, "
+            f"{format_bytes(self.size_bytes)}, {format_flop(cost.flop)})"
+        )
+
+    @functools.cached_property
+    def bytes(self) -> bytes:
+        """What travels to a provider, inputs apart."""
+        return encode_body(self.file.body)
+
+    @property
+    def size_bytes(self) -> int:
+        """How much travels to a provider, inputs apart."""
+        return len(self.bytes)
+
+    @property
+    def steps(self) -> int:
+        """How many steps it is long."""
+        return self.file.body.job.steps
+
+    @functools.cached_property
+    def checked(self) -> CheckedJob:
+        """The job as a provider would open it. Raises JobError if it would be refused."""
+        opened = open_job(self.file.body)
+        if isinstance(opened, Refusal):
+            raise JobError(f"the job is not valid: {opened.reason}")
+        return opened
+
+    @property
+    def cost(self) -> JobCost:
+        """FLOP, touched bytes and peak bytes, metered: the bill depends on nothing else."""
+        return self.checked.cost
+
+    def quote(self, *, max_usd: Usd | None = None, deadline: str | float | None = None) -> Json:
+        """``deals`` (best first) and ``misses`` (with reasons) that a submission would see now."""
+        with Client(start=True) as client:
+            return client.quote(encode_file(self.file), submit_options(max_usd, deadline))
+
+    def with_args(self, **args: Number) -> Job:
+        """The same job with other values for ``trace``'s ``args``: same graphs, same plans."""
+        work = decode(Work, self.file.body.work)
+        params, inputs = list(work.params), dict(self.inputs)
+        for name, value in args.items():
+            slots = [
+                slot
+                for slot, label in enumerate(self.file.labels.params)
+                if label == name and params[slot].role == ROLE_INPUT and params[slot].shape == ()
+            ]
+            if len(slots) != 1:
+                raise JobError(f"the job has no argument {name!r}", hint="Give it to trace: args=.")
+            param = params[slots[0]]
+            try:
+                data = struct.pack(_ARGUMENTS[Dtype(param.dtype)], value)
+            except (KeyError, struct.error, OverflowError) as error:
+                message = f"{value!r} does not fit argument {name!r} ({Dtype(param.dtype).name})"
+                raise JobError(message) from error
+            inputs[address_of(data)] = data
+            source = BlobSource(address_of(data), len(data))
+            params[slots[0]] = type(param)(param.dtype, param.shape, param.role, source)
+        changed = Work(work.version, work.phases, tuple(params), work.seed, work.stop)
+        old = self.file.body
+        job = JobRecord(work_id(changed), old.job.first_step, old.job.steps)
+        body = JobBody(job, encode(changed), old.graphs)
+        return Job(JobFile(self.file.version, body, self.file.labels), inputs)
+
+    def run_local(self, on_row: Callable[[Row], None] | None = None) -> Result:
+        """Run it in a process of its own on this machine, without a node.
+
+        The result has the same hash as that of any honest provider of this machine's class.
+        """
+        from p2pflop.kernels.local import run_local
+        from p2pflop.results import Result
+
+        def tell(step: int, values: Mapping[str, Any]) -> None:
+            if on_row is not None:
+                on_row(Row(step, values))
+
+        record, blobs = run_local(self.file, self.by_slot(), address_of, tell)
+        return Result(record, self.file, blobs.__getitem__, 0)
+
+    def by_slot(self) -> Inputs:
+        """The inputs by slot. Raises BlobNotFoundError if one is not at hand."""
+        found: Inputs = {}
+        for slot, param in enumerate(decode(Work, self.file.body.work).params):
+            if not isinstance(param.source, BlobSource):
+                continue
+            if param.source.address not in self.inputs:
+                raise BlobNotFoundError(
+                    f"input {self.file.labels.params[slot]!r} "
+                    f"({blob_url(param.source.address)}) is not at hand",
+                    hint=f"Keep the folder *{INPUTS_SUFFIX} beside the job file.",
+                )
+            found[slot] = self.inputs[param.source.address]
+        return found
+
+    def save(self, path: str | Path) -> Path:
+        """Write the job to ``path``, and its inputs into the folder ``<path>.inputs``."""
+        target = Path(path)
+        try:
+            target.write_bytes(encode_file(self.file))
+            folder = target.with_name(target.name + INPUTS_SUFFIX)
+            for address, data in self.inputs.items():
+                folder.mkdir(exist_ok=True)
+                (folder / address.hex()).write_bytes(data)
+        except OSError as error:
+            raise ConfigError(f"cannot write {target}: {error.strerror}") from error
+        return target
+
+
+def trace(
+    fn: Callable[..., object],
+    *,
+    steps: int,
+    every: Mapping[int, Callable[..., object]] | None = None,
+    seed: int = 0,
+    args: Mapping[str, Number] | None = None,
+    title: str = "",
+) -> Job:
+    """The job of ``steps`` calls of ``fn``, and of each function of ``every`` every so many steps.
+
+    A lazy tensor travels as its graph, a realized one as a blob, an assigned one is state. The
+    functions return dicts of names to tensors: a scalar becomes a value a step, anything else is
+    kept as it was last. ``args`` are numbers that they take and that ``with_args`` can change.
+    Raises JobError for what cannot travel.
+    """
+    from p2pflop.kernels.trace import trace as trace_graphs
+
+    traced = trace_graphs(
+        fn,
+        steps=steps,
+        every=every,
+        seed=seed,
+        args=args,
+        address_of=address_of,
+        title=title,
+    )
+    inputs = {address_of(data): data for data in traced.inputs.values()}
+    return Job(JobFile(SPEC_VERSION, traced.body, traced.labels), inputs)
+
+
+def submit(
+    job: Job,
+    *,
+    max_usd: Usd | None = None,
+    deadline: str | float | None = None,
+    client: Client | None = None,
+) -> Run:
+    """Buy the run of a job on the best deal; returns as soon as the node has it in its journal.
+
+    ``max_usd`` is the most it may cost, ``deadline`` how long it may take: seconds, or ``"90s"``,
+    ``"2h"``. Inputs that the node lacks are put into its store first, privately.
+    """
+    client = client or Client(start=True)
+    for address, data in job.inputs.items():
+        if not client.has(address):
+            client.put(data)
+    run_id = client.submit(encode_file(job.file), submit_options(max_usd, deadline))
+    return Run(run_id, client)
+
+
+def attach(run_id: str) -> Run:
+    """The run of that id, from this process or any before it. Raises ConfigError if unknown."""
+    client = Client(start=True)
+    client.job(run_id)
+    return Run(run_id, client)
+
+
+def load(path: str | Path) -> Job:
+    """The job in a ``.p2pj`` file, with what lies in ``<path>.inputs``."""
+    source = Path(path)
+    try:
+        with source.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        folder = source.with_name(source.name + INPUTS_SUFFIX)
+        blobs = [item.read_bytes() for item in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise ConfigError(f"cannot read {source}: {error.strerror}") from error
+    try:
+        return Job(decode_file(data), {address_of(blob): blob for blob in blobs})
+    except ProtocolError as error:
+        raise JobError(
+            f"{source}: {error.message}", hint=error.hint or "Write it anew: p2pflop trace."
+        ) from error
+
+
+def put(source: str | Path | bytes, *, public: bool = False) -> str:
+    """Keep a file (a path) or bytes as a blob; its address, 64 hex digits.
+
+    Without ``public`` only this node's own user can read it.
+    """
+    data = source if isinstance(source, bytes) else Path(source)
+    if isinstance(data, Path) and not data.is_file():
+        raise ConfigError(f"{data} is not a file")
+    with Client(start=True) as client:
+        return client.put(data, public=public).address.hex()
+
+
+def get(address: str, out: str | Path | None = None) -> bytes | Path:
+    """The bytes of a blob, verified; or, with ``out``, the path they were written to."""
+    wanted = parse_hash(address)
+    with Client(start=True) as client:
+        if out is None:
+            return client.get(wanted)
+        client.download(wanted, Path(out))
+        return Path(out)
+
+
+def submit_options(max_usd: Usd | None, deadline: str | float | None) -> SubmitOptions:
+    """Options in the node's units. Raises ConfigError."""
+    seconds = None
+    if deadline is not None:
+        seconds = max(1, round(parse_duration(str(deadline)) / 10**9))
+    return SubmitOptions(
+        max_nusd=None if max_usd is None else parse_usd(str(max_usd)), deadline_s=seconds
+    )
