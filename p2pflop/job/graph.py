@@ -427,6 +427,7 @@ def _gaps(slots: Sequence[int]) -> list[int]:
             raise ValueError(f"slot {slot} follows slot {last}: slots must rise")
         gaps.append(slot - last - 1)
         last = slot
+    _check_last(last)
     return gaps
 
 
@@ -436,6 +437,10 @@ def _slots(gaps: Sequence[int]) -> list[int]:
     for gap in gaps:
         last += gap + 1
         slots.append(last)
-    if last >= MAX_GRAPH_PARAMS:
-        raise ValueError(f"slot {last} is over the limit of {MAX_GRAPH_PARAMS}")
+    _check_last(last)
     return slots
+
+
+def _check_last(slot: int) -> None:
+    if slot >= MAX_GRAPH_PARAMS:
+        raise ValueError(f"slot {slot} is over the limit of {MAX_GRAPH_PARAMS}")

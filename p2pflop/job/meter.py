@@ -172,10 +172,13 @@ def _count_touched(checked: Checked) -> int:
             for ref in node.refs:
                 take(ref)
     for output in checked.graph.outputs:
-        take(output.node)
         base = bases[output.node]
-        if base != output.node or nodes[base].op not in _MATERIALISED:
-            touched += stored_bytes(checked.dtypes[output.node], checked.shapes[output.node])
+        size_bytes = stored_bytes(checked.dtypes[output.node], checked.shapes[output.node])
+        whole_bytes = stored_bytes(checked.dtypes[base], checked.shapes[base])
+        if nodes[base].op not in _MATERIALISED or size_bytes != whole_bytes:
+            # else what was materialised is the output, written once
+            take(output.node)
+            touched += size_bytes
     return touched + sum(read.values())
 
 
