@@ -40,10 +40,10 @@ class _Request(Generic[T]):
         connection.execute("SAVEPOINT operation")
         try:
             self.result = self.operation(connection)
-        except sqlite3.Error:
-            raise
-        except BaseException as fault:  # noqa: BLE001 - raised again in the task that waits
-            self.fault = fault
+        except BaseException as fault:
+            self.fault = fault  # Raised again in the task that waits.
+            if not connection.in_transaction:
+                raise  # SQLite gave up the whole transaction, as it does when the disk is full.
             connection.execute("ROLLBACK TO operation")
         connection.execute("RELEASE operation")
 
@@ -84,6 +84,8 @@ class Database:
                 request = _Request(operation)
                 self._queue.put(request)
                 await request.done.wait()
+        if isinstance(request.fault, sqlite3.Error):
+            raise self._fault(request.fault) from request.fault
         if request.fault is not None:
             raise request.fault
         return request.result
@@ -147,7 +149,7 @@ class Database:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             for request in requests:
-                request.fault = self._fault(error)
+                request.fault = error
         for request in requests:
             request.wake()
 
