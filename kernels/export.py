@@ -121,7 +121,8 @@ class Exporter:
         gather = match_gather(uop)
         if gather is not None:
             return gather
-        return uop.src[:1] if uop.op in _SHAPED else uop.src
+        sources: tuple[UOp, ...] = uop.src[:1] if uop.op in _SHAPED else uop.src
+        return sources
 
     @staticmethod
     def _is_shaped_buffer(uop: UOp) -> bool:
@@ -188,7 +189,8 @@ class Exporter:
         is_pair = uop.dtype == dtypes.uint32 and uop.shape == (2,)
         if not is_pair or uop.op not in (Ops.RESHAPE, Ops.STACK):
             return None
-        return uop.topovisit(self._evaluate, self._words)
+        words: tuple[int, ...] | None = uop.topovisit(self._evaluate, self._words)
+        return words
 
     def _evaluate(self, uop: UOp) -> tuple[int, ...] | None:
         """The few integers that ``uop`` is, or None if they are not known or not few."""

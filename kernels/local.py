@@ -1,0 +1,264 @@
+"""Running a job on this machine without a node: one process, in the class's environment.
+
+The child (``python -m p2pflop.kernels.local``) lowers and runs; it is not locked down, since the
+job is the user's own. It reads one message of job and inputs on stdin and answers on stdout with
+messages, each a length in eight bytes and a msgpack array whose first item is its kind. The record
+that comes of it, and so its hash, is that of any honest provider of this machine's class.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
+
+import msgspec
+
+from p2pflop.errors import JobError, P2PFlopError, ProviderError
+from p2pflop.job.file import CheckedJob, JobBody, JobFile, open_job
+from p2pflop.job.graph import Dtype
+from p2pflop.job.results import Scalar, TraceLog, build_result, scalar
+from p2pflop.job.spec import (
+    MODE_LAST,
+    ROLE_STATE,
+    BlobSource,
+    NamedOutput,
+    Result,
+    Work,
+    class_id,
+)
+from p2pflop.job.validate import Refusal
+from p2pflop.kernels.classes import descriptor, environment
+from p2pflop.units import MIB
+from p2pflop.wire import decode, encode
+
+if TYPE_CHECKING:
+    from p2pflop.kernels.run import Session
+
+OnRow = Callable[[int, Mapping[str, Scalar]], None]
+OnLowering = Callable[[int, int], None]
+
+PART_BYTES: Final = MIB
+EXIT_SECONDS: Final = 10
+
+_LOWERING: Final = "lowering"
+_ROW: Final = "row"
+_OUTPUT: Final = "output"
+_STATE: Final = "state"
+_END: Final = "end"
+_FAILED: Final = "failed"
+
+
+def run_local(
+    file: JobFile,
+    inputs: Mapping[int, bytes],
+    address_of: Callable[[bytes], bytes],
+    on_row: OnRow | None = None,
+    on_lowering: OnLowering | None = None,
+) -> tuple[Result, dict[bytes, bytes]]:
+    """Run the job to its end; the record of its result, and the blobs it names by address.
+
+    ``inputs`` has the bytes of each slot that is filled from a blob (and, for a job that starts
+    from a checkpoint, of each state slot). ``on_row(step, values by name)`` is called for each step
+    that gave values, ``on_lowering(done, total)`` after each kernel. Raises JobError, ConfigError,
+    and ProviderError if the process dies.
+    """
+    job = open_job(file.body)
+    if isinstance(job, Refusal):
+        raise JobError(f"the job is not valid: {job.reason}")
+    missing = [
+        slot
+        for slot, param in enumerate(job.work.params)
+        if isinstance(param.source, BlobSource) and slot not in inputs
+    ]
+    if missing:
+        raise JobError(f"inputs of slots {missing} are not given")
+    gathered = _Gathered(file, job, on_row, on_lowering)
+    # The command is this interpreter and a module of ours.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "p2pflop.kernels.local"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **environment()},
+    )
+    requests, answers = process.stdin, process.stdout
+    if requests is None or answers is None:
+        raise ProviderError("the local process has no pipes")
+    try:
+        with suppress(BrokenPipeError):
+            _send(requests, [encode(file.body), dict(inputs)])
+            requests.close()
+        for message in _messages(answers):
+            gathered.take(message)
+        process.wait(EXIT_SECONDS)
+    finally:
+        process.kill()
+        process.wait()
+        answers.close()
+    return gathered.finish(address_of, process.returncode)
+
+
+class _Gathered:
+    """What the child has told so far."""
+
+    def __init__(
+        self,
+        file: JobFile,
+        job: CheckedJob,
+        on_row: OnRow | None,
+        on_lowering: OnLowering | None,
+    ) -> None:
+        self._labels = file.labels
+        self._job = job
+        self._on_row = on_row
+        self._on_lowering = on_lowering
+        self._trace = TraceLog()
+        self._parts: dict[tuple[str, int, int], bytearray] = {}
+        self._steps_done: int | None = None
+
+    def take(self, message: list[Any]) -> None:
+        kind, *rest = message
+        if kind == _LOWERING and self._on_lowering is not None:
+            self._on_lowering(*rest)
+        elif kind == _ROW:
+            self._row(*rest)
+        elif kind in (_OUTPUT, _STATE):
+            first, second, data = rest
+            self._parts.setdefault((kind, first, second), bytearray()).extend(data)
+        elif kind == _END:
+            self._steps_done = rest[0]
+        elif kind == _FAILED:
+            raise JobError(rest[0], hint=rest[1])
+
+    def finish(
+        self, address_of: Callable[[bytes], bytes], exit_code: int
+    ) -> tuple[Result, dict[bytes, bytes]]:
+        if self._steps_done is None:
+            raise ProviderError(
+                f"the local process ended with code {exit_code} before the job did",
+                hint="A negative code is a signal: -9 is often memory, -11 or -8 a faulty kernel.",
+            )
+        blobs: dict[bytes, bytes] = {}
+
+        def keep(data: bytes) -> bytes:
+            address = address_of(data)
+            blobs[address] = data
+            return address
+
+        outputs, states = [], []
+        for (kind, first, second), part in self._parts.items():
+            address = keep(bytes(part))
+            if kind == _STATE:
+                states.append((first, address))
+            else:
+                outputs.append(NamedOutput(first, second, address, len(part)))
+        result = build_result(
+            self._job.work,
+            self._job.job,
+            class_id=class_id(descriptor()),
+            steps_done=self._steps_done,
+            outputs=outputs,
+            trace=keep(self._trace.encode()),
+            state=[address for _, address in sorted(states)],
+        )
+        return result, blobs
+
+    def _row(self, step: int, values: list[tuple[int, int, bytes]]) -> None:
+        named: dict[str, Scalar] = {}
+        for phase, output, value in values:
+            dtype = self._dtype(phase, output)
+            self._trace.append(phase, output, dtype, value)
+            named[self._labels.outputs[phase][output]] = scalar(dtype, value)
+        if self._on_row is not None:
+            self._on_row(step, named)
+
+    def _dtype(self, phase: int, output: int) -> Dtype:
+        checked = self._job.graphs[self._job.work.phases[phase].graph]
+        fresh = [out.node for out in checked.graph.outputs if out.slot is None]
+        return Dtype(checked.dtypes[fresh[output]])
+
+
+def _send(stream: BinaryIO | Any, message: list[Any]) -> None:
+    data = msgspec.msgpack.encode(message)
+    stream.write(len(data).to_bytes(8, "little"))
+    stream.write(data)
+    stream.flush()
+
+
+def _messages(stream: BinaryIO | Any) -> Iterator[list[Any]]:
+    """The messages on a pipe until its end; a message cut short ends it too."""
+    while len(head := stream.read(8)) == 8:
+        size_bytes = int.from_bytes(head, "little")
+        data = stream.read(size_bytes)
+        if len(data) < size_bytes:
+            return
+        yield msgspec.msgpack.decode(data)
+
+
+def _serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
+    """The child: lower every graph, run every step, tell everything."""
+    body, inputs = next(_messages(stdin))
+    try:
+        _run(decode(JobBody, body), inputs, stdout)
+    except P2PFlopError as error:
+        _send(stdout, [_FAILED, error.message, error.hint])
+
+
+def _run(body: JobBody, inputs: dict[int, bytes], stdout: BinaryIO) -> None:
+    # Imported here so that the parent, which may have tinygrad in another class, needs neither.
+    from p2pflop.kernels.lower import lower
+    from p2pflop.kernels.run import Session
+
+    job = open_job(body)
+    if isinstance(job, Refusal):
+        raise JobError(job.reason)
+
+    def progress(done: int, total: int) -> None:
+        _send(stdout, [_LOWERING, done, total])
+
+    plans = {graph: lower(checked, progress) for graph, checked in job.graphs.items()}
+    session = Session(job.work, plans)
+    session.initialise()
+    for slot, data in inputs.items():
+        session.write(slot, 0, data)
+    first, done = job.job.first_step, 0
+    for step in range(first, first + job.job.steps):
+        session.step(step)
+        done += 1
+        values = session.scalars()
+        if values:
+            _send(stdout, [_ROW, step, values])
+        if session.should_stop(step):
+            break
+    _send_results(job.work, session, stdout)
+    _send(stdout, [_END, done])
+
+
+def _send_results(work: Work, session: Session, stdout: BinaryIO) -> None:
+    for phase, record in enumerate(work.phases):
+        for output, mode in enumerate(record.modes):
+            view = session.read_output(phase, output) if mode == MODE_LAST else None
+            if view is not None:
+                _send_parts(stdout, _OUTPUT, phase, output, view)
+    for slot, param in enumerate(work.params):
+        if param.role == ROLE_STATE:
+            _send_parts(stdout, _STATE, slot, 0, session.read(slot))
+
+
+def _send_parts(stdout: BinaryIO, kind: str, first: int, second: int, view: memoryview) -> None:
+    for offset in range(0, len(view), PART_BYTES):
+        _send(stdout, [kind, first, second, bytes(view[offset : offset + PART_BYTES])])
+
+
+def main() -> None:
+    """The child's entry. What tinygrad or a user's library prints goes to stderr."""
+    stdout = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    _serve(sys.stdin.buffer, stdout)
+
+
+if __name__ == "__main__":
+    main()
