@@ -102,7 +102,7 @@ class CompileClient:
 
 
 @dataclass(frozen=True, slots=True)
-class _Clang:
+class Clang:
     path: str
     arguments: tuple[str, ...]
 
@@ -110,7 +110,7 @@ class _Clang:
 class _Run:
     """One run of clang: source in, object and complaint out, all three bounded."""
 
-    def __init__(self, clang: _Clang, source: bytes) -> None:
+    def __init__(self, clang: Clang, source: bytes) -> None:
         self.late = False
         self.status = -1
         stdin, self._to_clang = os.pipe()
@@ -187,7 +187,7 @@ class _Run:
             return rest[len(rest) :]
 
 
-def _serve(clang: _Clang, descriptors: list[int], mechanisms: Mechanisms, parent: int) -> None:
+def serve(clang: Clang, descriptors: list[int], mechanisms: Mechanisms, parent: int) -> None:
     """A server's life: lock, then compile until the pipe closes."""
     lockdown.die_with_parent(parent)
     lockdown.only_descriptors(descriptors)
@@ -196,7 +196,7 @@ def _serve(clang: _Clang, descriptors: list[int], mechanisms: Mechanisms, parent
             memory_bytes=COMPILER_MEMORY_BYTES,
             cpu_seconds=MAX_SERVER_CPU_SECONDS,
             calls=syscalls.COMPILE,
-            execute=(clang.path, *_loaders()),
+            execute=(clang.path, *lockdown.loaders()),
             read=(str(Path(clang.path).parent.parent / "lib"),),
         ),
         mechanisms,
@@ -209,16 +209,10 @@ def _serve(clang: _Clang, descriptors: list[int], mechanisms: Mechanisms, parent
         late = run.late  # then this process ends, and its stuck clang with it
 
 
-def _loaders() -> list[str]:
-    """The dynamic loaders of this system: the kernel starts them, so they need the right too."""
-    found = [*Path("/lib64").glob("ld-*"), *Path("/lib").glob("ld-*")]
-    return [os.path.realpath(path) for path in found]
-
-
 class Helper:
     """The helper's own loop: a server for each pair of descriptors that comes in."""
 
-    def __init__(self, control: socket.socket, clang: _Clang, mechanisms: Mechanisms) -> None:
+    def __init__(self, control: socket.socket, clang: Clang, mechanisms: Mechanisms) -> None:
         self._control = control
         self._clang = clang
         self._mechanisms = mechanisms
@@ -250,7 +244,7 @@ class Helper:
             server = os.fork()
             if server == 0:
                 try:
-                    _serve(self._clang, pair, self._mechanisms, parent)
+                    serve(self._clang, pair, self._mechanisms, parent)
                 finally:
                     os._exit(0)
             self._servers.add(server)
@@ -267,7 +261,7 @@ def main(command: list[str]) -> None:
     """``python -m p2pflop.kernels.compiler CONTROL_FD``, with ``CC`` and ``DEV`` set."""
     control = socket.socket(fileno=int(command[0]))
     try:
-        clang = _Clang(os.path.realpath(os.environ["CC"]), arguments(os.environ["DEV"]))
+        clang = Clang(os.path.realpath(os.environ["CC"]), arguments(os.environ["DEV"]))
         mechanisms = lockdown.probe()
         gc.collect()
         gc.freeze()

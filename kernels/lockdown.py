@@ -180,6 +180,12 @@ def readable_paths() -> tuple[str, ...]:
     return tuple(dict.fromkeys(os.path.realpath(path) for path in paths if Path(path).exists()))
 
 
+def loaders() -> tuple[str, ...]:
+    """The dynamic loaders of this system: to start a program takes the right to execute them."""
+    found = [*Path("/lib64").glob("ld-*"), *Path("/lib").glob("ld-*")]
+    return tuple(os.path.realpath(path) for path in found)
+
+
 def probe() -> Mechanisms:
     """Which mechanisms bite, each tried in a forked child (8 ms). Call it with one thread only."""
     if not _LINUX:
