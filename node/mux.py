@@ -342,6 +342,10 @@ class Mux:
             if now - self._heard_at > SILENCE_S:
                 self.close(f"nothing came for {SILENCE_S:.0f} s")
                 return
-            for stream in list(self._streams.values()):
-                if stream.finished_at is not None and now - stream.finished_at > LINGER_S:
-                    stream.reset("the peer did not finish")
+            self.let_go(now)
+
+    def let_go(self, now_s: float) -> None:
+        """Reset streams that this end finished long ago and the peer did not."""
+        for stream in list(self._streams.values()):
+            if stream.finished_at is not None and now_s - stream.finished_at > LINGER_S:
+                stream.reset("the peer did not finish")

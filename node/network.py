@@ -67,8 +67,13 @@ class HostStatistics:
 class Network(Protocol):
     """A host: a Dialer, a Directory, gossip, and who is connected."""
 
-    peer: str
-    addresses: tuple[str, ...]
+    @property
+    def peer(self) -> str:
+        """The id of this host."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where it listens, each with ``/p2p/<peer>``."""
 
     def handle(self, protocol: str, handler: Handler) -> None:
         """Let ``handler`` answer each stream that a peer opens for ``protocol``.
