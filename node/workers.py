@@ -45,6 +45,7 @@ from p2pflop.units import GIB
 
 MAX_WORKERS: Final = 64
 MAX_LOWERINGS: Final = 256
+MAX_LOWERERS: Final = 8  # each takes a compile server too, see compiler.MAX_SERVERS
 MAX_CRASHES: Final = 3
 CRASH_WINDOW_SECONDS: Final = 60.0
 LOWER_SECONDS: Final = 900.0
@@ -68,7 +69,7 @@ class WorkerPool:
     ) -> None:
         self._plans = PlanCache(plans_dir)
         self._on_broken = on_broken
-        self._slots = trio.CapacityLimiter(lowerers or os.cpu_count() or 1)
+        self._slots = trio.CapacityLimiter(min(lowerers or os.cpu_count() or 1, MAX_LOWERERS))
         self._engine = engine
         self._variables = variables or {}
         self._crew: Crew | None = None

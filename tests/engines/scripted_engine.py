@@ -20,7 +20,7 @@ import msgspec
 from p2pflop.errors import JobError
 from p2pflop.job.spec import Work
 from p2pflop.kernels.compiler import CompileClient
-from p2pflop.kernels.frames import Done, Paused, Progressed, Ready
+from p2pflop.kernels.frames import Done, Paused, Progress, Progressed, Ready
 from p2pflop.node.memory_workers import CountingSession
 from p2pflop.units import MIB
 
@@ -155,6 +155,11 @@ class ScriptedEngine:
             _frame(Ready())
         if graph == b"spin":
             _spin()
+        if graph == b"eat":
+            _eat(2**40)
+        if graph == b"chatter":
+            for done in range(10):
+                _frame(Progress(done, 10))
         if graph.startswith(b"slow"):
             time.sleep(0.3)
         progress(1, 2)
