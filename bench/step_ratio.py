@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def measure(pairs: int) -> dict[str, Any]:
     native_s, ours_s = [], []
     for number in numbers:
         native_s.append(_time(native, Device["CPU"].synchronize))
-        ours_s.append(_time(lambda number=number: session.step(number), Device["CPU"].synchronize))
+        ours_s.append(_time(partial(session.step, number), Device["CPU"].synchronize))
     native_s, ours_s = native_s[WARM_UP_STEPS:], ours_s[WARM_UP_STEPS:]
     return {
         "bench": "step_ratio",

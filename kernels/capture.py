@@ -107,12 +107,11 @@ class Stage:
         self, function: Callable[..., object], arguments: Mapping[str, Tensor], *, training: bool
     ) -> Recording:
         """Run ``function`` once on the stand-ins. Raises JobError."""
-        plain = function.fxn if isinstance(function, _TinyJit) else function
         for held in self.held:
             held.tensor.uop, held.tensor.grad = held.start, held.grad
         with Context(TRAINING=int(training)):
-            returned = plain(**{name: arguments[name] for name in parameter_names(plain)})
-        name = getattr(plain, "__name__", "phase")
+            returned = function(**{name: arguments[name] for name in parameter_names(function)})
+        name = getattr(function, "__name__", "phase")
         outputs = _outputs(name, returned)
         changed = {
             number: held.tensor.uop
@@ -151,6 +150,12 @@ class Stage:
             base = (stand_in if stand_in is not None else tensor.uop).base
             buffer = base if base.op is Ops.BUFFER else None
             self.held.append(Held(tensor, tensor.uop, tensor.grad, stand_in, buffer))
+
+
+def unwrap(function: Callable[..., object]) -> Callable[..., object]:
+    """The function that a TinyJit wraps, or ``function`` itself."""
+    plain: Callable[..., object] = function.fxn if isinstance(function, _TinyJit) else function
+    return plain
 
 
 def parameter_names(function: Callable[..., object]) -> tuple[str, ...]:

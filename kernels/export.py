@@ -28,7 +28,8 @@ def purify(uops: Sequence[UOp], replacements: dict[UOp, UOp]) -> list[UOp]:
     sink = UOp.sink(*uops)
     if replacements:
         sink = sink.substitute(replacements)
-    return list(graph_rewrite(sink, _PURIFY, name="purify").src)
+    sink = graph_rewrite(sink, _ASSIGNMENTS, bottom_up=True, name="assignments")
+    return list(graph_rewrite(sink, _HINTS, name="hints").src)
 
 
 def _purify_after(after: UOp) -> UOp | None:
@@ -51,26 +52,42 @@ def _purify_after(after: UOp) -> UOp | None:
 
 
 def _assign_part(target: UOp, part: UOp, value: UOp) -> UOp | None:
-    """``target`` with ``value`` in place of ``part``, a chain of SHRINKs of it."""
-    chain = []
+    """``target`` with ``value`` in place of ``part``, a view of it."""
+    views = []
     while part is not target:
-        if part.op is not Ops.SHRINK:
+        if part.op not in (Ops.SHRINK, Ops.RESHAPE, Ops.PERMUTE, Ops.FLIP):
             return None
-        chain.append(part)
+        views.append(part)
         part = part.src[0]
+    value = value if not views or value.shape == views[0].shape else value.expand(views[0].shape)
     mask = UOp.const(True).reshape((1,) * len(value.shape)).expand(value.shape)
-    for shrink in chain:
-        room = tuple(
-            (offset, full - offset - size)
-            for (offset, size), full in zip(shrink.marg, shrink.src[0].shape, strict=True)
-        )
-        value, mask = value.pad(room), mask.pad(room)
+    for view in views:
+        value, mask = _undo_view(view, value), _undo_view(view, mask)
     return mask.where(value, target)
 
 
-_PURIFY: Final = PatternMatcher(
+def _undo_view(view: UOp, value: UOp) -> UOp:
+    """``value`` put where ``view`` took it from; zeros elsewhere."""
+    match view.op:
+        case Ops.SHRINK:
+            return value.pad(
+                tuple(
+                    (offset, full - offset - size)
+                    for (offset, size), full in zip(view.marg, view.src[0].shape, strict=True)
+                )
+            )
+        case Ops.PERMUTE:
+            return value.permute(tuple(view.arg.index(axis) for axis in range(len(view.arg))))
+        case Ops.FLIP:
+            return value.flip(tuple(axis for axis, flipped in enumerate(view.arg) if flipped))
+        case _:
+            return value.reshape(view.src[0].shape)
+
+
+# Top down: an assignment to a part is told by the effect inside, which is an AFTER as well.
+_ASSIGNMENTS: Final = PatternMatcher([(UPat(Ops.AFTER, name="after"), _purify_after)])
+_HINTS: Final = PatternMatcher(
     [
-        (UPat(Ops.AFTER, name="after"), _purify_after),
         (UPat((Ops.DETACH, Ops.CONTIGUOUS_BACKWARD, Ops.COPY), name="x"), lambda x: x.src[0]),
         (
             UPat(

@@ -14,6 +14,8 @@ from tinygrad.engine.jit import _TinyJit
 from tinygrad.nn.optim import Optimizer
 from tinygrad.nn.state import get_state_dict
 
+from p2pflop.kernels.capture import unwrap
+
 MAX_HELPER_DEPTH: Final = 4
 _OPAQUE: Final = (types.ModuleType, type, str, bytes, int, float, types.BuiltinFunctionType)
 
@@ -41,8 +43,6 @@ def name_tensors(functions: Iterable[Callable[..., object]]) -> dict[int, str]:
 
 def _collect(function: object, found: dict[str, object], depth: int) -> None:
     """Add the variables that ``function`` and the functions it calls by name refer to."""
-    if isinstance(function, _TinyJit):
-        function = function.fxn
     if isinstance(function, types.MethodType):
         found.setdefault("self", function.__self__)
         function = function.__func__
@@ -50,7 +50,7 @@ def _collect(function: object, found: dict[str, object], depth: int) -> None:
         return
     for name, value in _visible(function).items():
         if isinstance(value, (types.FunctionType, types.MethodType, _TinyJit)):
-            _collect(value, found, depth - 1)
+            _collect(unwrap(value), found, depth - 1)
         elif isinstance(value, Tensor) or not isinstance(value, _OPAQUE):
             found.setdefault(name, value)
 

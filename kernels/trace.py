@@ -57,6 +57,7 @@ from p2pflop.kernels.capture import (
     is_literal,
     is_realized,
     parameter_names,
+    unwrap,
 )
 from p2pflop.kernels.dialect import OUR_DTYPES
 from p2pflop.kernels.export import Exporter, purify
@@ -102,7 +103,7 @@ def trace(
     """
     if not 1 <= steps < 2**40 or not 0 <= seed <= MAX_SEED:
         raise JobError(f"steps={steps} or seed={seed} is out of range")
-    functions = [fn, *(every or {}).values()]
+    functions = [unwrap(function) for function in (fn, *(every or {}).values())]
     periods = [1, *(every or {})]
     if any(period < 1 for period in periods):
         raise JobError("a phase cannot be due every 0 steps", hint="every={100: test}")

@@ -1,0 +1,87 @@
+"""Plans: one encoding, and every number in them fits."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from p2pflop.errors import ProtocolError
+from p2pflop.kernels.plan import (
+    FRESH,
+    MAX_ARGUMENTS,
+    MAX_BUFFER_BYTES,
+    MAX_THREADS,
+    SCRATCH,
+    SCRATCH_ALIGN_BYTES,
+    Call,
+    Kernel,
+    Plan,
+    PlanBuffer,
+    Region,
+    decode_plan,
+    encode_plan,
+    scratch_bytes,
+)
+from p2pflop.wire import encode
+
+KERNEL = Kernel("add", b"\x7fELF", 2, threaded=False)
+BUFFERS = (PlanBuffer(3, 64), PlanBuffer(SCRATCH, 100), PlanBuffer(FRESH, 4))
+CALL = Call(0, (Region(2, 0, 4), Region(0, 60, 4)), 1)
+PLAN = Plan(1, (KERNEL,), BUFFERS, (CALL,), (Region(2, 0, 4),), 10, 20)
+
+
+def replaced(**changes: object) -> bytes:
+    return encode(msgspec.structs.replace(PLAN, **changes))
+
+
+def test_a_plan_survives_its_encoding() -> None:
+    assert decode_plan(encode_plan(PLAN)) == PLAN
+
+
+def test_scratch_is_rounded_up_and_counts_nothing_else() -> None:
+    assert scratch_bytes(PLAN) == SCRATCH_ALIGN_BYTES
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        b"",
+        b"\xc1",
+        encode(PLAN)[:-1],
+        encode(PLAN) + b"\0",
+        replaced(version=2),
+        replaced(calls=(Call(1, CALL.regions, 1),)),
+        replaced(calls=(Call(0, CALL.regions[:1], 1),)),
+        replaced(calls=(Call(0, CALL.regions, 2),)),
+        replaced(calls=(Call(0, (Region(2, 0, 4), Region(3, 0, 4)), 1),)),
+        replaced(calls=(Call(0, (Region(2, 0, 4), Region(0, 61, 4)), 1),)),
+        replaced(calls=(Call(0, (Region(2, 0, 4), Region(0, 2**62, 4)), 1),)),
+        replaced(calls=(Call(0, (Region(2, 0, 4), Region(0, 0, 0)), 1),)),
+        replaced(outputs=(Region(2, 1, 4),)),
+        replaced(outputs=(Region(1, 0, 4),)),
+        replaced(buffers=(*BUFFERS, PlanBuffer(3, 64))),
+        replaced(buffers=(PlanBuffer(-3, 64), *BUFFERS[1:])),
+        replaced(buffers=(PlanBuffer(3, MAX_BUFFER_BYTES + 1), *BUFFERS[1:])),
+        replaced(kernels=(Kernel("add", b"", 2, threaded=False),)),
+        replaced(kernels=(Kernel("add", b"\x7fELF", MAX_ARGUMENTS + 1, threaded=False),)),
+    ],
+)
+def test_a_hostile_plan_is_refused(hostile: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode_plan(hostile)
+
+
+def test_threads_up_to_the_limit_are_taken_by_a_threaded_kernel() -> None:
+    kernels = (Kernel("add", b"\x7fELF", 2, threaded=True),)
+
+    def with_threads(threads: int) -> bytes:
+        return replaced(kernels=kernels, calls=(Call(0, CALL.regions, threads),))
+
+    assert decode_plan(with_threads(MAX_THREADS)).calls[0].threads == MAX_THREADS
+    with pytest.raises(ProtocolError):
+        decode_plan(with_threads(MAX_THREADS + 1))
+
+
+def test_a_buffer_may_be_as_large_as_the_limit() -> None:
+    buffers = (PlanBuffer(3, MAX_BUFFER_BYTES), *BUFFERS[1:])
+    assert decode_plan(replaced(buffers=buffers)).buffers[0].size_bytes == MAX_BUFFER_BYTES
