@@ -29,14 +29,12 @@ kind           fields
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:  # the client needs this module, and must not wait for trio
     from p2pflop.dht.blobs import BlobInfo, Store
-    from p2pflop.job.file import Labels
 
 DEFAULT_FIND_TIMEOUT_S: Final = 30.0
 MAX_FIND_TIMEOUT_S: Final = 600.0
@@ -111,15 +109,3 @@ class NodeService(Protocol):
 
     async def doctor(self) -> Json:
         """Versions, compiler, sandbox level, class, ports, and whatever is wrong with them."""
-
-
-def output_names(labels: Labels) -> tuple[tuple[str, ...], ...]:
-    """The names by which rows and results call outputs, by phase.
-
-    An output's own, with its phase's before it (``test.loss``) where two phases use the same.
-    """
-    uses = Counter(name for names in labels.outputs for name in names)
-    return tuple(
-        tuple(name if uses[name] == 1 else f"{phase}.{name}" for name in names)
-        for phase, names in zip(labels.phases, labels.outputs, strict=True)
-    )

@@ -15,11 +15,11 @@ from p2pflop.errors import JobError, VerificationError
 from p2pflop.ids import content_hash
 from p2pflop.job.file import JobFile, open_job
 from p2pflop.job.graph import Dtype
+from p2pflop.job.naming import output_names
 from p2pflop.job.results import decode_trace, due_step
 from p2pflop.job.spec import MODE_TRACE, ROLE_STATE, BlobSource, Work, state_root
 from p2pflop.job.spec import Result as ResultRecord
 from p2pflop.job.validate import Refusal
-from p2pflop.node.service import output_names
 from p2pflop.units import NUSD_PER_USD, format_usd
 from p2pflop.wire import decode, encode
 

@@ -128,10 +128,15 @@ class Job:
         body = JobBody(job, encode(changed), old.graphs)
         return Job(JobFile(self.file.version, body, self.file.labels), inputs)
 
-    def run_local(self, on_row: Callable[[Row], None] | None = None) -> Result:
+    def run_local(
+        self,
+        on_row: Callable[[Row], None] | None = None,
+        on_lowering: Callable[[int, int], None] | None = None,
+    ) -> Result:
         """Run it in a process of its own on this machine, without a node.
 
         The result has the same hash as that of any honest provider of this machine's class.
+        ``on_lowering`` is told how many kernels of how many are compiled, before the first row.
         """
         from p2pflop.kernels.local import run_local
         from p2pflop.results import Result
@@ -140,7 +145,7 @@ class Job:
             if on_row is not None:
                 on_row(Row(step, values))
 
-        record, blobs = run_local(self.file, self.by_slot(), address_of, tell)
+        record, blobs = run_local(self.file, self.by_slot(), address_of, tell, on_lowering)
         return Result(record, self.file, blobs.__getitem__, 0)
 
     def by_slot(self) -> Inputs:
@@ -215,11 +220,12 @@ def submit(
     ``max_usd`` is the most it may cost, ``deadline`` how long it may take: seconds, or ``"90s"``,
     ``"2h"``. Inputs that the node lacks are put into its store first, privately.
     """
+    options = submit_options(max_usd, deadline)
     client = client or Client(start=True)
     for address, data in job.inputs.items():
         if not client.has(address):
             client.put(data)
-    run_id = client.submit(encode_file(job.file), submit_options(max_usd, deadline))
+    run_id = client.submit(encode_file(job.file), options)
     return Run(run_id, client)
 
 

@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from typing import Final
 
 import click
+from click.shell_completion import shell_complete
 
 from p2pflop import __version__
 from p2pflop.cli.output import Flags, print_error
 from p2pflop.errors import ConfigError, P2PFlopError
 
+PROGRAM: Final = "p2pflop"
+COMPLETION: Final = "_P2PFLOP_COMPLETE"
 EXIT_INTERRUPTED: Final = 130
 EXIT_BROKEN_PIPE: Final = 141
 
@@ -86,34 +89,22 @@ class LazyGroup(click.Group):
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(__version__, prog_name="p2pflop")
+@click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """A market for compute: sell idle machines, run tinygrad programs where it is cheapest."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line; its exit code. Errors are printed, not raised."""
+    """Run one command line; its exit code. Errors are printed, not raised, but with --debug."""
     flags = Flags()
     try:
-        code = cli.main(list(arguments), prog_name="p2pflop", standalone_mode=False, obj=flags)
-        return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as exit_:
-        return exit_.exit_code
-    except (KeyboardInterrupt, click.Abort) as interrupt:
-        for note in getattr(interrupt, "__notes__", []):
-            click.echo(note, err=True)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read us has gone; without this, Python would complain while it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        return _invoke(arguments, flags)
     except click.ClickException as error:
-        return _report_usage(error, flags, as_json=flags.json or "--json" in arguments)
+        return _report_usage(error, as_json=flags.json or "--json" in arguments)
     except P2PFlopError as error:
         if flags.debug:
             raise
-        print_error(error, as_json=flags.json)
-        return error.exit_code
+        fault = error
     except Exception as error:
         if flags.debug:
             raise
@@ -121,17 +112,48 @@ def run(arguments: Sequence[str]) -> int:
             f"{type(error).__name__}: {error}",
             hint="This is a fault of p2pflop itself; --debug shows where. Please report it.",
         )
-        print_error(fault, as_json=flags.json)
-        return fault.exit_code
+    print_error(fault, as_json=flags.json)
+    return fault.exit_code
 
 
-def _report_usage(error: click.ClickException, flags: Flags, *, as_json: bool) -> int:
+def _invoke(arguments: Sequence[str], flags: Flags) -> int:
+    # Not cli.main(): that turns Ctrl-C and a broken pipe into exit codes of its own.
+    try:
+        if instruction := os.environ.get(COMPLETION):
+            return shell_complete(cli, {}, PROGRAM, COMPLETION, instruction)
+        with cli.make_context(PROGRAM, list(arguments), obj=flags) as context:
+            code = cli.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as exit_:
+        return _flushed(exit_.exit_code)
+    except KeyboardInterrupt as interrupt:
+        for note in getattr(interrupt, "__notes__", []):
+            click.echo(note, err=True)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return _reader_left()
+    return code if isinstance(code, int) else 0
+
+
+def _flushed(code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _reader_left()
+    return code
+
+
+def _reader_left() -> int:
+    """Whoever read our output has gone: without this, Python would complain while it flushes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    return EXIT_BROKEN_PIPE
+
+
+def _report_usage(error: click.ClickException, *, as_json: bool) -> int:
     if as_json:
         print_error(ConfigError(error.format_message()), as_json=True)
     else:
         error.show()
-    if flags.debug:
-        raise error
     return ConfigError.exit_code
 
 

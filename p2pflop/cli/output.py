@@ -7,6 +7,7 @@ alone. Text that came from a peer passes ``clean``, since a terminal obeys contr
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from p2pflop.client import Client
 
 MAX_TEXT_CHARS: Final = 500
+
+_NUMBER: Final = re.compile(r"-?\$?[\d,.]+(?:/\d+|/PFLOP)?(?: [A-Za-z/]{1,8})?")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,7 +121,7 @@ def table_lines(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list
 
 
 def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or cell[:1] in "$-" or not cell
+    return not cell or _NUMBER.fullmatch(cell) is not None
 
 
 def print_fields(fields: Iterable[tuple[str, object]]) -> None:

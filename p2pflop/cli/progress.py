@@ -57,6 +57,7 @@ class RunView:
         self._values: dict[str, float] = {}
         self._paid_nusd: int | None = None
         self._last_plain = -math.inf
+        self._last_what = ""
         self._last_names: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -80,15 +81,15 @@ class RunView:
     def _say(self, text: str) -> None:
         self._console.print(Text(clean(text)), soft_wrap=True)
 
-    def _progress(self, what: str, done: int, total: int, *, important: bool = False) -> None:
+    def _progress(self, what: str, done: int, total: int) -> None:
         values = "  ".join(f"{clean(name)} {value:.4g}" for name, value in self._values.items())
         self._bar.update(
             self._task, description=what, completed=done, total=max(total, 1), values=values
         )
         now = time.monotonic()
-        is_due = important or done == total or now - self._last_plain >= PLAIN_EVERY_S
-        if self._bar.disable and is_due:
-            self._last_plain = now
+        is_news = done == total or what != self._last_what
+        if self._bar.disable and (is_news or now - self._last_plain >= PLAIN_EVERY_S):
+            self._last_plain, self._last_what = now, what
             self._say(f"{what} {done}/{total}  {values}")
 
     def _on_ranked(self, event: Mapping[str, Any]) -> None:

@@ -72,7 +72,7 @@ class TestImport:
             assert getattr(pf, name) is not None
         assert set(dir(pf)) == set(pf.__all__)
         with pytest.raises(AttributeError, match="no attribute 'tarce'"):
-            _ = pf.tarce  # type: ignore[attr-defined]
+            _ = pf.tarce
 
 
 class TestBlobs:
