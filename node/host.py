@@ -37,6 +37,7 @@ from p2pflop.node import multistream
 from p2pflop.node.libp2p_addresses import (
     MAX_ADDRESSES_PER_PEER,
     check_port_free,
+    concrete_addresses,
     dialable,
     listen_address,
     peer_of,
@@ -276,18 +277,19 @@ class Host:
         network = self._libp2p.get_network()
         target = ID.from_base58(peer)
         why = ""
+        limit_s = CONNECT_S / len(addresses)
         for address in addresses:
             # libp2p dials one address of a kind and remembers failures for a minute.
             network._negative_peer_cache.evict(str(target))
             network.peerstore.clear_addrs(target)
             transport = Multiaddr(address).decapsulate(Multiaddr(f"/p2p/{peer}"))
             try:
-                with trio.fail_after(CONNECT_S):
+                with trio.fail_after(limit_s):
                     await self._libp2p.connect(Libp2pPeerInfo(target, [transport]))
             except (BaseLibp2pError, OSError) as error:
                 why = _reason(error, peer)
             except trio.TooSlowError:
-                why = f" within {CONNECT_S:.0f} s"
+                why = f" within {limit_s:.1f} s"
             connection = self._live(peer)
             if connection is not None:
                 return connection
@@ -360,7 +362,9 @@ class Host:
         listening = self._libp2p.get_transport_addrs()
         if len(listening) < len(self._config.listen):
             raise ConfigError(f"cannot listen on all of {', '.join(self._config.listen)}")
-        self.addresses = tuple(f"{address}/p2p/{self.peer}" for address in listening)
+        self.addresses = tuple(
+            f"{address}/p2p/{self.peer}" for address in concrete_addresses(listening)
+        )
         self._nursery.start_soon(self._directory.keep_addresses)
         for address in self._config.bootstrap:
             if peer_of(address) != self.peer:

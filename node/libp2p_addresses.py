@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
+from libp2p.utils.address_validation import expand_wildcard_address
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
@@ -13,6 +14,8 @@ from p2pflop.errors import ConfigError
 from p2pflop.keys import public_key_of
 
 MAX_ADDRESSES_PER_PEER: Final = 8
+_NAMED: Final = ("dns", "dns4", "dns6")
+_NUMBERED: Final = ("ip4", "ip6")
 
 
 def listen_address(text: str) -> Multiaddr:
@@ -25,6 +28,20 @@ def listen_address(text: str) -> Multiaddr:
             hint="Give an address like /ip4/0.0.0.0/tcp/7421.",
         )
     return address
+
+
+def concrete_addresses(listened: Sequence[Multiaddr]) -> list[Multiaddr]:
+    """Addresses to tell others: in place of all interfaces (0.0.0.0), each; loopback last."""
+    found = {
+        str(concrete): concrete for address in listened for concrete in _each_interface(address)
+    }
+    return sorted(found.values(), key=lambda a: "/127." in str(a) or "/ip6/::1/" in str(a))
+
+
+def _each_interface(address: Multiaddr) -> list[Multiaddr]:
+    if "/ip4/0.0.0.0/" in str(address) or "/ip6/::/" in str(address):
+        return [a for a in expand_wildcard_address(address) if "/fe80:" not in str(a).lower()]
+    return [address]
 
 
 def check_port_free(address: Multiaddr) -> None:
@@ -60,7 +77,7 @@ def peer_of(address: str) -> str:
     """The peer that a dialable multiaddr names. Raises ConfigError."""
     parsed = _parse(address)
     names = [protocol.name for protocol in parsed.protocols()]
-    if len(names) != 3 or names[1:] != ["tcp", "p2p"]:
+    if names[1:] != ["tcp", "p2p"] or names[0] not in (*_NAMED, *_NUMBERED):
         raise ConfigError(
             f"{address[:200]!r} does not name a peer that can be dialled",
             hint="Give an address like /ip4/203.0.113.7/tcp/7421/p2p/<peer id>.",
@@ -71,12 +88,15 @@ def peer_of(address: str) -> str:
 
 
 def dialable(peer: str, addresses: Iterable[str]) -> tuple[str, ...]:
-    """Those of the ``addresses`` that other peers give for ``peer`` that can be dialled."""
+    """Those of the ``addresses`` that others give for ``peer`` that can be dialled.
+
+    Names are left out: a stranger may not make this node look things up.
+    """
     kept: list[str] = []
     for text in addresses:
         address = text if text.endswith(f"/p2p/{peer}") else f"{text}/p2p/{peer}"
         try:
-            if peer_of(address) == peer:
+            if peer_of(address) == peer and address.startswith(("/ip4/", "/ip6/")):
                 kept.append(address)
         except ConfigError:
             continue

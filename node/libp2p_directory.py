@@ -34,6 +34,8 @@ PROVIDES_BURST: Final = 8
 """Peers take ten announcements in ten seconds from one peer and reset the stream after that."""
 IDENTIFY_TRIES: Final = 60
 IDENTIFY_WAIT_S: Final = 0.05
+MAX_KEYS: Final = 65_536
+"""Keys with providers kept for others; libp2p has no limit, and a peer may add one a second."""
 REFRESH_S: Final = 60.0
 ADDRESS_TTL_S: Final = 600
 """libp2p forgets the address of a peer after two minutes, even while it is connected."""
@@ -101,6 +103,13 @@ class KadDirectory:
             protocol_prefix=TProtocol(f"/p2pflop/{network}"),
             strict_validation=True,
         )
+        self._add_provider = self._dht.provider_store.add_provider
+        self._dht.provider_store.add_provider = self._bounded_add_provider
+
+    def _bounded_add_provider(self, key: bytes, provider: Any) -> None:
+        known = self._dht.provider_store.providers
+        if key in known or len(known) < MAX_KEYS or provider.peer_id == self._host.get_id():
+            self._add_provider(key, provider)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

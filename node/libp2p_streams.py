@@ -51,6 +51,7 @@ from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
 from p2pflop.errors import ConfigError
+from p2pflop.node.libp2p_addresses import concrete_addresses
 from p2pflop.node.mux import Mux, MuxStream, StreamBroken
 from p2pflop.node.sealed_socket import SealedSocket, Violation
 
@@ -60,6 +61,8 @@ DIAL_S: Final = 5.0
 MAX_HANDSHAKES: Final = 128
 """Inbound connections that are not yet secured."""
 MAX_HANDSHAKES_PER_ADDRESS: Final = 16
+MAX_CONNECTIONS_PER_ADDRESS: Final = 64
+"""Inbound ones, secured or not."""
 MAX_WAITING_STREAMS: Final = 64
 _READ_BYTES: Final = 64 * 1024
 
@@ -124,6 +127,9 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc]
             self._owner.connection_up(self)
             self.event_started.set()
             await self.mux.run()
+        except Exception:
+            logging.getLogger(__name__).exception("the connection to %s failed", self.peer)
+            self.mux.close("it failed here")
         finally:
             self._waiting.close()
             self._owner.connection_down(self)
@@ -268,26 +274,31 @@ class _Transport(TCP):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__(dns_resolution_timeout=DIAL_S, dns_max_retries=1)
         self._handshakes: Counter[str] = Counter()
+        self._connections: Counter[str] = Counter()
+
+    def _full(self, address: str) -> bool:
+        return (
+            self._handshakes[address] >= MAX_HANDSHAKES_PER_ADDRESS
+            or self._handshakes.total() >= MAX_HANDSHAKES
+            or self._connections[address] >= MAX_CONNECTIONS_PER_ADDRESS
+        )
 
     def create_listener(self, handler_function: Callable[[Any], Any]) -> Any:
         async def accept(stream: TrioTCPStream) -> None:
             address = (stream.get_remote_address() or ("", 0))[0]
-            if (
-                self._handshakes[address] >= MAX_HANDSHAKES_PER_ADDRESS
-                or self._handshakes.total() >= MAX_HANDSHAKES
-            ):
-                _log.debug("refused %s: too many unfinished handshakes", address)
+            if self._full(address):
+                _log.debug("refused %s: too many connections or unfinished handshakes", address)
                 await stream.close()
                 return
             self._handshakes[address] += 1
+            self._connections[address] += 1
             finished = False
 
             def secured() -> None:
                 nonlocal finished
                 if not finished:
                     finished = True
-                    self._handshakes[address] -= 1
-                    self._handshakes += Counter()  # forgets addresses with none
+                    _lower(self._handshakes, address)
 
             accepted = _AcceptedSocket(stream.stream, secured)
             try:
@@ -295,8 +306,15 @@ class _Transport(TCP):  # type: ignore[misc]
                     await handler_function(accepted)
             finally:
                 secured()
+                _lower(self._connections, address)
 
         return super().create_listener(accept)
+
+
+def _lower(counter: Counter[str], key: str) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
 
 
 class _QuietHandler(logging.Handler):
@@ -344,6 +362,7 @@ def build_host(
         sec_opt={NOISE: Noise(keys, noise_privkey=create_new_key_pair().private_key)},
         muxer_opt={YAMUX: MuxedConnection},
         transports=[_Transport()],
+        addrs_factory=concrete_addresses,
         connection_config=ConnectionConfig(
             max_connections=max_connections,
             high_watermark=max_connections,

@@ -54,6 +54,8 @@ class SealedSocket:
 
     def send(self, data: bytes | bytearray) -> None:
         """Queue ``data`` and give the kernel what it takes now. Nothing happens once closed."""
+        if self.closed:
+            return
         step = MAX_PACKET_BYTES - SEAL_BYTES
         for start in range(0, len(data), step):
             sealed = self._seal(bytes(data[start : start + step]))
@@ -62,8 +64,6 @@ class SealedSocket:
         self._flush()
 
     def _flush(self) -> None:
-        if self.closed:
-            return
         try:
             del self._queue[: self._socket.send(self._queue)]
         except (BlockingIOError, InterruptedError):

@@ -27,6 +27,7 @@ from p2pflop.dht.planes import EndOfStream, Stream
 from p2pflop.errors import ConfigError, ProviderError
 from p2pflop.keys import PrivateKey, peer_id
 from p2pflop.node import host as hosting
+from p2pflop.node import libp2p_directory, libp2p_streams
 from p2pflop.node.host import Host, open_host
 from p2pflop.node.libp2p_gossip import ORIGIN_BURST, ORIGIN_PER_S
 from p2pflop.node.libp2p_streams import MAX_HANDSHAKES_PER_ADDRESS
@@ -490,3 +491,46 @@ async def test_an_author_beyond_the_rate_is_not_delivered() -> None:
         elapsed = trio.current_time() - started
         received = source.statistics().current_buffer_used
         assert ORIGIN_BURST <= received <= ORIGIN_BURST + ORIGIN_PER_S * elapsed + 1
+
+
+async def test_connections_of_one_address_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libp2p_streams, "MAX_CONNECTIONS_PER_ADDRESS", 2)
+    async with AsyncExitStack() as stack:
+        host, *guests = [
+            await stack.enter_async_context(open_host(config(number))) for number in range(1, 5)
+        ]
+        for guest in guests[:2]:
+            await guest.connect(host.addresses[0])
+        with pytest.raises(ProviderError):
+            await guests[2].connect(host.addresses[0])
+        await guests[0].disconnect(host.peer)
+        with trio.fail_after(LIMIT_S):
+            while True:
+                try:
+                    await guests[2].connect(host.addresses[0])
+                    break
+                except ProviderError:
+                    await trio.sleep(0.05)
+
+
+async def test_all_interfaces_are_told_as_addresses_that_can_be_dialled() -> None:
+    async with open_host(config(1, listen=("/ip4/0.0.0.0/tcp/0",))) as host:
+        assert host.addresses
+        assert not any("/0.0.0.0/" in address for address in host.addresses)
+        async with open_host(config(2)) as guest:
+            host.handle(PROTOCOL, echo)
+            assert await guest.connect(host.addresses[0]) == host.peer
+            await echoes(guest, host.peer)
+
+
+async def test_the_directory_keeps_a_bounded_number_of_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with pair() as (left, right):
+        await until(lambda: left.statistics().directory_peers == 1)
+        monkeypatch.setattr(libp2p_directory, "MAX_KEYS", 2)
+        for key in (b"one", b"two", b"three"):
+            await left.provide(key)
+        kept = right._directory._dht.provider_store.providers
+        await until(lambda: len(kept) == 2)
+        assert await right.find(b"one") == [left.peer]
