@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from p2pflop.errors import JobError, ProtocolError
-from p2pflop.job.graph import decode_graph, graph_hash
+from p2pflop.job.graph import Graph, decode_graph, graph_hash
 from p2pflop.job.limits import DEFAULT_LIMITS, Limits
 from p2pflop.job.meter import JobCost, init_graphs, meter_job
 from p2pflop.job.spec import MAX_PARAMS, MAX_PHASE_OUTPUTS, MAX_PHASES, Job, Work, work_id
@@ -116,7 +116,14 @@ def open_job(body: JobBody, limits: Limits = DEFAULT_LIMITS) -> CheckedJob | Ref
         work = decode(Work, body.work)
         if len(body.graphs) > limits.graphs:
             return Refusal(f"{len(body.graphs)} graphs are over the limit of {limits.graphs}")
-        decoded = {graph_hash(data): decode_graph(data, limits) for data in body.graphs}
+        decoded: dict[bytes, Graph] = {}
+        nodes = 0
+        for data in body.graphs:
+            graph = decode_graph(data, limits)
+            nodes += len(graph.nodes)
+            if nodes > limits.job_nodes:
+                return Refusal(f"over {limits.job_nodes} nodes in all graphs")
+            decoded[graph_hash(data)] = graph
     except ProtocolError as error:
         return Refusal(error.message)
     named = dict.fromkeys((*(phase.graph for phase in work.phases), *init_graphs(work)))

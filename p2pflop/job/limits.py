@@ -30,8 +30,8 @@ class Limits:
     movement operations are on, which a compiler may fuse into one expression; ``numel`` bounds the
     elements of every tensor, even one that is fused away; ``stored_bytes`` every param and output;
     ``flop`` one run of the graph; ``interval_bits`` the size that an integer's bounds may reach
-    while a compiler folds them; ``graphs`` how many a work may have, ``trace_bytes`` how much a
-    job's traced scalars may take.
+    while a compiler folds them; ``graphs`` how many a work may have and ``job_nodes`` the nodes of
+    all of them; ``trace_bytes`` how much a job's traced scalars may take.
     """
 
     graph_bytes: int = 2 * 1024 * 1024
@@ -48,6 +48,7 @@ class Limits:
     flop: int = 2**62
     interval_bits: int = 4096
     graphs: int = 64
+    job_nodes: int = 100_000
     trace_bytes: int = MAX_TRACE_BYTES // 2
 
 

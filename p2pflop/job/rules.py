@@ -44,14 +44,15 @@ def check_dtypes(
     """
     op = node.op
     if op in COMPARISON:
-        concrete = {each for each in operands if each not in WEAK}
-        require(len(concrete) <= 1, f"compares {_names(operands)}")
+        if len({each for each in operands if each not in WEAK}) > 1:
+            raise Refused(f"compares {_names(operands)}")
     elif op in BINARY or op in TERNARY or op is Op.STACK:
         values = operands[1:] if op is Op.WHERE else operands
         if op in (Op.SHL, Op.SHR):
             values = [each for each in values if each is not Dtype.UINT32]
-        fits = all(each is dtype or each in WEAK for each in values)
-        require(fits, f"mixes {_names(operands)}")
+        for each in values:
+            if each is not dtype and each not in WEAK:
+                raise Refused(f"mixes {_names(operands)}")
     _check_kind(op, dtype, operands)
     rule = _RULES.get(op)
     if rule is not None:
@@ -185,9 +186,8 @@ def check_bounds(
     require(not weak or op not in (Op.POW, Op.SHL), "on weak integers")
     found = integer_bounds(node, dtype, operands)
     if found is not None:
-        require(
-            found.bits <= limits.interval_bits, f"bounds of more than {limits.interval_bits} bits"
-        )
+        if found.bits > limits.interval_bits:
+            raise Refused(f"bounds of more than {limits.interval_bits} bits")
         inside = found.low >= WEAK_LOW and found.high <= WEAK_HIGH
         require(not weak or inside, "weak integers outside 64 bits")
     return found

@@ -149,16 +149,21 @@ def infer_shape(
 
 
 def _broadcast(shapes: Sequence[Shape]) -> Shape:
-    first = shapes[0]
-    if all(shape == first for shape in shapes):
-        return first
-    rank = max(map(len, shapes))
+    result = shapes[0]
+    for shape in shapes[1:]:
+        if shape != result:
+            result = _broadcast_two(result, shape)
+    return result
+
+
+def _broadcast_two(one: Shape, other: Shape) -> Shape:
+    missing = len(one) - len(other)
+    one, other = (1,) * -missing + one, (1,) * missing + other
     result: list[int] = []
-    for axis in range(-rank, 0):
-        sizes = {shape[axis] for shape in shapes if len(shape) >= -axis} - {1}
-        if len(sizes) > 1:
-            raise ShapeError(f"shapes {' '.join(map(str, shapes))} do not broadcast")
-        result.append(sizes.pop() if sizes else 1)
+    for left, right in zip(one, other, strict=True):
+        if left != right and left != 1 and right != 1:
+            raise ShapeError(f"shapes {one} and {other} do not broadcast")
+        result.append(right if left == 1 else left)
     return tuple(result)
 
 

@@ -121,39 +121,37 @@ def _check_stored(where: str, dtype: Dtype, shape: Shape, limits: Limits) -> Non
 
 
 def _check_nodes(graph: Graph, params: dict[int, GraphParam], limits: Limits) -> Checked:
+    """The part that grows with the graph: messages are made only when something is refused."""
     require(len(graph.nodes) <= limits.nodes, f"{len(graph.nodes)} nodes are too many")
     shapes: list[Shape] = []
     dtypes: list[Dtype] = []
     bounds: list[Bounds | None] = []
-    depths: list[int] = []
-    chains: list[int] = []
+    paths: list[tuple[int, int]] = []
     flop = 0
     for index, node in enumerate(graph.nodes):
+        refs = node.refs
         try:
-            if any(not 0 <= ref < index for ref in node.refs):
+            if refs and not (min(refs) >= 0 and max(refs) < index):
                 raise Refused("a reference does not point back")
-            operands = [dtypes[ref] for ref in node.refs]
-            around = [shapes[ref] for ref in node.refs]
+            operands = [dtypes[ref] for ref in refs]
+            around = [shapes[ref] for ref in refs]
             dtype, shape = _infer(node, operands, around, params, limits)
-            _check_dims(shape, limits)
+            numel = _count_elements(shape, limits)
             check_dtypes(node, dtype, operands, around)
-            found = check_bounds(node, dtype, [bounds[ref] for ref in node.refs], limits)
+            found = check_bounds(node, dtype, [bounds[ref] for ref in refs], limits)
+            path = _lengthen(node, [paths[ref] for ref in refs], limits)
+            if node.op in ELEMENTWISE:
+                flop += numel
+            elif node.op is Op.REDUCE:
+                flop += math.prod(around[0])
+            if flop > limits.flop:
+                raise Refused(f"more than {limits.flop} FLOP")
         except (Refused, ShapeError) as error:
             raise Refused(f"node {index} ({node.op.name}): {error}") from error
-        depth = 1 + max((depths[ref] for ref in node.refs), default=0)
-        require(depth <= limits.depth, f"node {index}: deeper than {limits.depth} nodes")
-        chain = 0 if node.op in _BREAKS else 1 + max((chains[ref] for ref in node.refs), default=0)
-        require(chain <= limits.chain, f"node {index}: a chain of more than {limits.chain} nodes")
-        if node.op in ELEMENTWISE:
-            flop += math.prod(shape)
-        elif node.op is Op.REDUCE:
-            flop += math.prod(around[0])
-        require(flop <= limits.flop, f"node {index}: more than {limits.flop} FLOP")
         shapes.append(shape)
         dtypes.append(dtype)
         bounds.append(found)
-        depths.append(depth)
-        chains.append(chain)
+        paths.append(path)
     return Checked(graph, tuple(shapes), tuple(dtypes))
 
 
@@ -164,21 +162,43 @@ def _infer(
     params: dict[int, GraphParam],
     limits: Limits,
 ) -> tuple[Dtype, Shape]:
-    require(len(node.attrs) <= 2 * limits.rank, f"{len(node.attrs)} attributes are too many")
+    if len(node.attrs) > 2 * limits.rank:
+        raise Refused(f"{len(node.attrs)} attributes are too many")
+    if len(operands) > limits.stack:
+        raise Refused(f"{len(operands)} operands are too many")
     if node.op is Op.PARAM:
         param = params.get(node.attrs[0]) if type(node.attrs[0]) is int else None
         if param is None:
             raise Refused(f"the graph has no param in slot {node.attrs[0]}")
         return param.dtype, param.shape
-    require(len(operands) <= limits.stack, f"{len(operands)} operands are too many")
     dtype = infer_dtype(node, operands)
     return dtype, infer_shape(node, dtype, operands, shapes)
 
 
-def _check_dims(shape: Shape, limits: Limits) -> None:
-    require(len(shape) <= limits.rank, f"rank {len(shape)} is over the limit of {limits.rank}")
-    require(max(shape, default=0) <= limits.dim, f"shape {shape} is over the limit of a dimension")
-    require(math.prod(shape) <= limits.numel, f"shape {shape} has too many elements")
+def _count_elements(shape: Shape, limits: Limits) -> int:
+    if len(shape) > limits.rank:
+        raise Refused(f"rank {len(shape)} is over the limit of {limits.rank}")
+    if shape and max(shape) > limits.dim:
+        raise Refused(f"shape {shape} is over the limit of a dimension")
+    numel = math.prod(shape)
+    if numel > limits.numel:
+        raise Refused(f"shape {shape} has too many elements")
+    return numel
+
+
+def _lengthen(node: Node, paths: Sequence[tuple[int, int]], limits: Limits) -> tuple[int, int]:
+    """Depth and fused chain at ``node``, from those of its operands."""
+    depth, chain = 0, 0
+    for operand_depth, operand_chain in paths:
+        depth = max(depth, operand_depth)
+        chain = max(chain, operand_chain)
+    if depth >= limits.depth:
+        raise Refused(f"deeper than {limits.depth} nodes")
+    if node.op in _BREAKS:
+        return depth + 1, 0
+    if chain >= limits.chain:
+        raise Refused(f"a chain of more than {limits.chain} nodes")
+    return depth + 1, chain + 1
 
 
 def _check_outputs(checked: Checked, params: dict[int, GraphParam], limits: Limits) -> None:

@@ -239,6 +239,12 @@ def test_the_trace_limit_at_its_edge() -> None:
     refused(body_of(work_of(), steps=26), "trace of 104 bytes", Limits(trace_bytes=100))
 
 
+def test_the_limit_on_all_nodes_at_its_edge() -> None:
+    nodes = len(STEP_GRAPH.nodes) + len(INIT_GRAPH.nodes)
+    opened(body_of(work_of()), Limits(job_nodes=nodes))
+    refused(body_of(work_of()), "nodes in all graphs", Limits(job_nodes=nodes - 1))
+
+
 def test_works_and_graphs_in_other_encodings_are_refused() -> None:
     body = body_of(work_of())
     long_work = body.work[:-5] + b"\xcc" + body.work[-5:]  # the seed in two bytes
