@@ -162,10 +162,11 @@ class Index:
         """A partial that has become whole. Raises StoreError if it is not, or was deleted."""
         return await self._database.write(lambda connection: _promote_row(connection, row, public))
 
-    async def forget(self, row: Row) -> Change:
-        """One copy less."""
+    async def forget_partial(self, row: Row) -> Change:
+        """A partial whose file is lost; nothing if it has become whole since it was read."""
+        where = "id = ? AND file = ? AND bitmap IS NOT NULL"
         return await self._database.write(
-            lambda connection: _delete_rows(connection, "id = ?", (row.id,))
+            lambda connection: _delete_rows(connection, where, (row.id, row.file))
         )
 
     async def demote(self, row: Row, bad_chunk: int | None) -> Change | None:

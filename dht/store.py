@@ -50,7 +50,7 @@ from p2pflop.dht.manifest import (
 )
 from p2pflop.dht.memory import FinishedPartial, MemoryPartial
 from p2pflop.dht.writing import FilePartial, FileWriter
-from p2pflop.errors import ProtocolError, StoreError, VerificationError
+from p2pflop.errors import BlobNotFoundError, ProtocolError, StoreError, VerificationError
 from p2pflop.units import NS_PER_S
 
 __all__ = ["BlobInfo", "BlobWriter", "FileStore", "PartialBlob", "Store", "StoreStatistics"]
@@ -167,26 +167,29 @@ class FileStore:
     ) -> PartialBlob:
         """See Store."""
         check_reader(owner)
+        await trio.lowlevel.checkpoint()
         address = manifest.address
-        if self._may_use(self.index.whole(address), owner):
 
-            async def own() -> BlobInfo:
-                info = await self.index.own(address, public, owner)
-                if info is None:
-                    raise not_found(address)
-                return info
+        async def own() -> BlobInfo:
+            info = await self.index.own(address, public, owner)
+            if info is None:
+                raise not_found(address)
+            return info
 
-            await trio.lowlevel.checkpoint()
-            return FinishedPartial(manifest, own)
-        if manifest.size_bytes <= SMALL_BYTES:
-            await trio.lowlevel.checkpoint()
+        async def keep(chunks: Mapping[int, bytes]) -> BlobInfo:
+            return await self.put(chunks.get(0, b""), public=public, owner=owner)
 
-            async def keep(chunks: Mapping[int, bytes]) -> BlobInfo:
-                return await self.put(chunks.get(0, b""), public=public, owner=owner)
-
-            return MemoryPartial(manifest, {}, keep)
-        found = await self._open_partial(address, owner, public)
-        return found if found is not None else await self._new_partial(manifest, public, owner)
+        partial: PartialBlob | None = None
+        while partial is None:  # Again if another task began or finished the same meanwhile.
+            if self._may_use(self.index.whole(address), owner):
+                partial = FinishedPartial(manifest, own)
+            elif manifest.size_bytes <= SMALL_BYTES:
+                partial = MemoryPartial(manifest, {}, keep)
+            elif self.index.partial(address, owner) is not None:
+                partial = await self._open_partial(address, owner, public)
+            else:
+                partial = await self._new_partial(manifest, public, owner)
+        return partial
 
     async def resume(self, address: bytes, owner: bytes = b"") -> PartialBlob | None:
         """See Store."""
@@ -375,11 +378,16 @@ class FileStore:
             manifest = self._manifest(row)
             file = await self.in_thread(files.open_existing, self.folder, row.file)
         except DamagedChunk:
-            await self.settle(await self.index.forget(row))
+            await self.settle(await self.index.forget_partial(row))
+            return None
+        except BlobNotFoundError:  # Another task has finished or deleted it since the look-up.
             return None
         return FilePartial(self, row, manifest, file, bitmap, public)
 
-    async def _new_partial(self, manifest: Manifest, public: bool, owner: bytes) -> FilePartial:
+    async def _new_partial(
+        self, manifest: Manifest, public: bool, owner: bytes
+    ) -> FilePartial | None:
+        """A new partial; None if another task has begun the same one meanwhile."""
         size_bytes = manifest.size_bytes
         self.quota.reserve(size_bytes)
         file: DataFile | None = None
@@ -393,10 +401,10 @@ class FileStore:
                 file.close()
                 files.remove(self.folder, [file.name])
             raise
-        if row.file != file.name:  # Another task has begun the same one meanwhile.
+        if row.file != file.name:
             file.close()
             await self.settle(Change(None, (file.name,), size_bytes))
-            file = await self.in_thread(DataFile, self.folder, row.file)
+            return None
         return FilePartial(self, row, manifest, file, bitmap, public)
 
 
