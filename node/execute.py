@@ -7,7 +7,7 @@ it reads it from the worker; what the worker says of itself is never believed.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,8 +15,9 @@ import trio
 
 from p2pflop.dht.blobs import BlobInfo, Store
 from p2pflop.errors import ProviderError
+from p2pflop.job.delivery import output_dtype, state_slots
 from p2pflop.job.file import CheckedJob
-from p2pflop.job.graph import Dtype
+from p2pflop.job.graph import graph_hash
 from p2pflop.job.results import TraceLog, build_result, result_hash
 from p2pflop.job.spec import (
     MODE_COLLECT,
@@ -27,13 +28,18 @@ from p2pflop.job.spec import (
     NamedOutput,
     Result,
     is_due,
+    times_due,
 )
-from p2pflop.node.workers import Paused, Rows, Worker, WorkerPool
-from p2pflop.units import MIB
+from p2pflop.node.worker_types import Paused, Rows, Worker, WorkerLimits, Workers
+from p2pflop.units import MIB, NS_PER_S
+from p2pflop.wire import encode
 
 WORKER_BASE_BYTES: Final = 256 * MIB
-"""What a worker needs beside the job's tensors: the interpreter, tinygrad, linked kernels."""
+"""What a lease takes beside the job's tensors: the interpreter, tinygrad, linked kernels."""
+WORKER_SLACK_BYTES: Final = 64 * MIB
+"""Of that, what the job's own limit allows for reading and writing tensors."""
 MAX_OPEN_LOWERERS: Final = 2
+MAX_STEP_SECONDS: Final = 600.0
 
 OnLowering = Callable[[int, int], Awaitable[None]]
 OnRows = Callable[[Rows], Awaitable[None]]
@@ -66,6 +72,12 @@ def unsupported(checked: CheckedJob) -> str:
     return ""
 
 
+def worker_limits(checked: CheckedJob, lease_ns: int, threads: int) -> WorkerLimits:
+    """What the worker of a lease that lasts ``lease_ns`` may use."""
+    cpu_seconds = (lease_ns // NS_PER_S + 1) * threads
+    return WorkerLimits(checked.cost.peak_bytes + WORKER_SLACK_BYTES, cpu_seconds, MAX_STEP_SECONDS)
+
+
 def input_blobs(checked: CheckedJob) -> list[tuple[int, BlobSource]]:
     """The slots that are filled from blobs."""
     return [
@@ -76,21 +88,23 @@ def input_blobs(checked: CheckedJob) -> list[tuple[int, BlobSource]]:
 
 
 async def lower_all(
-    pool: WorkerPool, checked: CheckedJob, on_lowering: OnLowering
+    pool: Workers, graphs: Sequence[bytes], on_lowering: OnLowering
 ) -> dict[bytes, bytes]:
-    """The plan of every graph of the job, from the cache or lowered now."""
+    """The plan of every encoded graph, by graph hash; from the cache, or lowered now."""
     plans: dict[bytes, bytes] = {}
     counts: dict[bytes, tuple[int, int]] = {}
     told, news = (0, 0), trio.Event()
     limiter = trio.CapacityLimiter(MAX_OPEN_LOWERERS)
 
-    async def lower(graph_hash: bytes) -> None:
+    async def lower(graph: bytes) -> None:
+        name = graph_hash(graph)
+
         def progress(done: int, total: int) -> None:
-            counts[graph_hash] = (done, total)
+            counts[name] = (done, total)
             news.set()
 
         async with limiter:
-            plans[graph_hash] = await pool.lower(checked.graph_bytes[graph_hash], progress)
+            plans[name] = await pool.lower(graph, progress)
 
     async def tell() -> None:
         nonlocal news, told
@@ -105,8 +119,8 @@ async def lower_all(
     async with trio.open_nursery() as outer:
         outer.start_soon(tell)
         async with trio.open_nursery() as inner:
-            for graph_hash in checked.graph_bytes:
-                inner.start_soon(lower, graph_hash)
+            for graph in graphs:
+                inner.start_soon(lower, graph)
         outer.cancel_scope.cancel()
     return plans
 
@@ -124,13 +138,11 @@ class Execution:
         self._reader = reader
         self._trace = TraceLog()
         self._done_to = checked.job.first_step
-        self._states = [
-            slot for slot, param in enumerate(checked.work.params) if param.role == ROLE_STATE
-        ]
+        self._states = state_slots(checked)
 
     async def load(self, plans: dict[bytes, bytes]) -> None:
         """Give the worker its plans and inputs, and let the weights be born."""
-        await self._worker.load(self._checked.work_bytes, plans)
+        await self._worker.load(encode(self._checked.work), plans)
         await self._worker.initialise()
         for slot, source in input_blobs(self._checked):
             manifest = await self._store.manifest(source.address)
@@ -152,7 +164,7 @@ class Execution:
                 await on_rows(event)
             elif isinstance(event, Paused):
                 self._done_to = event.step
-                if event.step < end and checkpoint_steps and event.step % checkpoint_steps == 0:
+                if not event.ended and event.step > job.first_step:
                     await on_checkpoint(event.step, await self._keep_state())
         if not job.first_step < self._done_to <= end:
             raise ProviderError(f"the worker stopped at step {self._done_to}")
@@ -161,13 +173,14 @@ class Execution:
     def _note(self, rows: Rows) -> None:
         work = self._checked.work
         for step, phase, output, value in rows.values:
-            if phase >= len(work.phases) or not is_due(work.phases[phase], step):
-                raise ProviderError("the worker told a value of a phase that was not due")
-            self._trace.append(phase, output, self._dtype(phase, output), value)
-
-    def _dtype(self, phase: int, output: int) -> Dtype:
-        graph = self._checked.graphs[self._checked.work.phases[phase].graph]
-        return graph.dtypes[graph.graph.outputs[output].node]
+            if (
+                phase >= len(work.phases)
+                or not is_due(work.phases[phase], step)
+                or output >= len(work.phases[phase].modes)
+            ):
+                raise ProviderError("the worker told a value that was not due")
+            dtype = output_dtype(self._checked, phase, output)
+            self._trace.append(phase, output, dtype, value)
 
     async def _finish(self) -> Outcome:
         checked = self._checked
@@ -175,23 +188,22 @@ class Execution:
         state = await self._keep_state()
         outputs: list[NamedOutput] = []
         blobs = [trace, *state]
+        steps_done = self._done_to - checked.job.first_step
         for number, phase in enumerate(checked.work.phases):
+            if not times_due(phase, checked.job.first_step, steps_done):
+                continue
             for output, mode in enumerate(phase.modes):
-                if mode != MODE_LAST:
-                    continue
-                value = b"".join([p async for p in self._worker.read_output(number, output)])
-                if value:
-                    info = await self._keep(value)
+                if mode == MODE_LAST:
+                    info = await self._keep_stream(self._worker.read_output(number, output))
                     blobs.append(info)
                     outputs.append(NamedOutput(number, output, info.address, info.size_bytes))
         addresses = tuple(info.address for info in state)
         result = build_result(
-            work=checked.work,
-            work_id=checked.work_id,
+            checked.work,
+            checked.job,
             class_id=self._class_id,
-            first_step=checked.job.first_step,
-            steps_done=self._done_to - checked.job.first_step,
-            outputs=tuple(outputs),
+            steps_done=steps_done,
+            outputs=outputs,
             trace=trace.address,
             state=addresses,
         )

@@ -47,6 +47,10 @@ class LedgerBook:
         """What that account owes this one in nano-dollars; negative if this one owes it."""
         return self._ledger.due_nusd(counterparty)
 
+    def owed_nusd(self) -> int:
+        """What all other accounts together owe this one, in nano-dollars."""
+        return self._ledger.totals()[Kind.RECEIVABLE]
+
     def report(self) -> Json:
         """Balances by account, totals, and the newest entries, as JSON."""
         accounts = sorted({account for account, _ in self._ledger.balances()})

@@ -7,15 +7,17 @@
                                      <-     Filled(fill)  or  Refused(reject), and the end
     Confirmed(confirm)               ->
                                      <-     Fetching* Lowering* Rows* Checkpoint* Heartbeat*
-    CheckpointHeld(step)             ->     for each checkpoint whose chunks the buyer has verified
+                                     <-     Receipted(receipt)* after each checkpoint
+    Countersigned(receipt)           ->     once the buyer has verified every chunk of it
                                      <-     Committed(commit)
                                      <-     Delivered(receipt, result, salt, small blobs)
     Countersigned(receipt)           ->     once every output is verified and durable
                                      <-     Settled, and the end
 
-``Cancel`` may come from the buyer and ``Fault`` or ``Abandoned`` from either at any time. Blobs
-that are not small travel over the blob protocol, on streams of their own. Signed records are
-opaque bytes here; ``p2pflop.market`` knows them.
+``Abandoned`` may come from either side at any time; heartbeats from both. A buyer whose stream
+broke opens another and begins it with what it said last: ``Confirmed``, ``Countersigned`` or
+``Abandoned``. Blobs that are not small travel over the blob protocol, on streams of their own.
+Signed records are opaque bytes here; ``p2pflop.market`` knows them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import msgspec
 
 from p2pflop.errors import ProtocolError
 from p2pflop.units import KIB
-from p2pflop.wire import U32, U63, Hash, Record, Text
+from p2pflop.wire import U32, U63, Hash, Record
 
 MAX_INLINE_BYTES: Final = 256 * KIB
 MAX_BODY_BYTES: Final = 512 * KIB
@@ -100,10 +102,10 @@ class Checkpoint(Record, frozen=True, tag=7):
     state: Annotated[tuple[tuple[Hash, U63], ...], msgspec.Meta(max_length=MAX_STATE_SLOTS)]
 
 
-class CheckpointHeld(Record, frozen=True, tag=8):
-    """The buyer has every verified chunk of the checkpoint after ``step`` steps."""
+class Receipted(Record, frozen=True, tag=8):
+    """The provider's receipt up to the checkpoint that it told of before."""
 
-    step: U63
+    receipt: Envelope
 
 
 class Committed(Record, frozen=True, tag=9):
@@ -135,21 +137,10 @@ class Heartbeat(Record, frozen=True, tag=13):
     """I am alive. Says nothing about work or money."""
 
 
-class Fault(Record, frozen=True, tag=14):
-    """The sender gives up. ``job_fault``: the job is to blame, by the sender's account."""
-
-    job_fault: bool
-    message: Text
-
-
-class Abandoned(Record, frozen=True, tag=15):
+class Abandoned(Record, frozen=True, tag=14):
     """The sender's abandon record."""
 
     abandon: Envelope
-
-
-class Cancel(Record, frozen=True, tag=16):
-    """The buyer wants no more of it."""
 
 
 Message = (
@@ -161,15 +152,13 @@ Message = (
     | Lowering
     | Rows
     | Checkpoint
-    | CheckpointHeld
+    | Receipted
     | Committed
     | Delivered
     | Countersigned
     | Settled
     | Heartbeat
-    | Fault
     | Abandoned
-    | Cancel
 )
 _DECODER: Final = msgspec.msgpack.Decoder(Message)
 

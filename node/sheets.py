@@ -80,8 +80,14 @@ class SheetService:
         self._now_ns = now_ns
         self._asks: Callable[[int], Sequence[Ask]] | None = None
         self._addresses: tuple[str, ...] = ()
+        self._gossip = True
         self._last_number = 0
         self._own: dict[int, OpenSheet] = {}
+
+    @property
+    def selling(self) -> bool:
+        """Whether the node offers anything now."""
+        return self._asks is not None
 
     @property
     def newest(self) -> OpenSheet | None:
@@ -93,10 +99,18 @@ class SheetService:
         return {number: sheet.sheet for number, sheet in self._own.items()}
 
     async def offer(
-        self, asks: Callable[[int], Sequence[Ask]], addresses: Sequence[str]
+        self,
+        asks: Callable[[int], Sequence[Ask]],
+        addresses: Sequence[str],
+        *,
+        gossip: bool = True,
     ) -> OpenSheet:
-        """Sell on these asks from now on: ``asks(until_ns)`` gives them for a new sheet."""
+        """Sell on these asks from now on: ``asks(until_ns)`` gives them for a new sheet.
+
+        Without ``gossip`` they are for this node itself.
+        """
         self._asks = asks
+        self._gossip = gossip
         self._addresses = tuple(addresses)
         return await self.issue()
 
@@ -199,6 +213,8 @@ class SheetService:
         raise ProtocolError(f"{stream.peer} sends sheets without end", peer=stream.peer)
 
     async def _publish(self, wire: bytes) -> None:
+        if not self._gossip:
+            return
         try:
             await self._host.publish(TOPIC, wire)
         except ProviderError as error:

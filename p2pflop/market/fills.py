@@ -138,8 +138,6 @@ def check_bid(
     bid = sealed.record
     if bid.provider != node:
         return Rejected("bid is for another provider")
-    if sealed.signer == node:
-        return Rejected("bid is by the provider itself")
     if not now_ns - MAX_BID_AGE_NS <= bid.decided_at_ns <= now_ns + CLOCK_TOLERANCE_NS:
         return Rejected("bid was not decided just now; check both clocks")
     if bid.terms.deadline_ns <= now_ns:

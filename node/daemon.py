@@ -1,0 +1,232 @@
+"""The node as its own user sees it: one object that puts the rooms together.
+
+``Daemon`` is what the HTTP API asks (``NodeService``). It owns nothing that computes: runs are the
+buyer's, leases the seller's, sheets the sheet service's, blobs the store's.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Final
+
+import trio
+
+from p2pflop.dht.announce import Announcer
+from p2pflop.dht.blobs import BlobInfo, Store
+from p2pflop.dht.fetch import fetch
+from p2pflop.errors import BlobNotFoundError, ProviderError
+from p2pflop.job.meter import METER_ID
+from p2pflop.node.buy import Buyer
+from p2pflop.node.config import Settings
+from p2pflop.node.dialing import NodeDialer
+from p2pflop.node.home import Home
+from p2pflop.node.identity import Identity
+from p2pflop.node.ledger_book import LedgerBook
+from p2pflop.node.network import Network
+from p2pflop.node.runs import Runs
+from p2pflop.node.sell import Seller
+from p2pflop.node.service import Json, SubmitOptions
+from p2pflop.node.sheets import SheetService
+from p2pflop.node.worker_types import Workers
+from p2pflop.units import MIB
+
+SAFE_LEVEL: Final = 2
+ASK_NEIGHBOURS: Final = 8
+
+
+@dataclass(slots=True)
+class Daemon:
+    """Everything that a running node consists of."""
+
+    settings: Settings
+    home: Home
+    identity: Identity
+    url: str
+    store: Store
+    network: Network
+    dialer: NodeDialer
+    announcer: Announcer
+    workers: Workers
+    sheets: SheetService
+    runs: Runs
+    ledger_book: LedgerBook
+    buyer: Buyer
+    seller: Seller
+
+    async def status(self) -> Json:
+        """See NodeService."""
+        return {
+            "version": version("p2pflop"),
+            "url": self.url,
+            "home": str(self.home.path),
+            "network": self.settings.network,
+            "peer": self.network.peer,
+            "account": self.identity.account.public_key.hex(),
+            "addresses": list(self.network.addresses),
+            "peers": len(self.network.peers()),
+            "embedded": self.settings.embedded,
+            "ask_nusd": self.settings.ask_nusd,
+            "memory_bytes": self.settings.resolved_memory_bytes(),
+            "slots": self.settings.slots,
+            "leases": self.seller.busy,
+            "class_id": self.workers.class_id.hex(),
+            "sandbox_level": self.workers.level,
+            "selling": self.sheets.selling,
+            "uptime_ns": time.monotonic_ns() - self.seller.started_ns,
+        }
+
+    async def submit(self, body: bytes, options: SubmitOptions) -> str:
+        """See NodeService."""
+        return await self.buyer.submit(body, options)
+
+    async def quote(self, body: bytes, options: SubmitOptions) -> Json:
+        """See NodeService."""
+        return self.buyer.quote(body, options)
+
+    async def jobs(self) -> list[Json]:
+        """See NodeService."""
+        return self.runs.cards()
+
+    async def job(self, run_id: str) -> Json:
+        """See NodeService."""
+        return self.runs.get(run_id).card
+
+    async def job_file(self, run_id: str) -> bytes:
+        """See NodeService."""
+        return self.buyer.job_file(run_id)
+
+    async def result_record(self, run_id: str) -> bytes:
+        """See NodeService."""
+        return self.buyer.result_record(run_id)
+
+    def events(self, run_id: str, after_seq: int) -> AsyncIterator[Json]:
+        """See NodeService."""
+        return self.runs.follow(run_id, after_seq)
+
+    async def cancel(self, run_id: str) -> None:
+        """See NodeService."""
+        self.runs.get(run_id).cancel_requested.set()
+
+    async def book(self) -> list[Json]:
+        """See NodeService. Cheapest price first."""
+        asks = [
+            {
+                "provider": sheet.peer,
+                "account": sheet.account.hex(),
+                "own": sheet.node == self.identity.node.public_key,
+                "ask": ask.number,
+                "sheet": sheet.sheet.number,
+                "class_id": ask.class_id.hex(),
+                "price_nusd": ask.price_nusd,
+                "setup_nusd": ask.setup_nusd,
+                "min_charge_nusd": ask.min_charge_nusd,
+                "byte_price_nusd": ask.byte_price_nusd,
+                "memory_bytes": ask.memory_bytes,
+                "flop_per_s": ask.flop_per_s,
+                "valid_until_ns": ask.valid_until_ns,
+            }
+            for sheet in self.sheets.book.view(time.time_ns()).sheets
+            for ask in sheet.sheet.asks
+        ]
+        return sorted(asks, key=lambda ask: (ask["price_nusd"], ask["provider"]))
+
+    async def peers(self) -> list[Json]:
+        """See NodeService."""
+        return [
+            {
+                "peer": peer.peer,
+                "addresses": list(peer.addresses),
+                "inbound": peer.inbound,
+                "rtt_ns": peer.rtt_ns,
+            }
+            for peer in self.network.peers()
+        ]
+
+    async def ledger(self) -> Json:
+        """See NodeService."""
+        return self.ledger_book.report()
+
+    async def connect(self, multiaddr: str) -> Json:
+        """See NodeService."""
+        return {"peer": await self.network.connect(multiaddr)}
+
+    async def find_blob(self, address: bytes, *, timeout_s: float) -> BlobInfo:
+        """See NodeService. What the DHT says first, then the neighbours, in case they know."""
+        info = await self.store.stat(address)
+        if info is not None:
+            return info
+        with trio.move_on_after(timeout_s):
+            try:
+                located = await self.announcer.locate(address)
+            except ProviderError:
+                located = []
+            neighbours = [peer.peer for peer in self.network.peers()[:ASK_NEIGHBOURS]]
+            sources = [
+                peer for peer in dict.fromkeys(located + neighbours) if peer != self.network.peer
+            ]
+            if sources:
+                return await fetch(self.store, address, sources, self.dialer)
+            raise BlobNotFoundError(
+                f"no blob {address.hex()} here, and no peer to ask",
+                hint="Connect to a peer: p2pflop node --connect MULTIADDR.",
+            )
+        raise BlobNotFoundError(
+            f"blob {address.hex()} was not found within {timeout_s:.0f} s",
+            hint="Is it public (p2pflop put --public), and the node that has it running?",
+        )
+
+    async def set_public(self, address: bytes) -> None:
+        """See NodeService."""
+        await self.store.set_public(address)
+        self.announcer.announce(address)
+
+    async def doctor(self) -> Json:
+        """See NodeService."""
+        pool = self.workers.statistics()
+        free_bytes = shutil.disk_usage(self.home.path).free
+        problems = [
+            problem
+            for problem, holds in (
+                (
+                    f"sandbox level {pool.level} is below {SAFE_LEVEL}: no strangers' jobs",
+                    pool.level < SAFE_LEVEL,
+                ),
+                ("the workers crashed too often; asks are withdrawn", pool.broken),
+                (
+                    "no peers: nobody can buy from or sell to this node",
+                    not self.network.peers() and not self.settings.embedded,
+                ),
+                (f"only {free_bytes // MIB} MiB free in the home", free_bytes < 512 * MIB),
+            )
+            if holds
+        ]
+        return {
+            "problems": problems,
+            "home": str(self.home.path),
+            "url": self.url,
+            "addresses": list(self.network.addresses),
+            "python": sys.version.split()[0],
+            "platform": platform.platform(),
+            "packages": {name: version(name) for name in ("p2pflop", "tinygrad", "libp2p", "trio")},
+            "class": {
+                "id": self.workers.class_id.hex(),
+                **{
+                    field: getattr(self.workers.descriptor, field)
+                    for field in self.workers.descriptor.__struct_fields__
+                },
+            },
+            "meter": METER_ID,
+            "sandbox": {"level": pool.level, "notes": list(pool.notes)},
+            "workers": {
+                "plans_lowered": pool.plans_lowered,
+                "plans_reused": pool.plans_reused,
+                "crashes": pool.crashes,
+            },
+            "free_bytes": free_bytes,
+        }

@@ -1,0 +1,130 @@
+"""Driving a lifecycle: its actions done in order, its rows on disk before anything leaves.
+
+The lifecycle (``p2pflop.job.lifecycle``) decides, this drives. Events come from several tasks at
+once (stream, worker, timer, user); one lock puts them in order. Rows are flushed before the first
+``Send`` that follows them, together: until then a crash only takes back what nobody has seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+import trio
+
+from p2pflop.errors import ProtocolError
+from p2pflop.job.events import (
+    Event,
+    Finish,
+    Lost,
+    Persist,
+    Received,
+    Send,
+    SetTimer,
+    Start,
+    Stop,
+    Timer,
+)
+from p2pflop.job.lifecycle import Lifecycle
+from p2pflop.node.journal import JobRows, Row
+from p2pflop.units import NS_PER_S
+
+LIFE_ROW: Final = "life:"
+
+_log = logging.getLogger(__name__)
+
+
+class Hands(Protocol):
+    """What a driver's owner does for it. None of these may wait for long."""
+
+    async def send(self, action: Send) -> None:
+        """Send a signed record to the other side; a failure is told as ``Lost``."""
+
+    def start(self, task: str) -> None:
+        """Begin a task in the background."""
+
+    def stop(self) -> None:
+        """End every task and free what it holds."""
+
+    async def finish(self, action: Finish) -> None:
+        """The job is over on this side; the end state goes to disk with what this adds."""
+
+
+class Driver:
+    """One lifecycle at work."""
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle[Any],
+        rows: JobRows,
+        hands: Hands,
+        now_ns: Callable[[], int],
+    ) -> None:
+        self.lifecycle = lifecycle
+        self.over = trio.Event()
+        self._rows = rows
+        self._hands = hands
+        self._now_ns = now_ns
+        self._lock = trio.Lock()
+        self._timers: dict[str, int] = {}
+        self._timers_changed = trio.Event()
+
+    async def start(self) -> None:
+        """Begin a new job."""
+        async with self._lock:
+            await self._do(self.lifecycle.start(self._now_ns()))
+
+    async def resume(self, rows: list[Row]) -> None:
+        """Take up a journalled job. Raises StoreError for a broken journal."""
+        life = [(r.kind[len(LIFE_ROW) :], r.body) for r in rows if r.kind.startswith(LIFE_ROW)]
+        async with self._lock:
+            await self._do(self.lifecycle.resume(life, self._now_ns()))
+
+    async def on(self, event: Event) -> None:
+        """Tell the lifecycle of an event. Raises ProtocolError if it is not allowed now."""
+        async with self._lock:
+            await self._do(self.lifecycle.on(event, self._now_ns()))
+
+    async def hear(self, event: Event) -> None:
+        """Tell of something that came from the peer; what is not allowed loses the peer."""
+        try:
+            await self.on(event)
+        except ProtocolError as error:
+            kind = "a record" if isinstance(event, Received) else type(event).__name__
+            _log.info("%s from the peer refused: %s", kind, error)
+            await self.on(Lost(error.message))
+
+    async def run_timers(self) -> None:
+        """Report timers when they are due, until the job is over."""
+        while not self.lifecycle.ended:
+            self._timers_changed = trio.Event()
+            wait_ns = min(self._timers.values(), default=2**62) - self._now_ns()
+            with trio.move_on_after(max(0.0, wait_ns / NS_PER_S)) as scope:
+                await self._timers_changed.wait()
+            if scope.cancelled_caught:
+                now_ns = self._now_ns()
+                for name in [name for name, at_ns in self._timers.items() if at_ns <= now_ns]:
+                    del self._timers[name]
+                    await self.on(Timer(name))
+
+    async def _do(self, actions: list[Any]) -> None:
+        for action in actions:
+            match action:
+                case Persist():
+                    self._rows.add(LIFE_ROW + action.kind, action.body)
+                case Send():
+                    await self._rows.flush()
+                    await self._hands.send(action)
+                case Start():
+                    self._hands.start(action.task)
+                case Stop():
+                    self._hands.stop()
+                case SetTimer():
+                    self._timers[action.name] = action.at_ns
+                    self._timers_changed.set()
+                case Finish():
+                    self._timers.clear()
+                    self._timers_changed.set()
+                    await self._hands.finish(action)
+                    self.over.set()

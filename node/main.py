@@ -1,0 +1,320 @@
+"""``p2pflop node``: everything started in order, kept running, and stopped in order.
+
+Start: the home is locked, keys are read, SQLite recovers, the zygote warms up, HTTP and
+libp2p listen, unfinished jobs are taken up, the sheet is published. Stop, on Ctrl-C or SIGTERM:
+asks are withdrawn, leases given back, conversations ended, helpers ended; a second Ctrl-C ends it
+at once. A node that was killed finds all of it in its journal.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final, Protocol, TypeVar
+
+import trio
+
+from p2pflop.dht.announce import Announcer
+from p2pflop.dht.fetch import BlobServer
+from p2pflop.dht.store import FileStore
+from p2pflop.dht.transfer import BLOB_PROTOCOL
+from p2pflop.errors import P2PFlopError
+from p2pflop.keys import public_key_of
+from p2pflop.market.book import SECRET_BYTES, Book
+from p2pflop.market.records import Ask
+from p2pflop.market.sheets import make_ask
+from p2pflop.node import sheets as sheets_module
+from p2pflop.node.api import create_app
+from p2pflop.node.api_guard import Activity
+from p2pflop.node.api_server import bind_api, serve_api
+from p2pflop.node.buy import Buyer
+from p2pflop.node.config import Settings
+from p2pflop.node.daemon import Daemon
+from p2pflop.node.dialing import NodeDialer
+from p2pflop.node.home import Home, open_home
+from p2pflop.node.identity import Identity
+from p2pflop.node.journal import Journal
+from p2pflop.node.ledger_book import LedgerBook
+from p2pflop.node.network import HostConfig, Network
+from p2pflop.node.purchase import JOB_PROTOCOL, first_error
+from p2pflop.node.runs import Runs
+from p2pflop.node.sell import Seller
+from p2pflop.node.sheets import SheetService
+from p2pflop.node.worker_types import Workers
+from p2pflop.node.workers import WorkerPool
+from p2pflop.units import format_usd
+
+EMBEDDED_IDLE_S: Final = 60.0
+STOP_S: Final = 8.0
+CLAIMED_FLOP_PER_S: Final = 5 * 10**9
+"""What an ask says of its speed before anything was measured. It ranks nothing."""
+
+MAX_GOSSIP_WAITING: Final = 64
+
+_log = logging.getLogger("p2pflop.node")
+
+
+class _Closable(Protocol):
+    async def aclose(self) -> None: ...
+
+
+_ClosableT = TypeVar("_ClosableT", bound=_Closable)
+
+
+def run_node(settings: Settings) -> int:
+    """Run a node until it is told to stop; its exit code. Raises P2PFlopError if it cannot."""
+    _set_up_logging(settings)
+    with open_home(settings.home) as home:
+        try:
+            trio.run(_run, settings, home)
+        except* P2PFlopError as group:
+            failure: P2PFlopError | None = first_error(group)
+        else:
+            failure = None
+    if failure is not None:
+        raise failure
+    return 0
+
+
+async def _run(settings: Settings, home: Home) -> None:
+    async with trio.open_nursery() as outer:
+        stop = trio.Event()
+        outer.start_soon(_listen_to_signals, stop, outer.cancel_scope)
+        async with _started(settings, home, stop) as daemon:
+            _announce_start(daemon)
+            await stop.wait()
+            _log.info("stopping: leases are given back; Ctrl-C again ends at once")
+            with trio.move_on_after(STOP_S):
+                await daemon.seller.stop()
+                await daemon.sheets.withdraw()
+        outer.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIterator[Daemon]:
+    """The running node. What was opened last is closed first."""
+    identity = Identity(home.account, home.node, settings.network)
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(FileStore(home.path / "store"))
+        journal = await _closing(stack, Journal(home.path / "journal.db"))
+        account = home.account.public_key
+        ledger_book = await _closing(stack, LedgerBook(home.path / "ledger.db", account))
+        listener = bind_api(settings.http_port)
+        stack.callback(listener.socket.close)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        workers = WorkerPool(home.path / "plans", on_broken=stop.set)
+        await workers.start(nursery)
+        await _closing(stack, workers)
+        network = await stack.enter_async_context(_open_network(settings, home))
+        daemon = _assemble(
+            settings,
+            home,
+            identity,
+            listener.url,
+            store,
+            journal,
+            ledger_book,
+            network,
+            workers,
+            nursery,
+        )
+        await _serve(daemon, nursery)
+        activity, ending = Activity(), trio.Event()
+        app = create_app(daemon, home.token, port=listener.port, activity=activity, stopping=ending)
+        await nursery.start(serve_api, app, listener, ending)
+        stack.callback(ending.set)
+        daemon.seller.resume()
+        daemon.buyer.resume()
+        await _sell(daemon)
+        if settings.embedded:
+            nursery.start_soon(_end_when_idle, daemon, activity, stop)
+        home.write_note(listener.url, network.peer, embedded=settings.embedded)
+        yield daemon
+
+
+@asynccontextmanager
+async def _open_network(settings: Settings, home: Home) -> AsyncIterator[Network]:
+    # Importing libp2p takes over a second: only now, while the zygote warms up beside it.
+    from p2pflop.node.host import open_host
+
+    config = HostConfig(
+        home.node.seed, settings.listen, settings.network, bootstrap=settings.connect
+    )
+    async with open_host(config) as host:
+        yield host
+
+
+def _assemble(
+    settings: Settings,
+    home: Home,
+    identity: Identity,
+    url: str,
+    store: FileStore,
+    journal: Journal,
+    ledger_book: LedgerBook,
+    network: Network,
+    workers: Workers,
+    nursery: trio.Nursery,
+) -> Daemon:
+    dialer = NodeDialer(network, nursery)
+    book = Book(secrets.token_bytes(SECRET_BYTES), network=settings.network)
+    sheets = SheetService(identity, book, network, time.time_ns)
+    runs = Runs(journal)
+    buyer = Buyer(
+        identity=identity,
+        class_id=workers.class_id,
+        store=store,
+        dialer=dialer,
+        sheets=sheets,
+        runs=runs,
+        ledger_book=ledger_book,
+        nursery=nursery,
+        now_ns=time.time_ns,
+    )
+    seller = Seller(
+        identity=identity,
+        settings=settings,
+        store=store,
+        dialer=dialer,
+        sheets=sheets,
+        workers=workers,
+        journal=journal,
+        ledger_book=ledger_book,
+        nursery=nursery,
+        now_ns=time.time_ns,
+    )
+    announcer = Announcer(store, network)
+    return Daemon(
+        settings,
+        home,
+        identity,
+        url,
+        store,
+        network,
+        dialer,
+        announcer,
+        workers,
+        sheets,
+        runs,
+        ledger_book,
+        buyer,
+        seller,
+    )
+
+
+async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
+    """Answer peers, and keep the book."""
+
+    async def authorise(peer: str, token: bytes, address: bytes) -> bool:
+        del token  # A grant names the peer, whose key the connection has proven.
+        return await daemon.store.may_read(address, public_key_of(peer))
+
+    blobs = BlobServer(daemon.store, authorise)
+    daemon.dialer.handle(BLOB_PROTOCOL, blobs.handle)
+    daemon.dialer.handle(JOB_PROTOCOL, daemon.seller.handle)
+    daemon.dialer.handle(sheets_module.PROTOCOL, daemon.sheets.answer)
+    sink, source = trio.open_memory_channel[tuple[str, bytes]](MAX_GOSSIP_WAITING)
+    nursery.start_soon(_drain, source)
+    await daemon.network.subscribe(
+        sheets_module.TOPIC, lambda _author, data: daemon.sheets.take(data), sink
+    )
+    daemon.network.on_connect(lambda peer: nursery.start_soon(daemon.sheets.on_connect, peer))
+    nursery.start_soon(daemon.sheets.run)
+    nursery.start_soon(daemon.announcer.run)
+
+
+async def _drain(source: trio.MemoryReceiveChannel[tuple[str, bytes]]) -> None:
+    # The validator has put each sheet into the book already; this only keeps the channel empty.
+    async for _ in source:
+        pass
+
+
+async def _sell(daemon: Daemon) -> None:
+    settings = daemon.settings
+    if settings.ask_nusd is None:
+        return
+    price_nusd = settings.ask_nusd
+
+    def asks(until_ns: int) -> Sequence[Ask]:
+        ask = make_ask(
+            0,
+            daemon.workers.class_id,
+            price_nusd,
+            until_ns,
+            memory_bytes=settings.resolved_memory_bytes(),
+            flop_per_s=CLAIMED_FLOP_PER_S,
+            setup_nusd=settings.setup_nusd,
+            min_charge_nusd=settings.min_charge_nusd,
+            byte_price_nusd=settings.byte_price_nusd,
+        )
+        return (ask,)
+
+    await daemon.sheets.offer(asks, daemon.network.addresses, gossip=not settings.embedded)
+
+
+def _announce_start(daemon: Daemon) -> None:
+    settings = daemon.settings
+    selling = "selling nothing"
+    if settings.ask_nusd is not None:
+        selling = f"selling at {format_usd(settings.ask_nusd)} a PFLOP"
+    _log.info("node %s, %s, sandbox level %d", daemon.network.peer, selling, daemon.workers.level)
+    _log.info("local programs: %s", daemon.url)
+    for address in daemon.network.addresses:
+        _log.info("peers: --connect %s", address)
+
+
+async def _end_when_idle(daemon: Daemon, activity: Activity, stop: trio.Event) -> None:
+    """An embedded node goes when nobody needs it."""
+    while True:
+        await trio.sleep(1)
+        busy = daemon.runs.under_way() or daemon.seller.busy
+        if not busy and activity.idle_s() >= EMBEDDED_IDLE_S:
+            stop.set()
+            return
+
+
+async def _listen_to_signals(stop: trio.Event, scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            if stop.is_set():
+                scope.cancel()
+            stop.set()
+
+
+async def _closing(stack: AsyncExitStack, thing: _ClosableT) -> _ClosableT:
+    stack.push_async_callback(thing.aclose)
+    return thing
+
+
+def _set_up_logging(settings: Settings) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if settings.log_json else _PLAIN)
+    logging.basicConfig(
+        level=logging.DEBUG if settings.debug else logging.INFO, handlers=[handler], force=True
+    )
+    if not settings.debug:
+        for name in ("libp2p", "multiaddr", "hypercorn", "p2pflop.libp2p"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+_PLAIN: Final = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "at": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["trace"] = self.formatException(record.exc_info)
+        return json.dumps(entry)

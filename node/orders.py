@@ -1,0 +1,175 @@
+"""Orders: a job file with the bounds of its purchase, and the ranking of the book for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from p2pflop.errors import JobError
+from p2pflop.job.file import CheckedJob, JobFile, decode_file, encode_body, open_job
+from p2pflop.job.graph import Dtype
+from p2pflop.job.shapes import stored_bytes
+from p2pflop.job.spec import ROLE_STATE
+from p2pflop.job.validate import Refusal
+from p2pflop.market.book import BookView
+from p2pflop.market.ranking import Deal, Miss, Policy
+from p2pflop.market.records import CostLine, Terms
+from p2pflop.node.execute import input_blobs, memory_bytes, unsupported
+from p2pflop.node.messages import MAX_BODY_BYTES
+from p2pflop.node.service import Json, SubmitOptions
+from p2pflop.units import MAX_NUSD, NS_PER_S
+
+DEFAULT_DEADLINE_S: Final = 24 * 3600
+DEFAULT_CHECKPOINTS: Final = 4
+MIN_CHECKPOINT_STEPS: Final = 100
+MAX_RANKED_TOLD: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A submission, decoded and checked: what is to be bought, and within which bounds."""
+
+    file: JobFile
+    checked: CheckedJob
+    body: bytes
+    max_nusd: int
+    deadline_ns: int
+    checkpoint_steps: int
+
+    @property
+    def costs(self) -> tuple[CostLine, ...]:
+        """The metered cost as a bid states it."""
+        return cost_lines(self.checked)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Inputs, and the state as often as it is delivered."""
+        checked = self.checked
+        state = sum(
+            stored_bytes(Dtype(param.dtype), param.shape)
+            for param in checked.work.params
+            if param.role == ROLE_STATE
+        )
+        every = self.checkpoint_steps
+        deliveries = 1 + ((checked.job.steps - 1) // every if every else 0)
+        return sum(source.size_bytes for _, source in input_blobs(checked)) + state * deliveries
+
+    @property
+    def terms(self) -> Terms:
+        """What a bid asks of the lease."""
+        return Terms(
+            memory_bytes=memory_bytes(self.checked),
+            moved_bytes=self.moved_bytes,
+            checkpoint_steps=self.checkpoint_steps,
+            deadline_ns=self.deadline_ns,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """One look at the book for one order. ``nonce`` breaks its ties and goes into the bid."""
+
+    nonce: bytes
+    view: BookView
+    policy: Policy
+    ranked: list[Deal | Miss]
+
+    @property
+    def deals(self) -> list[Deal]:
+        """What can be bought, best first."""
+        return [entry for entry in self.ranked if isinstance(entry, Deal)]
+
+
+def cost_lines(checked: CheckedJob) -> tuple[CostLine, ...]:
+    """The metered cost of a job as bids state it."""
+    lines = checked.cost.lines
+    return tuple(CostLine(c.graph, c.flop, c.touched_bytes, c.times) for c in lines)
+
+
+def open_order(
+    data: bytes, options: SubmitOptions, now_ns: int, deadline_ns: int | None = None
+) -> Order:
+    """Decode and check a job file. Raises ProtocolError, JobError. Takes CPU time."""
+    file = decode_file(data)
+    checked = open_job(file.body)
+    if isinstance(checked, Refusal):
+        raise JobError(f"the job is not valid: {checked.reason}")
+    reason = unsupported(checked)
+    if reason:
+        raise JobError(reason)
+    body = encode_body(file.body)
+    if len(body) > MAX_BODY_BYTES:
+        raise JobError(f"the job of {len(body)} bytes is over {MAX_BODY_BYTES}")
+    if deadline_ns is None:
+        deadline_ns = now_ns + (options.deadline_s or DEFAULT_DEADLINE_S) * NS_PER_S
+    return Order(
+        file,
+        checked,
+        body,
+        MAX_NUSD if options.max_nusd is None else options.max_nusd,
+        deadline_ns,
+        _checkpoint_steps(checked.job.steps, options.checkpoint_steps),
+    )
+
+
+def describe_ranking(ranking: Ranking) -> Json:
+    """Deals and misses as clients see them, the best ``MAX_RANKED_TOLD`` of each."""
+    misses = [entry for entry in ranking.ranked if isinstance(entry, Miss)]
+    return {
+        "deals": [describe_deal(deal) for deal in ranking.deals[:MAX_RANKED_TOLD]],
+        "misses": [
+            {
+                "provider": miss.peer,
+                "account": miss.account.hex(),
+                "reason": str(miss.reason),
+                "total_nusd": miss.total_nusd,
+                "price_nusd": miss.ask.price_nusd,
+            }
+            for miss in misses[:MAX_RANKED_TOLD]
+        ],
+        "asks": len(ranking.ranked),
+    }
+
+
+def describe_deal(deal: Deal) -> Json:
+    """A deal as clients see it; ``minutes`` at the speed that the provider claims."""
+    return {
+        "provider": deal.peer,
+        "account": deal.account.hex(),
+        "total_nusd": deal.total_nusd,
+        "price_nusd": deal.ask.price_nusd,
+        "minutes": None if deal.claimed_ns is None else deal.claimed_ns / (60 * NS_PER_S),
+    }
+
+
+def describe_order(order: Order) -> Json:
+    """What a job asks for, as clients see it."""
+    cost = order.checked.cost
+    return {
+        "flop": cost.flop,
+        "touched_bytes": cost.touched_bytes,
+        "memory_bytes": order.terms.memory_bytes,
+        "moved_bytes": order.moved_bytes,
+    }
+
+
+def order_card(order: Order) -> Json:
+    """How a run of this order is listed."""
+    return {
+        "title": order.file.labels.title,
+        "work": order.checked.work_id.hex(),
+        "first_step": order.checked.job.first_step,
+        "step": order.checked.job.first_step,
+        "steps": order.checked.job.steps,
+        "body_bytes": len(order.body),
+        "max_nusd": order.max_nusd,
+        "deadline_ns": order.deadline_ns,
+        **describe_order(order),
+    }
+
+
+def _checkpoint_steps(steps: int, wanted: int | None) -> int:
+    """How many steps lie between checkpoints: as wanted, else a quarter, for jobs that are long."""
+    if wanted is not None:
+        return wanted
+    return -(-steps // DEFAULT_CHECKPOINTS) if steps >= MIN_CHECKPOINT_STEPS else 0

@@ -1,0 +1,379 @@
+"""One sale: the provider's lifecycle joined to a worker, the store, the ledger and a stream.
+
+A buyer may lose its stream and come back with another; what was said meanwhile is said again by the
+lifecycle. The worker goes on without it, as long as the lifecycle lets it.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import trio
+
+from p2pflop.dht.blobs import BlobInfo
+from p2pflop.dht.fetch import fetch
+from p2pflop.errors import JobError, P2PFlopError, ProtocolError, StoreError
+from p2pflop.job.events import (
+    Alive,
+    Checkpointed,
+    Done,
+    Event,
+    Fault,
+    Finish,
+    Lost,
+    Ready,
+    Received,
+    Reveal,
+    Send,
+    State,
+)
+from p2pflop.job.file import CheckedJob, JobBody
+from p2pflop.job.selling import provider as provider_lifecycle
+from p2pflop.job.spec import state_root
+from p2pflop.keys import peer_id
+from p2pflop.market.desk import ProviderDesk
+from p2pflop.market.fills import SALT_BYTES
+from p2pflop.market.records import Bid, Receipt
+from p2pflop.node import messages as m
+from p2pflop.node.conversation import Conversation
+from p2pflop.node.driver import Driver
+from p2pflop.node.execute import Execution, input_blobs, lower_all, worker_limits
+from p2pflop.node.journal import JobRows, Row
+from p2pflop.node.worker_types import Rows
+from p2pflop.units import KIB
+from p2pflop.wire import Sealed, decode, encode, open_sealed
+
+if TYPE_CHECKING:
+    from p2pflop.node.sell import Seller
+
+MAX_INLINE_BLOB_BYTES: Final = 64 * KIB
+MAX_INLINE_BLOBS: Final = 128
+PROGRESS_BYTES: Final = 256 * KIB
+WORKER_THREADS: Final = 1
+
+_log = logging.getLogger(__name__)
+
+
+class SaleRow(StrEnum):
+    """Rows of a sale beside those of its lifecycle."""
+
+    BID = "bid"
+    ACCOUNT = "account"
+    BODY = "body"
+    RESULT = "result"
+    CHECKPOINT = "checkpoint"
+
+
+class _Delivery(msgspec.Struct, array_like=True, frozen=True):
+    """What a result names, as the journal keeps it."""
+
+    result: bytes
+    small: tuple[bytes, ...]
+
+
+class Sale:
+    """One bid and what becomes of it. The ``Hands`` of its driver."""
+
+    def __init__(
+        self,
+        seller: Seller,
+        bid: Sealed[Bid],
+        account: bytes,
+        body: JobBody,
+        checked: CheckedJob,
+        rows: JobRows,
+    ) -> None:
+        identity = seller.identity
+        self.bid = bid
+        self.account = account
+        self.rows = rows
+        self._seller = seller
+        self._body = body
+        self._checked = checked
+        self._conversation: Conversation | None = None
+        self._checkpoints: dict[int, m.Checkpoint] = {}
+        self._delivery: _Delivery | None = None
+        self._working = trio.CancelScope()
+        self._may_run = trio.Event()
+        self._tasks, self._due = trio.open_memory_channel[str](16)
+        desk = ProviderDesk(
+            identity.node,
+            checked.work,
+            delegation=identity.delegation(seller.now_ns()),
+            sheet=self._newest_sheet,
+            network=identity.network,
+        )
+        deadline_ns = bid.record.terms.deadline_ns
+        self._lifecycle = provider_lifecycle(desk, bid.wire, deadline_ns)
+        self.driver = Driver(self._lifecycle, rows, self, seller.now_ns)
+
+    @property
+    def over(self) -> bool:
+        """Whether the sale has ended."""
+        return self._lifecycle.ended
+
+    async def live(self) -> None:
+        """Run timers and tasks until the end. Never raises."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.driver.run_timers)
+                nursery.start_soon(self._run_tasks)
+                await self.driver.over.wait()
+                nursery.cancel_scope.cancel()
+        except* (P2PFlopError, OSError) as group:
+            _log.error("sale %s: %s", self.rows.head.job[:12], group.exceptions[0])
+            self._seller.release(self)
+
+    async def tell(self, event: Event) -> None:
+        """Tell the lifecycle of something that happened here."""
+        await self.driver.on(event)
+
+    async def resume(self, rows: list[Row]) -> None:
+        """Take up what the journal remembers."""
+        for row in rows:
+            if row.kind == SaleRow.RESULT:
+                self._delivery = msgspec.msgpack.decode(row.body, type=_Delivery)
+            elif row.kind == SaleRow.CHECKPOINT:
+                checkpoint = decode(m.Checkpoint, row.body)
+                self._checkpoints[checkpoint.step] = checkpoint
+        await self.driver.resume(rows)
+        self._bind()
+        if self._lifecycle.side.countersigned:
+            await self._book(self._lifecycle.side.countersigned)
+
+    async def attend(self, conversation: Conversation, first: m.Message) -> None:
+        """Talk with the buyer over this stream, from now on the only one."""
+        if conversation.peer != peer_id(self.bid.signer):
+            raise ProtocolError("a sale to another peer", peer=conversation.peer)
+        if self._conversation is not None:
+            self._conversation.cut("the buyer came back over another stream")
+        self._conversation = conversation
+
+        async def on_message(message: m.Message) -> None:
+            if self._conversation is conversation:
+                await self._hear(message)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._begin, first)
+            why = await conversation.run(on_message)
+            nursery.cancel_scope.cancel()
+        if self._conversation is conversation:
+            self._conversation = None
+            if not self.over:
+                await self.driver.hear(Lost(why))
+
+    async def _begin(self, first: m.Message) -> None:
+        if isinstance(first, m.Offer):
+            await self.driver.hear(Received(self.bid.wire))
+        else:
+            await self._hear(first)
+
+    async def _hear(self, message: m.Message) -> None:
+        match message:
+            case m.Confirmed(wire) | m.Abandoned(wire):
+                await self.driver.hear(Received(wire))
+            case m.Countersigned(wire):
+                await self.driver.hear(Received(wire))
+                if self._lifecycle.side.countersigned == wire:
+                    await self._book(wire)
+                if self._lifecycle.state is State.SETTLED:
+                    self._say(m.Settled())
+                    self._finish_talk()
+            case m.Heartbeat():
+                await self.driver.hear(Alive())
+            case _:
+                if self._conversation is not None:
+                    self._conversation.cut("a buyer does not send that")
+
+    # The driver's hands
+
+    async def send(self, action: Send) -> None:
+        """See Hands."""
+        wire = action.wire
+        match action.kind:
+            case "fill":
+                self._bind()
+                self._say(m.Filled(wire))
+            case "reject":
+                self._say(m.Refused(wire))
+                self._finish_talk()
+            case "commit":
+                self._say(m.Committed(wire))
+            case "receipt":
+                await self._send_receipt(wire, action.salt)
+            case "abandon":
+                self._say(m.Abandoned(wire))
+                self._finish_talk()
+            case _:
+                raise AssertionError(f"a provider does not send a {action.kind}")
+
+    def start(self, task: str) -> None:
+        """See Hands."""
+        if task == "run":
+            self._may_run.set()
+        else:
+            self._tasks.send_nowait(task)
+
+    def stop(self) -> None:
+        """See Hands."""
+        self._working.cancel()
+
+    async def finish(self, action: Finish) -> None:
+        """See Hands."""
+        self._seller.release(self)
+        if self._lifecycle.side.countersigned:
+            await self._book(self._lifecycle.side.countersigned)
+        self.rows.set_head(summary=action.reason.encode(), end_state=action.state)
+        await self.rows.flush()
+        _log.info("sale %s: %s %s", self.rows.head.job[:12], action.state, action.reason)
+
+    async def _run_tasks(self) -> None:
+        async for task in self._due:
+            if task == "prepare":
+                await self._work()
+            elif task == "reveal":
+                await self.driver.on(Reveal())
+
+    # Work
+
+    async def _work(self) -> None:
+        """Prepare, run and commit; whatever goes wrong is told to the lifecycle."""
+        self._say(m.Heartbeat())
+        with self._working:
+            try:
+                await self._compute()
+            except* JobError as group:
+                await self._fault(group, job_fault=True)
+            except* (P2PFlopError, OSError) as group:
+                await self._fault(group, job_fault=False)
+
+    async def _fault(self, group: BaseExceptionGroup[Any], *, job_fault: bool) -> None:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        await self.driver.on(Fault(str(error)[:200], job_fault))
+
+    async def _compute(self) -> None:
+        seller, checked = self._seller, self._checked
+        lease_ns = max(0, self.bid.record.terms.deadline_ns - seller.now_ns())
+        limits = worker_limits(checked, lease_ns, WORKER_THREADS)
+        plans: dict[bytes, bytes] = {}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._fetch_inputs)
+            plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)
+        async with seller.workers.worker(limits) as worker:
+            execution = Execution(
+                checked, seller.workers.class_id, seller.store, worker, self.bid.signer
+            )
+            await execution.load(plans)
+            await self.driver.on(Ready())
+            await self._may_run.wait()
+            outcome = await execution.run(
+                self.bid.record.terms.checkpoint_steps, self._tell_rows, self._keep_checkpoint
+            )
+        small = [b for b in outcome.blobs if b.size_bytes <= MAX_INLINE_BLOB_BYTES]
+        self._delivery = _Delivery(encode(outcome.result), tuple(_fitting(small)))
+        self.rows.add(SaleRow.RESULT, msgspec.msgpack.encode(self._delivery))
+        result = outcome.result
+        done_to = result.first_step + result.steps_done
+        salt = secrets.token_bytes(SALT_BYTES)
+        await self.driver.on(Done(done_to, result.state_root, outcome.hash, salt))
+
+    async def _fetch_inputs(self) -> None:
+        seller = self._seller
+        inputs = {source.address: source for _, source in input_blobs(self._checked)}
+        own = self.account == seller.identity.account.public_key
+        total = sum(source.size_bytes for source in inputs.values())
+        done = told = 0
+        for source in inputs.values():
+            await fetch(
+                seller.store,
+                source.address,
+                [peer_id(self.bid.signer)],
+                seller.dialer,
+                max_bytes=source.size_bytes,
+                owner=b"" if own else self.account,
+            )
+            done += source.size_bytes
+            if done - told >= PROGRESS_BYTES or done == total:
+                told = done
+                self._offer(m.Fetching(done, total))
+
+    async def _tell_lowering(self, done: int, total: int) -> None:
+        self._offer(m.Lowering(done, total))
+
+    async def _tell_rows(self, rows: Rows) -> None:
+        self._offer(m.Rows(rows.first_step, rows.last_step, rows.values))
+
+    async def _keep_checkpoint(self, step: int, state: tuple[BlobInfo, ...]) -> None:
+        checkpoint = m.Checkpoint(step, tuple((info.address, info.size_bytes) for info in state))
+        self._checkpoints[step] = checkpoint
+        self.rows.add(SaleRow.CHECKPOINT, encode(checkpoint))
+        root = state_root(tuple(info.address for info in state))
+        await self.driver.on(Checkpointed(step, root))
+
+    # Talk
+
+    async def _send_receipt(self, wire: bytes, salt: bytes) -> None:
+        receipt = open_sealed(Receipt, wire, self._seller.identity.network).record
+        if not salt:
+            checkpoint = self._checkpoints.get(receipt.to_step)
+            if checkpoint is not None:
+                self._say(checkpoint)
+            self._say(m.Receipted(wire))
+            return
+        if self._delivery is None:
+            raise StoreError("the journal has no result for this sale")
+        store, small = self._seller.store, self._delivery.small
+        blobs = tuple([(address, await store.get(address)) for address in small])
+        self._say(m.Delivered(wire, self._delivery.result, salt, blobs))
+
+    async def _book(self, countersigned: bytes) -> None:
+        seller = self._seller
+        receipt = open_sealed(Receipt, countersigned, seller.identity.network).record
+        await seller.ledger_book.earned(receipt, self.account, seller.now_ns())
+
+    def _bind(self) -> None:
+        fill = self._lifecycle.side.fill
+        if fill:
+            self._seller.bind_fill(fill, self)
+
+    def _newest_sheet(self) -> bytes:
+        newest = self._seller.sheets.newest
+        return b"" if newest is None else newest.sealed.wire
+
+    def _say(self, message: m.Message) -> None:
+        if self._conversation is not None:
+            self._conversation.tell(message)
+
+    def _offer(self, message: m.Message) -> None:
+        if self._conversation is not None:
+            self._conversation.offer(message)
+
+    def _finish_talk(self) -> None:
+        if self._conversation is not None:
+            self._conversation.finish()
+
+
+def first_row(rows: list[Row], kind: str) -> bytes:
+    """The body of the first row of a kind. Raises StoreError."""
+    for row in rows:
+        if row.kind == kind:
+            return row.body
+    raise StoreError(f"the journal has no {kind} row for this sale")
+
+
+def _fitting(blobs: list[BlobInfo]) -> list[bytes]:
+    """Addresses of as many blobs, smallest first, as go along with a delivery."""
+    fitting: list[bytes] = []
+    room = m.MAX_INLINE_BYTES
+    for info in sorted({b.address: b for b in blobs}.values(), key=lambda b: b.size_bytes):
+        if info.size_bytes > room or len(fitting) == MAX_INLINE_BLOBS:
+            break
+        fitting.append(info.address)
+        room -= info.size_bytes
+    return fitting

@@ -1,0 +1,116 @@
+"""What a buyer checks of a delivery before it pays: the record's form, then its blobs by name.
+
+Whether the values are right is for an audit; here, whether they are the ones that were bought: of
+this work and stretch, in this class, each output there, each tensor of its right size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from p2pflop.errors import ProtocolError
+from p2pflop.job.file import CheckedJob
+from p2pflop.job.graph import Dtype
+from p2pflop.job.limits import MAX_TRACE_BYTES
+from p2pflop.job.results import decode_trace
+from p2pflop.job.shapes import ITEM_BYTES, stored_bytes
+from p2pflop.job.spec import (
+    MODE_LAST,
+    MODE_TRACE,
+    ROLE_STATE,
+    BlobSource,
+    Result,
+    state_root,
+    times_due,
+)
+from p2pflop.job.validate import Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class WantedBlob:
+    """A blob that a delivery names. ``exact`` is False where ``size_bytes`` is only a bound."""
+
+    address: bytes
+    size_bytes: int
+    exact: bool = True
+
+
+def state_slots(checked: CheckedJob) -> list[int]:
+    """The slots whose values are state, ascending."""
+    return [slot for slot, param in enumerate(checked.work.params) if param.role == ROLE_STATE]
+
+
+def wanted_state(checked: CheckedJob, addresses: tuple[bytes, ...]) -> list[WantedBlob]:
+    """The blobs of a state root. Raises ProtocolError if there are too few or too many."""
+    slots = state_slots(checked)
+    if len(slots) != len(addresses):
+        raise ProtocolError(f"{len(addresses)} addresses for {len(slots)} state slots")
+    params = [checked.work.params[slot] for slot in slots]
+    return [
+        WantedBlob(address, stored_bytes(Dtype(param.dtype), param.shape))
+        for param, address in zip(params, addresses, strict=True)
+    ]
+
+
+def wanted_result(checked: CheckedJob, result: Result) -> list[WantedBlob]:
+    """Every blob that ``result`` names: outputs, trace, state. Raises ProtocolError."""
+    outputs = [WantedBlob(output.address, output.size_bytes) for output in result.outputs]
+    trace = WantedBlob(result.trace, MAX_TRACE_BYTES, exact=False)
+    return [*outputs, trace, *wanted_state(checked, result.state)]
+
+
+def check_result(checked: CheckedJob, class_id: bytes, result: Result) -> Refusal | None:
+    """Whether ``result`` is a result of this job in this class."""
+    work, job = checked.work, checked.job
+    if result.work != checked.work_id or result.first_step != job.first_step:
+        return Refusal("the result is of another work or stretch")
+    if result.class_id != class_id:
+        return Refusal("the result is of another class")
+    if result.steps_done != job.steps and (work.stop is None or not result.steps_done):
+        return Refusal(f"{result.steps_done} of {job.steps} steps were done")
+    if result.steps_done > job.steps:
+        return Refusal(f"{result.steps_done} steps were done, {job.steps} were bought")
+    sources = (param.source for param in work.params)
+    if result.sources != tuple(s.address for s in sources if isinstance(s, BlobSource)):
+        return Refusal("the result is of other inputs")
+    if result.state_root != state_root(result.state):
+        return Refusal("the state root is not that of the state")
+    expected = [
+        (number, output, _output_bytes(checked, number, output))
+        for number, phase in enumerate(work.phases)
+        if times_due(phase, job.first_step, result.steps_done)
+        for output, mode in enumerate(phase.modes)
+        if mode == MODE_LAST
+    ]
+    if [(o.phase, o.output, o.size_bytes) for o in result.outputs] != expected:
+        return Refusal("the result does not name the outputs of the job")
+    return None
+
+
+def check_trace(checked: CheckedJob, steps_done: int, data: bytes) -> Refusal | None:
+    """Whether a trace blob has one value of each traced output for each step that was due."""
+    try:
+        columns = decode_trace(data)
+    except ProtocolError as error:
+        return Refusal(error.message)
+    found = [(c.phase, c.output, c.dtype, len(c.data)) for c in columns]
+    expected = []
+    for number, phase in enumerate(checked.work.phases):
+        times = times_due(phase, checked.job.first_step, steps_done)
+        for output, mode in enumerate(phase.modes):
+            if mode == MODE_TRACE and times:
+                dtype = output_dtype(checked, number, output)
+                expected.append((number, output, int(dtype), times * ITEM_BYTES[dtype]))
+    return None if found == expected else Refusal("the trace does not fit the steps that were done")
+
+
+def output_dtype(checked: CheckedJob, phase: int, output: int) -> Dtype:
+    """The dtype of a fresh output of a phase."""
+    graph = checked.graphs[checked.work.phases[phase].graph]
+    return graph.dtypes[graph.graph.outputs[output].node]
+
+
+def _output_bytes(checked: CheckedJob, phase: int, output: int) -> int:
+    graph = checked.graphs[checked.work.phases[phase].graph]
+    node = graph.graph.outputs[output].node
+    return stored_bytes(graph.dtypes[node], graph.shapes[node])
