@@ -24,7 +24,6 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
-from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo as Libp2pPeerInfo
 from libp2p.security.noise.exceptions import PeerIDMismatchesPubkey
@@ -55,6 +54,7 @@ SHUTDOWN_S: Final = 1.0
 MAX_INBOUND_STREAMS: Final = 1024
 MAX_INBOUND_STREAMS_PER_PEER: Final = 64
 MAX_KNOWN_PEERS: Final = 4096
+RETRY_S: Final = 0.05
 MIN_RETRY_S: Final = 0.5
 MAX_RETRY_S: Final = 60.0
 MAX_CAUSES: Final = 50
@@ -195,8 +195,8 @@ class Host:
 
     async def disconnect(self, peer: str) -> None:
         """See Network."""
-        # Else libp2p's DHT dials it again at once.
-        self._libp2p.get_peerstore().clear_addrs(ID.from_base58(peer))
+        if peer in self._connections:  # else libp2p's DHT dials it again at once
+            self._libp2p.get_peerstore().clear_addrs(ID.from_base58(peer))
         async with trio.open_nursery() as nursery:
             for connection in list(self._connections.get(peer, ())):
                 nursery.start_soon(connection.close)
@@ -285,21 +285,31 @@ class Host:
             transport = Multiaddr(address).decapsulate(Multiaddr(f"/p2p/{peer}"))
             try:
                 with trio.fail_after(limit_s):
-                    await self._libp2p.connect(Libp2pPeerInfo(target, [transport]))
-            except (BaseLibp2pError, OSError) as error:
-                why = _reason(error, peer)
+                    return await self._dial_until_live(peer, Libp2pPeerInfo(target, [transport]))
             except trio.TooSlowError:
                 why = f" within {limit_s:.1f} s"
-            connection = self._live(peer)
-            if connection is not None:
-                return connection
+            except Exception as error:  # noqa: BLE001 - libp2p's have no common base
+                why = _reason(error, peer)
         raise ProviderError(
             f"nobody answers at {', '.join(addresses)}{why}",
             hint="Check that the address is right and that its node is running.",
         )
 
+    async def _dial_until_live(self, peer: str, info: Libp2pPeerInfo) -> MuxedConnection:
+        while True:
+            await self._libp2p.connect(info)
+            connection = self._live(peer)
+            if connection is not None:
+                return connection
+            await trio.sleep(RETRY_S)  # libp2p still holds a connection that has just ended
+
     async def _find_and_dial(self, peer: str) -> MuxedConnection:
-        public_key_of(peer)
+        try:
+            public_key_of(peer)
+        except ConfigError as error:
+            raise ProviderError(error.message) from error
+        if peer == self.peer:
+            raise ProviderError(f"{peer} is this node itself")
         known = self._known.get(peer, ())
         try:
             return await self._dial(peer, known)

@@ -130,10 +130,14 @@ class KadDirectory:
         async with self._providing:
             await trio.sleep(self._rate.wait_s("", trio.current_time()))
             self._rate.allow("", trio.current_time())
+        taken = False
         with trio.move_on_after(LOOKUP_S):
-            if await self._dht.provider_store.provide(self._key(key)):
-                return
-        raise ProviderError("no peer took the announcement")
+            try:
+                taken = await self._dht.provider_store.provide(self._key(key))
+            except Exception as error:  # libp2p's errors have no common base
+                raise ProviderError(f"the announcement failed: {error}") from error
+        if not taken:
+            raise ProviderError("no peer took the announcement")
 
     async def find(self, key: bytes) -> list[tuple[str, tuple[str, ...]]]:
         """Providers but this host, with addresses; those that the network names now come first."""
@@ -145,6 +149,8 @@ class KadDirectory:
         try:
             with trio.move_on_after(LOOKUP_S):
                 found = await store.find_providers(name, MAX_FOUND)
+        except Exception as error:  # likewise
+            raise ProviderError(f"the lookup failed: {error}") from error
         finally:
             store.providers[name] = {**store.providers.get(name, {}), **kept}
             if not store.providers[name]:

@@ -313,8 +313,11 @@ async def test_another_network_does_not_answer(opener: Opener) -> None:
 
 async def test_open_without_an_address_is_refused(opener: Opener) -> None:
     async with hosts(opener, 2) as (left, _):
-        with trio.fail_after(LIMIT_S), pytest.raises(ProviderError):
-            await left.open(peer_id(PrivateKey(seed(99)).public_key), PROTOCOL)
+        left.handle(PROTOCOL, echo)
+        for peer in (peer_id(PrivateKey(seed(99)).public_key), left.peer, "nonsense", ""):
+            with trio.fail_after(LIMIT_S), pytest.raises(ProviderError):
+                await left.open(peer, PROTOCOL)
+        await left.disconnect("nonsense")
 
 
 async def test_open_reconnects_to_a_peer_once_known(opener: Opener) -> None:
