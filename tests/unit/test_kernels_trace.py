@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ PIXELS = np.arange(48, dtype=np.float32).reshape(12, 4)
 LABELS = (np.arange(12) % 3).astype(np.uint8)
 
 
-def trace(fn: Callable[..., object], steps: int = 2, **options: object) -> Traced:
+def trace(fn: Callable[..., object], steps: int = 2, **options: Any) -> Traced:
     return trace_to(fn, steps=steps, address_of=content_hash, **options)
 
 

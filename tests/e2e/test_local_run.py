@@ -1,0 +1,115 @@
+"""A job on this machine without a node: a real process, a real compiler."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import numpy as np
+import pytest
+from tinygrad import Tensor
+
+from p2pflop.dht.manifest import address_of
+from p2pflop.errors import JobError, ProviderError
+from p2pflop.job.file import JobFile
+from p2pflop.job.results import Scalar, column_values, decode_trace, result_hash
+from p2pflop.job.spec import class_id, state_root
+from p2pflop.kernels.classes import descriptor
+from p2pflop.kernels.local import run_local
+from p2pflop.kernels.trace import Traced, trace
+
+NUMBERS = np.array([1.0, 2.0, 4.0], np.float32)
+
+
+def traced(steps: int = 4) -> Traced:
+    numbers, total = Tensor(NUMBERS), Tensor.zeros(3)
+
+    def add() -> dict[str, Tensor]:
+        total.assign(total + numbers + Tensor.rand(3))
+        return {"sum": total.sum()}
+
+    def look() -> dict[str, Tensor]:
+        return {"largest": total.max(), "total": total * 2}
+
+    Tensor.manual_seed(0)
+    return trace(add, steps=steps, every={2: look}, seed=3, address_of=address_of)
+
+
+def file_of(job: Traced) -> JobFile:
+    return JobFile(1, job.body, job.labels)
+
+
+def test_a_local_run_gives_rows_state_outputs_and_the_same_hash_again() -> None:
+    job = traced()
+    rows: list[tuple[int, dict[str, Scalar]]] = []
+    lowered: list[tuple[int, int]] = []
+    result, blobs = run_local(
+        file_of(job),
+        job.inputs,
+        address_of,
+        lambda step, values: rows.append((step, dict(values))),
+        lambda done, total: lowered.append((done, total)),
+    )
+    assert [(step, sorted(values)) for step, values in rows] == [
+        (0, ["sum"]),
+        (1, ["largest", "sum"]),
+        (2, ["sum"]),
+        (3, ["largest", "sum"]),
+    ]
+    assert lowered
+    assert lowered[-1][0] == lowered[-1][1]
+    assert result.class_id == class_id(descriptor())
+    assert result.steps_done == 4
+    assert result.state_root == state_root(result.state)
+    assert {result.trace, *result.state, *(out.address for out in result.outputs)} == set(blobs)
+    assert all(address_of(data) == address for address, data in blobs.items())
+    sums, _ = decode_trace(blobs[result.trace])
+    assert column_values(sums) == [values["sum"] for _, values in rows]
+    slots = [n for n in job.labels.params if n in ("random.counter", "total")]
+    total = np.frombuffer(blobs[result.state[slots.index("total")]], np.float32)
+    assert np.all(total > 4 * NUMBERS)
+    assert np.all(total < 4 * NUMBERS + 4)
+    (doubled,) = result.outputs
+    assert np.array_equal(np.frombuffer(blobs[doubled.address], np.float32), 2 * total)
+    again, _ = run_local(file_of(job), job.inputs, address_of)
+    assert result_hash(again) == result_hash(result)
+
+
+def test_a_missing_input_is_told_before_anything_runs() -> None:
+    job = traced()
+    with pytest.raises(JobError, match="not given"):
+        run_local(file_of(job), {}, address_of)
+
+
+def test_an_error_in_the_callers_function_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = traced(steps=10**6)
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Noted(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self)
+
+    monkeypatch.setattr("p2pflop.kernels.local.subprocess.Popen", Noted)
+
+    def fail(*_: object) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        run_local(file_of(job), job.inputs, address_of, fail)
+    (process,) = started
+    assert process.returncode is not None
+
+
+def test_a_faulty_kernel_kills_the_process_and_not_the_caller() -> None:
+    numerator = Tensor(np.array([7], np.int32))
+    zero = Tensor(np.array([0], np.int32))
+    job = trace(
+        lambda: {"quotient": numerator.div(zero, rounding_mode="trunc").sum()},
+        steps=1,
+        address_of=address_of,
+    )
+    with pytest.raises(ProviderError, match="ended with code -8"):
+        run_local(file_of(job), job.inputs, address_of)
