@@ -106,10 +106,13 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         if scope["http_version"] not in ("1.0", "1.1"):
             return error_response(ConfigError("this server speaks HTTP/1.1 only"), 505)
-        if self._activity.open_requests > self._max_open_requests:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        is_user = self._has_token(headers.get(b"authorization", ""))
+        # Who lacks the token may not keep the node's user out.
+        room = self._max_open_requests if is_user else self._max_open_requests // 2
+        if self._activity.open_requests > room:
             busy = ProviderError("too many open requests", hint="Try again in a moment.")
             return error_response(busy, 503)
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "").lower()
         if host not in self._hosts:
             message = f"this node does not answer as {host[:80]!r}"
@@ -120,7 +123,7 @@ class Guard:
         crossing = headers.get(b"sec-fetch-site", "none") not in ("none", "same-origin")
         if crossing and headers.get(b"sec-fetch-dest") != "document":
             return error_response(ConfigError("other sites may not use this node"), 403)
-        if _is_open(scope) or self._has_token(headers.get(b"authorization", "")):
+        if is_user or _is_open(scope):
             return None
         response = error_response(
             ConfigError(

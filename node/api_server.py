@@ -43,7 +43,8 @@ def bind_api(port: int) -> ApiListener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # Inherited by accepted sockets: hypercorn shields its sends from cancellation, so a client
         # that stopped reading would otherwise hold up the node's end for as long as it likes.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
         listener.bind((LOOPBACK, port))
         # Listening now, not only bound: two sockets with SO_REUSEADDR may be bound to one port.
         listener.listen(BACKLOG)

@@ -27,6 +27,7 @@ from p2pflop.errors import NodeUnreachableError, StoreError, VerificationError
 from p2pflop.node.config import default_home
 from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions
 from p2pflop.replies import error_of, lines, not_a_node, raise_for, read
+from p2pflop.uploads import Content, reader
 
 CONNECT_TIMEOUT_S: Final = 5.0
 REPLY_TIMEOUT_S: Final = 120.0
@@ -34,7 +35,7 @@ MAX_RECONNECTS: Final = 8
 FIRST_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 3.0
 
-Content = bytes | Callable[[], Iterator[bytes]]
+Body = bytes | Callable[[], Iterator[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +191,12 @@ class Client:
         """The blobs that the node keeps."""
         return [_blob(item) for item in self._list("blobs")]
 
-    def put(self, data: bytes | bytearray | memoryview | Path, *, public: bool = False) -> BlobStat:
+    def put(
+        self, data: Content, *, public: bool = False, progress: Callable[[int], None] | None = None
+    ) -> BlobStat:
         """Keep ``data``, or the contents of the file at a path, in the node's store."""
-        content = _file_reader(data) if isinstance(data, Path) else _buffer_reader(data)
         params = {"public": "1" if public else "0"}
+        content = reader(data, progress)
         return _blob(self._json("PUT", "/blob", content=content, params=params))
 
     def get(self, address: bytes, *, timeout_s: float | None = None) -> bytes:
@@ -294,7 +297,7 @@ class Client:
         method: str,
         path: str,
         *,
-        content: Content | None = None,
+        content: Body | None = None,
         params: dict[str, str] | None = None,
     ) -> Iterator[httpx.Response]:
         """One request, its response's body still to be read."""
@@ -318,7 +321,7 @@ class Client:
         http: httpx.Client,
         method: str,
         path: str,
-        content: Content | None,
+        content: Body | None,
         params: dict[str, str] | None,
     ) -> httpx.Response:
         try:
@@ -331,7 +334,7 @@ class Client:
         http: httpx.Client,
         method: str,
         path: str,
-        content: Content | None,
+        content: Body | None,
         params: dict[str, str] | None,
     ) -> httpx.Response:
         body = content() if callable(content) else content
@@ -379,21 +382,3 @@ def _params(options: SubmitOptions | None) -> dict[str, str]:
 
 def _blob(item: Json) -> BlobStat:
     return BlobStat(bytes.fromhex(item["address"]), int(item["size_bytes"]), bool(item["public"]))
-
-
-def _file_reader(path: Path) -> Callable[[], Iterator[bytes]]:
-    def read() -> Iterator[bytes]:
-        try:
-            with path.open("rb") as file:
-                while piece := file.read(CHUNK_BYTES):
-                    yield piece
-        except OSError as error:
-            raise StoreError(f"cannot read {path}: {error.strerror}") from error
-
-    return read
-
-
-def _buffer_reader(data: bytes | bytearray | memoryview) -> Callable[[], Iterator[bytes]]:
-    view = memoryview(data).cast("B")
-    starts = range(0, len(view), CHUNK_BYTES)
-    return lambda: (bytes(view[start : start + CHUNK_BYTES]) for start in starts)

@@ -19,7 +19,8 @@ class Row(Mapping[str, float]):
     __slots__ = ("_values",)
 
     def __init__(self, step: int, values: Mapping[str, Any]) -> None:
-        self._values = {"step": step, **{name: float(value) for name, value in values.items()}}
+        scalars = {name: float(value) for name, value in values.items()}
+        self._values: dict[str, float] = {"step": step} | scalars | {"step": step}
 
     def __getattr__(self, name: str) -> float:
         try:

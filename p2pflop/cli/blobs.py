@@ -36,7 +36,10 @@ def put_command(flags: Flags, path: Path, public: bool) -> None:
     source = sys.stdin.buffer.read() if str(path) == "-" else path
     if isinstance(source, Path) and not source.is_file():
         raise ConfigError(f"{path} is not a file")
-    blob = flags.client(start=True).put(source, public=public)
+    from p2pflop.cli.progress import byte_bar
+
+    with byte_bar("storing", source.stat().st_size if isinstance(source, Path) else None) as tell:
+        blob = flags.client(start=True).put(source, public=public, progress=tell)
     if flags.json:
         print_json(_described(blob))
         return
@@ -69,7 +72,10 @@ def get_command(flags: Flags, hash_: str, out: Path | None, timeout: str | None)
         sys.stdout.buffer.flush()
         return
     target = out or Path(address.hex())
-    size_bytes = client.download(address, target, timeout_s=timeout_s)
+    from p2pflop.cli.progress import byte_bar
+
+    with byte_bar("fetching") as tell:
+        size_bytes = client.download(address, target, timeout_s=timeout_s, progress=tell)
     if flags.json:
         print_json({"address": address.hex(), "size_bytes": size_bytes, "path": str(target)})
     else:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 from p2pflop.cli.output import Flags, clean, print_json, short, table_lines
 from p2pflop.runs import Run, check_event
-from p2pflop.units import format_usd
+from p2pflop.units import NS_PER_S, format_duration, format_usd
 
 if TYPE_CHECKING:
     from p2pflop.client import Client
@@ -46,14 +54,14 @@ class RunView:
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
             TextColumn("{task.fields[values]}", markup=False),
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("waiting", total=1, values="")
+        self._task = self._bar.add_task("waiting", total=1, values="", unit="")
         self._values: dict[str, float] = {}
         self._paid_nusd: int | None = None
         self._last_plain = -math.inf
@@ -81,16 +89,21 @@ class RunView:
     def _say(self, text: str) -> None:
         self._console.print(Text(clean(text)), soft_wrap=True)
 
-    def _progress(self, what: str, done: int, total: int) -> None:
+    def _progress(self, what: str, done: int, total: int, unit: str = "") -> None:
         values = "  ".join(f"{clean(name)} {value:.4g}" for name, value in self._values.items())
         self._bar.update(
-            self._task, description=what, completed=done, total=max(total, 1), values=values
+            self._task,
+            description=what,
+            completed=done,
+            total=max(total, 1),
+            unit=unit,
+            values=values,
         )
         now = time.monotonic()
         is_news = done == total or what != self._last_what
         if self._bar.disable and (is_news or now - self._last_plain >= PLAIN_EVERY_S):
             self._last_plain, self._last_what = now, what
-            self._say(f"{what} {done}/{total}  {values}")
+            self._say(f"{what} {done}/{total} {unit} {values}")
 
     def _on_ranked(self, event: Mapping[str, Any]) -> None:
         for line in ranked_lines(event):
@@ -105,10 +118,10 @@ class RunView:
 
     def _on_fetching(self, event: Mapping[str, Any]) -> None:
         done, total = int(event["done_bytes"]), int(event["total_bytes"])
-        self._progress("provider fetches bytes", done, total)
+        self._progress("provider fetches", done, total, "bytes")
 
     def _on_lowering(self, event: Mapping[str, Any]) -> None:
-        self._progress("lowering kernels", int(event["done"]), int(event["total"]))
+        self._progress("lowering", int(event["done"]), int(event["total"]), "kernels")
 
     def _on_rows(self, event: Mapping[str, Any]) -> None:
         for row in event["rows"]:
@@ -149,7 +162,7 @@ def ranked_lines(event: Mapping[str, Any]) -> list[str]:
         (
             short(deal["provider"]),
             format_usd(int(deal["total_nusd"])),
-            "?" if deal.get("minutes") is None else f"{float(deal['minutes']):.2f} min",
+            _time(deal.get("minutes")),
             f"{format_usd(int(deal['price_nusd']))}/PFLOP",
         )
         for deal in deals[:MAX_SHOWN]
@@ -162,3 +175,25 @@ def ranked_lines(event: Mapping[str, Any]) -> list[str]:
     if len(misses) > MAX_SHOWN:
         lines.append(f"... and {len(misses) - MAX_SHOWN} more that cannot")
     return lines
+
+
+def _time(minutes: float | None) -> str:
+    return "unknown" if minutes is None else format_duration(round(minutes * 60 * NS_PER_S))
+
+
+@contextmanager
+def byte_bar(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar for bytes on a terminal; what it gives takes how many are done so far."""
+    console = Console(stderr=True, highlight=False, markup=False)
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

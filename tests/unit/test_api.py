@@ -26,7 +26,7 @@ LIMITS = ApiLimits(
     max_blob_bytes=3 * CHUNK_BYTES,
     max_job_bytes=1000,
     max_command_bytes=200,
-    max_open_requests=3,
+    max_open_requests=4,
     heartbeat_s=0.05,
 )
 
@@ -154,9 +154,11 @@ class TestGate:
         async with serving() as server:
             run = await _submit(server)
             async with trio.open_nursery() as nursery:
-                for _ in range(LIMITS.max_open_requests):
-                    nursery.start_soon(_hold, server, run)
-                await _until(lambda: server.activity.open_requests == LIMITS.max_open_requests)
+                half = LIMITS.max_open_requests // 2
+                await _open_streams(server, run, nursery, half, total=half)
+                assert (await server.get("/v1/status")).status_code == 200
+                assert (await _anyones_get(server)).status_code == 503
+                await _open_streams(server, run, nursery, half, total=2 * half)
                 assert (await server.get("/v1/status")).status_code == 503
                 await server.service.runs[run].tell("cancelled")
             assert (await server.get("/v1/status")).status_code == 200
@@ -174,6 +176,20 @@ class TestGate:
         activity.leave()
         await trio.sleep(2)
         assert activity.idle_s() == 2
+
+
+async def _open_streams(
+    server: Server, run: str, nursery: trio.Nursery, more: int, *, total: int
+) -> None:
+    for _ in range(more):
+        nursery.start_soon(_hold, server, run)
+    await _until(lambda: server.activity.open_requests == total)
+
+
+async def _anyones_get(server: Server) -> httpx.Response:
+    """A blob asked for without the token."""
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as anyone:
+        return await anyone.get(f"/blob/{'00' * 32}")
 
 
 async def _until(condition: Callable[[], bool]) -> None:

@@ -204,7 +204,7 @@ class TestOutput:
         miss = {"provider": PEER, "reason": "too\x1bdear"}
         lines = ranked_lines({"deals": [deal] * 25, "misses": [miss] * 25})
         assert lines[0].split() == ["PROVIDER", "TOTAL", "TIME", "PRICE"]
-        assert lines[1].split() == ["..ghijklmnop", "$0.001", "0.50", "min", "$0.05/PFLOP"]
+        assert lines[1].split() == ["..ghijklmnop", "$0.001", "30.0", "s", "$0.05/PFLOP"]
         assert "... and 5 more" in lines
         assert lines[-1] == "... and 5 more that cannot"
         assert not any("\x1b" in line for line in lines)
@@ -295,11 +295,11 @@ class TestCommands:
         assert text.out == f"{'ef' * 32}\n"
         for words in (
             "$0.001",
-            "0.50 min",
+            "30.0 s",
             "lacks memory",
             "busy",
             "for at most $0.001",
-            "lowering kernels 12/40",
+            "lowering 12/40 kernels",
             "loss inf  acc 0.875",
             "receipt 1: $0.0009 up to step 2",
             "cost  $0.0009",
