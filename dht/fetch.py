@@ -49,6 +49,9 @@ FRAME_TIMEOUT_S: Final = 60.0
 CLOSE_TIMEOUT_S: Final = 2.0
 MAX_SOURCES: Final = 16
 READ_AHEAD: Final = 4
+WRITERS: Final = 2
+"""One writes chunks while the other waits for a batch to be on disk."""
+
 MAX_STREAMS: Final = 64
 MAX_STREAMS_PER_PEER: Final = 8
 
@@ -190,15 +193,19 @@ class _Fetch:
                 except P2PFlopError as error:
                     faults.append(error)
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(read)
-            async for chunk in inbox:
+        async def write(chunks: trio.MemoryReceiveChannel[Chunk]) -> None:
+            async for chunk in chunks:
                 try:
                     await self._write(chunk)
                 except P2PFlopError as error:
                     faults.insert(0, error)
                     nursery.cancel_scope.cancel()
-                    break
+                    return
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            for _ in range(WRITERS):
+                nursery.start_soon(write, inbox)
         if faults:
             raise faults[0]
 

@@ -11,6 +11,7 @@ A ``Collection`` names blobs: a folder, a state dict. It is itself stored as a b
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, ClassVar, Final, Literal
@@ -26,6 +27,7 @@ MANIFEST_VERSION: Final = 1
 CHUNK_BYTES: Final = MIB
 MAX_BLOB_BYTES: Final = 256 * GIB
 MAX_CHUNKS: Final = MAX_BLOB_BYTES // CHUNK_BYTES
+MAX_CACHED_MANIFESTS: Final = 256
 MAX_COLLECTION_ENTRIES: Final = 2**16
 
 _CHUNK_ENTRY_BYTES: Final = HASH_BYTES + 2
@@ -120,6 +122,35 @@ def manifest_of(data: Buffer) -> Manifest:
 def address_of(data: Buffer) -> bytes:
     """The address of ``data`` as a blob: 32 bytes."""
     return manifest_of(data).address
+
+
+class ManifestCache:
+    """The manifests used last, at most ``MAX_CACHED_MANIFESTS`` and ``MAX_CHUNKS`` hashes."""
+
+    def __init__(self) -> None:
+        self._manifests: OrderedDict[bytes, Manifest] = OrderedDict()
+        self._chunks = 0
+
+    def get(self, address: bytes) -> Manifest | None:
+        """The manifest of ``address``, if it is still here."""
+        manifest = self._manifests.get(address)
+        if manifest is not None:
+            self._manifests.move_to_end(address)
+        return manifest
+
+    def add(self, address: bytes, manifest: Manifest) -> None:
+        """Keep a manifest and drop what was not used for longest."""
+        self.drop(address)
+        self._manifests[address] = manifest
+        self._chunks += len(manifest.chunks)
+        while len(self._manifests) > MAX_CACHED_MANIFESTS or self._chunks > MAX_CHUNKS:
+            self.drop(next(iter(self._manifests)))
+
+    def drop(self, address: bytes) -> None:
+        """Forget a manifest, if it is here."""
+        manifest = self._manifests.pop(address, None)
+        if manifest is not None:
+            self._chunks -= len(manifest.chunks)
 
 
 class CollectionEntry(Record, frozen=True):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -41,9 +40,9 @@ from p2pflop.dht.files import DamagedChunk, DataFile
 from p2pflop.dht.index import Change, Copy, Index, Row
 from p2pflop.dht.manifest import (
     MAX_BLOB_BYTES,
-    MAX_CHUNKS,
     Buffer,
     Manifest,
+    ManifestCache,
     address_of,
     chunk_count,
     manifest_of,
@@ -59,7 +58,6 @@ PARTIAL_LIFETIME_NS: Final = 7 * 86_400 * NS_PER_S
 """A fetch that nobody resumed for so long is given up at the next start."""
 
 MAX_THREADS: Final = 8
-MAX_CACHED_MANIFESTS: Final = 256
 
 T = TypeVar("T")
 Arguments = TypeVarTuple("Arguments")
@@ -83,7 +81,7 @@ class FileStore:
         self.folder = path / "blobs"
         self._clock_ns = clock_ns
         self._threads = trio.CapacityLimiter(MAX_THREADS)
-        self._manifests: OrderedDict[bytes, Manifest] = OrderedDict()
+        self._manifests = ManifestCache()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = files.lock(path / "lock")
@@ -230,7 +228,7 @@ class FileStore:
 
     async def delete(self, address: bytes) -> bool:
         """See Store."""
-        self._manifests.pop(address, None)
+        self._manifests.drop(address)
         change = await self.index.delete(address)
         await self.settle(change)
         return bool(change.unused)
@@ -318,14 +316,7 @@ class FileStore:
                 raise not_found(address)
             if manifest.address != address:
                 raise DamagedChunk(None)
-            self._manifests[address] = manifest
-            spare = MAX_CHUNKS - sum(len(cached.chunks) for cached in self._manifests.values())
-            while len(self._manifests) > MAX_CACHED_MANIFESTS or (
-                spare < 0 and len(self._manifests) > 1
-            ):
-                _, dropped = self._manifests.popitem(last=False)
-                spare += len(dropped.chunks)
-        self._manifests.move_to_end(address)
+            self._manifests.add(address, manifest)
         return manifest
 
     async def _read(self, row: Row, first: int, end: int) -> bytes:
@@ -354,7 +345,7 @@ class FileStore:
         change = await self.index.demote(row, damage.index)
         if change is None:
             return
-        self._manifests.pop(row.info.address, None)
+        self._manifests.drop(row.info.address)
         await self.settle(change)
         part = "its bytes" if damage.index is None else f"chunk {damage.index}"
         raise VerificationError(

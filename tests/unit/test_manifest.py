@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from p2pflop.dht.manifest import (
     CHUNK_BYTES,
     MAX_BLOB_BYTES,
+    MAX_CACHED_MANIFESTS,
+    MAX_CHUNKS,
     MAX_COLLECTION_ENTRIES,
     Collection,
     CollectionEntry,
     Manifest,
     ManifestBuilder,
+    ManifestCache,
     address_of,
     chunk_count,
     collection_of,
@@ -161,3 +164,24 @@ def test_the_most_entries_of_a_collection() -> None:
     entries = tuple(CollectionEntry(name, HASH, 1) for name in [*sorted(blobs), "one more"])
     with pytest.raises(ProtocolError):
         decode(Collection, encode(Collection(1, entries)))
+
+
+def test_the_cache_of_manifests_drops_what_was_not_used_for_longest() -> None:
+    cache = ManifestCache()
+    keys = [number.to_bytes(32, "big") for number in range(MAX_CACHED_MANIFESTS + 1)]
+    for key in keys[:-1]:
+        cache.add(key, manifest_of(b""))
+    assert cache.get(keys[0]) is not None
+    cache.add(keys[-1], manifest_of(b""))
+    assert cache.get(keys[0]) is not None
+    assert cache.get(keys[1]) is None
+    cache.drop(keys[0])
+    assert cache.get(keys[0]) is None
+
+
+def test_the_cache_of_manifests_bounds_their_hashes() -> None:
+    cache = ManifestCache()
+    half = Manifest(1, MAX_BLOB_BYTES // 2, CHUNK_BYTES, (HASH,) * (MAX_CHUNKS // 2))
+    for name in (b"a", b"b", b"b", b"c"):
+        cache.add(name, half)
+    assert [cache.get(name) is not None for name in (b"a", b"b", b"c")] == [False, True, True]
