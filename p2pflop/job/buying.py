@@ -239,8 +239,8 @@ class Buying:
                 if state is State.CONFIRMING:
                     return Move(Edge.STARTED)
                 return Move(Edge.ALIVE if state is State.RUNNING else Edge.QUIET)
-            case _ if state is State.VERIFYING:
-                # All that is still needed can come over other streams.
+            case _ if state in (State.RANKING, State.VERIFYING):
+                # No stream is needed yet, or all that is needed can come over another one.
                 return Move(Edge.QUIET)
             case Lost(reason):
                 return self._fall(f"the provider was lost: {reason}", state, now_ns, Edge.LOST)

@@ -127,6 +127,7 @@ BUYER: Final[Table] = {
         Edge.SILENT: State.FAILED,
         Edge.DEADLINE: State.FAILED,
         Edge.CANCEL: State.CANCELLED,
+        Edge.QUIET: State.RANKING,
     },
     State.BIDDING: {
         Edge.FILL: State.CONFIRMING,
@@ -341,7 +342,7 @@ class Lifecycle(Generic[SideT]):
     def start(self, now_ns: int) -> list[Action]:
         """To be called once, before the first event of a new job."""
         body = _PARTS.encode(self.side.start_parts())
-        return [Persist(Edge.START, body), *self._arm(now_ns)]
+        return [Persist(Edge.START.value, body), *self._arm(now_ns)]
 
     def on(self, event: Event, now_ns: int) -> list[Action]:
         """Take in an event. Raises ProtocolError, changing nothing, if it is not allowed now."""
@@ -388,7 +389,7 @@ class Lifecycle(Generic[SideT]):
         if move.edge in VOLATILE:
             renewed = move.edge is Edge.ALIVE
             return [*move.actions, *(self._arm(now_ns) if renewed else ())]
-        actions: list[Action] = [Persist(move.edge, _PARTS.encode(move.parts)), *move.actions]
+        actions: list[Action] = [Persist(move.edge.value, _PARTS.encode(move.parts)), *move.actions]
         self.state = after
         self.side.apply(move.edge, move.parts)
         if self.ended:

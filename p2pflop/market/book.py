@@ -29,7 +29,7 @@ from blake3 import blake3
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.ids import content_hash
 from p2pflop.market.records import MAX_SHEET_LIFETIME_NS, Ask, Rejected, Sheet
-from p2pflop.market.sheets import OpenSheet, check_sheet
+from p2pflop.market.sheets import OpenSheet, open_sheet
 from p2pflop.wire import DEFAULT_NETWORK, U63, Hash, Key, Record, open_sealed
 
 MAX_SHEETS: Final = 16_384
@@ -56,6 +56,14 @@ class Equivocation:
     number: int
     first: bytes
     second: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Dump:
+    """A book at rest: envelopes of sheets, pairs of envelopes that prove equivocation."""
+
+    sheets: tuple[bytes, ...]
+    proofs: tuple[tuple[bytes, bytes], ...]
 
 
 class Summary(Record, frozen=True):
@@ -149,22 +157,9 @@ class Book:
 
     def apply(self, sheet: OpenSheet, now_ns: int) -> Applied | Equivocation | Rejected:
         """Take in a checked sheet. An Equivocation is new proof, to be passed on."""
-        record, node = sheet.sheet, sheet.node
-        if record.expires_ns <= now_ns:
+        if sheet.sheet.expires_ns <= now_ns:
             return Rejected("sheet has expired")
-        proof = self._proofs.get(node)
-        if proof is not None and record.number <= proof[0].number:
-            return Rejected("node has equivocated about this number or a later one")
-        known = self._entries.get(node)
-        if known is not None:
-            if known.sheet.sealed.id == sheet.sealed.id:
-                return Applied(changed=False)
-            if known.sheet.sheet.number > record.number:
-                return Rejected(f"sheet {record.number} is older than {known.sheet.sheet.number}")
-            if known.sheet.sheet.number == record.number:
-                return self._convict(known.sheet, sheet)
-        attested = self._is_attested(sheet.account, now_ns)
-        return self._place(sheet, attested)
+        return self._take(sheet, now_ns)
 
     def apply_equivocation(
         self, first: bytes, second: bytes, now_ns: int
@@ -263,19 +258,37 @@ class Book:
         found = (self.get(node, now_ns) for node in nodes)
         return tuple(sheet.sealed.wire for sheet in found if sheet is not None)
 
-    def dump(self) -> tuple[bytes, ...]:
-        """Every envelope, those of proofs too, for ``load`` after a restart."""
-        proofs = [wire for proof in self.proofs() for wire in (proof.first, proof.second)]
-        return (*proofs, *(entry.sheet.sealed.wire for entry in self._entries.values()))
+    def dump(self) -> Dump:
+        """All that a restart must not forget, expired sheets that guard against replay too."""
+        return Dump(
+            tuple(entry.sheet.sealed.wire for entry in self._entries.values()),
+            tuple((proof.first, proof.second) for proof in self.proofs()),
+        )
 
-    def load(self, wires: Iterable[bytes], now_ns: int) -> int:
-        """Check and apply envelopes; how many are in the book now that were not."""
-        before = len(self._entries)
-        for wire in wires:
-            sheet = check_sheet(wire, self._network, now_ns)
-            if isinstance(sheet, OpenSheet):
-                self.apply(sheet, now_ns)
-        return len(self._entries) - before
+    def load(self, dump: Dump, now_ns: int) -> None:
+        """Take in a dump, checking everything in it; what does not check is left out."""
+        for first, second in dump.proofs:
+            self.apply_equivocation(first, second, now_ns)
+        for wire in dump.sheets:
+            sheet = open_sheet(wire, self._network)
+            if isinstance(sheet, OpenSheet) and _kept_until_ns(sheet.sheet) > now_ns:
+                self._take(sheet, now_ns)
+
+    def _take(self, sheet: OpenSheet, now_ns: int) -> Applied | Equivocation | Rejected:
+        record, node = sheet.sheet, sheet.node
+        proof = self._proofs.get(node)
+        if proof is not None and record.number <= proof[0].number:
+            return Rejected("node has equivocated about this number or a later one")
+        known = self._entries.get(node)
+        if known is not None:
+            if known.sheet.sealed.id == sheet.sealed.id:
+                return Applied(changed=False)
+            if known.sheet.sheet.number > record.number:
+                return Rejected(f"sheet {record.number} is older than {known.sheet.sheet.number}")
+            if known.sheet.sheet.number == record.number:
+                return self._convict(known.sheet, sheet)
+        attested = self._is_attested(sheet.account, now_ns)
+        return self._place(sheet, attested)
 
     def _place(self, sheet: OpenSheet, attested: bool) -> Applied | Rejected:
         node, account = sheet.node, sheet.account

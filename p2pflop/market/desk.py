@@ -131,7 +131,7 @@ class BuyerDesk:
 
     def check_abandon(self, wire: bytes, bid: bytes, fill: bytes) -> str:
         """See the protocol."""
-        return self._records.check_abandon(wire, bid, fill, self._key.public_key)
+        return self._records.check_abandon(wire, bid, fill)
 
 
 class ProviderDesk:
@@ -215,7 +215,7 @@ class ProviderDesk:
 
     def check_abandon(self, wire: bytes, bid: bytes, fill: bytes) -> str:
         """See the protocol."""
-        return self._records.check_abandon(wire, bid, fill, self._key.public_key)
+        return self._records.check_abandon(wire, bid, fill)
 
 
 class _Records:
@@ -254,11 +254,9 @@ class _Records:
             key, opened, from_step=step, root=root, reason=reason, network=self._network
         ).wire
 
-    def check_abandon(self, wire: bytes, bid: bytes, fill: bytes, own: bytes) -> str:
+    def check_abandon(self, wire: bytes, bid: bytes, fill: bytes) -> str:
         bought, opened = self.get(Bid, bid), self.get(Fill, fill)
         abandon: Sealed[Abandon] = _accept(check_abandon(wire, bought, opened, self._network))
-        if abandon.signer == own:
-            raise ProtocolError("abandon is this node's own, sent back")
         return abandon.record.reason
 
 

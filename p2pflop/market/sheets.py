@@ -154,14 +154,22 @@ def make_sheet(
 
 def check_sheet(data: bytes, network: str, now_ns: int) -> OpenSheet | Rejected:
     """Open a sheet from anywhere. Costs at most two signature checks; touches no state."""
+    opened = open_sheet(data, network)
+    if isinstance(opened, Rejected):
+        return opened
+    if opened.sheet.issued_ns > now_ns + CLOCK_TOLERANCE_NS:
+        return Rejected("sheet is from the future")
+    if opened.sheet.expires_ns <= now_ns:
+        return Rejected("sheet has expired")
+    return opened
+
+
+def open_sheet(data: bytes, network: str) -> OpenSheet | Rejected:
+    """All of ``check_sheet`` but the clock."""
     try:
         sealed = open_sealed(Sheet, data, network)
     except (ProtocolError, VerificationError) as error:
         return Rejected(error.message)
-    if sealed.record.issued_ns > now_ns + CLOCK_TOLERANCE_NS:
-        return Rejected("sheet is from the future")
-    if sealed.record.expires_ns <= now_ns:
-        return Rejected("sheet has expired")
     account = _check_rules(sealed, network)
     return account if isinstance(account, Rejected) else OpenSheet(sealed, account)
 

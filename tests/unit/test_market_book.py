@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from p2pflop.market.book import MAX_PROOFS, Applied, Book, Equivocation, Summaries
+from p2pflop.market.book import MAX_PROOFS, Applied, Book, Dump, Equivocation, Summaries
 from p2pflop.market.records import MAX_SHEET_LIFETIME_NS, Rejected
 from p2pflop.market.samples import NOW_NS, ask, book, party
+from p2pflop.market.sheets import OpenSheet, check_sheet
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import decode, encode
 
 SELLER = party(1)
+
+
+def tell(book: Book, wires: tuple[bytes, ...]) -> None:
+    for wire in wires:
+        sheet = check_sheet(wire, "main", NOW_NS)
+        assert isinstance(sheet, OpenSheet)
+        book.apply(sheet, NOW_NS)
 
 
 def test_the_latest_number_wins_in_either_order() -> None:
@@ -202,8 +210,8 @@ def test_two_books_exchange_what_differs_and_no_more() -> None:
     told = decode(Summaries, encode(there.summaries(NOW_NS)))
     wanted = here.missing(told)
     assert set(wanted) == {theirs.node, newer.node}
-    assert here.load(there.wires(wanted, NOW_NS), NOW_NS) == 1
-    there.load(here.wires(there.missing(here.summaries(NOW_NS)), NOW_NS), NOW_NS)
+    tell(here, there.wires(wanted, NOW_NS))
+    tell(there, here.wires(there.missing(here.summaries(NOW_NS)), NOW_NS))
     assert here.digest(NOW_NS) == there.digest(NOW_NS)
     assert here.missing(there.summaries(NOW_NS)) == ()
 
@@ -211,7 +219,7 @@ def test_two_books_exchange_what_differs_and_no_more() -> None:
 def test_a_conflict_is_worth_asking_for() -> None:
     here, there = book(SELLER.sheet(ask(1))), book(SELLER.sheet(ask(2)))
     (node,) = here.missing(there.summaries(NOW_NS))
-    here.load(there.wires([node], NOW_NS), NOW_NS)
+    tell(here, there.wires([node], NOW_NS))
     assert len(here.proofs()) == 1
     assert here.missing(there.summaries(NOW_NS)) == ()
 
@@ -225,8 +233,22 @@ def test_a_dump_loads_with_its_proofs() -> None:
     assert {proof.node for proof in again.proofs()} == {proof.node for proof in made.proofs()}
 
 
+def test_a_restart_forgets_no_guard_against_replay() -> None:
+    old, withdrawal = SELLER.sheet(ask()), SELLER.sheet(number=2, lifetime_ns=60 * NS_PER_S)
+    convicted = [party(2).sheet(lifetime_ns=number * NS_PER_S) for number in (60, 61)]
+    made = book(old, withdrawal, *convicted)
+    now_ns = NOW_NS + 120 * NS_PER_S
+    again = book()
+    again.load(made.dump(), now_ns)
+    assert isinstance(again.apply(old, now_ns), Rejected)
+    assert isinstance(again.apply(party(2).sheet(ask()), now_ns), Rejected)
+
+
 def test_junk_in_a_dump_is_skipped() -> None:
-    assert book().load([b"", b"junk", party(2).sheet(ask()).sealed.wire], NOW_NS) == 1
+    made = book()
+    sheet = party(2).sheet(ask())
+    made.load(Dump((b"", b"junk", sheet.sealed.wire), ((b"", b""),)), NOW_NS)
+    assert made.view(NOW_NS).sheets == (sheet,)
 
 
 def test_a_secret_has_a_fixed_length() -> None:

@@ -1,0 +1,411 @@
+"""Both sides brought to each state by hand: what each accepts there, and each limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from p2pflop.errors import ProtocolError
+from p2pflop.ids import content_hash
+from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS, Buying, buyer
+from p2pflop.job.events import (
+    DEADLINE,
+    ENDS,
+    Action,
+    Alive,
+    Blame,
+    Cancel,
+    Checkpointed,
+    Deny,
+    Done,
+    Event,
+    Fault,
+    Finish,
+    Grant,
+    Lost,
+    Ranked,
+    Ready,
+    Received,
+    Refuted,
+    Reveal,
+    Send,
+    SetTimer,
+    State,
+    Timer,
+    Verified,
+    Withdraw,
+)
+from p2pflop.job.lifecycle import (
+    BUYER,
+    BUYER_LIMITS,
+    CONFIRM_WITHIN_NS,
+    PROVIDER,
+    PROVIDER_LIMITS,
+    VOLATILE,
+    Edge,
+    Lifecycle,
+)
+from p2pflop.job.selling import Selling, provider
+from p2pflop.market.receipts import countersign
+from p2pflop.market.records import Abandon, Confirm, Receipt
+from p2pflop.market.samples import (
+    DEADLINE_NS,
+    NOW_NS,
+    RESULT,
+    ROOT,
+    SALT,
+    STEPS,
+    Party,
+    ask,
+    buyer_desk,
+    deals,
+    party,
+    provider_desk,
+)
+from p2pflop.units import NS_PER_S
+from p2pflop.wire import open_sealed, seal
+
+SHOPPER = party(0)
+HALF = content_hash(b"half way")
+
+
+@dataclass
+class Pair:
+    """Both sides brought to a state, message by message, without a driver."""
+
+    buyer: Lifecycle[Buying]
+    provider: Lifecycle[Selling]
+    seller: Party
+
+    def to_provider(self, actions: list[Action], now_ns: int = NOW_NS) -> list[Action]:
+        return [
+            made
+            for action in actions
+            if isinstance(action, Send)
+            for made in self.provider.on(Received(action.wire, action.salt), now_ns)
+        ]
+
+    def to_buyer(self, actions: list[Action], now_ns: int = NOW_NS) -> list[Action]:
+        return [
+            made
+            for action in actions
+            if isinstance(action, Send)
+            for made in self.buyer.on(Received(action.wire, action.salt), now_ns)
+        ]
+
+
+def pair(until: State) -> Pair:
+    """``until`` is the buyer's or the provider's state at which to stop."""
+    seller = party(1)
+    made = buyer(buyer_desk(SHOPPER, deals(seller.sheet(ask()))), DEADLINE_NS)
+    made.start(NOW_NS)
+    made.on(Ranked(), NOW_NS)
+    sale = provider(provider_desk(seller), made.side.bid, DEADLINE_NS)
+    sale.start(NOW_NS)
+    both = Pair(made, sale, seller)
+    steps: list[Callable[[], object]] = [
+        lambda: both.to_buyer(sale.on(Grant(), NOW_NS)),
+        lambda: sale.on(Received(made.side.confirm), NOW_NS),
+        lambda: (sale.on(Ready(), NOW_NS), made.on(Alive(), NOW_NS)),
+        lambda: both.to_buyer(sale.on(Done(STEPS, ROOT, RESULT, SALT), NOW_NS)),
+        lambda: both.to_buyer(sale.on(Reveal(), NOW_NS)),
+        lambda: both.to_provider(made.on(Verified(1), NOW_NS)),
+    ]
+    for step in steps:
+        if until in (made.state, sale.state):
+            return both
+        step()
+    assert until in (made.state, sale.state)
+    return both
+
+
+def test_a_confirm_must_come_within_two_seconds() -> None:
+    both = pair(State.LEASED)
+    late = NOW_NS + CONFIRM_WITHIN_NS
+    assert both.provider.on(Timer("confirm"), late - 1) == [], "an early timer is ignored"
+    actions = both.provider.on(Received(both.buyer.side.confirm), late)
+    assert both.provider.state is State.RELEASED, "the limit wins over a late event"
+    finish = actions[-1]
+    assert isinstance(finish, Finish)
+    assert finish.blame is Blame.BUYER
+    again = both.to_buyer(actions)
+    assert both.buyer.state is State.FAILED, "the buyer hears of it and has no other deal"
+    assert again
+
+
+@pytest.mark.parametrize("state", [State.BIDDING, State.CONFIRMING, State.RUNNING])
+def test_a_silent_provider_is_given_up(state: State) -> None:
+    both = pair(state)
+    limit = BUYER_LIMITS[state]
+    assert both.buyer.on(Timer(limit.name), NOW_NS + limit.after_ns - 1) == []
+    actions = both.buyer.on(Timer(limit.name), NOW_NS + limit.after_ns)
+    finish = actions[-1]
+    assert isinstance(finish, Finish)
+    assert f"silent for {limit.after_ns // NS_PER_S} s" in finish.reason
+    fenced = any(isinstance(action, Send) and action.kind == "abandon" for action in actions)
+    assert fenced == (state is not State.BIDDING)
+
+
+def test_signs_of_life_renew_the_limit() -> None:
+    both = pair(State.RUNNING)
+    limit = BUYER_LIMITS[State.RUNNING]
+    now_ns = NOW_NS
+    for _ in range(5):
+        now_ns += limit.after_ns - 1
+        both.buyer.on(Alive(), now_ns)
+        both.provider.on(Alive(), now_ns)
+    assert both.buyer.state is State.RUNNING
+    assert both.provider.state is State.RUNNING
+
+
+def test_the_deadline_ends_what_is_not_delivered_and_spares_what_is() -> None:
+    running = pair(State.RUNNING)
+    for at_ns in range(NOW_NS, DEADLINE_NS, 20 * NS_PER_S):
+        running.buyer.on(Alive(), at_ns)
+        running.provider.on(Alive(), at_ns)
+    for life in (running.buyer, running.provider):
+        actions = life.on(Timer(DEADLINE), DEADLINE_NS)
+        assert isinstance(actions[-1], Finish)
+        assert "deadline" in actions[-1].reason
+    delivered = pair(State.VERIFYING)
+    assert not [
+        a for a in delivered.buyer.on(Verified(1), DEADLINE_NS + 1) if isinstance(a, SetTimer)
+    ]
+    assert delivered.buyer.state is State.SETTLED
+
+
+def test_cancelling_fences_and_releases_the_provider() -> None:
+    for state in (State.BIDDING, State.CONFIRMING, State.RUNNING, State.VERIFYING):
+        both = pair(state)
+        actions = both.buyer.on(Cancel(), NOW_NS)
+        assert both.buyer.state is State.CANCELLED
+        if state is not State.BIDDING:
+            both.to_provider(actions)
+            assert both.provider.ended
+            assert both.buyer.on(Cancel(), NOW_NS) == []
+
+
+def test_an_abandon_is_fenced_at_the_last_countersigned_step() -> None:
+    both = pair(State.RUNNING)
+    both.to_buyer(both.provider.on(Checkpointed(STEPS // 2, HALF), NOW_NS))
+    both.to_provider(both.buyer.on(Verified(1), NOW_NS))
+    (abandon,) = [a for a in both.buyer.on(Cancel(), NOW_NS) if isinstance(a, Send)]
+    record = open_sealed(Abandon, abandon.wire).record
+    assert (record.from_step, record.root) == (STEPS // 2, HALF)
+    both.provider.on(Received(abandon.wire), NOW_NS)
+    assert both.provider.state is State.RELEASED
+    assert both.provider.side.countersigned, "what was countersigned stays owed"
+
+
+def test_a_wrong_delivery_is_not_countersigned() -> None:
+    both = pair(State.VERIFYING)
+    actions = both.buyer.on(Refuted("chunk 3 is missing"), NOW_NS)
+    assert both.buyer.state is State.FAILED
+    assert not both.buyer.side.countersigned
+    both.to_provider(actions)
+    assert both.provider.state is State.FAILED
+    assert "chunk 3 is missing" in both.provider.side.outcome()[0]
+
+
+def test_a_result_must_be_the_one_committed_to() -> None:
+    both = pair(State.COMMITTED)
+    (receipt,) = [a for a in both.provider.on(Reveal(), NOW_NS) if isinstance(a, Send)]
+    before = both.buyer.state
+    with pytest.raises(ProtocolError, match="committed"):
+        both.buyer.on(Received(receipt.wire, ROOT), NOW_NS)
+    with pytest.raises(ProtocolError, match="salt"):
+        both.buyer.on(Received(receipt.wire), NOW_NS)
+    assert both.buyer.state is before
+    assert both.buyer.on(Received(receipt.wire, SALT), NOW_NS)
+
+
+def test_a_result_before_its_commit_is_refused() -> None:
+    both = pair(State.RUNNING)
+    both.provider.on(Done(STEPS, ROOT, RESULT, SALT), NOW_NS)
+    with pytest.raises(ProtocolError, match="before its commit"):
+        both.to_buyer(both.provider.on(Reveal(), NOW_NS))
+
+
+def test_a_fault_of_the_job_is_told_apart_from_one_of_the_provider() -> None:
+    for job_fault, blame in [(True, Blame.JOB), (False, Blame.PROVIDER)]:
+        told = pair(State.RUNNING)
+        actions = told.provider.on(Fault("out of memory", job_fault), NOW_NS)
+        assert told.provider.state is State.FAILED
+        finish = told.to_buyer(actions)[-1]
+        assert isinstance(finish, Finish)
+        assert (finish.state, finish.blame) == (State.FAILED, blame)
+        unsigned = pair(State.RUNNING)
+        last = unsigned.buyer.on(Fault("out of memory", job_fault), NOW_NS)[-1]
+        assert isinstance(last, Finish)
+        assert last.blame is blame
+
+
+def test_a_lease_given_back_before_the_start_moves_the_buyer_on() -> None:
+    sellers = [party(1), party(2)]
+    found = deals(*(seller.sheet(ask()) for seller in sellers))
+    first = next(s for s in sellers if s.node.public_key == found[0].node)
+    made = buyer(buyer_desk(SHOPPER, found), DEADLINE_NS)
+    made.start(NOW_NS)
+    made.on(Ranked(), NOW_NS)
+    sale = provider(provider_desk(first), made.side.bid, DEADLINE_NS)
+    sale.start(NOW_NS)
+    both = Pair(made, sale, first)
+    both.to_provider(both.to_buyer(sale.on(Grant(), NOW_NS)))
+    sent = both.to_buyer(sale.on(Withdraw("cost"), NOW_NS))
+    assert [a.kind for a in sent if isinstance(a, Send)] == ["bid"]
+    assert made.state is State.BIDDING
+    assert sale.state is State.RELEASED
+
+
+def test_the_same_bid_gets_the_same_bytes_in_every_state() -> None:
+    for state in (State.LEASED, State.PREPARING, State.RUNNING, State.COMMITTED, State.SETTLED):
+        both = pair(state)
+        assert both.provider.on(Received(both.provider.side.bid), NOW_NS) == [
+            Send("fill", both.provider.side.fill)
+        ]
+    denied = pair(State.OFFERED).provider
+    reject = [a for a in denied.on(Deny("busy"), NOW_NS) if isinstance(a, Send)]
+    assert denied.on(Received(denied.side.bid), NOW_NS) == reject
+    other = buyer(buyer_desk(party(5), deals(party(1).sheet(ask()))), DEADLINE_NS)
+    other.start(NOW_NS)
+    other.on(Ranked(), NOW_NS)
+    with pytest.raises(ProtocolError, match="another bid"):
+        denied.on(Received(other.side.bid), NOW_NS)
+
+
+def test_a_settled_buyer_repeats_its_countersignature() -> None:
+    both = pair(State.SETTLED)
+    wire = both.provider.side.receipt
+    again = both.buyer.on(Received(wire, SALT), NOW_NS)
+    assert again == [Send("countersign", both.buyer.side.countersigned)]
+    assert both.provider.on(Received(both.buyer.side.countersigned), NOW_NS) == []
+
+
+def test_a_stranger_cannot_confirm_countersign_or_abandon() -> None:
+    stranger = party(9).node
+    leased = pair(State.LEASED)
+    confirm = open_sealed(Confirm, leased.buyer.side.confirm).record
+    with pytest.raises(ProtocolError, match="buyer's word"):
+        leased.provider.on(Received(seal(confirm, stranger).wire), NOW_NS)
+    both = pair(State.RECEIPTED)
+    receipt = open_sealed(Receipt, both.provider.side.receipt)
+    with pytest.raises(ProtocolError, match="countersigned"):
+        both.provider.on(Received(countersign(stranger, receipt).wire), NOW_NS)
+    assert both.provider.state is State.RECEIPTED
+
+
+def test_a_node_may_buy_from_itself_and_abandon_that() -> None:
+    (deal,) = deals(SHOPPER.sheet(ask()))
+    made = buyer(buyer_desk(SHOPPER, [deal]), DEADLINE_NS)
+    made.start(NOW_NS)
+    made.on(Ranked(), NOW_NS)
+    sale = provider(provider_desk(SHOPPER), made.side.bid, DEADLINE_NS)
+    sale.start(NOW_NS)
+    both = Pair(made, sale, SHOPPER)
+    both.to_provider(both.to_buyer(sale.on(Grant(), NOW_NS)))
+    both.to_provider(made.on(Cancel(), NOW_NS))
+    assert (made.state, sale.state) == (State.CANCELLED, State.RELEASED)
+
+
+def test_unsigned_receipts_are_bounded_on_both_sides() -> None:
+    both = pair(State.RUNNING)
+    for step in range(1, MAX_UNSIGNED_RECEIPTS + 1):
+        root = content_hash(bytes([step]))
+        both.to_buyer(both.provider.on(Checkpointed(step, root), NOW_NS))
+    assert len(both.buyer.side.unsigned) == MAX_UNSIGNED_RECEIPTS
+    assert both.provider.on(Checkpointed(STEPS - 1, ROOT), NOW_NS) == []
+    both.to_provider(both.buyer.on(Verified(MAX_UNSIGNED_RECEIPTS), NOW_NS))
+    assert both.buyer.side.unsigned == both.provider.side.unsigned == {}
+    assert both.to_buyer(both.provider.on(Checkpointed(STEPS - 1, ROOT), NOW_NS))
+
+
+ALL_EVENTS: list[Event] = [
+    Alive(),
+    Lost("x"),
+    Fault("x"),
+    Ranked(),
+    Verified(1),
+    Refuted("x"),
+    Cancel(),
+    Grant(),
+    Deny("x"),
+    Ready(),
+    Checkpointed(1, ROOT),
+    Done(STEPS, ROOT, RESULT, SALT),
+    Reveal(),
+    Withdraw("x"),
+    Received(b"junk"),
+    Received(pair(State.BIDDING).buyer.side.bid),
+    Received(pair(State.CONFIRMING).buyer.side.fill),
+    Received(pair(State.CONFIRMING).buyer.side.confirm),
+    Received(pair(State.SETTLED).provider.side.commit),
+    Received(pair(State.SETTLED).provider.side.receipt, SALT),
+    Received(pair(State.SETTLED).buyer.side.countersigned),
+]
+
+
+@pytest.mark.parametrize("state", sorted({*BUYER, *PROVIDER} - {State.RANKING, State.CANCELLED}))
+@pytest.mark.parametrize("event", ALL_EVENTS, ids=lambda event: type(event).__name__)
+def test_any_event_in_any_state_is_taken_or_refused_by_name(state: State, event: Event) -> None:
+    for side, table in (("buyer", BUYER), ("provider", PROVIDER)):
+        if state not in table or state in (State.RELEASED, State.FAILED):
+            continue
+        both = pair(state)
+        life: Lifecycle[Buying] | Lifecycle[Selling] = getattr(both, side)
+        before, refused = life.state, ""
+        try:
+            life.on(event, NOW_NS)
+        except ProtocolError as error:
+            refused = error.message
+        if refused:
+            assert life.state is before
+        assert before in refused or "not allowed" not in refused
+        assert life.state in set(table[before].values()) | {before}
+
+
+@pytest.mark.parametrize(
+    ("table", "limits", "initial"),
+    [(BUYER, BUYER_LIMITS, State.RANKING), (PROVIDER, PROVIDER_LIMITS, State.OFFERED)],
+)
+def test_every_state_is_reached_bounded_and_leads_to_an_end(
+    table: dict[State, dict[Edge, State]], limits: dict[State, object], initial: State
+) -> None:
+    reached, frontier = {initial}, [initial]
+    while frontier:
+        for after in table[frontier.pop()].values():
+            if after not in reached:
+                reached.add(after)
+                frontier.append(after)
+    assert reached == set(table)
+    assert set(limits) == set(table) - ENDS
+    ending = set(ENDS)
+    while True:
+        more = {s for s, row in table.items() if s not in ending and ending & set(row.values())}
+        if not more:
+            break
+        ending |= more
+    assert ending >= set(table)
+    for state, row in table.items():
+        for edge, after in row.items():
+            if edge in VOLATILE:
+                assert after is state
+        if state in ENDS:
+            assert set(row) <= VOLATILE
+
+
+def test_every_limit_moves_its_state_on() -> None:
+    for state, limit in BUYER_LIMITS.items():
+        if state is State.RANKING:
+            made = buyer(buyer_desk(SHOPPER, []), DEADLINE_NS)
+            made.start(NOW_NS)
+        else:
+            made = pair(state).buyer
+        assert made.on(Timer(limit.name), NOW_NS + limit.after_ns)
+        assert made.state is not state
+    for state, limit in PROVIDER_LIMITS.items():
+        sale = pair(state).provider
+        at_ns = NOW_NS + limit.after_ns
+        assert sale.on(Timer(limit.name), at_ns)
+        assert sale.ended
