@@ -28,12 +28,22 @@ elementwise          ``()``                       unary, binary, ternary, broadc
 ==================== ============================ ==================================================
 
 On the wire a graph is one msgpack array of columns: version, params, one byte an operation, all
-references, all attributes, outputs. Columns compress a fifth better than an array a node (zlib 9,
-two-layer transformer with AdamW: 2,982 bytes against 3,721). Slots are written as distances, too:
-a param's from the slot before it, a PARAM node's from the PARAM node before it, an output's node
-from the output before it. Three things make the encoding the only one: no integer has two msgpack
-forms after the comparison at the end of ``decode_graph``, NaN has one bit pattern, and a field's
-type (bool, int, float, None) is never converted.
+references, all attributes, outputs. What repeats in the model must repeat in the bytes, or a
+compressor does not see it:
+
+- a reference to one of the ``NEAR`` nodes before is its distance back, the same in every layer;
+- one to a node farther back would be a new number at every use. The first such use of a node is 0
+  and then the way from the node of the last such first use; later uses are -1, -2, ... for the
+  first, second, ... node that was so used. Shared constants and Adam's scalars become one number
+  each, and the backward pass follows the forward one in equal strides;
+- slots are written as distances, too: a param's from the slot before it, a PARAM node's from the
+  PARAM node before it, an output's node from the output before it.
+
+Eight layers of a transformer with AdamW are 3.4 kB after zlib (7.9 kB with plain distances).
+
+Three things make the encoding the only one: no integer has two msgpack forms after the comparison
+at the end of ``decode_graph``, NaN has one bit pattern, and a field's type (bool, int, float,
+None) is never converted.
 """
 
 from __future__ import annotations
@@ -170,6 +180,7 @@ class Graph:
 
 
 GRAPH_VERSION: Final = 1
+NEAR: Final = 32
 
 UNARY: Final = frozenset(
     {Op.EXP2, Op.LOG2, Op.SIN, Op.SQRT, Op.RECIPROCAL, Op.NEG, Op.TRUNC},
@@ -199,7 +210,6 @@ _ATTRS: Final[dict[Op, int]] = {
 }
 _RULES: Final[dict[int, tuple[Op, int, int]]] = {int(op): (op, _ARITY[op], _ATTRS[op]) for op in Op}
 
-_Index = Annotated[int, msgspec.Meta(ge=0, le=MAX_GRAPH_NODES)]
 _Gap = Annotated[int, msgspec.Meta(ge=0, lt=MAX_GRAPH_PARAMS)]
 _Delta = Annotated[int, msgspec.Meta(ge=-MAX_GRAPH_NODES, le=MAX_GRAPH_NODES)]
 
@@ -224,7 +234,7 @@ class _WireGraph(Record, frozen=True):
     version: Literal[1]
     params: Annotated[tuple[_WireParam, ...], msgspec.Meta(max_length=MAX_GRAPH_PARAMS)]
     ops: Annotated[bytes, msgspec.Meta(max_length=MAX_GRAPH_NODES)]
-    refs: Annotated[tuple[_Index, ...], msgspec.Meta(max_length=MAX_GRAPH_REFS)]
+    refs: Annotated[tuple[_Delta, ...], msgspec.Meta(max_length=MAX_GRAPH_REFS)]
     attrs: Annotated[
         tuple[int | float | bool | None, ...],
         msgspec.Meta(max_length=MAX_GRAPH_ATTRS),
@@ -278,6 +288,7 @@ def _encode(graph: Graph) -> bytes:
     ops = bytearray()
     refs: list[int] = []
     attrs: list[Attr] = []
+    far = _FarNodes()
     last_slot = 0
     for index, node in enumerate(graph.nodes):
         op, arity, count = _RULES[int(node.op)]
@@ -290,7 +301,7 @@ def _encode(graph: Graph) -> bytes:
         for ref in node.refs:
             if not 0 <= ref < index:
                 raise ValueError(f"node {index}: reference {ref} does not point back")
-            refs.append(index - ref)
+            refs.extend(far.write(index, ref))
         if op is Op.PARAM:
             slot = _integer(values[0])
             attrs.append(slot - last_slot)
@@ -338,23 +349,21 @@ def _decode(wire: _WireGraph) -> Graph:
     refs = _Column("references", wire.refs)
     attrs = _Column("attributes", wire.attrs)
     nodes: list[Node] = []
+    far = _FarNodes()
     last_slot = 0
     for index, number in enumerate(wire.ops):
         rule = _RULES.get(number)
         if rule is None:
             raise ValueError(f"node {index}: operation {number} is unknown")
         op, arity, count = rule
-        distances = refs.take(refs.count() if arity == _ANY else arity) if arity else ()
-        for distance in distances:
-            if not 0 < distance <= index:
-                raise ValueError(f"node {index}: reference {distance} back does not exist")
+        found = [far.read(index, refs) for _ in range(refs.count() if arity == _ANY else arity)]
         values = attrs.take(attrs.count() if count == _ANY else count) if count else ()
         if op is Op.PARAM:
             last_slot += _integer(values[0])
             values = (last_slot,)
         elif op is Op.CONST and isinstance(values[1], float) and math.isnan(values[1]):
             values = (values[0], math.nan)
-        nodes.append(Node(op, values, tuple([index - distance for distance in distances])))
+        nodes.append(Node(op, values, tuple(found)))
     refs.close()
     attrs.close()
     return Graph(params, tuple(nodes), tuple(_decode_outputs(wire)))
@@ -396,6 +405,45 @@ class _Column(Generic[T]):
     def close(self) -> None:
         if self.at != len(self.values):
             raise ValueError(f"{len(self.values) - self.at} {self.name} are left over")
+
+
+class _FarNodes:
+    """What both sides remember of references that reach farther back than ``NEAR``."""
+
+    __slots__ = ("nodes", "places")
+
+    def __init__(self) -> None:
+        self.nodes: list[int] = []
+        self.places: dict[int, int] = {}
+
+    def write(self, index: int, ref: int) -> tuple[int, ...]:
+        """The reference from node ``index`` to node ``ref`` as the numbers of the wire."""
+        if index - ref <= NEAR:
+            return (index - ref,)
+        place = self.places.get(ref)
+        return (-1 - place,) if place is not None else (0, ref - self._remember(ref))
+
+    def read(self, index: int, column: _Column[int]) -> int:
+        """The next reference of ``column``, which belongs to node ``index``."""
+        (number,) = column.take(1)
+        if number < 0:
+            if -1 - number >= len(self.nodes):
+                raise ValueError(f"node {index}: reference {number} to no far node")
+            return self.nodes[-1 - number]
+        ref = index - number
+        if number == 0:
+            ref = column.take(1)[0] + (self.nodes[-1] if self.nodes else 0)
+            self._remember(ref)
+        if not 0 <= ref < index:
+            raise ValueError(f"node {index}: reference {ref} does not point back")
+        return ref
+
+    def _remember(self, ref: int) -> int:
+        """Add a node; gives the one added before it, or 0."""
+        last = self.nodes[-1] if self.nodes else 0
+        self.places[ref] = len(self.nodes)
+        self.nodes.append(ref)
+        return last
 
 
 def _attrs(index: int, node: Node, count: int) -> tuple[Attr, ...]:

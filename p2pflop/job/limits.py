@@ -39,7 +39,7 @@ class Limits:
     params: int = MAX_GRAPH_PARAMS
     outputs: int = MAX_GRAPH_OUTPUTS
     depth: int = 20_000
-    chain: int = 1500
+    chain: int = 512
     rank: int = MAX_TENSOR_RANK
     dim: int = MAX_DIM
     numel: int = 2**40

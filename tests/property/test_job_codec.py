@@ -26,6 +26,7 @@ from p2pflop.job.file import (
 from p2pflop.job.graph import (
     BINARY,
     MOVEMENT,
+    NEAR,
     TERNARY,
     Attr,
     Dtype,
@@ -83,8 +84,9 @@ def graphs(draw: st.DrawFn) -> Graph:
     """Any graph that has an encoding, mostly not a valid one."""
     slots = sorted(draw(st.sets(st.integers(0, 5), max_size=4)))
     params = tuple(GraphParam(slot, draw(st.sampled_from(Dtype)), draw(dims)) for slot in slots)
-    nodes: list[Node] = []
-    for index in range(draw(st.integers(1, 12))):
+    lead = draw(st.sampled_from([0, NEAR + 3]))  # so that some references are far
+    nodes = [Node(Op.CONST, (5, 0))] * lead
+    for index in range(lead, lead + draw(st.integers(1, 12))):
         sources = [Op.PARAM, Op.CONST, Op.IOTA]
         op = draw(st.sampled_from(list(Op) if index else sources))
         count = 2 if op in BINARY or op is Op.GATHER else 3 if op in TERNARY else 1

@@ -11,6 +11,7 @@ import pytest
 from p2pflop.errors import JobError, ProtocolError
 from p2pflop.ids import content_hash
 from p2pflop.job.graph import (
+    NEAR,
     Dtype,
     Graph,
     GraphParam,
@@ -93,7 +94,6 @@ def test_equal_numbers_of_other_types_are_other_graphs() -> None:
 
 @pytest.mark.parametrize("value", [-(2**63), 2**64 - 1, None, False])
 def test_the_widest_constants_survive(value: int | None) -> None:
-    assert decode_graph(encode_graph(constant(value))).nodes[0].attrs[1] is not ...
     assert decode_graph(encode_graph(constant(value))) == constant(value)
 
 
@@ -125,8 +125,11 @@ def test_a_graph_without_an_encoding_is_the_jobs_fault(graph: Graph, match: str)
         (0, 2, "valid graph"),
         (2, b"\x00\xff", "operation 255 is unknown"),
         (2, b"\x00", "left over"),
-        (3, [0], "0 back does not exist"),
-        (3, [2], "2 back does not exist"),
+        (3, [0], "references end too early"),
+        (3, [0, 1], "reference 1 does not point back"),
+        (3, [0, 0], "one encoding"),
+        (3, [2], "reference -1 does not point back"),
+        (3, [-1], "to no far node"),
         (3, [], "references end too early"),
         (3, [1, 1], "1 references are left over"),
         (4, [], "attributes end too early"),
@@ -144,6 +147,40 @@ def test_columns_that_do_not_fit_are_refused(column: int, value: object, match: 
     columns = wire()
     columns[column] = value
     refuse(columns, match)
+
+
+def far_graph() -> Graph:
+    """Nodes 0 and 1, then enough others, then references to both at several distances."""
+    fill = [Node(Op.CONST, (5, number)) for number in range(NEAR)]
+    far = [
+        Node(Op.ADD, (), (1, 2)),
+        Node(Op.ADD, (), (0, 1)),
+        Node(Op.ADD, (), (0, NEAR + 1)),
+        Node(Op.ADD, (), (1, 0)),
+    ]
+    nodes = (Node(Op.CONST, (5, 7)), Node(Op.CONST, (5, 8)), *fill, *far)
+    return Graph((), nodes, (Output(len(nodes) - 1),))
+
+
+def test_far_references_repeat() -> None:
+    graph = far_graph()
+    assert wire(graph)[3] == [0, 1, NEAR, 0, -1, -1, -2, 3, -1, -2]
+    assert decode_graph(encode_graph(graph)) == graph
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        [NEAR + 1, NEAR, 0, -1, -1, -2, 3, -1, -2],  # a far node by its distance
+        [0, 1, 0, 1, 0, -2, -1, -3, 3, -1, -3],  # a near node as a far one
+        [0, 1, NEAR, 0, -1, 0, 1, -2, 3, -1, -2],  # a known far node as a new one
+        [0, 1, NEAR, 0, -1, -1, -2, 3, -1, -3],  # one that is not known
+    ],
+)
+def test_references_have_one_form(changed: list[int]) -> None:
+    columns = wire(far_graph())
+    columns[3] = changed
+    refuse(columns, "one encoding|no far node|does not point back")
 
 
 def test_a_slot_past_the_last_is_refused() -> None:

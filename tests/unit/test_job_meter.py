@@ -18,6 +18,7 @@ from p2pflop.job.graph import (
     Op,
     Output,
 )
+from p2pflop.job.limits import Limits
 from p2pflop.job.meter import (
     MAX_LINE_VALUE,
     METER_ID,
@@ -277,7 +278,7 @@ def test_a_line_that_no_bid_can_state_is_refused() -> None:
     nodes = [Node(Op.PARAM, (1,)), Node(Op.EXPAND, (2**18,), (0,))]
     nodes += [Node(Op.SIN, (), (index,)) for index in range(1, 1400)]
     huge = validate(
-        Graph((GraphParam(1, FLOAT32, (2**22,)),), tuple(nodes), (Output(0),)),
+        Graph((GraphParam(1, FLOAT32, (2**22,)),), tuple(nodes), (Output(0),)), Limits(chain=1500)
     )
     assert isinstance(huge, Checked)
     graphs[STEP] = huge
