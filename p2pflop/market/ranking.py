@@ -294,12 +294,14 @@ class _Judge:
 
     def __init__(self, need: Need, policy: Policy, now_ns: int, is_attested: IsAttested) -> None:
         self._need = need
+        self._max_nusd = min(need.max_nusd, MAX_NUSD)
         self._now_ns = now_ns
         self._excluded = frozenset(policy.excluded)
         self._only = frozenset(policy.only)
         self._max_price_nusd = policy.max_price_nusd
         self._attested_only = policy.attested_only
         self._is_attested = is_attested
+        self._choosy = policy != Policy(experience=policy.experience)
         self._experience: dict[tuple[bytes, bytes], int] = {}
         for entry in policy.experience:
             key = (entry.account, entry.class_id)
@@ -313,15 +315,21 @@ class _Judge:
             return MissReason.CLASS
         if ask.memory_bytes < need.memory_bytes:
             return MissReason.MEMORY
-        if ask.valid_until_ns <= self._now_ns or sheet.sheet.expires_ns <= self._now_ns:
+        record = sheet.sealed.record
+        if ask.valid_until_ns <= self._now_ns or record.expires_ns <= self._now_ns:
             return MissReason.EXPIRED
         if need.deadline_ns <= self._now_ns:
             return MissReason.DEADLINE
-        return self._barred(sheet, ask) or self._unfit(sheet, ask, total)
+        if sheet.sealed.signer == need.own_node:
+            return MissReason.OWN_NODE
+        barred = self._barred(sheet, ask) if self._choosy else None
+        if barred is not None:
+            return barred
+        if total > self._max_nusd:
+            return MissReason.BUDGET
+        return self._slow(sheet, ask) if self._experience else None
 
     def _barred(self, sheet: OpenSheet, ask: Ask) -> MissReason | None:
-        if sheet.node == self._need.own_node:
-            return MissReason.OWN_NODE
         if sheet.account in self._excluded or (self._only and sheet.account not in self._only):
             return MissReason.POLICY
         if self._attested_only and not self._is_attested(sheet.account, self._now_ns):
@@ -330,14 +338,9 @@ class _Judge:
             return MissReason.PRICE
         return None
 
-    def _unfit(self, sheet: OpenSheet, ask: Ask, total: int) -> MissReason | None:
-        need = self._need
-        if total > min(need.max_nusd, MAX_NUSD):
-            return MissReason.BUDGET
-        if self._experience:
-            speed = self._experience.get((sheet.account, ask.class_id))
-            if speed is not None:
-                left_ns = need.deadline_ns - self._now_ns
-                if need.flop * NS_PER_S > speed * left_ns:
-                    return MissReason.SLOW
+    def _slow(self, sheet: OpenSheet, ask: Ask) -> MissReason | None:
+        speed = self._experience.get((sheet.account, ask.class_id))
+        left_ns = self._need.deadline_ns - self._now_ns
+        if speed is not None and self._need.flop * NS_PER_S > speed * left_ns:
+            return MissReason.SLOW
         return None
