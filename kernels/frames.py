@@ -276,10 +276,15 @@ notice = msgspec.msgpack.Decoder(Notice)
 T = TypeVar("T")
 
 
-def pack(message: Message) -> bytes:
+_encoder = msgspec.msgpack.Encoder()
+
+
+def pack(message: Message) -> bytearray:
     """``message`` in its frame."""
-    body = msgspec.msgpack.encode(message)
-    return struct.pack(">I", len(body)) + body
+    frame = bytearray(HEADER_BYTES)
+    _encoder.encode_into(message, frame, HEADER_BYTES)
+    struct.pack_into(">I", frame, 0, len(frame) - HEADER_BYTES)
+    return frame
 
 
 def unpack(decoder: msgspec.msgpack.Decoder[T], body: bytes | bytearray | memoryview) -> T:
@@ -319,7 +324,7 @@ class FrameBuffer:
         self._max_bytes = max_bytes
         self._pending = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
+    def feed(self, data: bytes | bytearray) -> Iterator[bytes]:
         """The bodies of all frames that ``data`` completes. Raises ProtocolError."""
         self._pending += data
         while len(self._pending) >= HEADER_BYTES:
@@ -342,11 +347,14 @@ class BlockingPipe:
 
     def send(self, message: Message) -> None:
         """Write one message. Raises OSError if nobody reads."""
-        self.send_body(msgspec.msgpack.encode(message))
+        self._write(pack(message))
 
     def send_body(self, body: bytes) -> None:
         """Write one frame with ``body``. Raises OSError if nobody reads."""
-        view = memoryview(struct.pack(">I", len(body)) + body)
+        self._write(struct.pack(">I", len(body)) + body)
+
+    def _write(self, frame: bytes | bytearray) -> None:
+        view = memoryview(frame)
         while view:
             view = view[os.write(self._write_fd, view) :]
 

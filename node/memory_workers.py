@@ -15,6 +15,7 @@ import trio
 from p2pflop.errors import JobError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.ids import content_hash
 from p2pflop.job.graph import Dtype, graph_hash
+from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import (
     MODE_TRACE,
     ROLE_STATE,
@@ -24,7 +25,6 @@ from p2pflop.job.spec import (
     class_id,
     is_due,
 )
-from p2pflop.job.validate import stored_bytes
 from p2pflop.kernels.engine import WorkSession
 from p2pflop.kernels.frames import PART_BYTES
 from p2pflop.node.worker_types import Paused, PoolStatistics, Rows, WorkerEvent, WorkerLimits

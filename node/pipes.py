@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
 import msgspec
@@ -31,7 +31,6 @@ from p2pflop.kernels.frames import (
 from p2pflop.units import MIB
 
 PIPE_BYTES: Final = MIB
-READ_BYTES: Final = 256 * 1024
 END_SECONDS: Final = 5.0
 
 T = TypeVar("T")
@@ -54,18 +53,17 @@ class FramePipe:
     """Messages over two descriptors, which it owns. Several tasks may send, one may receive."""
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
-        self._reader = trio.lowlevel.FdStream(read_fd)
-        self._writer = trio.lowlevel.FdStream(write_fd)
+        self._reader = _Reader(read_fd)
+        self._write_fd = write_fd
+        os.set_blocking(write_fd, False)
         self._sending = trio.Lock()
-        self._pending = bytearray()
 
     async def send(self, message: Message) -> None:
         """Write one message. Raises EndOfPipe."""
         async with self._sending:
-            try:
-                await self._writer.send_all(pack(message))
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise EndOfPipe from error
+            view = memoryview(pack(message))
+            while view:
+                view = view[await self._write_some(view) :]
 
     async def send_parts(self, data: bytes) -> None:
         """Write ``data`` as parts. Raises EndOfPipe."""
@@ -74,28 +72,76 @@ class FramePipe:
 
     async def receive(self, decoder: msgspec.msgpack.Decoder[T]) -> T:
         """Read one message. Raises EndOfPipe, ProtocolError."""
-        await self._fill(HEADER_BYTES)
-        end = HEADER_BYTES + body_bytes(self._pending[:HEADER_BYTES], MAX_FRAME_BYTES)
-        await self._fill(end)
-        with memoryview(self._pending) as view:
-            message = unpack(decoder, view[HEADER_BYTES:end])
-        del self._pending[:end]
-        return message
+        size = body_bytes(bytes(await self._reader.take(HEADER_BYTES)), MAX_FRAME_BYTES)
+        return unpack(decoder, await self._reader.take(size))
 
-    async def _fill(self, size: int) -> None:
-        while len(self._pending) < size:
-            try:
-                data = await self._reader.receive_some(READ_BYTES)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                raise EndOfPipe from error
-            if not data:
-                raise EndOfPipe
-            self._pending += data
+    async def _write_some(self, view: memoryview) -> int:
+        try:
+            return os.write(self._write_fd, view)
+        except BlockingIOError:
+            await _wait(trio.lowlevel.wait_writable, self._write_fd)
+            return 0
+        except OSError as error:
+            raise EndOfPipe from error
 
     def close(self) -> None:
         """Close both ends."""
         self._reader.close()
-        self._writer.close()
+        self._write_fd = _close(self._write_fd)
+
+
+class _Reader:
+    """A descriptor read into one buffer that lasts: a new megabyte for each frame costs as much
+    in page faults as everything else about it."""
+
+    def __init__(self, descriptor: int) -> None:
+        os.set_blocking(descriptor, False)
+        self._descriptor = descriptor
+        self._buffer = memoryview(bytearray(HEADER_BYTES + MAX_FRAME_BYTES))
+        self._start = self._end = 0
+
+    async def take(self, size: int) -> memoryview:
+        """The next ``size`` bytes, valid until the next call. Raises EndOfPipe."""
+        await trio.lowlevel.checkpoint()
+        if self._start + size > len(self._buffer):
+            rest = bytes(self._buffer[self._start : self._end])
+            self._buffer[: len(rest)] = rest
+            self._start, self._end = 0, len(rest)
+        while self._end - self._start < size:
+            await self._read_some()
+        taken = self._buffer[self._start : self._start + size]
+        self._start += size
+        return taken
+
+    async def _read_some(self) -> None:
+        try:
+            count = os.readv(self._descriptor, [self._buffer[self._end :]])
+        except BlockingIOError:
+            await _wait(trio.lowlevel.wait_readable, self._descriptor)
+            return
+        except OSError as error:
+            raise EndOfPipe from error
+        if count == 0:
+            raise EndOfPipe
+        self._end += count
+
+    def close(self) -> None:
+        self._descriptor = _close(self._descriptor)
+
+
+async def _wait(until: Callable[[int], Awaitable[None]], descriptor: int) -> None:
+    try:
+        await until(descriptor)
+    except trio.ClosedResourceError as error:
+        raise EndOfPipe from error
+
+
+def _close(descriptor: int) -> int:
+    """Close it if it is open, wake whoever waits for it, and give the number of no descriptor."""
+    if descriptor >= 0:
+        trio.lowlevel.notify_closing(descriptor)
+        os.close(descriptor)
+    return -1
 
 
 class ControlledProcess:
@@ -129,7 +175,7 @@ class ControlledProcess:
     async def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
         """Send one message with descriptors. Raises EndOfPipe."""
         data = pack(message)
-        rights = array.array("i", descriptors)
+        rights = array.array("i", descriptors).tobytes()
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if descriptors else []
         async with self._sending:
             try:

@@ -17,8 +17,8 @@ import trio
 
 from p2pflop.errors import JobError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.job.graph import Dtype
+from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import MODE_TRACE, Work, is_due, times_due
-from p2pflop.job.validate import stored_bytes
 from p2pflop.kernels import frames
 from p2pflop.kernels.frames import MAX_ROW_VALUES, PART_BYTES, worker_report
 from p2pflop.kernels.worker import ROWS_INTERVAL_SECONDS
@@ -68,9 +68,8 @@ class ProcessWorker:
         """See ``Worker``. Raises ValueError if the data does not fit the slot."""
         if offset_bytes < 0 or offset_bytes + len(data) > self._slot_bytes(slot):
             raise ValueError(f"{len(data)} bytes at {offset_bytes} do not fit slot {slot}")
-        view = memoryview(data)
-        for start in range(0, len(view), PART_BYTES):
-            chunk = bytes(view[start : start + PART_BYTES])
+        for start in range(0, len(data), PART_BYTES):
+            chunk = data[start : start + PART_BYTES]
             async with self._exchange("writing", ANSWER_SECONDS):
                 await self._child.pipe.send(frames.Write(slot, offset_bytes + start, chunk))
 
@@ -142,7 +141,7 @@ class ProcessWorker:
             raise ProtocolError(f"{type(report).__name__} instead of an acknowledgement")
 
     async def _report(self) -> frames.WorkerReport:
-        report = await self._child.pipe.receive(worker_report)
+        report: frames.WorkerReport = await self._child.pipe.receive(worker_report)
         if isinstance(report, frames.Fault):
             raise fault_error(report)
         return report

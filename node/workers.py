@@ -41,7 +41,7 @@ from p2pflop.node.pipes import EndOfPipe
 from p2pflop.node.plans import PlanCache
 from p2pflop.node.worker_process import ProcessWorker
 from p2pflop.node.worker_types import PoolStatistics, WorkerLimits
-from p2pflop.units import GIB
+from p2pflop.units import GIB, MIB
 
 MAX_WORKERS: Final = 64
 MAX_LOWERINGS: Final = 256
@@ -266,7 +266,9 @@ class WorkerPool:
         kept = {name: os.environ[name] for name in _KEEP_VARIABLES if name in os.environ}
         # Hashes of strings decide orders inside tinygrad: equal graphs, equal plans.
         fixed = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "HOME": "/nonexistent"}
-        return {**kept, **fixed, **classes.environment(), **self._variables}
+        # glibc maps and unmaps every megabyte anew otherwise: half the cost of moving tensors.
+        malloc = {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(32 * MIB)}
+        return {**kept, **fixed, **malloc, **classes.environment(), **self._variables}
 
     async def _lower(self, lowering: _Lowering) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -14,9 +15,6 @@ from pathlib import Path
 
 import pytest
 import trio
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
-import scripted_engine as script
 
 from p2pflop.errors import ConfigError, JobError, ProviderError
 from p2pflop.job.graph import (
@@ -31,6 +29,7 @@ from p2pflop.job.graph import (
 )
 from p2pflop.job.spec import MODE_TRACE, ROLE_STATE, NoSource, Phase, Work, WorkParam
 from p2pflop.kernels import classes
+from p2pflop.kernels.frames import MAX_GRAPH_BYTES
 from p2pflop.node import workers
 from p2pflop.node.plans import PlanCache
 from p2pflop.node.worker_process import ProcessWorker
@@ -39,7 +38,9 @@ from p2pflop.node.workers import MAX_CRASHES, WorkerPool
 from p2pflop.units import MIB
 from p2pflop.wire import encode
 
-ENGINES = Path(script.__file__).parent
+ENGINES = Path(__file__).parents[1] / "engines"
+sys.path.insert(0, str(ENGINES))
+script = importlib.import_module("scripted_engine")
 LIMITS = WorkerLimits(memory_bytes=32 * MIB, cpu_seconds=20, step_seconds=20)
 GRAPH = b"a graph"
 WAIT_SECONDS = 20.0
@@ -172,7 +173,7 @@ class TestHostileWorker:
             (script.EARLY_PAUSE, "a pause at step 2"),
             (script.WRONG_REPORT, "Done during a run"),
             (script.EXIT, "code 3"),
-            (script.RAISE, "KeyError"),
+            (script.RAISE, "IndexError"),
         ],
     )
     async def test_whatever_it_says_is_a_provider_error_and_its_end(
@@ -277,9 +278,9 @@ class TestLimits:
         assert await pool.lower(GRAPH)
 
     async def test_graph(self, pool: WorkerPool) -> None:
-        assert await pool.lower(b"x" * workers.MAX_GRAPH_BYTES)
+        assert await pool.lower(b"x" * MAX_GRAPH_BYTES)
         with pytest.raises(JobError, match="over the limit"):
-            await pool.lower(b"x" * (workers.MAX_GRAPH_BYTES + 1))
+            await pool.lower(b"x" * (MAX_GRAPH_BYTES + 1))
 
     async def test_plan(self, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(workers, "MAX_PLAN_BYTES", len(b"plan of 12"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import json
 import mmap
 import os
@@ -108,7 +109,7 @@ def attempts() -> dict[str, Callable[[], object]]:
             "sched_setaffinity": (0, 8, one),
         }
         for name, arguments in raw.items():
-            tries[f"syscall {name}"] = lambda name=name, values=arguments: call(name, *values)
+            tries[f"syscall {name}"] = functools.partial(call, name, *arguments)
     tries["exec"] = lambda: os.execv("/bin/true", ["true"])  # noqa: S606
     return tries
 

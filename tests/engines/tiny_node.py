@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
-import scripted_engine
 import trio
 
 from p2pflop.job.graph import Dtype, graph_hash
@@ -16,6 +17,7 @@ from p2pflop.node.workers import WorkerPool
 from p2pflop.wire import encode
 
 GRAPH = b"a graph"
+scripted_engine = importlib.import_module("scripted_engine")
 
 
 async def main(folder: Path) -> None:
@@ -32,7 +34,7 @@ async def main(folder: Path) -> None:
             await worker.load(encode(work), {graph_hash(GRAPH): plan})
             pids = pool.statistics().process_ids
             print(*pids, flush=True)
-            with trio.open_signal_receiver(2) as signals:
+            with trio.open_signal_receiver(signal.SIGINT) as signals:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(compute, worker)
                     async for _ in signals:
