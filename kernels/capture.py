@@ -110,7 +110,8 @@ class Stage:
         for held in self.held:
             held.tensor.uop, held.tensor.grad = held.start, held.grad
         with Context(TRAINING=int(training)):
-            returned = function(**{name: arguments[name] for name in parameter_names(function)})
+            known = parameter_names(function)[0] & arguments.keys()
+            returned = function(**{name: arguments[name] for name in sorted(known)})
         name = getattr(function, "__name__", "phase")
         outputs = _outputs(name, returned)
         changed = {
@@ -158,9 +159,15 @@ def unwrap(function: Callable[..., object]) -> Callable[..., object]:
     return plain
 
 
-def parameter_names(function: Callable[..., object]) -> tuple[str, ...]:
-    """The names by which ``function`` takes its arguments."""
-    return tuple(inspect.signature(function).parameters)
+def parameter_names(function: Callable[..., object]) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of all parameters of ``function``, and of those without a default."""
+    named = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    required = (parameter.name for parameter in named if parameter.default is parameter.empty)
+    return frozenset(parameter.name for parameter in named), frozenset(required)
 
 
 def make_stand_in(uop: UOp) -> UOp:

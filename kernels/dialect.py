@@ -3,7 +3,9 @@
 ``gather_rows`` and ``iota`` build exactly what tinygrad builds for ``X[index]`` and ``arange``.
 tinygrad interns its nodes, so ``trace`` recognises these patterns by building them again and
 comparing identity, and ``lower`` gives back the very graph that tinygrad would have scheduled:
-the pattern is fused away as in a native run, and the bytes are the same.
+the pattern is fused away as in a native run, and the bytes are the same. ``nn.Embedding`` writes
+the lookup in its own way, which is recognised too and lowered as ``X[index]``: one row is picked
+either way, so the bytes are equal here as well.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ OPS: Final[dict[Op, Ops]] = {
 OUR_OPS: Final = {theirs: ours for ours, theirs in OPS.items()}
 
 REDUCTIONS: Final = (Ops.ADD, Ops.MUL, Ops.MAX)
+_VIEWS: Final = (Ops.PERMUTE, Ops.EXPAND, Ops.RESHAPE)
 _ARANGE_DTYPES: Final = (dtypes.int32, dtypes.uint32, dtypes.int64, dtypes.weakint)
 
 
@@ -71,25 +74,51 @@ def match_iota(node: UOp) -> tuple[DType, int, int] | None:
 
 
 def match_gather(node: UOp) -> tuple[UOp, UOp] | None:
-    """``(table, index)`` if ``node`` is what ``gather_rows`` builds from them."""
+    """``(table, index)`` if ``node`` is what ``X[index]`` or ``nn.Embedding`` builds from them."""
     if node.op is not Ops.REDUCE or node.arg != (Ops.ADD, 1):
         return None
-    choice = node.src[0]
-    while choice.op is Ops.PERMUTE:
-        choice = choice.src[0]
-    if choice.op is not Ops.WHERE or choice.src[1].op is not Ops.RESHAPE:
+    choice = _behind_views(node.src[0])
+    if choice.op is not Ops.WHERE:
         return None
-    mask, rows, _ = choice.src
-    table = rows.src[0]
-    rank = len(node.shape) - len(table.shape) + 1
-    if rank < 1 or not table.shape or mask.op is not Ops.CMPNE or mask.src[0].op is not Ops.CMPNE:
+    equal = _behind_views(choice.src[0])
+    if equal.op is not Ops.CMPNE or equal.src[0].op is not Ops.CMPNE:
         return None
-    index = mask.src[0].src[0]
-    while index.op in (Ops.PERMUTE, Ops.EXPAND, Ops.RESHAPE):
-        index = index.src[0]
-        if index.shape == node.shape[:rank] and gather_rows(table, index) is node:
-            return table, index
+    rows = choice.src[1]
+    tables = (rows, rows.src[0]) if rows.op is Ops.RESHAPE else (rows,)
+    for table in tables:
+        for side in equal.src[0].src:
+            index = _find_index(node, table, side)
+            if index is not None:
+                return table, index
     return None
+
+
+def _find_index(node: UOp, table: UOp, side: UOp) -> UOp | None:
+    rank = len(node.shape) - len(table.shape) + 1
+    if rank < 1 or not table.shape:
+        return None
+    while side.op in _VIEWS:
+        side = side.src[0]
+        if side.shape == node.shape[:rank] and dtypes.is_int(side.dtype):
+            built = (gather_rows(table, side), _embed(table, side))
+            if any(form is node for form in built):
+                return side
+    return None
+
+
+def _embed(table: UOp, index: UOp) -> UOp:
+    """The rows as ``nn.Embedding`` asks for them: the same values in another order of axes."""
+    width = (1,) * (len(table.shape) - 1)
+    numbers = iota(dtypes.int32, table.shape[0])
+    chosen = numbers.eq(index.reshape((*index.shape, 1)))
+    rows = chosen.reshape(chosen.shape + width).where(table, 0)
+    return rows.sum((len(index.shape),), dtype=table.dtype)
+
+
+def _behind_views(node: UOp) -> UOp:
+    while node.op in _VIEWS:
+        node = node.src[0]
+    return node
 
 
 def _match_arange(node: UOp, start: int) -> tuple[DType, int, int] | None:

@@ -97,8 +97,10 @@ class Session:
 
     def step(self, number: int) -> None:
         """Run the phases that are due at step ``number``, counted from the start of the work."""
+        word = (number % 2**64).to_bytes(8, "little")
         for memory in self._steps:
-            memory.view[:] = number.to_bytes(len(memory.view), "little")
+            size = min(len(word), len(memory.view))
+            memory.view[:size] = word[:size]
         ran = []
         for index, (phase, run) in enumerate(self._phases):
             if is_due(phase, number):

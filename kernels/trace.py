@@ -66,6 +66,7 @@ from p2pflop.wire import encode
 
 STEP_ARGUMENT: Final = "step"
 MAX_SEED: Final = 2**32 - 1
+MAX_NAME: Final = 200
 _REALIZE_HINT: Final = "Call .realize() on it before trace, so that it starts from a blob."
 
 Number = bool | int | float
@@ -121,10 +122,10 @@ def trace(
 def _stand_in_arguments(
     stage: Stage, functions: Sequence[Callable[..., object]], args: Mapping[str, Number]
 ) -> dict[str, Tensor]:
-    names = {name for function in functions for name in parameter_names(function)}
-    missing = sorted(names - set(args) - {STEP_ARGUMENT})
-    unused = sorted(set(args) - names)
-    if missing or unused:
+    known = [parameter_names(function) for function in functions]
+    names = set().union(*(every for every, _ in known))
+    required = set().union(*(needed for _, needed in known)) - {STEP_ARGUMENT}
+    if required - set(args) or set(args) - names:
         raise JobError(
             f"the functions take {', '.join(sorted(names)) or 'nothing'}, "
             f"args gives {', '.join(sorted(args)) or 'nothing'}",
@@ -134,7 +135,7 @@ def _stand_in_arguments(
         if type(value) not in (bool, int, float):
             raise JobError(f"args[{name!r}] is a {type(value).__name__}, not a number")
     tensors = {}
-    for name in sorted(names):
+    for name in sorted(names & (set(args) | {STEP_ARGUMENT})):
         dtype = dtypes.int32 if name == STEP_ARGUMENT else dtypes.from_py(args[name])
         buffer = UOp.new_buffer(Tensor(0.0).device, 1, strong_dtype(dtype))
         stage.arguments[name] = buffer
@@ -267,10 +268,10 @@ class _Builder:
 
     def _labels(self, phases: list[_Phase], slots: list[_Slot], title: str) -> Labels:
         return Labels(
-            title=title or self.recordings[0].name,
-            params=tuple(slot.name for slot in slots),
-            phases=tuple(recording.name for recording in self.recordings),
-            outputs=tuple(phase.names for phase in phases),
+            title=(title or self.recordings[0].name)[:MAX_NAME],
+            params=tuple(slot.name[:MAX_NAME] for slot in slots),
+            phases=tuple(recording.name[:MAX_NAME] for recording in self.recordings),
+            outputs=tuple(tuple(name[:MAX_NAME] for name in phase.names) for phase in phases),
         )
 
     def _graph(self, exporter: Exporter, outputs: Sequence[Output]) -> Graph:

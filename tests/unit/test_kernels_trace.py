@@ -30,7 +30,7 @@ from p2pflop.job.spec import (
     Work,
     WorkParam,
 )
-from p2pflop.kernels.trace import Traced
+from p2pflop.kernels.trace import MAX_NAME, Traced
 from p2pflop.kernels.trace import trace as trace_to
 from p2pflop.wire import decode
 
@@ -131,6 +131,75 @@ def test_rows_by_index_and_counters_are_metered_as_what_they_cost() -> None:
     (checked,) = job.graphs.values()
     assert {Op.GATHER, Op.IOTA} <= {node.op for node in checked.graph.nodes}
     assert job.cost.flop < 5_000
+
+
+def test_an_embedding_is_metered_as_a_lookup() -> None:
+    embedding, words = nn.Embedding(5000, 8), Tensor(np.zeros((2, 3), np.int32))
+    job = opened(trace(lambda: {"vectors": embedding(words)}))
+    graph = job.graphs[job.work.phases[0].graph].graph
+    assert sum(node.op is Op.GATHER for node in graph.nodes) == 1
+    assert job.cost.lines[0].flop < 1_000
+
+
+class Block:
+    def __init__(self, width: int, heads: int) -> None:
+        self.heads = heads
+        self.norms = [nn.LayerNorm(width), nn.LayerNorm(width)]
+        self.mix = [nn.Linear(width, width) for _ in range(4)]
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        y = self.norms[0](x)
+        shape = (batch, length, self.heads, width // self.heads)
+        q, k, v = (layer(y).reshape(shape).transpose(1, 2) for layer in self.mix[:3])
+        mixed = q.scaled_dot_product_attention(k, v, is_causal=True).transpose(1, 2)
+        x = x + self.mix[3](mixed.reshape(batch, length, width))
+        return x + self.narrow(self.wide(self.norms[1](x)).gelu())
+
+
+def gpt_job_bytes(layers: int) -> int:
+    """How much travels for training a transformer of ``layers`` layers with AdamW."""
+    Tensor.manual_seed(0)
+    text = Tensor(np.arange(600, dtype=np.uint8))
+    table, places = nn.Embedding(256, 32), nn.Embedding(16, 32)
+    blocks, head = [Block(32, 2) for _ in range(layers)], nn.Linear(32, 256)
+    opt = nn.optim.AdamW(nn.state.get_parameters([table, places, blocks, head]))
+
+    def train() -> dict[str, Tensor]:
+        opt.zero_grad()
+        rows = Tensor.randint(4, 1, high=580) + Tensor.arange(17).reshape(1, 17)
+        words = text[rows].cast(dtypes.int32)
+        x = table(words[:, :-1]) + places(Tensor.arange(16))
+        for block in blocks:
+            x = block(x)
+        targets = words[:, 1:].reshape(-1)
+        loss = head(x).reshape(-1, 256).sparse_categorical_crossentropy(targets).backward()
+        return {"loss": loss.realize(*opt.schedule_step())}
+
+    return len(encode_body(trace(train, steps=1000).body))
+
+
+def test_a_transformers_job_is_small_and_grows_little_with_its_layers() -> None:
+    one, two = gpt_job_bytes(1), gpt_job_bytes(2)
+    assert two <= 6_000
+    assert two - one <= 1_200
+
+
+def test_a_parameter_with_a_default_needs_no_argument() -> None:
+    pixels = Tensor(PIXELS)
+
+    def look(scale: object = 2.0, *, offset: object = 1) -> dict[str, Tensor]:
+        return {"sum": (pixels * scale + offset).sum()}
+
+    assert "scale" not in params(trace(look))
+    assert "scale" in params(trace(look, args={"scale": 3.0}))
+
+
+def test_a_name_that_is_too_long_is_cut() -> None:
+    pixels = Tensor(PIXELS)
+    traced = trace(lambda: {"x" * 300: pixels.sum()}, title="t" * 300)
+    assert len(traced.labels.title) == len(traced.labels.outputs[0][0]) == MAX_NAME
 
 
 def test_tracing_leaves_the_program_as_it_was() -> None:
