@@ -84,10 +84,14 @@ class Run:
         )
 
     def __iter__(self) -> Iterator[Row]:
+        last = -1
         for event in self.events():
             if event["kind"] == "rows":
                 for row in event["rows"]:
-                    yield Row(row["step"], row["values"])
+                    # A run that was taken up again at a checkpoint tells some steps twice.
+                    if row["step"] > last:
+                        last = row["step"]
+                        yield Row(last, row["values"])
             check_event(event, self.id)
 
     def result(self, timeout: float | None = None) -> Result:
