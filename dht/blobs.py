@@ -176,7 +176,7 @@ class Quota:
             raise StoreError(
                 f"{size_bytes} bytes more would go over the store's quota of {self.quota_bytes};"
                 f" {self.used_bytes} are in use",
-                hint="Delete blobs with p2pflop gc, or raise the quota in the config.",
+                hint="Delete blobs that are not needed, or raise the quota.",
             )
         self.used_bytes += size_bytes
 

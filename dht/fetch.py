@@ -86,7 +86,8 @@ async def fetch(
 ) -> BlobInfo:
     """The blob at ``address``: from the store if ``owner`` may read it there, or from ``sources``.
 
-    At most ``MAX_SOURCES`` are asked, in order, and shown ``token``. Raises BlobNotFoundError if
+    At most ``MAX_SOURCES`` are asked, in order, and shown ``token``; ``public`` lets anybody read
+    it here. Raises BlobNotFoundError if
     none of them has it, ProviderError if one had it but none gave all of it, StoreError if it is
     over ``max_bytes`` or cannot be kept.
     """
@@ -94,7 +95,7 @@ async def fetch(
     if held is not None and (not owner or await store.may_read(address, owner)):
         if held.size_bytes > max_bytes:
             raise over_limit(held.size_bytes, max_bytes)
-        return held
+        return await store.set_public(address) if public and not held.public else held
     async with AsyncExitStack() as stack:
         job = _Fetch(store, address, dialer, stack, max_bytes, token, owner, public, progress)
         partial = await store.resume(address, owner)

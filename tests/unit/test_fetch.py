@@ -132,6 +132,10 @@ async def test_what_is_here_is_not_asked_for(world: World) -> None:
     await world.store.put(DATA)
     await world.fetch("peer")
     assert world.asked == []
+    assert not await world.store.may_read(ADDRESS, b"")
+    await world.fetch("peer", public=True)
+    assert world.asked == []
+    assert await world.store.may_read(ADDRESS, b"")
 
 
 async def test_another_accounts_copy_does_not_answer(world: World) -> None:
