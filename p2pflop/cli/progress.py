@@ -63,7 +63,6 @@ class RunView:
         )
         self._task = self._bar.add_task("waiting", total=1, values="", unit="")
         self._values: dict[str, float] = {}
-        self._paid_nusd: int | None = None
         self._last_plain = -math.inf
         self._last_what = ""
         self._last_names: set[str] = set()
@@ -137,11 +136,8 @@ class RunView:
         self._bar.update(self._task, description=f"step (checkpoint at {int(event['step'])})")
 
     def _on_receipt(self, event: Mapping[str, Any]) -> None:
-        self._paid_nusd = int(event["amount_nusd"])
-        self._say(
-            f"receipt {int(event['number'])}: {format_usd(self._paid_nusd)} "
-            f"up to step {int(event['to_step'])}"
-        )
+        amount = format_usd(int(event["amount_nusd"]))
+        self._say(f"receipt {int(event['number'])}: {amount} up to step {int(event['to_step'])}")
 
     def _on_result(self, event: Mapping[str, Any]) -> None:
         self._bar.stop()
