@@ -1,9 +1,10 @@
 """What a graph from a stranger may be at most. Every number has a test at its edge.
 
 The defaults are far above real training steps (an 8-layer transformer with AdamW has 6,021 nodes
-and a depth of 1,927, 225 more a layer, but no fused chain over 58) and far below what made tinygrad
-hang, run out of memory or crash when it was tried: chains of thousands of nodes, STACKs of
-thousands, EXPAND to 2**40.
+and a depth of 1,927, 225 more a layer, but no fused chain over 58) and below what made tinygrad
+hang, run out of memory or crash when it was tried: fused chains of 1,500 NEG, STACKs of thousands,
+EXPAND to 2**40. They do not make lowering fast: 200 alternating MUL and MAX took it 6 s, 700 over
+a minute. A lowerer needs a limit on its CPU time as well.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ GATHER and outputs written. A table that is only gathered from is read by the ro
 before its last reader) and the most bytes of intermediates that live at once in node order, where
 an intermediate is anything a compiler may well keep: REDUCE, CONTIGUOUS, GATHER and each
 elementwise result with several readers. It is meant to be compared with a memory limit, so it
-errs upwards: 1.7 (MLP), 2.0 (transformer) and 5.1 times (convolutions) what tinygrad's memory
+errs upwards: 1.7 (MLP), 2.3 (transformer) and 5.0 times (convolutions) what tinygrad's memory
 planner gave for a training step.
 
 **Known under-count.** A compiler that fuses an elementwise result into several readers computes it
