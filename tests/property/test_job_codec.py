@@ -42,10 +42,13 @@ from p2pflop.job.meter import meter
 from p2pflop.job.results import Trace, TraceLog, column_values, decode_trace
 from p2pflop.job.spec import (
     BlobSource,
+    ClassDescriptor,
     InitSource,
     Job,
+    NamedOutput,
     NoSource,
     Phase,
+    Result,
     ResultSource,
     Stop,
     Work,
@@ -53,7 +56,7 @@ from p2pflop.job.spec import (
     work_id,
 )
 from p2pflop.job.validate import Checked, Refusal, validate
-from p2pflop.wire import encode
+from p2pflop.wire import decode, encode
 
 ints = st.integers(-(2**63), 2**64 - 1)
 floats = st.floats().map(lambda value: math.nan if math.isnan(value) else value)
@@ -210,6 +213,42 @@ def test_no_second_encoding_of_a_job_is_accepted(data: st.DataObject) -> None:
         return
     assert encode(body) == changed
     assert isinstance(open_job(body), Refusal)
+
+
+texts = st.text(max_size=20)
+records = st.one_of(
+    works,
+    st.builds(Job, hashes, u63, st.integers(1, 2**40)),
+    st.builds(ClassDescriptor, texts, texts, texts, texts, texts, texts, texts),
+    st.builds(
+        Result,
+        st.just(1),
+        hashes,
+        hashes,
+        u63,
+        u63,
+        st.lists(hashes, max_size=3).map(tuple),
+        st.lists(
+            st.builds(NamedOutput, st.integers(0, 9), st.integers(0, 9), hashes, u63), max_size=3
+        ).map(tuple),
+        hashes,
+        st.lists(hashes, max_size=3).map(tuple),
+        hashes,
+    ),
+)
+
+
+@given(st.data())
+def test_records_have_one_encoding(data: st.DataObject) -> None:
+    record = data.draw(records)
+    encoded = encode(record)
+    assert decode(type(record), encoded) == record
+    changed = data.draw(mutations(encoded))
+    try:
+        other = decode(type(record), changed)
+    except ProtocolError:
+        return
+    assert encode(other) == changed
 
 
 @given(st.binary(max_size=300))
