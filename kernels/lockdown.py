@@ -5,8 +5,8 @@ the first hostile byte it calls ``lock``, which takes away, in this order:
 
 1. **namespaces**: a user, a network (no interface up) and an IPC namespace of its own;
 2. **limits**: address space, CPU seconds, no file growth, few descriptors, no core;
-3. **capabilities**, which root or a fresh user namespace would leave it;
-4. **Landlock**: read the interpreter and its libraries, nothing else; no TCP, no signals outside;
+3. **Landlock**: read the interpreter and its libraries, nothing else; no TCP, no signals outside;
+4. **capabilities**, which root or a fresh user namespace would leave it;
 5. **seccomp**: an allow-list (``syscalls``) without exec, fork, sockets, kill, ptrace or memfd.
 
 Each binds the calling thread only, hence the one-thread check. The order matters: unshare is
@@ -19,7 +19,7 @@ looks whether it **bites**; the answer is a level:
 ===== ==============================================
 3     namespaces, Landlock, seccomp and limits
 2     seccomp and one of namespaces or Landlock
-1     limits and the memory watchdog (macOS, others)
+1     limits, and the memory watchdog on Linux
 ===== ==============================================
 
 Without Landlock a worker may open no file at all.
@@ -189,7 +189,7 @@ def loaders() -> tuple[str, ...]:
 def probe() -> Mechanisms:
     """Which mechanisms bite, each tried in a forked child (8 ms). Call it with one thread only."""
     if not _LINUX:
-        return Mechanisms(notes=(f"{sys.platform}: limits and the memory watchdog only",))
+        return Mechanisms(notes=(f"{sys.platform}: resource limits only",))
     if syscalls.machine() not in syscalls.TABLES:
         return Mechanisms(notes=(f"no table of system calls for {syscalls.machine()}",))
     results = {
@@ -198,6 +198,8 @@ def probe() -> Mechanisms:
         "seccomp": _try_in_child(_seccomp_bites),
     }
     notes = tuple(f"{name}: {why}" for name, why in results.items() if why)
+    if not resident_bytes(os.getpid()):
+        notes += ("memory watchdog: /proc does not tell",)
     return Mechanisms(**{name: not why for name, why in results.items()}, notes=notes)
 
 

@@ -44,6 +44,7 @@ script = importlib.import_module("scripted_engine")
 LIMITS = WorkerLimits(memory_bytes=32 * MIB, cpu_seconds=20, step_seconds=20)
 GRAPH = b"a graph"
 WAIT_SECONDS = 20.0
+BUSY_TICKS = 20  # after so much CPU time a worker that spins is spinning
 
 
 def scripted(deed: int, size: int = 4) -> Work:
@@ -105,6 +106,11 @@ async def wait_until(true: Callable[[], bool]) -> None:
 
 async def wait_until_dead(*pids: int) -> None:
     await wait_until(lambda: not any(is_alive(pid) for pid in pids))
+
+
+def cpu_ticks(pid: int) -> int:
+    """CPU time used in user mode, in hundredths of a second."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11])
 
 
 def resident_bytes(pids: tuple[int, ...]) -> int:
@@ -173,7 +179,7 @@ class TestHostileWorker:
             (script.EARLY_PAUSE, "a pause at step 2"),
             (script.WRONG_REPORT, "Done during a run"),
             (script.EXIT, "code 3"),
-            (script.RAISE, "IndexError"),
+            (script.RAISE, "KeyError"),
         ],
     )
     async def test_whatever_it_says_is_a_provider_error_and_its_end(
@@ -224,6 +230,21 @@ class TestLosses:
         await assert_works(pool)
         assert not set(before) & set(pool.statistics().process_ids)
         assert pool.statistics().crashes == 1
+
+    async def test_a_worker_that_listens_to_nobody_dies_with_its_zygote(
+        self, pool: WorkerPool
+    ) -> None:
+        async with pool.worker(LIMITS) as worker, trio.open_nursery() as nursery:
+            await load(pool, worker, scripted(script.SPIN))
+
+            async def spin() -> None:
+                with pytest.raises(ProviderError):
+                    [event async for event in worker.run(0, 10)]
+
+            nursery.start_soon(spin)
+            await wait_until(lambda: cpu_ticks(worker.pid) >= BUSY_TICKS)
+            os.kill(pool.statistics().process_ids[0], signal.SIGKILL)
+            await wait_until_dead(worker.pid)
 
     async def test_too_many_crashes_break_the_pool(self, tmp_path: Path) -> None:
         told = trio.Event()
@@ -324,12 +345,17 @@ class TestNothingIsLeft:
 
     async def test_cancelling_a_lease_ends_its_worker(self, pool: WorkerPool) -> None:
         pids: list[int] = []
-        with trio.move_on_after(0.5):
+
+        async def lease() -> None:
             async with pool.worker(LIMITS) as worker:
-                pids.append(worker.pid)
                 await load(pool, worker, scripted(script.SPIN))
+                pids.append(worker.pid)
                 [event async for event in worker.run(0, 10)]
-        assert pids
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lease)
+            await wait_until(lambda: bool(pids) and cpu_ticks(pids[0]) >= BUSY_TICKS)
+            nursery.cancel_scope.cancel()
         assert not is_alive(pids[0])
         await assert_works(pool)
 

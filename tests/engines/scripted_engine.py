@@ -123,7 +123,7 @@ _DEEDS: dict[int, Callable[[], object]] = {
     HIDE_MEMORY: lambda: mmap.mmap(-1, 4096),
     SLEEP: lambda: time.sleep(60),
     EXIT: lambda: os._exit(3),
-    RAISE: lambda: [][1],
+    RAISE: lambda: os.environ["nothing"],
     GARBAGE: lambda: _to_node(b"\0\0\0\4\xc1\xc1\xc1\xc1"),
     HUGE_FRAME: lambda: _to_node(b"\xff\xff\xff\xff"),
     WRONG_STEP: lambda: _frame(Progressed(100, 101, ())),
