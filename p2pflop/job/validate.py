@@ -1,8 +1,9 @@
 """Whether a graph from a stranger may be built at all, and whether a work fits its graphs.
 
 tinygrad's own checks are not made for hostile input: graphs that passed them read files, jumped to
-chosen addresses or hung the compiler. So everything a graph may contain is said here: operations of our own table with fixed arity, references that point back, operands of fitting
-dtypes, shapes that work out, values in range, and a named limit on everything that grows.
+chosen addresses or hung the compiler. So everything a graph may contain is said here: operations
+of our own table with fixed arity, references that point back, operands of fitting dtypes, shapes
+that work out, values in range, and a named limit on everything that grows.
 
 What is refused although tinygrad would take it, and why:
 
