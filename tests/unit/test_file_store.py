@@ -205,6 +205,27 @@ async def test_a_fetch_on_a_full_disk_keeps_what_fitted(tmp_path: Path) -> None:
             assert resumed.missing() == [(0, 1), (2, 4)]
 
 
+async def test_an_index_that_fails_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise StoreError("index.db: database or disk is full")
+
+    async with FileStore(tmp_path) as store:
+        monkeypatch.setattr(Index, "keep", fail)
+        monkeypatch.setattr(Index, "begin", fail)
+        with pytest.raises(StoreError, match="full"):
+            await store.put(DATA)
+        with pytest.raises(StoreError, match="full"):
+            await store.begin(manifest_of(DATA))
+        async with store.writer() as writer:
+            await writer.write(DATA)
+            with pytest.raises(StoreError, match="full"):
+                await writer.finish()
+        assert _files(tmp_path) == []
+        assert store.statistics().used_bytes == 0
+
+
 async def test_chunks_that_could_not_be_flushed_are_missing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
