@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -113,3 +117,41 @@ def test_a_faulty_kernel_kills_the_process_and_not_the_caller() -> None:
     )
     with pytest.raises(ProviderError, match="ended with code -8"):
         run_local(file_of(job), job.inputs, address_of)
+
+
+@pytest.fixture(scope="module")
+def digits() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "examples" / "digits.py"
+    spec = importlib.util.spec_from_file_location("digits_example", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_digits_example_is_a_job_of_a_few_kilobytes(digits: ModuleType) -> None:
+    job = digits.make_job()
+    assert job.steps == digits.STEPS
+    assert job.size_bytes <= 5_000
+    assert sum(len(data) for data in job.inputs.values()) == 1_797 * 65
+
+
+def test_the_digits_example_needs_no_compiler_where_it_is_traced(tmp_path: Path) -> None:
+    outcome = subprocess.run(
+        [sys.executable, "-c", "import digits; print(digits.make_job().size_bytes)"],
+        cwd=Path(__file__).resolve().parents[2] / "examples",
+        env={"CC": "/bin/false", "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert outcome.stdout, outcome.stderr
+    assert int(outcome.stdout) <= 5_000
+
+
+@pytest.mark.slow
+def test_the_digits_example_learns(digits: ModuleType) -> None:
+    result = digits.make_job(steps=400).run_local()
+    assert digits.evaluate(result.state) >= 0.95
