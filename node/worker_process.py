@@ -18,13 +18,14 @@ import trio
 from p2pflop.errors import JobError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
-from p2pflop.job.spec import MODE_TRACE, Work, is_due, times_due
+from p2pflop.job.spec import Work
 from p2pflop.kernels import frames
-from p2pflop.kernels.frames import MAX_ROW_VALUES, PART_BYTES, worker_report
+from p2pflop.kernels.frames import PART_BYTES, worker_report
 from p2pflop.kernels.worker import ROWS_INTERVAL_SECONDS
 from p2pflop.node.crew import Child, fault_error
 from p2pflop.node.pipes import EndOfPipe
-from p2pflop.node.worker_types import Paused, Rows, WorkerEvent, WorkerLimits
+from p2pflop.node.row_check import RowCheck
+from p2pflop.node.worker_types import Paused, WorkerEvent, WorkerLimits
 from p2pflop.wire import decode
 
 ANSWER_SECONDS: Final = 30.0
@@ -46,6 +47,7 @@ class ProcessWorker:
         self._failure: P2PFlopError | None = None
         self._busy = ""
         self._running = False
+        self._standing = False
         self._stopping = False
 
     @property
@@ -83,28 +85,27 @@ class ProcessWorker:
         self, first_step: int, steps: int, pause_every: int = 0
     ) -> AsyncIterator[WorkerEvent]:
         """See ``Worker``."""
-        progress = _Progress(self._loaded, first_step, steps)
+        progress = RowCheck(self._loaded, first_step, steps)
         limit = self._limits.step_seconds + STEP_SLACK_SECONDS
         async with self._exchange("running", ANSWER_SECONDS):
+            if self._standing:  # the last run was left at a pause: end it
+                await self._child.pipe.send(frames.Stop())
             await self._child.pipe.send(frames.Run(first_step, steps, pause_every))
-        self._running, self._stopping = True, False
+        self._running, self._stopping, self._standing = True, False, False
         while True:
             async with self._exchange("a step", limit):
                 event = await self._event(progress, pause_every)
-            if not isinstance(event, Paused):
-                yield event
-                continue
-            if event.ended:
+            if isinstance(event, Paused):
                 self._running = False
-                yield event
-                return
-            self._running = False
+                self._standing = not (event.ended or self._stopping)
             yield event
-            if self._stopping:
+            if not isinstance(event, Paused):
+                continue
+            if event.ended or self._stopping:
                 return
             async with self._exchange("running", ANSWER_SECONDS):
                 await self._child.pipe.send(frames.Continue())
-            self._running = True
+            self._running, self._standing = True, False
 
     async def read(self, slot: int) -> AsyncIterator[bytes]:
         """See ``Worker``."""
@@ -121,7 +122,7 @@ class ProcessWorker:
     async def stop(self) -> None:
         """See ``Worker``."""
         if self._failure is None and self._work is not None and not self._stopping:
-            self._stopping = True
+            self._stopping, self._standing = True, False
             with contextlib.suppress(EndOfPipe):  # whoever waits for the run learns why
                 await self._child.pipe.send(frames.Stop())
 
@@ -146,7 +147,7 @@ class ProcessWorker:
             raise fault_error(report)
         return report
 
-    async def _event(self, progress: _Progress, pause_every: int) -> WorkerEvent:
+    async def _event(self, progress: RowCheck, pause_every: int) -> WorkerEvent:
         report = await self._report()
         if isinstance(report, frames.Progressed):
             return progress.rows(report)
@@ -226,62 +227,6 @@ class ProcessWorker:
             # Cancelled in the middle of a frame: the two ends no longer agree where one starts.
             self._failure = ProviderError(f"{what} was broken off")
             raise
-
-
-class _Progress:
-    """Which rows and pauses a run must bring next."""
-
-    def __init__(self, work: Work, first_step: int, steps: int) -> None:
-        self._work = work
-        self._step = first_step
-        self._end = first_step + steps
-        self._told = 0
-        self._last: tuple[int, int, int] | None = None
-        self._traced = [
-            (phase, sum(mode == MODE_TRACE for mode in phase.modes)) for phase in work.phases
-        ]
-
-    def rows(self, report: frames.Progressed) -> Rows:
-        """The rows of a report. Raises ProtocolError unless they are exactly the next ones."""
-        first, last, values = report.first_step, report.last_step, report.values
-        if not (first == self._step <= last < self._end):
-            raise ProtocolError(f"steps {first} to {last} where {self._step} was next")
-        for step, phase, output, _ in values:
-            key = (step, phase, output)
-            if not first <= step <= last or (self._last is not None and key <= self._last):
-                raise ProtocolError(f"row {key} out of order")
-            self._check_traced(step, phase, output)
-            self._last = key
-        missing = self._count(first, last) - self._told - len(values)
-        if missing < 0:
-            raise ProtocolError("more rows than are due")
-        if missing and (first != last or len(values) != MAX_ROW_VALUES):
-            raise ProtocolError(f"{missing} rows are missing")
-        self._told = self._told + len(values) if missing else 0
-        self._step = last if missing else last + 1
-        return Rows(first, last, values)
-
-    def pause(self, report: frames.Paused, pause_every: int, stopping: bool) -> Paused:
-        """A report's pause. Raises ProtocolError if none is due there."""
-        step, stop = report.step, self._work.stop
-        condition = report.condition and stop is not None and step % stop.every == 0
-        at_end = step == self._end or stopping or condition
-        boundary = pause_every > 0 and step % pause_every == 0
-        if step != self._step or self._told or not (at_end if report.ended else boundary):
-            raise ProtocolError(f"a pause at step {step} where {self._step} was next")
-        return Paused(step, report.ended or stopping, condition)
-
-    def _check_traced(self, step: int, phase: int, output: int) -> None:
-        phases = self._work.phases
-        known = phase < len(phases) and output < len(phases[phase].modes)
-        if not known or phases[phase].modes[output] != MODE_TRACE:
-            raise ProtocolError(f"row of phase {phase}, output {output}, which is not traced")
-        if not is_due(phases[phase], step):
-            raise ProtocolError(f"row of phase {phase}, which is not due at step {step}")
-
-    def _count(self, first: int, last: int) -> int:
-        steps = last - first + 1
-        return sum(times_due(phase, first, steps) * traced for phase, traced in self._traced)
 
 
 def _again(error: P2PFlopError) -> P2PFlopError:

@@ -193,6 +193,17 @@ async def test_stop_while_it_stands_still_ends_it_there(pool: Workers) -> None:
         assert again[-1] == Paused(25, ended=True)
 
 
+async def test_a_run_left_at_a_pause_can_be_followed_by_another(pool: Workers) -> None:
+    async with pool.worker(LIMITS) as worker:
+        await load(pool, worker)
+        async for event in worker.run(0, 100, 10):
+            if isinstance(event, Paused):
+                break
+        assert await read(worker.read(0)) == b"\12" * 3
+        again = await collect(worker.run(10, 5))
+        assert steps_of(again) == [10, 11, 12, 13, 14]
+
+
 async def test_lowering_twice_reuses_the_plan(pool: Workers) -> None:
     first = await pool.lower(b"graph one")
     assert await pool.lower(b"graph one") == first
