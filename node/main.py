@@ -51,7 +51,8 @@ from p2pflop.node.workers import WorkerPool
 from p2pflop.units import format_usd
 
 EMBEDDED_IDLE_S: Final = 60.0
-STOP_S: Final = 8.0
+WITHDRAW_S: Final = 2.0
+STOP_S: Final = 5.0
 CLAIMED_FLOP_PER_S: Final = 5 * 10**9
 """What an ask says of its speed before anything was measured. It ranks nothing."""
 
@@ -90,9 +91,10 @@ async def _run(settings: Settings, home: Home) -> None:
             _announce_start(daemon)
             await stop.wait()
             _log.info("stopping: leases are given back; Ctrl-C again ends at once")
+            with trio.move_on_after(WITHDRAW_S):
+                await daemon.sheets.withdraw()
             with trio.move_on_after(STOP_S):
                 await daemon.seller.stop()
-                await daemon.sheets.withdraw()
         outer.cancel_scope.cancel()
 
 

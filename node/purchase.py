@@ -49,6 +49,7 @@ from p2pflop.job.events import (
 )
 from p2pflop.job.graph import Dtype
 from p2pflop.job.meter import METER_ID
+from p2pflop.job.naming import output_names
 from p2pflop.job.results import result_hash, scalar
 from p2pflop.job.spec import ROLE_STATE, Result, state_root
 from p2pflop.keys import peer_id
@@ -92,6 +93,7 @@ class Purchase:
         self._result: Result | None = None
         self._failure: P2PFlopError | None = None
         self._verifying = trio.Lock()
+        self._names = output_names(order.file.labels)
         self._nursery: trio.Nursery
         desk = BuyerDesk(
             buyer.identity.node,
@@ -304,7 +306,7 @@ class Purchase:
                     del self._states[min(self._states)]
 
     async def _tell_rows(self, message: m.Rows) -> None:
-        names = self._order.file.labels.outputs
+        names = self._names
         rows: dict[int, dict[str, float]] = {}
         for step, phase, output, value in message.values:
             try:
@@ -447,12 +449,13 @@ class Purchase:
 
     def _describe(self, result: Result, cost_nusd: int) -> dict[str, Any]:
         labels, work = self._order.file.labels, self._order.checked.work
+        names = self._names
         slots = [slot for slot, param in enumerate(work.params) if param.role == ROLE_STATE]
         return {
             "hash": result_hash(result).hex(),
             "provider": peer_id(self._bid().record.provider),
             "outputs": {
-                labels.outputs[output.phase][output.output]: output.address.hex()
+                names[output.phase][output.output]: output.address.hex()
                 for output in result.outputs
             },
             "state": {

@@ -26,6 +26,7 @@ MAX_LIVE_EVENTS: Final = 10_000
 MAX_FINISHED: Final = 64
 """Runs that are over but still tell passing events, such as rows, to those who come late."""
 
+SEQ_LEAP: Final = 2**32
 EVENT_ROW: Final = "event"
 KEPT_KINDS: Final = frozenset(
     {"ranked", "filled", "rejected", "checkpoint", "receipt"} | LAST_EVENT_KINDS
@@ -77,6 +78,9 @@ class Runs:
         for row in self._journal.rows(head.job):
             if row.kind == EVENT_ROW:
                 _tell(run, json.loads(row.body))
+        if not run.over:
+            # What was told but not kept had numbers too; a client's "after" must stay behind.
+            run.next_seq += SEQ_LEAP
         if not run.over:
             self._live[run.id] = run
         return run

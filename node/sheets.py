@@ -39,6 +39,7 @@ REISSUE_S: Final = 900.0
 EXPIRE_S: Final = 10.0
 COMPARE_S: Final = 30.0
 EXCHANGE_S: Final = 20.0
+MAX_TOLD_OF_WITHDRAWAL: Final = 16
 HONOURED_SHEETS: Final = 4
 """Superseded own sheets on which bids that were under way are still taken."""
 MAX_SHEETS_A_FRAME: Final = 64
@@ -115,10 +116,17 @@ class SheetService:
         return await self.issue()
 
     async def withdraw(self) -> None:
-        """Take every order back: an empty sheet under a higher number."""
-        if self._asks is not None:
-            self._asks = None
-            await self.issue()
+        """Take every order back: an empty sheet under a higher number, told to the neighbours.
+
+        Gossip is too slow for a node that is about to go, so books are compared as well.
+        """
+        if self._asks is None:
+            return
+        self._asks = None
+        await self.issue()
+        async with trio.open_nursery() as nursery:
+            for peer in self._host.peers()[:MAX_TOLD_OF_WITHDRAWAL]:
+                nursery.start_soon(self._compare_quietly, peer.peer)
 
     async def issue(self) -> OpenSheet:
         """Sign a new sheet, put it into the book and gossip it."""

@@ -1,0 +1,192 @@
+"""Real nodes, real jobs: bought, run, verified and paid for; and what happens when one dies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from tinygrad import Tensor, dtypes
+
+import p2pflop as pf
+from p2pflop.client import Client
+
+StartNode = Callable[..., Any]
+LONG_STEPS = 2_000_000
+
+
+def counting_job(steps: int, seed: int = 0) -> pf.Job:
+    """A state that halves and grows, dropout and all: small, but with everything a job can have."""
+    data = Tensor([1.0, 2.0, 3.0, 4.0]).realize()
+    weight = Tensor.zeros(4, dtype=dtypes.float32).contiguous()
+
+    def step() -> dict[str, Tensor]:
+        weight.assign(weight * 0.5 + data * Tensor.rand(4))
+        return {"total": weight.sum()}
+
+    def look() -> dict[str, Tensor]:
+        return {"top": weight.max()}
+
+    return pf.trace(step, steps=steps, every={10: look}, seed=seed, title="counting")
+
+
+def submit(job: pf.Job, node: Any, **options: Any) -> pf.Run:
+    return pf.submit(job, client=Client(node.home), **options)
+
+
+def wait_for_asks(node: Any, count: int, wait_until: Any) -> None:
+    wait_until(lambda: len(node.get("/v1/book")["book"]) == count)
+
+
+def test_a_job_is_bought_run_verified_and_owed_for(start_node: StartNode, wait_until: Any) -> None:
+    seller = start_node("seller", "--ask", "90000")
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    wait_for_asks(buyer, 1, wait_until)
+    job = counting_job(steps=40, seed=7)
+    run = submit(job, buyer)
+    rows = list(run)
+    result = run.result(timeout=60)
+
+    assert [row.step for row in rows] == list(range(40))
+    assert [row.step for row in rows if "top" in row] == [9, 19, 29, 39]
+    result.verify()
+    local = job.run_local()
+    assert local.hash == result.hash
+    assert list(result["total"]) == list(local["total"])
+
+    events = list(run.events())
+    [filled] = [event for event in events if event["kind"] == "filled"]
+    cost = events[-1]["cost_nusd"]
+    assert 0 < cost == filled["quote_nusd"]
+    wait_until(lambda: seller.get("/v1/ledger")["owed_nusd"] == cost)
+    theirs, ours = seller.get("/v1/ledger"), buyer.get("/v1/ledger")
+    assert ours["owing_nusd"] == theirs["owed_nusd"] == cost
+    assert [b["account"] for b in ours["balances"]] == [seller.note["account"]]
+    assert [b["due_nusd"] for b in theirs["balances"]] == [cost]
+
+    address = next(iter(events[-1]["state"].values()))["address"]
+    blob = httpx.get(f"{buyer.url}/blob/{address}")
+    assert blob.status_code == 200
+    assert len(blob.content) > 0
+
+
+def test_the_cheapest_that_can_wins_and_losers_are_told_why(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    small = start_node("small", "--ask", "1", "--memory", "256MiB")
+    address = small.addresses()[0]
+    dear = start_node("dear", "--ask", "90000", "--connect", address)
+    fair = start_node("fair", "--ask", "40000", "--connect", address)
+    wait_for_asks(fair, 3, wait_until)
+    run = submit(counting_job(steps=3), fair)
+    run.result(timeout=60)
+    ranked = next(event for event in run.events() if event["kind"] == "ranked")
+    peers = {name: node.note["peer"] for name, node in (("dear", dear), ("small", small))}
+    assert [deal["provider"] for deal in ranked["deals"]] == [fair.note["peer"], peers["dear"]]
+    assert [(miss["provider"], miss["reason"]) for miss in ranked["misses"]] == [
+        (peers["small"], "too little memory")
+    ]
+
+
+def test_over_the_budget_nothing_is_bought(start_node: StartNode) -> None:
+    node = start_node("node", "--ask", "90000")
+    run = submit(counting_job(steps=3), node, max_usd="0.000000001")
+    with pytest.raises(pf.MarketError, match="over the budget"):
+        run.result(timeout=30)
+    assert node.get("/v1/ledger")["owing_nusd"] == 0
+
+
+def test_a_provider_that_vanishes_is_a_clear_failure(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    seller = start_node("seller", "--ask", "0.01")
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    wait_for_asks(buyer, 1, wait_until)
+    run = submit(counting_job(steps=LONG_STEPS), buyer)
+    for row in run:
+        if row.step > 50:
+            break
+    seller.kill()
+    with pytest.raises(pf.ProviderError, match="the provider was lost"):
+        run.result(timeout=60)
+    assert run.status == "failed"
+    assert buyer.get(f"/v1/jobs/{run.id}")["end_state"] == "failed"
+
+
+def test_a_buyer_killed_and_restarted_finishes_its_job(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    seller = start_node("seller", "--ask", "90000")
+    address = seller.addresses()[0]
+    buyer = start_node("buyer", "--connect", address)
+    wait_for_asks(buyer, 1, wait_until)
+    job = counting_job(steps=60_000)
+    run = submit(job, buyer)
+    next(iter(run))
+    buyer.kill()
+    again = start_node("buyer", "--connect", address)
+    result = pf.Run(run.id, Client(again.home)).result(timeout=90)
+    result.verify()
+    cost = again.get("/v1/ledger")["owing_nusd"]
+    assert cost > 0
+    wait_until(lambda: seller.get("/v1/ledger")["owed_nusd"] == cost)
+
+
+def test_a_cancelled_job_frees_the_provider(start_node: StartNode, wait_until: Any) -> None:
+    seller = start_node("seller", "--ask", "0.01")
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    wait_for_asks(buyer, 1, wait_until)
+    run = submit(counting_job(steps=LONG_STEPS), buyer)
+    next(iter(run))
+    run.cancel()
+    wait_until(lambda: run.status == "cancelled")
+    wait_until(lambda: seller.get("/v1/status")["leases"] == 0)
+    submit(counting_job(steps=3), buyer).result(timeout=60).verify()
+
+
+def test_two_takers_of_one_slot_get_one_fill(start_node: StartNode, wait_until: Any) -> None:
+    node = start_node("node", "--ask", "0.01", "--slots", "1")
+    first = submit(counting_job(steps=LONG_STEPS), node)
+    next(iter(first))
+    second = submit(counting_job(steps=3), node)
+    with pytest.raises(pf.MarketError, match="every slot is taken"):
+        second.result(timeout=30)
+    first.cancel()
+    wait_until(lambda: first.status == "cancelled")
+
+
+def test_a_public_blob_is_found_from_the_far_end_of_a_line(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    middle = start_node("middle")
+    address = middle.addresses()[0]
+    left = start_node("left", "--connect", address)
+    right = start_node("right", "--connect", address)
+    data = bytes(range(256)) * 9000
+    hidden = Client(left.home).put(b"private")
+    public = Client(left.home).put(data, public=True)
+    wait_until(lambda: len(middle.get("/v1/peers")["peers"]) == 2)
+
+    def got() -> bool:
+        answer = httpx.get(f"{right.url}/blob/{public.address.hex()}", timeout=60)
+        return answer.status_code == 200 and answer.content == data
+
+    wait_until(got, timeout_s=60)
+    assert httpx.get(f"{right.url}/blob/{hidden.address.hex()}", timeout=60).status_code == 404
+
+
+def test_ctrl_c_on_a_busy_provider_ends_it_in_order(start_node: StartNode, wait_until: Any) -> None:
+    seller = start_node("seller", "--ask", "0.01")
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    wait_for_asks(buyer, 1, wait_until)
+    run = submit(counting_job(steps=LONG_STEPS), buyer)
+    next(iter(run))
+    stopper = threading.Thread(target=seller.stop)
+    stopper.start()
+    with pytest.raises(pf.ProviderError, match="shutting down"):
+        run.result(timeout=30)
+    stopper.join()
+    assert seller.process.returncode == 0
+    wait_until(lambda: buyer.get("/v1/book")["book"] == [])
