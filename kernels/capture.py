@@ -89,6 +89,8 @@ class Stage:
         self._save(Tensor, "realize", lambda tensor, *_, **__: tensor)
         self._save(Tensor, "_buffer", _refuse_reading)
         self._save(Tensor, "linear_with_vars", _refuse_reading)
+        # A TinyJit that was called before would replay its kernels on the program's own buffers.
+        self._save(_TinyJit, "__call__", lambda jit, *args, **names: jit.fxn(*args, **names))
         self._hold()
         return self
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 from tinygrad.dtype import dtypes, strong_dtype
 from tinygrad.uop.ops import Ops, UOp
 
@@ -132,12 +132,11 @@ def _stand_in_arguments(
             hint="Give every parameter (other than step) a number in args={...}, and no other.",
         )
     for name, value in args.items():
-        if type(value) not in (bool, int, float):
-            raise JobError(f"args[{name!r}] is a {type(value).__name__}, not a number")
+        _pack_argument(name, value)
     tensors = {}
     for name in sorted(names & (set(args) | {STEP_ARGUMENT})):
         dtype = dtypes.int32 if name == STEP_ARGUMENT else dtypes.from_py(args[name])
-        buffer = UOp.new_buffer(Tensor(0.0).device, 1, strong_dtype(dtype))
+        buffer = UOp.new_buffer(Device.DEFAULT, 1, strong_dtype(dtype))
         stage.arguments[name] = buffer
         tensors[name] = Tensor(buffer.reshape(()))
     return tensors
@@ -330,8 +329,7 @@ class _Builder:
         if name == STEP_ARGUMENT:
             return _Slot(number, param, ROLE_STEP, name)
         value = self.args[name]
-        layout = {bool: "<?", int: "<i", float: "<f"}[type(value)]
-        return _Slot(number, param, ROLE_INPUT, name, data=lambda: struct.pack(layout, value))
+        return _Slot(number, param, ROLE_INPUT, name, data=lambda: _pack_argument(name, value))
 
     def _seed_leaf(self, buffer: UOp, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
         if buffer in self.stage.seeds:
@@ -346,8 +344,7 @@ class _Builder:
             return None
         if not is_literal(buffer) and not (buffer in self.stage.counts and is_realized(buffer)):
             return None
-        values = memoryview(_read(buffer)).cast(buffer.dtype.fmt)
-        return tuple(values)
+        return struct.unpack(f"<{buffer.numel()}{buffer.dtype.fmt}", _read(buffer))
 
     def _shape(self, buffer: UOp) -> tuple[int, ...]:
         return tuple(self._owner[buffer].uop.shape)
@@ -358,6 +355,19 @@ class _Builder:
         if held.tensor is self.stage.counter:
             return "random.counter"
         return self.names.get(id(held.tensor), otherwise)
+
+
+def _pack_argument(name: str, value: Number) -> bytes:
+    layout = {bool: "<?", int: "<i", float: "<f"}.get(type(value))
+    try:
+        if layout is not None:
+            return struct.pack(layout, value)
+    except (struct.error, OverflowError):
+        pass
+    raise JobError(
+        f"args[{name!r}] is {value!r:.80}, not a number that fits",
+        hint="Give a bool, an int of 32 bits or a float.",
+    )
 
 
 def _stored(uop: UOp) -> UOp:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tinygrad import Tensor, TinyJit, UOp, dtypes, nn
+from tinygrad.dtype import DType
 from tinygrad.helpers import TRAINING
 from tinygrad.uop.ops import Ops
 
@@ -324,6 +325,32 @@ def test_a_jitted_function_is_traced_as_itself() -> None:
     assert trace(TinyJit(lambda: {"sum": pixels.sum()})).labels.outputs == (("sum",),)
 
 
+def test_a_jitted_helper_is_traced_and_not_run() -> None:
+    total = Tensor([1.0]).realize()
+
+    def add_one() -> Tensor:
+        return total.assign(total + 1).realize()
+
+    add = TinyJit(add_one)
+    for _ in range(4):
+        add()
+    before = total.item()
+    table = params(trace(lambda: {"total": add().sum()}))
+    assert table["total"].role == ROLE_STATE
+    assert total.item() == before
+    add()
+    assert total.item() == before + 1
+
+
+@pytest.mark.parametrize("dtype", [dtypes.float16, dtypes.bfloat16, dtypes.bool, dtypes.int64])
+def test_a_short_list_of_any_dtype_is_part_of_the_program(dtype: DType) -> None:
+    numbers = Tensor([1, 0], dtype=dtype)
+    traced = trace(lambda: {"numbers": numbers + numbers})
+    assert traced.inputs == {}
+    (param,) = (param for param in params(traced).values() if param.role == ROLE_INPUT)
+    assert isinstance(param.source, InitSource)
+
+
 def test_assigning_to_a_part_is_a_choice() -> None:
     row = Tensor.zeros(4, dtype=dtypes.int32).contiguous().realize()
 
@@ -387,7 +414,9 @@ def test_numbers_out_of_range_are_refused(options: dict[str, int]) -> None:
         trace(lambda: {"sum": Tensor(PIXELS).sum()}, **options)
 
 
-@pytest.mark.parametrize("args", [{}, {"rate": 1.0, "other": 2}, {"rate": "1"}])
+@pytest.mark.parametrize(
+    "args", [{}, {"rate": 1.0, "other": 2}, {"rate": "1"}, {"rate": 2**31}, {"rate": 1e300}]
+)
 def test_arguments_must_match(args: dict[str, object]) -> None:
     with pytest.raises(JobError):
         trace(lambda rate: {"rate": rate + 1}, args=args)
