@@ -318,3 +318,62 @@ def test_lowering_tells_how_far_it_is(layer: Lowered) -> None:
     lower(layer.job.graphs[layer.job.work.phases[1].graph], lambda *counts: told.append(counts))
     total = told[-1][1]
     assert told == [(done, total) for done in range(1, total + 1)]
+
+
+FLOATS = PIXELS[:4, :6].copy()
+WHOLE = np.arange(-12, 12, dtype=np.int32).reshape(4, 6)
+
+MOVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "pad": lambda x, n: x.pad(((1, 2), (0, 3)), value=2.0),
+    "shrink": lambda x, n: x[1:3, ::2],
+    "flip": lambda x, n: x.flip(1),
+    "permute": lambda x, n: x.permute(1, 0).contiguous() + 1,
+    "repeat": lambda x, n: x.repeat(2, 3),
+    "cat": lambda x, n: x.cat(n.cast(x.dtype), dim=1),
+    "stack": lambda x, n: x.stack(x * 2, dim=1),
+    "roll": lambda x, n: x.roll(2, 0),
+    "triu": lambda x, n: x.triu(1),
+    "last": lambda x, n: x[-1],
+    "rows": lambda x, n: x[n[:, 0].abs() % 4],
+    "bits": lambda x, n: x.bitcast(dtypes.uint32) ^ n.bitcast(dtypes.uint32),
+}
+SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": lambda x, n: x.mean(0),
+    "product": lambda x, n: (1 + x / 8).prod(1),
+    "largest": lambda x, n: n.max(1),
+    "softmax": lambda x, n: x.softmax(1),
+    "variance": lambda x, n: x.var(1),
+    "matmul": lambda x, n: x @ x.T,
+    "cumsum": lambda x, n: x.cumsum(1),
+    "argmin": lambda x, n: x.argmin(1),
+    "sort": lambda x, n: x.sort(1)[0],
+    "sine": lambda x, n: x.sin() + x.exp2() + x.sigmoid(),
+    "log": lambda x, n: (x.abs() + 1).log2() + x.abs().sqrt() + (x + 9).reciprocal(),
+    "half": lambda x, n: x.half() * 3,
+    "division": lambda x, n: n // 5 + n % 7 + (n >> 1) + (n << 2),
+    "power": lambda x, n: x.abs() ** 1.5,
+    "choice": lambda x, n: (n > 0).where(x, -x).clip(-0.5, 0.5).round(),
+    "wide": lambda x, n: n.cast(dtypes.int64) * 2**33,
+    "conv": lambda x, n: x.reshape(1, 1, 4, 6).conv2d(x[:2, :2].reshape(1, 1, 2, 2)),
+    "attention": lambda x, n: x.scaled_dot_product_attention(x, x),
+}
+
+
+def assert_same_as_native(functions: Mapping[str, Callable[[Tensor, Tensor], Tensor]]) -> None:
+    x, n = Tensor(FLOATS).realize(), Tensor(WHOLE).realize()
+    lowered = prepare(lambda: {name: function(x, n) for name, function in functions.items()})
+    session = lowered.session()
+    session.step(0)
+    for number, (name, function) in enumerate(functions.items()):
+        output = session.read_output(0, number)
+        assert output is not None
+        assert bytes(output) == function(x, n).numpy().tobytes(), name
+
+
+def test_movements_give_the_bytes_of_native_tinygrad() -> None:
+    assert_same_as_native(MOVES)
+
+
+@pytest.mark.slow
+def test_sums_and_functions_give_the_bytes_of_native_tinygrad() -> None:
+    assert_same_as_native(SUMS)
