@@ -356,9 +356,9 @@ class Purchase:
                     _log.info("job %s: delivery not fetched yet: %s", self._run.id, error)
                     self._nursery.start_soon(self._verify_later)
                     return
-                await self._driver.on(Verified(number))
                 fields = {"number": number, "amount_nusd": receipt.amount_nusd}
                 await self._buyer.runs.emit(self._run, "receipt", to_step=receipt.to_step, **fields)
+                await self._driver.on(Verified(number))
 
     async def _verify_later(self) -> None:
         await trio.sleep(RETRY_S)
