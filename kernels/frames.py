@@ -203,6 +203,8 @@ WorkerReport = Ready | Done | Progressed | Paused | Part | Fault
 
 LOWERER: Final = 0
 WORKER: Final = 1
+# How a child exits that has not even the memory left to say so.
+OUT_OF_MEMORY_CODE: Final = 12
 
 
 class Fork(Message, frozen=True, tag=64):

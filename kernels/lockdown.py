@@ -27,6 +27,7 @@ Without Landlock a worker may open no file at all.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -47,7 +48,9 @@ from p2pflop.kernels.syscalls import Rule
 from p2pflop.units import MIB
 
 ADDRESS_SPACE_SLACK_BYTES: Final = 512 * MIB
+MAX_MEMORY_BYTES: Final = 2**60
 MAX_DESCRIPTORS: Final = 64
+OOM_SCORE: Final = 800
 CPU_GRACE_SECONDS: Final = 2
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
@@ -114,6 +117,12 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def die_first() -> None:
+    """Ask the kernel to pick this process, not the node, when the machine runs out of memory."""
+    with contextlib.suppress(OSError):  # not Linux, or /proc is read-only
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+
+
 def only_descriptors(keep: Iterable[int]) -> None:
     """Close every descriptor but ``keep``, and point 0, 1 and 2 at /dev/null."""
     null = os.open("/dev/null", os.O_RDWR)
@@ -129,7 +138,7 @@ def only_descriptors(keep: Iterable[int]) -> None:
 def set_limits(memory_bytes: int, cpu_seconds: int) -> None:
     """Set the resource limits; memory is the job's budget, without the process's own needs."""
     limits = {
-        resource.RLIMIT_AS: (memory_bytes + ADDRESS_SPACE_SLACK_BYTES,) * 2,
+        resource.RLIMIT_AS: (min(memory_bytes, MAX_MEMORY_BYTES) + ADDRESS_SPACE_SLACK_BYTES,) * 2,
         # The soft limit ends the process by SIGXCPU, which tells this death from a plain kill.
         resource.RLIMIT_CPU: (cpu_seconds, cpu_seconds + CPU_GRACE_SECONDS),
         resource.RLIMIT_FSIZE: (0, 0),

@@ -30,6 +30,7 @@ from p2pflop.kernels.engine import Engine
 from p2pflop.kernels.frames import (
     LOWERER,
     MAX_CONTROL_BYTES,
+    OUT_OF_MEMORY_CODE,
     BlockingPipe,
     Exited,
     Failed,
@@ -145,6 +146,7 @@ class Zygote:
         try:
             lockdown.only_descriptors(own)
             lockdown.die_with_parent(parent)
+            lockdown.die_first()
             calls = syscalls.COMPUTE
             allowance = Allowance(message.memory_bytes, message.cpu_seconds, calls)
             lockdown.lock(allowance, self._mechanisms)
@@ -154,6 +156,8 @@ class Zygote:
             else:
                 worker.serve(BlockingPipe(*own), self._engine)
             code = 0
+        except MemoryError:
+            code = OUT_OF_MEMORY_CODE
         except (EOFError, OSError):
             pass  # the node let go of the pipe; the exit code tells the rest
         finally:

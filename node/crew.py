@@ -18,6 +18,7 @@ import trio
 from p2pflop.errors import ConfigError, JobError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.kernels.frames import (
     LOWERER,
+    OUT_OF_MEMORY_CODE,
     Exited,
     Failed,
     Fault,
@@ -67,6 +68,8 @@ class Child:
                 "the job used more memory than it asked for",
                 hint="Ask for more memory, or make the tensors smaller.",
             )
+        if self.exit.code == OUT_OF_MEMORY_CODE:
+            return JobError(f"the {what} ran out of memory")
         ended_by = self.exit.signal
         if ended_by == signal.SIGXCPU:
             return JobError(f"the {what} used up its CPU time")

@@ -121,6 +121,10 @@ def alive_in_sessions(sessions: set[int]) -> list[str]:
     return found
 
 
+def oom_score(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
 def cpu_ticks(pid: int) -> int:
     """CPU time used in user mode, in hundredths of a second."""
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11])
@@ -145,6 +149,7 @@ class TestFaultsOfAJob:
             (script.DIVIDE_BY_ZERO, "SIGFPE"),
             (script.EAT_ALL_MEMORY, "memory"),
             (script.EAT_RESIDENT_MEMORY, "more memory than it asked for"),
+            (script.EXIT_WITHOUT_MEMORY, "ran out of memory"),
         ],
     )
     async def test_is_the_jobs_and_the_pool_lives_on(
@@ -178,6 +183,12 @@ class TestFaultsOfAJob:
                     [event async for event in worker.run(0, 10)]
             with pytest.raises(JobError, match="SIGSEGV"):
                 [chunk async for chunk in worker.read(0)]
+
+    async def test_it_dies_first_when_the_machine_runs_out_of_memory(
+        self, pool: WorkerPool
+    ) -> None:
+        async with pool.worker(LIMITS) as worker:
+            assert oom_score(worker.pid) > oom_score(os.getpid())
 
 
 class TestHostileWorker:

@@ -20,7 +20,7 @@ import msgspec
 from p2pflop.errors import JobError
 from p2pflop.job.spec import Work
 from p2pflop.kernels.compiler import CompileClient
-from p2pflop.kernels.frames import Done, Paused, Progress, Progressed, Ready
+from p2pflop.kernels.frames import OUT_OF_MEMORY_CODE, Done, Paused, Progress, Progressed, Ready
 from p2pflop.node.memory_workers import CountingSession
 from p2pflop.units import MIB
 
@@ -48,7 +48,8 @@ AT_STEP = 3
     WRONG_SIZE,
     ESCAPE,
     SLOW,
-) = range(20)
+    EXIT_WITHOUT_MEMORY,
+) = range(21)
 SLOW_STEP_SECONDS = 0.02
 
 
@@ -123,7 +124,8 @@ _DEEDS: dict[int, Callable[[], object]] = {
     HIDE_MEMORY: lambda: mmap.mmap(-1, 4096),
     SLEEP: lambda: time.sleep(60),
     EXIT: lambda: os._exit(3),
-    RAISE: lambda: os.environ["nothing"],
+    EXIT_WITHOUT_MEMORY: lambda: os._exit(OUT_OF_MEMORY_CODE),
+    RAISE: lambda: os.environ["NOTHING"],
     GARBAGE: lambda: _to_node(b"\0\0\0\4\xc1\xc1\xc1\xc1"),
     HUGE_FRAME: lambda: _to_node(b"\xff\xff\xff\xff"),
     WRONG_STEP: lambda: _frame(Progressed(100, 101, ())),
