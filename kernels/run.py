@@ -49,20 +49,24 @@ class Session:
 
     def __init__(self, work: Work, plans: Mapping[bytes, bytes]) -> None:
         self._work = work
-        self._inits = {
+        inits = {
             param.source.graph for param in work.params if isinstance(param.source, InitSource)
         }
         decoded: dict[bytes, Plan] = {}
-        for graph in sorted({phase.graph for phase in work.phases} | self._inits):
+        for graph in sorted({phase.graph for phase in work.phases} | inits):
             if graph not in plans:
                 raise ProtocolError(f"no plan for graph {graph.hex()}")
             decoded[graph] = decode_plan(plans[graph])
         self._slots = [_Memory(size_bytes(param)) for param in work.params]
         scratch = _Memory(max(scratch_bytes(plan) for plan in decoded.values()))
-        self._loaded = {
-            graph: _Loaded(plan, self._slots, scratch) for graph, plan in decoded.items()
+        # Two phases may share a graph, but not the memory of its outputs: so one for each.
+        self._phases = [
+            _load_phase(number, phase, _Loaded(decoded[phase.graph], self._slots, scratch))
+            for number, phase in enumerate(work.phases)
+        ]
+        self._inits = {
+            graph: _Loaded(decoded[graph], self._slots, scratch) for graph in sorted(inits)
         }
-        self._phases = [self._bind_phase(number, phase) for number, phase in enumerate(work.phases)]
         self._steps = [
             self._slots[slot] for slot, param in enumerate(work.params) if param.role == ROLE_STEP
         ]
@@ -85,15 +89,12 @@ class Session:
         for slot, param in enumerate(self._work.params):
             if param.role == ROLE_SEED:
                 self.write(slot, 0, words[: size_bytes(param)])
-        for graph in sorted(self._inits):
-            loaded = self._loaded[graph]
+        for graph, loaded in self._inits.items():
             loaded.run()
             for slot, param in enumerate(self._work.params):
                 if isinstance(param.source, InitSource) and param.source.graph == graph:
                     self.write(slot, 0, loaded.output(param.source.output))
-            if all(phase.graph != graph for phase in self._work.phases):
-                del self._loaded[graph]
-        self._inits = set()
+        self._inits = {}
 
     def step(self, number: int) -> None:
         """Run the phases that are due at step ``number``, counted from the start of the work."""
@@ -102,9 +103,9 @@ class Session:
             size = min(len(word), len(memory.view))
             memory.view[:size] = word[:size]
         ran = []
-        for index, (phase, run) in enumerate(self._phases):
+        for index, (phase, loaded) in enumerate(self._phases):
             if is_due(phase, number):
-                run()
+                loaded.run()
                 ran.append(index)
         self._ran = ran
         self._ever.update(ran)
@@ -112,7 +113,7 @@ class Session:
     def scalars(self) -> list[tuple[int, int, bytes]]:
         """``(phase, output, value)`` of every traced output of the last step, values in bytes."""
         return [
-            (index, output, bytes(self._loaded[self._phases[index][0].graph].output(output)))
+            (index, output, bytes(self._phases[index][1].output(output)))
             for index in self._ran
             for output, mode in enumerate(self._phases[index][0].modes)
             if mode == MODE_TRACE
@@ -136,25 +137,15 @@ class Session:
         """The last value of a fresh output, or None if its phase has not run yet."""
         if not 0 <= phase < len(self._phases):
             raise ProtocolError(f"there is no phase {phase}")
-        if not 0 <= output < len(self._work.phases[phase].modes):
+        if not 0 <= output < len(self._phases[phase][0].modes):
             raise ProtocolError(f"phase {phase} has no output {output}")
         if phase not in self._ever:
             return None
-        return self._loaded[self._work.phases[phase].graph].output(output)
+        return self._phases[phase][1].output(output)
 
     def close(self) -> None:
         """Let the memory go. Nothing else may be called after it."""
-        self._phases, self._steps, self._slots = [], [], []
-        self._loaded = {}
-
-    def _bind_phase(self, number: int, phase: Phase) -> tuple[Phase, Callable[[], None]]:
-        loaded = self._loaded[phase.graph]
-        if len(loaded.outputs) != len(phase.modes):
-            raise ProtocolError(
-                f"phase {number} keeps {len(phase.modes)} outputs, its plan gives "
-                f"{len(loaded.outputs)}"
-            )
-        return phase, loaded.run
+        self._phases, self._steps, self._slots, self._inits = [], [], [], {}
 
 
 def size_bytes(param: WorkParam) -> int:
@@ -257,6 +248,14 @@ class _Loaded:
             functions.append(ctypes.CFUNCTYPE(None)(address))
             offset += _code_bytes(kernel)
         return functions
+
+
+def _load_phase(number: int, phase: Phase, loaded: _Loaded) -> tuple[Phase, _Loaded]:
+    if len(loaded.outputs) != len(phase.modes):
+        raise ProtocolError(
+            f"phase {number} keeps {len(phase.modes)} outputs, its plan gives {len(loaded.outputs)}"
+        )
+    return phase, loaded
 
 
 def _code_bytes(kernel: Kernel) -> int:

@@ -281,6 +281,26 @@ def test_arguments_steps_parts_and_stop() -> None:
     assert np.array_equal(np.frombuffer(marks_now, np.int32).reshape(3, 4), expected)
 
 
+def test_two_phases_of_one_graph_keep_outputs_of_their_own() -> None:
+    total = Tensor.zeros(2)
+
+    def add() -> dict[str, Tensor]:
+        total.assign(total + 1)
+        return {"sum": total.sum(), "total": total * 1}
+
+    lowered = prepare(add, {2: add})
+    assert len(lowered.traced.body.graphs) == 2
+    session = lowered.session()
+    session.step(0)
+    session.step(1)
+    told = [(phase, struct.unpack("<f", value)[0]) for phase, _, value in session.scalars()]
+    assert told == [(0, 4.0), (1, 6.0)]
+    first, second = session.read_output(0, 1), session.read_output(1, 1)
+    assert first is not None
+    assert second is not None
+    assert (bytes(first), bytes(second)) == (struct.pack("<2f", 2, 2), struct.pack("<2f", 3, 3))
+
+
 def test_rows_out_of_range_are_zeros_and_negative_ones_count_from_the_end() -> None:
     table = Tensor(np.arange(6, dtype=np.float32).reshape(3, 2) + 1)
     rows = Tensor(np.array([2, -1, 3, 0], np.int32))
