@@ -19,7 +19,7 @@ from p2pflop.job.file import JobFile
 from p2pflop.job.results import Scalar, column_values, decode_trace, result_hash
 from p2pflop.job.spec import class_id, state_root
 from p2pflop.kernels.classes import descriptor
-from p2pflop.kernels.local import run_local
+from p2pflop.kernels.local import PART_BYTES, run_local
 from p2pflop.kernels.trace import Traced, trace
 
 NUMBERS = np.array([1.0, 2.0, 4.0], np.float32)
@@ -77,6 +77,18 @@ def test_a_local_run_gives_rows_state_outputs_and_the_same_hash_again() -> None:
     assert np.array_equal(np.frombuffer(blobs[doubled.address], np.float32), 2 * total)
     again, _ = run_local(file_of(job), job.inputs, address_of)
     assert result_hash(again) == result_hash(result)
+
+
+def test_a_tensor_larger_than_a_message_part_comes_back_whole() -> None:
+    large = Tensor.zeros(PART_BYTES // 4 + 3)
+
+    def fill() -> None:
+        large.assign(large + Tensor.arange(PART_BYTES // 4 + 3))
+
+    job = trace(fill, steps=1, address_of=address_of)
+    result, blobs = run_local(file_of(job), {}, address_of)
+    data = np.frombuffer(blobs[result.state[0]], np.float32)
+    assert np.array_equal(data, np.arange(PART_BYTES // 4 + 3, dtype=np.float32))
 
 
 def test_a_missing_input_is_told_before_anything_runs() -> None:

@@ -10,6 +10,10 @@ from p2pflop.kernels.plan import (
     FRESH,
     MAX_ARGUMENTS,
     MAX_BUFFER_BYTES,
+    MAX_BUFFERS,
+    MAX_CALLS,
+    MAX_KERNEL_BYTES,
+    MAX_KERNELS,
     MAX_THREADS,
     SCRATCH,
     SCRATCH_ALIGN_BYTES,
@@ -85,3 +89,26 @@ def test_threads_up_to_the_limit_are_taken_by_a_threaded_kernel() -> None:
 def test_a_buffer_may_be_as_large_as_the_limit() -> None:
     buffers = (PlanBuffer(3, MAX_BUFFER_BYTES), *BUFFERS[1:])
     assert decode_plan(replaced(buffers=buffers)).buffers[0].size_bytes == MAX_BUFFER_BYTES
+
+
+def test_each_list_may_be_as_long_as_its_limit() -> None:
+    longest = {
+        "kernels": (KERNEL,) * MAX_KERNELS,
+        "buffers": BUFFERS + (PlanBuffer(SCRATCH, 1),) * (MAX_BUFFERS - len(BUFFERS)),
+        "calls": (CALL,) * MAX_CALLS,
+        "outputs": PLAN.outputs * MAX_BUFFERS,
+    }
+    for name, values in longest.items():
+        assert decode_plan(replaced(**{name: values}))
+        with pytest.raises(ProtocolError):
+            decode_plan(replaced(**{name: (*values, values[-1])}))
+
+
+def test_a_kernel_may_be_as_large_as_the_limit() -> None:
+    for size, fits in ((MAX_KERNEL_BYTES, True), (MAX_KERNEL_BYTES + 1, False)):
+        data = replaced(kernels=(Kernel("add", bytes(size), 2, threaded=False),))
+        if fits:
+            assert decode_plan(data)
+        else:
+            with pytest.raises(ProtocolError):
+                decode_plan(data)

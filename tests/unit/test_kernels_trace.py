@@ -31,6 +31,8 @@ from p2pflop.job.spec import (
     Work,
     WorkParam,
 )
+from p2pflop.kernels.capture import MAX_LITERAL_BYTES
+from p2pflop.kernels.names import MAX_HELPER_DEPTH
 from p2pflop.kernels.trace import MAX_NAME, Traced
 from p2pflop.kernels.trace import trace as trace_to
 from p2pflop.wire import decode
@@ -323,6 +325,26 @@ def test_arguments_are_inputs_and_the_step_is_a_param() -> None:
 def test_a_jitted_function_is_traced_as_itself() -> None:
     pixels = Tensor(PIXELS)
     assert trace(TinyJit(lambda: {"sum": pixels.sum()})).labels.outputs == (("sum",),)
+
+
+@pytest.mark.parametrize("count", [MAX_LITERAL_BYTES // 4, MAX_LITERAL_BYTES // 4 + 1])
+def test_a_list_is_part_of_the_program_up_to_a_limit(count: int) -> None:
+    numbers = Tensor([1.0] * count)
+    traced = trace(lambda: {"sum": numbers.sum()})
+    assert bool(traced.inputs) is (count * 4 > MAX_LITERAL_BYTES)
+
+
+def test_names_are_found_through_helpers_up_to_a_depth() -> None:
+    weight = Tensor.zeros(2).contiguous()
+
+    def nested(depth: int) -> Callable[[], dict[str, Tensor]]:
+        if depth == 0:
+            return lambda: {"sum": weight.sum()}
+        inner = nested(depth - 1)
+        return lambda: inner()
+
+    assert "weight" in params(trace(nested(MAX_HELPER_DEPTH - 1)))
+    assert "weight" not in params(trace(nested(MAX_HELPER_DEPTH)))
 
 
 def test_a_jitted_helper_is_traced_and_not_run() -> None:
