@@ -242,11 +242,9 @@ def test_one_program_has_one_work_id_in_one_process() -> None:
     assert trace(program.train, every={2: program.test}).body == first.body
 
 
-def test_one_program_has_one_work_id_in_every_process() -> None:
+def test_one_program_has_one_work_id_in_every_process_and_on_every_device() -> None:
     code = (
-        "import sys, os; sys.path.insert(0, 'examples')\n"
-        "from p2pflop.kernels.classes import environment\n"
-        "os.environ.update(environment())\n"
+        "import sys; sys.path.insert(0, 'examples')\n"
         "import digits\n"
         "from p2pflop.kernels.trace import trace\n"
         "from p2pflop.ids import content_hash\n"
@@ -258,14 +256,14 @@ def test_one_program_has_one_work_id_in_every_process() -> None:
     told = {
         subprocess.run(
             [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": hash_seed, "PATH": ""},
+            env={"PYTHONHASHSEED": hash_seed, "PATH": "", "DEV": device},
             cwd=ROOT,
             capture_output=True,
             text=True,
             timeout=60,
             check=True,
         ).stdout
-        for hash_seed in ("1", "2")
+        for hash_seed, device in (("1", "CPU"), ("2", "PYTHON"))
     }
     assert len(told) == 1
     assert int(told.pop().split()[1]) <= 5_000
