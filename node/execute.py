@@ -13,7 +13,8 @@ from typing import Final
 
 import trio
 
-from p2pflop.dht.blobs import BlobInfo, Store
+from p2pflop.dht.blobs import Store
+from p2pflop.dht.manifest import address_of
 from p2pflop.errors import ProviderError
 from p2pflop.job.delivery import output_dtype, state_slots
 from p2pflop.job.file import CheckedJob
@@ -30,6 +31,7 @@ from p2pflop.job.spec import (
     is_due,
     times_due,
 )
+from p2pflop.node.messages import MAX_INLINE_BLOBS, MAX_INLINE_BYTES
 from p2pflop.node.worker_types import Paused, Rows, Worker, WorkerLimits, Workers
 from p2pflop.units import MIB, NS_PER_S
 from p2pflop.wire import encode
@@ -40,19 +42,34 @@ WORKER_SLACK_BYTES: Final = 64 * MIB
 """Of that, what the job's own limit allows for reading and writing tensors."""
 MAX_OPEN_LOWERERS: Final = 2
 MAX_STEP_SECONDS: Final = 600.0
+HOUR_NS: Final = 3600 * NS_PER_S
 
 OnLowering = Callable[[int, int], Awaitable[None]]
 OnRows = Callable[[Rows], Awaitable[None]]
-OnCheckpoint = Callable[[int, tuple[BlobInfo, ...]], Awaitable[None]]
+OnCheckpoint = Callable[[int, tuple["Kept", ...]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Something that a run gave. ``data`` if it goes along with the delivery, else in the store."""
+
+    address: bytes
+    size_bytes: int
+    data: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run gave: the record, its hash, and every blob that it names."""
+    """What a run gave: the record, its hash, and everything that it names."""
 
     result: Result
     hash: bytes
-    blobs: tuple[BlobInfo, ...]
+    kept: tuple[Kept, ...]
+
+
+def inline_blobs(kept: Sequence[Kept]) -> tuple[tuple[bytes, bytes], ...]:
+    """What goes along with a delivery, each address once."""
+    return tuple({k.address: k.data for k in kept if k.data is not None}.items())
 
 
 def memory_bytes(checked: CheckedJob) -> int:
@@ -74,7 +91,8 @@ def unsupported(checked: CheckedJob) -> str:
 
 def worker_limits(checked: CheckedJob, lease_ns: int, threads: int) -> WorkerLimits:
     """What the worker of a lease that lasts ``lease_ns`` may use."""
-    cpu_seconds = (lease_ns // NS_PER_S + 1) * threads
+    # Whole hours, so that a worker which lingers fits the same buyer's next lease of equal length.
+    cpu_seconds = (lease_ns // HOUR_NS + 1) * HOUR_NS // NS_PER_S * threads
     return WorkerLimits(checked.cost.peak_bytes + WORKER_SLACK_BYTES, cpu_seconds, MAX_STEP_SECONDS)
 
 
@@ -165,7 +183,8 @@ class Execution:
             elif isinstance(event, Paused):
                 self._done_to = event.step
                 if not event.ended and event.step > job.first_step:
-                    await on_checkpoint(event.step, await self._keep_state())
+                    state = await self._keep_state(_Keeper(self._store, self._reader))
+                    await on_checkpoint(event.step, state)
         if not job.first_step < self._done_to <= end:
             raise ProviderError(f"the worker stopped at step {self._done_to}")
         return await self._finish()
@@ -184,20 +203,20 @@ class Execution:
 
     async def _finish(self) -> Outcome:
         checked = self._checked
-        trace = await self._keep(self._trace.encode())
-        state = await self._keep_state()
+        keeper = _Keeper(self._store, self._reader)
+        trace = await keeper.keep(_once(self._trace.encode()))
+        state = await self._keep_state(keeper)
         outputs: list[NamedOutput] = []
-        blobs = [trace, *state]
+        kept = [trace, *state]
         steps_done = self._done_to - checked.job.first_step
         for number, phase in enumerate(checked.work.phases):
             if not times_due(phase, checked.job.first_step, steps_done):
                 continue
             for output, mode in enumerate(phase.modes):
                 if mode == MODE_LAST:
-                    info = await self._keep_stream(self._worker.read_output(number, output))
-                    blobs.append(info)
-                    outputs.append(NamedOutput(number, output, info.address, info.size_bytes))
-        addresses = tuple(info.address for info in state)
+                    value = await keeper.keep(self._worker.read_output(number, output))
+                    kept.append(value)
+                    outputs.append(NamedOutput(number, output, value.address, value.size_bytes))
         result = build_result(
             checked.work,
             checked.job,
@@ -205,22 +224,46 @@ class Execution:
             steps_done=steps_done,
             outputs=outputs,
             trace=trace.address,
-            state=addresses,
+            state=tuple(value.address for value in state),
         )
-        return Outcome(result, result_hash(result), tuple(blobs))
+        return Outcome(result, result_hash(result), tuple(kept))
 
-    async def _keep_state(self) -> tuple[BlobInfo, ...]:
-        return tuple([await self._keep_stream(self._worker.read(slot)) for slot in self._states])
+    async def _keep_state(self, keeper: _Keeper) -> tuple[Kept, ...]:
+        return tuple([await keeper.keep(self._worker.read(slot)) for slot in self._states])
 
-    async def _keep(self, data: bytes) -> BlobInfo:
-        info = await self._store.put(data)
-        await self._store.grant(info.address, self._reader)
-        return info
 
-    async def _keep_stream(self, parts: AsyncIterator[bytes]) -> BlobInfo:
+class _Keeper:
+    """Holds one delivery: what is small in memory, as far as there is room, the rest in the store.
+
+    What is in memory goes into the journal and along with the delivery, so that small jobs cost
+    neither commits of the store nor fetches.
+    """
+
+    def __init__(self, store: Store, reader: bytes) -> None:
+        self._store = store
+        self._reader = reader
+        self._room_bytes = MAX_INLINE_BYTES
+        self._room_blobs = MAX_INLINE_BLOBS
+
+    async def keep(self, parts: AsyncIterator[bytes]) -> Kept:
+        data = bytearray()
+        async for part in parts:
+            data += part
+            if len(data) > self._room_bytes or not self._room_blobs:
+                return await self._store_all(data, parts)
+        self._room_bytes -= len(data)
+        self._room_blobs -= 1
+        return Kept(address_of(data), len(data), bytes(data))
+
+    async def _store_all(self, begun: bytearray, rest: AsyncIterator[bytes]) -> Kept:
         async with self._store.writer() as writer:
-            async for part in parts:
+            await writer.write(bytes(begun))
+            async for part in rest:
                 await writer.write(part)
             info = await writer.finish()
         await self._store.grant(info.address, self._reader)
-        return info
+        return Kept(info.address, info.size_bytes, None)
+
+
+async def _once(data: bytes) -> AsyncIterator[bytes]:
+    yield data

@@ -46,6 +46,7 @@ from p2pflop.node.purchase import JOB_PROTOCOL, first_error
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.sheets import SheetService
+from p2pflop.node.warm import WarmWorkers
 from p2pflop.node.worker_types import Workers
 from p2pflop.node.workers import WorkerPool
 from p2pflop.units import format_usd
@@ -187,6 +188,7 @@ def _assemble(
         dialer=dialer,
         sheets=sheets,
         workers=workers,
+        warm=WarmWorkers(workers, nursery),
         journal=journal,
         ledger_book=ledger_book,
         nursery=nursery,

@@ -191,6 +191,11 @@ class MemoryWorker:
         self._loaded: WorkSession | None = None
         self._stopping = False
 
+    @property
+    def alive(self) -> bool:
+        """See ``Worker``."""
+        return self._pool.failure is None
+
     async def load(self, work: bytes, plans: Mapping[bytes, bytes]) -> None:
         """See ``Worker``."""
         await self._answer()

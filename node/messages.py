@@ -31,6 +31,7 @@ from p2pflop.units import KIB
 from p2pflop.wire import U32, U63, Hash, Record
 
 MAX_INLINE_BYTES: Final = 256 * KIB
+MAX_INLINE_BLOBS: Final = 128
 MAX_BODY_BYTES: Final = 512 * KIB
 MAX_RECORD_BYTES: Final = 64 * KIB
 MAX_RESULT_BYTES: Final = 512 * KIB
@@ -40,7 +41,7 @@ MAX_STATE_SLOTS: Final = 4096
 Envelope = Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
 InlineBlobs = Annotated[
     tuple[tuple[Hash, Annotated[bytes, msgspec.Meta(max_length=MAX_INLINE_BYTES)]], ...],
-    msgspec.Meta(max_length=256),
+    msgspec.Meta(max_length=MAX_INLINE_BLOBS),
 ]
 ScalarBytes = Annotated[bytes, msgspec.Meta(max_length=8)]
 
@@ -96,10 +97,11 @@ class Rows(Record, frozen=True, tag=6):
 
 
 class Checkpoint(Record, frozen=True, tag=7):
-    """The state after ``step`` steps is there to fetch: (address, size) a state slot."""
+    """The state after ``step`` steps: (address, size) a state slot. Small ones are in ``blobs``."""
 
     step: U63
     state: Annotated[tuple[tuple[Hash, U63], ...], msgspec.Meta(max_length=MAX_STATE_SLOTS)]
+    blobs: InlineBlobs
 
 
 class Receipted(Record, frozen=True, tag=8):

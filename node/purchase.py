@@ -8,6 +8,7 @@ it is about is here, verified and durable, and the ledger has the amount.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -300,7 +301,12 @@ class Purchase:
                 await runs.emit(run, "lowering", done=done, total=total)
             case m.Rows():
                 await self._tell_rows(message)
-            case m.Checkpoint(step, state):
+            case m.Checkpoint(step, state, blobs):
+                try:
+                    await self._keep_inline(blobs)
+                except VerificationError as error:
+                    self._cut(error.message)
+                    return
                 self._states[step] = tuple(address for address, _ in state)
                 if len(self._states) > MAX_UNSIGNED_RECEIPTS:
                     del self._states[min(self._states)]
@@ -330,17 +336,22 @@ class Purchase:
     async def _hear_delivery(self, message: m.Delivered) -> None:
         try:
             result = decode(Result, message.result)
-            for address, data in message.blobs:
-                if address_of(data) != address:
-                    raise VerificationError(f"{address.hex()} is not the address of its bytes")
+            await self._keep_inline(message.blobs)
         except (ProtocolError, VerificationError) as error:
             self._cut(error.message)
             return
-        for _, data in message.blobs:
-            await self._buyer.store.put(data)
         self._result = result
         self._run.rows.add(RESULT_ROW, message.result)
         await self._driver.hear(Received(message.receipt, message.salt))
+
+    async def _keep_inline(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
+        """Keep what came along, all in one commit. Raises VerificationError."""
+        for address, data in blobs:
+            if address_of(data) != address:
+                raise VerificationError(f"{address.hex()} is not the address of its bytes")
+        async with trio.open_nursery() as nursery:
+            for _, data in blobs:
+                nursery.start_soon(self._buyer.store.put, data)
 
     async def _verify(self) -> None:
         """Fetch and check what the receipts that wait are about, oldest first."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import trio
 
-from p2pflop.dht.blobs import BlobInfo
 from p2pflop.dht.fetch import fetch
 from p2pflop.errors import JobError, P2PFlopError, ProtocolError, StoreError
 from p2pflop.job.events import (
@@ -41,7 +40,14 @@ from p2pflop.market.records import Bid, Receipt
 from p2pflop.node import messages as m
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.driver import Driver
-from p2pflop.node.execute import Execution, input_blobs, lower_all, worker_limits
+from p2pflop.node.execute import (
+    Execution,
+    Kept,
+    inline_blobs,
+    input_blobs,
+    lower_all,
+    worker_limits,
+)
 from p2pflop.node.journal import JobRows, Row
 from p2pflop.node.worker_types import Rows
 from p2pflop.units import KIB
@@ -50,8 +56,6 @@ from p2pflop.wire import Sealed, decode, encode, open_sealed
 if TYPE_CHECKING:
     from p2pflop.node.sell import Seller
 
-MAX_INLINE_BLOB_BYTES: Final = 64 * KIB
-MAX_INLINE_BLOBS: Final = 128
 PROGRESS_BYTES: Final = 256 * KIB
 WORKER_THREADS: Final = 1
 
@@ -72,7 +76,7 @@ class _Delivery(msgspec.Struct, array_like=True, frozen=True):
     """What a result names, as the journal keeps it."""
 
     result: bytes
-    small: tuple[bytes, ...]
+    blobs: tuple[tuple[bytes, bytes], ...]
 
 
 class Sale:
@@ -265,7 +269,7 @@ class Sale:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._fetch_inputs)
             plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)
-        async with seller.workers.worker(limits) as worker:
+        async with seller.warm.lease(self.account, limits) as worker:
             execution = Execution(
                 checked, seller.workers.class_id, seller.store, worker, self.bid.signer
             )
@@ -275,8 +279,7 @@ class Sale:
             outcome = await execution.run(
                 self.bid.record.terms.checkpoint_steps, self._tell_rows, self._keep_checkpoint
             )
-        small = [b for b in outcome.blobs if b.size_bytes <= MAX_INLINE_BLOB_BYTES]
-        self._delivery = _Delivery(encode(outcome.result), tuple(_fitting(small)))
+        self._delivery = _Delivery(encode(outcome.result), inline_blobs(outcome.kept))
         self.rows.add(SaleRow.RESULT, msgspec.msgpack.encode(self._delivery))
         result = outcome.result
         done_to = result.first_step + result.steps_done
@@ -309,11 +312,12 @@ class Sale:
     async def _tell_rows(self, rows: Rows) -> None:
         self._offer(m.Rows(rows.first_step, rows.last_step, rows.values))
 
-    async def _keep_checkpoint(self, step: int, state: tuple[BlobInfo, ...]) -> None:
-        checkpoint = m.Checkpoint(step, tuple((info.address, info.size_bytes) for info in state))
+    async def _keep_checkpoint(self, step: int, state: tuple[Kept, ...]) -> None:
+        named = tuple((value.address, value.size_bytes) for value in state)
+        checkpoint = m.Checkpoint(step, named, inline_blobs(state))
         self._checkpoints[step] = checkpoint
         self.rows.add(SaleRow.CHECKPOINT, encode(checkpoint))
-        root = state_root(tuple(info.address for info in state))
+        root = state_root(tuple(value.address for value in state))
         await self.driver.on(Checkpointed(step, root))
 
     # Talk
@@ -328,9 +332,7 @@ class Sale:
             return
         if self._delivery is None:
             raise StoreError("the journal has no result for this sale")
-        store, small = self._seller.store, self._delivery.small
-        blobs = tuple([(address, await store.get(address)) for address in small])
-        self._say(m.Delivered(wire, self._delivery.result, salt, blobs))
+        self._say(m.Delivered(wire, self._delivery.result, salt, self._delivery.blobs))
 
     async def _book(self, countersigned: bytes) -> None:
         seller = self._seller
@@ -365,15 +367,3 @@ def first_row(rows: list[Row], kind: str) -> bytes:
         if row.kind == kind:
             return row.body
     raise StoreError(f"the journal has no {kind} row for this sale")
-
-
-def _fitting(blobs: list[BlobInfo]) -> list[bytes]:
-    """Addresses of as many blobs, smallest first, as go along with a delivery."""
-    fitting: list[bytes] = []
-    room = m.MAX_INLINE_BYTES
-    for info in sorted({b.address: b for b in blobs}.values(), key=lambda b: b.size_bytes):
-        if info.size_bytes > room or len(fitting) == MAX_INLINE_BLOBS:
-            break
-        fitting.append(info.address)
-        room -= info.size_bytes
-    return fitting

@@ -35,6 +35,7 @@ from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.orders import cost_lines
 from p2pflop.node.sale import Sale, SaleRow, first_row
 from p2pflop.node.sheets import SheetService
+from p2pflop.node.warm import WarmWorkers
 from p2pflop.node.worker_types import Workers
 from p2pflop.units import format_usd
 from p2pflop.wire import Sealed, envelope_kind, open_sealed
@@ -56,6 +57,7 @@ class Seller:
     dialer: Dialer
     sheets: SheetService
     workers: Workers
+    warm: WarmWorkers
     journal: Journal
     ledger_book: LedgerBook
     nursery: trio.Nursery

@@ -55,6 +55,11 @@ class ProcessWorker:
         """The worker's process id."""
         return self._child.pid
 
+    @property
+    def alive(self) -> bool:
+        """See ``Worker``."""
+        return self._failure is None and not self._child.ended.is_set()
+
     async def load(self, work: bytes, plans: Mapping[bytes, bytes]) -> None:
         """See ``Worker``."""
         decoded = decode(Work, work)

@@ -68,6 +68,10 @@ class Worker(Protocol):
     ProviderError (the worker was lost or misbehaved). After either the worker is of no more use.
     """
 
+    @property
+    def alive(self) -> bool:
+        """Whether it may still be used."""
+
     async def load(self, work: bytes, plans: Mapping[bytes, bytes]) -> None:
         """Load an encoded Work and the plan of each of its graphs, by graph hash."""
 

@@ -176,7 +176,11 @@ class WorkerPool:
                 raise ProviderError("the pool is closed")
             lowering = self._lowerings[key] = _Lowering(key, graph)
             self._nursery.start_soon(self._lower, lowering)
-        return await lowering.wait(progress)
+        try:
+            return await lowering.wait(progress)
+        finally:
+            if lowering.abandoned and self._lowerings.get(key) is lowering:
+                del self._lowerings[key]  # the next caller must not join what is being ended
 
     @asynccontextmanager
     async def worker(self, limits: WorkerLimits) -> AsyncIterator[ProcessWorker]:
@@ -314,6 +318,10 @@ class _Lowering:
         self.error: P2PFlopError | None = None
         self._listeners: list[Callable[[int, int], None] | None] = []
 
+    @property
+    def abandoned(self) -> bool:
+        return self.scope.cancel_called
+
     def tell(self, done: int, total: int) -> None:
         for listener in self._listeners:
             if listener is not None:
@@ -325,7 +333,7 @@ class _Lowering:
             await self.done.wait()
         finally:
             self._listeners.remove(progress)
-            if not self._listeners:
+            if not self._listeners and not self.done.is_set():
                 self.scope.cancel()
         if self.plan is not None:
             return self.plan
