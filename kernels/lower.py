@@ -186,7 +186,7 @@ class _Flattener:
         self._slot_of = {id(uop.buffer): slot for slot, uop in built.slots.items()}
         self._fresh = [tensor.uop.base.buffer for tensor in built.fresh]
         self._fresh_ids = {id(buffer.base) for buffer in self._fresh}
-        self._built = built
+        self._built = built  # holds the buffers whose ids are keys here
         self._buffers: dict[int, tuple[int, PlanBuffer]] = {}
         self._kernels: dict[bytes, tuple[int, Kernel]] = {}
 
