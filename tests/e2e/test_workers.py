@@ -108,6 +108,10 @@ async def wait_until_dead(*pids: int) -> None:
     await wait_until(lambda: not any(is_alive(pid) for pid in pids))
 
 
+async def wait_until_crashed(pool: WorkerPool, times: int) -> None:
+    await wait_until(lambda: pool.statistics().crashes == times)
+
+
 def alive_in_sessions(sessions: set[int]) -> list[str]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -273,11 +277,11 @@ class TestLosses:
     async def test_too_many_crashes_break_the_pool(self, tmp_path: Path) -> None:
         told = trio.Event()
         async with scripted_pool(tmp_path, on_broken=told.set) as pool:
-            for _ in range(MAX_CRASHES):
+            for number in range(MAX_CRASHES):
                 assert not pool.broken
                 await pool.lower(b"")
                 os.kill(pool.statistics().process_ids[0], signal.SIGKILL)
-                await wait_until_dead(pool.statistics().process_ids[0])
+                await wait_until_crashed(pool, number + 1)
             with trio.fail_after(WAIT_SECONDS):
                 await told.wait()
             assert pool.broken
@@ -446,10 +450,14 @@ class TestLowering:
         assert plans == [b"plan of slow graph"]
 
     async def test_a_lowering_that_nobody_waits_for_is_ended(self, pool: WorkerPool) -> None:
-        with trio.move_on_after(0.5):
-            await pool.lower(b"spin")
-        await wait_until(lambda: len(pool.statistics().process_ids) == 2)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.lower, b"slow graph")
+            await wait_until(lambda: len(pool.statistics().process_ids) == 3)
+            nursery.cancel_scope.cancel()
         assert pool.statistics().lowering == 0
+        assert await pool.lower(b"slow graph") == b"plan of slow graph"
+        await wait_until(lambda: len(pool.statistics().process_ids) == 2)
+        assert pool.statistics().plans_lowered == 1
 
     async def test_several_lowerers_compile_at_once(self, pool: WorkerPool) -> None:
         objects: list[bytes] = []
