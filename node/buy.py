@@ -38,6 +38,8 @@ from p2pflop.node.sheets import SheetService
 
 JOB_ROW: Final = "job"
 MAX_RUNS_UNDER_WAY: Final = 256
+SMALL_FILE_BYTES: Final = 1024
+"""Up to here a job file is opened on the event loop: the hop to a thread would cost more."""
 
 _log = logging.getLogger(__name__)
 
@@ -71,13 +73,16 @@ class Buyer:
             raise ConfigError(
                 f"{MAX_RUNS_UNDER_WAY} jobs are under way", hint="Wait for some, or cancel them."
             )
-        order = await trio.to_thread.run_sync(open_order, body, options, self.now_ns())
+        if len(body) <= SMALL_FILE_BYTES:
+            order = open_order(body, options, self.now_ns())
+        else:
+            order = await trio.to_thread.run_sync(open_order, body, options, self.now_ns())
         await self._check_inputs(order)
         row = _JobRow(body, order.max_nusd, order.deadline_ns, order.checkpoint_steps)
         run = self.runs.create(order_card(order))
         run.rows.add(JOB_ROW, msgspec.msgpack.encode(row))
-        await run.rows.flush()
         self.nursery.start_soon(self._buy, run, order)
+        await run.rows.wait_flushed()
         return run.id
 
     def quote(self, body: bytes, options: SubmitOptions) -> Json:

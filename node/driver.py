@@ -3,6 +3,10 @@
 The lifecycle (``p2pflop.job.lifecycle``) decides, this drives. Events come from several tasks at
 once (stream, worker, timer, user); one lock puts them in order. Rows are flushed before the first
 ``Send`` that follows them, together: until then a crash only takes back what nobody has seen.
+
+What a lifecycle has decided is done to its end, even if the task that reported the event is
+cancelled meanwhile, say because its stream broke. If it cannot be done (the disk is full), memory
+is ahead of the journal and the driver is of no more use: it is ``over`` with a ``failure``.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from p2pflop.errors import ProtocolError
+from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.job.events import (
     Event,
     Finish,
@@ -28,9 +32,12 @@ from p2pflop.job.events import (
 )
 from p2pflop.job.lifecycle import Lifecycle
 from p2pflop.node.journal import JobRows, Row
+from p2pflop.node.printable import printable
 from p2pflop.units import NS_PER_S
 
 LIFE_ROW: Final = "life:"
+LOOK_AGAIN_NS: Final = 60 * NS_PER_S
+"""Timers are times of day; a clock that was set, or a machine that slept, is noticed so soon."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +59,7 @@ class Hands(Protocol):
 
 
 class Driver:
-    """One lifecycle at work."""
+    """One lifecycle at work. ``over`` is set at its end, and if it failed: then see ``failure``."""
 
     def __init__(
         self,
@@ -63,6 +70,7 @@ class Driver:
     ) -> None:
         self.lifecycle = lifecycle
         self.over = trio.Event()
+        self.failure: Exception | None = None
         self._rows = rows
         self._hands = hands
         self._now_ns = now_ns
@@ -81,38 +89,70 @@ class Driver:
         async with self._lock:
             await self._do(self.lifecycle.resume(life, self._now_ns()))
 
-    async def on(self, event: Event) -> None:
-        """Tell the lifecycle of an event. Raises ProtocolError if it is not allowed now."""
-        async with self._lock:
-            await self._do(self.lifecycle.on(event, self._now_ns()))
+    async def on(self, *events: Event) -> None:
+        """Tell the lifecycle of events. Raises ProtocolError at the first that is not allowed now.
 
-    async def hear(self, event: Event) -> None:
-        """Tell of something that came from the peer; what is not allowed loses the peer."""
+        The rows of events that are told together go to disk together. Raises what the hands raise,
+        and ProviderError once the driver has failed.
+        """
+        async with self._lock:
+            if self.failure is not None:
+                raise ProviderError("this node has failed in the middle of the job")
+            actions: list[Any] = []
+            try:
+                for event in events:
+                    actions += self.lifecycle.on(event, self._now_ns())
+            finally:
+                await self._do(actions)
+
+    async def hear(self, event: Event) -> str:
+        """Tell of something that came from the peer.
+
+        What is not allowed loses the peer: the answer is why, for the stream to be cut, or nothing.
+        """
         try:
             await self.on(event)
         except ProtocolError as error:
+            if self.failure is not None:
+                raise
             kind = "a record" if isinstance(event, Received) else type(event).__name__
-            _log.info("%s from the peer refused: %s", kind, error)
-            await self.on(Lost(error.message))
+            why = printable(error.message)
+            _log.info("%s from the peer refused: %s", kind, why)
+            await self.on(Lost(why))
+            return why or "it sent what is not allowed"
+        return ""
 
     async def run_timers(self) -> None:
         """Report timers when they are due, until the job is over."""
-        while not self.lifecycle.ended:
+        while not self.over.is_set():
             self._timers_changed = trio.Event()
             wait_ns = min(self._timers.values(), default=2**62) - self._now_ns()
+            wait_ns = min(wait_ns, LOOK_AGAIN_NS)
             with trio.move_on_after(max(0.0, wait_ns / NS_PER_S)) as scope:
                 await self._timers_changed.wait()
             if scope.cancelled_caught:
                 now_ns = self._now_ns()
                 for name in [name for name, at_ns in self._timers.items() if at_ns <= now_ns]:
-                    del self._timers[name]
-                    await self.on(Timer(name))
+                    # The first of two that are due may have taken the second one back.
+                    if self._timers.pop(name, None) is not None:
+                        await self.on(Timer(name))
 
     async def _do(self, actions: list[Any]) -> None:
+        try:
+            with trio.CancelScope(shield=True):
+                await self._act(actions)
+        except Exception as error:
+            self.failure = error
+            self._timers.clear()
+            self.over.set()
+            raise
+
+    async def _act(self, actions: list[Any]) -> None:
+        for action in actions:
+            if isinstance(action, Persist):
+                self._rows.add(LIFE_ROW + action.kind, action.body)
         for action in actions:
             match action:
-                case Persist():
-                    self._rows.add(LIFE_ROW + action.kind, action.body)
                 case Send():
                     await self._rows.flush()
                     await self._hands.send(action)

@@ -124,6 +124,7 @@ class JobRows:
         self._pending: list[tuple[int, str, bytes]] = []
         self._changed = False
         self._flushing = trio.Lock()
+        self._flushed = trio.Event()
 
     def add(self, kind: str, body: bytes) -> None:
         """To be written with the next flush."""
@@ -138,6 +139,15 @@ class JobRows:
     async def flush(self) -> None:
         """Return once everything added so far is on disk."""
         async with self._flushing:
-            if self._pending or self._changed:
-                rows, self._pending, self._changed = self._pending, [], False
-                await self._journal.append(self.head, rows)
+            if not self._pending and not self._changed:
+                return
+            rows, head = list(self._pending), self.head
+            await self._journal.append(head, rows)
+            # Only now: after a disk that failed once, no row may be missing between two others.
+            del self._pending[: len(rows)]
+            self._changed = self.head is not head
+            self._flushed.set()
+
+    async def wait_flushed(self) -> None:
+        """Return once there has been a flush: the job is in the journal."""
+        await self._flushed.wait()

@@ -65,7 +65,7 @@ from p2pflop.node.execute import input_blobs
 from p2pflop.node.orders import Order, Ranking, describe_ranking
 from p2pflop.node.runs import Run
 from p2pflop.units import NS_PER_S
-from p2pflop.wire import Sealed, decode, open_sealed
+from p2pflop.wire import Sealed, decode, reopen
 
 if TYPE_CHECKING:
     from p2pflop.node.buy import Buyer
@@ -202,7 +202,7 @@ class Purchase:
         return None if sheet is None else sheet.account
 
     def _bid(self) -> Sealed[Bid]:
-        return open_sealed(Bid, self._lifecycle.side.bid, self._buyer.identity.network)
+        return reopen(Bid, self._lifecycle.side.bid, self._buyer.identity.network)
 
     def _offer(self, bid: bytes) -> m.Offer:
         return m.Offer(bid, self._order.body, ())
@@ -357,7 +357,7 @@ class Purchase:
         """Fetch and check what the receipts that wait are about, oldest first."""
         async with self._verifying:
             for number, wire in sorted(self._lifecycle.side.unsigned.items()):
-                receipt = open_sealed(Receipt, wire, self._buyer.identity.network).record
+                receipt = reopen(Receipt, wire, self._buyer.identity.network).record
                 try:
                     await self._check_receipt(receipt)
                 except (ProtocolError, VerificationError) as error:
@@ -436,7 +436,7 @@ class Purchase:
             raise failures[0]
 
     async def _book(self, countersigned: bytes) -> None:
-        receipt = open_sealed(Receipt, countersigned, self._buyer.identity.network).record
+        receipt = reopen(Receipt, countersigned, self._buyer.identity.network).record
         account = self._account_of(self._bid().record.provider)
         if account is None:
             raise ProtocolError("the provider's account is not known")
@@ -446,7 +446,7 @@ class Purchase:
         result = self._result
         if result is None:
             raise AssertionError("settled without a result")
-        receipt = open_sealed(
+        receipt = reopen(
             Receipt, self._lifecycle.side.countersigned, self._buyer.identity.network
         ).record
         self._run.card |= {

@@ -2,7 +2,7 @@
 
 A run's events go to whoever watches. Those that matter after a restart are journalled with the
 run's next flush; traced rows and progress are told but not kept, because the result has them. The
-last event is on disk before anybody hears it.
+end of a run is on disk before anybody hears of it, or, for a result, all that it follows from.
 """
 
 from __future__ import annotations
@@ -98,9 +98,14 @@ class Runs:
             end_state = END_STATES[kind]
             run.card |= {"state": end_state, "end_state": end_state}
             run.rows.set_head(summary=_dump(run.card), end_state=end_state)
-            await run.rows.flush()
+            if kind != "result":
+                await run.rows.flush()
             self._retire(run)
         _tell(run, event)
+        if kind == "result":
+            # Its blobs, the countersignature and the ledger are on disk already: after a crash now
+            # the run settles again, with the same result.
+            await run.rows.flush()
 
     def get(self, run_id: str) -> Run:
         """A run by id. Raises ConfigError if there is none."""

@@ -51,7 +51,7 @@ from p2pflop.node.execute import (
 from p2pflop.node.journal import JobRows, Row
 from p2pflop.node.worker_types import Rows
 from p2pflop.units import KIB
-from p2pflop.wire import Sealed, decode, encode, open_sealed
+from p2pflop.wire import Sealed, decode, encode, reopen
 
 if TYPE_CHECKING:
     from p2pflop.node.sell import Seller
@@ -239,8 +239,8 @@ class Sale:
         async for task in self._due:
             if task == "prepare":
                 await self._work()
-            elif task == "reveal":
-                await self.driver.on(Reveal())
+            elif task == "reveal" and self._lifecycle.state is State.COMMITTED:
+                await self.driver.on(Reveal())  # a restart found the commit without its receipt
 
     # Work
 
@@ -284,7 +284,8 @@ class Sale:
         result = outcome.result
         done_to = result.first_step + result.steps_done
         salt = secrets.token_bytes(SALT_BYTES)
-        await self.driver.on(Done(done_to, result.state_root, outcome.hash, salt))
+        done = Done(done_to, result.state_root, outcome.hash, salt)
+        await self.driver.on(done, Reveal())
 
     async def _fetch_inputs(self) -> None:
         seller = self._seller
@@ -323,7 +324,7 @@ class Sale:
     # Talk
 
     async def _send_receipt(self, wire: bytes, salt: bytes) -> None:
-        receipt = open_sealed(Receipt, wire, self._seller.identity.network).record
+        receipt = reopen(Receipt, wire, self._seller.identity.network).record
         if not salt:
             checkpoint = self._checkpoints.get(receipt.to_step)
             if checkpoint is not None:
@@ -336,7 +337,7 @@ class Sale:
 
     async def _book(self, countersigned: bytes) -> None:
         seller = self._seller
-        receipt = open_sealed(Receipt, countersigned, seller.identity.network).record
+        receipt = reopen(Receipt, countersigned, seller.identity.network).record
         await seller.ledger_book.earned(receipt, self.account, seller.now_ns())
 
     def _bind(self) -> None:

@@ -43,6 +43,7 @@ from p2pflop.wire import Sealed, envelope_kind, open_sealed
 OFFER_S: Final = 10.0
 MAX_REMEMBERED: Final = 256
 SAFE_LEVEL: Final = 2
+SMALL_BODY_BYTES: Final = 1024
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class Seller:
             return None
         if opened.peer != stream.peer:
             raise ProtocolError("a bid that another peer signed", peer=stream.peer)
-        body, checked = await trio.to_thread.run_sync(_open_body, offer.body)
+        body, checked = await _open_offered(offer.body)
         if isinstance(checked, Refusal):
             await self._refuse(stream, bid.id, f"the job is not valid: {checked.reason}")
             return None
@@ -247,6 +248,13 @@ class Seller:
 
     def _owner(self, account: bytes) -> bytes:
         return b"" if account == self.identity.account.public_key else account
+
+
+async def _open_offered(data: bytes) -> tuple[JobBody, CheckedJob | Refusal]:
+    """As ``_open_body``, in a thread unless the hop would cost more than the work."""
+    if len(data) <= SMALL_BODY_BYTES:
+        return _open_body(data)
+    return await trio.to_thread.run_sync(_open_body, data)
 
 
 def _open_body(data: bytes) -> tuple[JobBody, CheckedJob | Refusal]:
