@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-try:
-    from p2pflop.kernels.classes import environment
+from p2pflop.kernels.classes import environment
 
-    os.environ.update(environment())
-except ImportError:
-    os.environ.update(DEV="CPU:CLANG:x86_64,native,-fma", PARALLEL="0")
+os.environ.update(environment())
 
 settings.register_profile(
     "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
