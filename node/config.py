@@ -20,10 +20,20 @@ DEFAULT_LISTEN: Final = ("/ip4/0.0.0.0/tcp/7421",)
 LOOPBACK_LISTEN: Final = ("/ip4/127.0.0.1/tcp/0",)
 MAX_SLOTS: Final = 64
 MAX_CONNECT: Final = 64
+CONFIG_NAME: Final = "config.toml"
 MIN_MEMORY_BYTES: Final = 256 * 1024**2
 
-_MONEY: Final = {"ask": "ask_nusd", "setup": "setup_nusd", "min_charge": "min_charge_nusd"}
-_MONEY_MORE: Final = {"byte_price": "byte_price_nusd", "credit": "credit_nusd"}
+_TEXTS: Final = ("listen", "connect")
+_SWITCHES: Final = ("embedded", "log_json", "debug")
+_AMOUNTS: Final = {
+    "ask": "ask_nusd",
+    "byte_price": "byte_price_nusd",
+    "credit": "credit_nusd",
+    "memory": "memory_bytes",
+    "min_charge": "min_charge_nusd",
+    "setup": "setup_nusd",
+}
+"""What ``config.toml`` calls amounts, which people write with units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +80,35 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
 
     Raises ConfigError that names the file and the key.
     """
-    home = Path(overrides.get("home") or default_home()).expanduser()
-    merged = _read_config(home / "config.toml") | {
-        key: value for key, value in overrides.items() if value is not None and key != "home"
-    }
-    known = {field.name for field in fields(Settings)}
-    unknown = sorted(set(merged) - known)
-    if unknown:
-        raise ConfigError(
-            f"unknown setting {unknown[0]!r}", hint=f"Settings are {', '.join(sorted(known))}."
-        )
-    settings = replace(Settings(home), **merged)
+    given = Path(overrides.get("home") or default_home())
+    try:
+        home = given.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"there is no home directory for {given}") from error
+    told = {key: value for key, value in overrides.items() if value is not None and key != "home"}
+    path = home / CONFIG_NAME
+    settings = _with(Settings(home), _read_config(path), f"{path}: ")
+    settings = _with(settings, told, "")
     if settings.embedded:
         settings = replace(settings, listen=LOOPBACK_LISTEN, ask_nusd=0, http_port=0)
-    _check(settings)
     return settings
+
+
+def _with(settings: Settings, changes: Mapping[str, Any], source: str) -> Settings:
+    """``settings`` with ``changes``, checked; ``source`` begins the message of a ConfigError."""
+    known = {field.name for field in fields(Settings)} - {"home"}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        names = sorted(known - set(_AMOUNTS.values()) | set(_AMOUNTS))
+        raise ConfigError(
+            f"{source}unknown setting {unknown[0]!r}", hint=f"Settings are {', '.join(names)}."
+        )
+    try:
+        changed = replace(settings, **changes)
+        _check(changed)
+    except ConfigError as error:
+        raise ConfigError(source + error.message, hint=error.hint) from error
+    return changed
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -97,14 +121,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in table.items():
         try:
-            if key in (money := _MONEY | _MONEY_MORE):
-                settings[money[key]] = parse_usd(str(value))
-            elif key == "memory":
+            if key == "memory":
                 settings["memory_bytes"] = parse_bytes(str(value))
-            elif isinstance(value, list):
-                settings[key] = tuple(str(item) for item in value)
+            elif key in _AMOUNTS:
+                settings[_AMOUNTS[key]] = parse_usd(str(value))
             else:
-                settings[key] = value
+                settings[key] = tuple(value) if isinstance(value, list) else value
         except ConfigError as error:
             raise ConfigError(f"{path}: {key}: {error.message}", hint=error.hint) from error
     return settings
@@ -118,6 +140,13 @@ def _check(settings: Settings) -> None:
     for name in ("http_port", "slots"):
         value = getattr(settings, name)
         require(isinstance(value, int) and not isinstance(value, bool), f"{name} is not a number")
+    for name in _SWITCHES:
+        require(isinstance(getattr(settings, name), bool), f"{name} is neither true nor false")
+    for name in _TEXTS:
+        value = getattr(settings, name)
+        texts = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        require(texts, f"{name} is not a list of texts", f'Write it like {name} = ["..."].')
+    require(isinstance(settings.network, str), "network is not a text")
     require(0 <= settings.http_port < 65536, f"no port {settings.http_port}", "Use 0 to 65535.")
     require(1 <= settings.slots <= MAX_SLOTS, f"slots must be 1 to {MAX_SLOTS}")
     require(len(settings.connect) <= MAX_CONNECT, f"at most {MAX_CONNECT} peers to connect to")

@@ -9,14 +9,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from p2pflop.errors import ConfigError, HomeLockedError
 from p2pflop.keys import SEED_BYTES, PrivateKey
+
+TOKEN_BYTES: Final = 32
+_TOKEN: Final = re.compile(rb"[A-Za-z0-9_-]{16,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +58,26 @@ def open_home(path: Path) -> Iterator[Home]:
         ) from error
     try:
         _lock(lock, path)
+        home = _furnish(path)
         try:
-            yield Home(path, _key(path / "account.pem"), _key(path / "node.pem"), _token(path))
+            yield home
         finally:
-            (path / "node.json").unlink(missing_ok=True)
+            with suppress(OSError):
+                (path / "node.json").unlink(missing_ok=True)
     finally:
         os.close(lock)
+
+
+def _furnish(path: Path) -> Home:
+    try:
+        # A note that a killed node has left leads to nobody.
+        (path / "node.json").unlink(missing_ok=True)
+        return Home(path, _key(path / "account.pem"), _key(path / "node.pem"), _token(path))
+    except OSError as error:
+        raise ConfigError(
+            f"the home {path} cannot be used: {error}",
+            hint="Choose another with --home or P2PFLOP_HOME.",
+        ) from error
 
 
 def _lock(lock: int, path: Path) -> None:
@@ -70,8 +89,11 @@ def _lock(lock: int, path: Path) -> None:
             f"another node (process {holder}) already runs on {path}",
             hint="Stop it, or give this one a home of its own with --home.",
         ) from error
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path / 'lock'}: {error.strerror}") from error
 
 
 def _key(path: Path) -> PrivateKey:
@@ -88,21 +110,30 @@ def _key(path: Path) -> PrivateKey:
 
 
 def _token(home: Path) -> str:
+    """The token of local programs. One that is damaged is replaced: nothing depends on it."""
     path = home / "token"
-    if not path.exists():
-        _write(path, secrets.token_urlsafe(32).encode())
-    return path.read_text("ascii").strip()
+    found = path.read_bytes().strip() if path.exists() else b""
+    if not _TOKEN.fullmatch(found):
+        found = secrets.token_urlsafe(TOKEN_BYTES).encode()
+        _write(path, found)
+    return found.decode("ascii")
 
 
 def _write(path: Path, data: bytes) -> None:
     """Replace ``path`` in one step, readable by its owner alone."""
     draft = path.with_name(path.name + ".new")
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        draft.unlink(missing_ok=True)  # it may have been left with another mode
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
