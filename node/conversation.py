@@ -1,7 +1,8 @@
 """One job stream: messages out through a bounded outbox, messages in to a handler, heartbeats.
 
 Nobody who has something to say waits for the peer: ``tell`` puts it into the outbox. A peer that
-does not read until the outbox is full has its stream cut, as one that has gone.
+does not read until the outbox is full has its stream cut, as one that has gone. A peer that sends
+faster than ``READ_RATE`` waits, so that a flood costs a bounded share of this node's time.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ from typing import Final
 import trio
 
 from p2pflop.dht.planes import EndOfStream, Stream
-from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError, first_error
 from p2pflop.node.messages import Heartbeat, Message, decode_message, encode_message
 
 MAX_OUTBOX: Final = 256
 HEARTBEAT_S: Final = 5.0
 SEND_S: Final = 30.0
 LINGER_S: Final = 2.0
+READ_RATE: Final = 1000.0
+READ_BURST: Final = 2000.0
 
 OnMessage = Callable[[Message], Awaitable[None]]
 
 
 class Conversation:
-    """A stream and its outbox. Lives while ``run`` runs."""
+    """A stream and its outbox. Lives while ``run`` runs.
+
+    ``at_fault``: it ended because of what the peer sent, so that another stream would not help.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self.peer = stream.peer
@@ -33,6 +39,9 @@ class Conversation:
         self._outbox, self._waiting = trio.open_memory_channel[Message](MAX_OUTBOX)
         self._scope = trio.CancelScope()
         self._why = ""
+        self._tokens = READ_BURST
+        self._counted_at = trio.current_time()
+        self.at_fault = False
 
     def tell(self, message: Message) -> None:
         """Send soon, in order. Does nothing once the conversation is over."""
@@ -52,23 +61,39 @@ class Conversation:
         """Send what waits, then end the stream."""
         self._outbox.close()
 
-    def cut(self, why: str) -> None:
+    def cut(self, why: str, *, at_fault: bool = False) -> None:
         """End at once."""
-        self._why = self._why or why
+        self._end(why, at_fault)
         self._scope.cancel()
 
     async def run(self, on_message: OnMessage) -> str:
-        """Talk until either side ends it or breaks it; why it ended, in words."""
-        with self._scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._write)
-                nursery.start_soon(self._beat)
-                await self._read(on_message)
-                nursery.cancel_scope.cancel()
-        with trio.CancelScope(deadline=trio.current_time() + LINGER_S, shield=True):
-            await self._stream.aclose()
-        self.over.set()
+        """Talk until either side ends it or breaks it; why it ended, in words.
+
+        Raises what ``on_message`` raises, if that is a P2PFlopError as it is and not in a group.
+        """
+        failure: P2PFlopError | None = None
+        try:
+            with self._scope:
+                try:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._write)
+                        nursery.start_soon(self._beat)
+                        await self._read(on_message)
+                        nursery.cancel_scope.cancel()
+                except* P2PFlopError as group:
+                    failure = first_error(group)
+        finally:
+            self._outbox.close()
+            with trio.CancelScope(deadline=trio.current_time() + LINGER_S, shield=True):
+                await self._stream.aclose()
+            self.over.set()
+        if failure is not None:
+            raise failure
         return self._why or "the conversation is over"
+
+    def _end(self, why: str, at_fault: bool = False) -> None:
+        if not self._why:
+            self._why, self.at_fault = why, at_fault
 
     async def _read(self, on_message: OnMessage) -> None:
         while True:
@@ -76,12 +101,24 @@ class Conversation:
                 frame = await self._stream.receive()
                 message = decode_message(frame, self.peer)
             except EndOfStream:
-                self._why = self._why or f"{self.peer} ended the stream"
+                self._end(f"{self.peer} ended the stream")
                 return
-            except (ProviderError, ProtocolError) as error:
-                self._why = self._why or error.message
+            except ProviderError as error:
+                self._end(error.message)
                 return
+            except ProtocolError as error:
+                self._end(error.message, at_fault=True)
+                return
+            await self._pace()
             await on_message(message)
+
+    async def _pace(self) -> None:
+        now = trio.current_time()
+        earned = (now - self._counted_at) * READ_RATE
+        self._tokens = min(READ_BURST, self._tokens + earned) - 1
+        self._counted_at = now
+        if self._tokens < 0:
+            await trio.sleep(-self._tokens / READ_RATE)
 
     async def _write(self) -> None:
         async for message in self._waiting:
@@ -93,6 +130,8 @@ class Conversation:
             except ProviderError as error:
                 self.cut(error.message)
         await self._stream.aclose()
+        await trio.sleep(LINGER_S)
+        self.cut(f"{self.peer} did not end the stream")
 
     async def _beat(self) -> None:
         while True:

@@ -96,3 +96,9 @@ class ProtocolError(P2PFlopError):
     def __init__(self, message: str, *, hint: str = "", peer: str = "") -> None:
         super().__init__(message, hint=hint)
         self.peer = peer
+
+
+def first_error(group: BaseExceptionGroup[P2PFlopError]) -> P2PFlopError:
+    """The first error inside a group, however deep."""
+    error = group.exceptions[0]
+    return first_error(error) if isinstance(error, BaseExceptionGroup) else error
