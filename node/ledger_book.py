@@ -13,6 +13,7 @@ from typing import Final
 import trio
 
 from p2pflop.dht.database import Database
+from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.market.ledger import Entry, Kind, Ledger
 from p2pflop.market.records import Receipt
 from p2pflop.node.service import Json
@@ -36,11 +37,14 @@ class LedgerBook:
         self._ledger = self._load()
 
     async def delivered(self, receipt: Receipt, provider: bytes, at_ns: int) -> None:
-        """The buyer's entry for a receipt that it is about to countersign."""
+        """The buyer's entry for a receipt that it is about to countersign.
+
+        Raises ProtocolError if it contradicts what is booked, StoreError if the disk fails.
+        """
         await self._book(provider, lambda: self._ledger.book_delivered(receipt, provider, at_ns))
 
     async def earned(self, receipt: Receipt, buyer: bytes, at_ns: int) -> None:
-        """The provider's entry for a countersigned receipt."""
+        """The provider's entry for a countersigned receipt; raises as ``delivered``."""
         await self._book(buyer, lambda: self._ledger.book_earned(receipt, buyer, at_ns))
 
     def due_nusd(self, counterparty: bytes) -> int:
@@ -78,7 +82,10 @@ class LedgerBook:
         if counterparty == self._own_account:
             return  # Nobody owes himself.
         async with self._lock:
-            entry = post()
+            try:
+                entry = post()
+            except ValueError as error:
+                raise ProtocolError(str(error)) from error
             if entry is None:
                 return
             body = encode(entry)
@@ -94,7 +101,13 @@ class LedgerBook:
 
     def _load(self) -> Ledger:
         rows = self._database.read("SELECT body FROM entries ORDER BY seq")
-        return Ledger.load(decode(Entry, body) for (body,) in rows)
+        try:
+            return Ledger.load(decode(Entry, body) for (body,) in rows)
+        except ProtocolError as error:
+            raise VerificationError(
+                f"{self._database.path} holds what is no ledger entry: {error.message}",
+                hint="Restore ledger.db from a backup.",
+            ) from error
 
     def _entries(self, limit: int) -> list[Entry]:
         rows = self._database.read("SELECT body FROM entries ORDER BY seq DESC LIMIT ?", limit)

@@ -23,6 +23,8 @@ from p2pflop.node.journal import BUYER, Head, JobRows, Journal, Row
 from p2pflop.node.service import LAST_EVENT_KINDS, Json
 
 MAX_LIVE_EVENTS: Final = 10_000
+MAX_LIVE_ROWS: Final = 200_000
+"""Rows in all live events of a run; older ones are in the result's trace, not here."""
 MAX_FINISHED: Final = 64
 """Runs that are over but still tell passing events, such as rows, to those who come late."""
 
@@ -44,6 +46,7 @@ class Run:
     rows: JobRows
     events: deque[Json] = field(default_factory=deque)
     next_seq: int = 1
+    live_rows: int = 0
     news: trio.Event = field(default_factory=trio.Event)
     cancel_requested: trio.Event = field(default_factory=trio.Event)
 
@@ -158,19 +161,24 @@ class Runs:
 def _tell(run: Run, event: Json) -> None:
     run.events.append(event)
     run.next_seq = event["seq"] + 1
-    if len(run.events) > MAX_LIVE_EVENTS:
-        _drop_oldest_passing(run.events)
+    run.live_rows += _rows_in(event)
+    while len(run.events) > MAX_LIVE_EVENTS or run.live_rows > MAX_LIVE_ROWS:
+        run.live_rows -= _rows_in(_drop_oldest_passing(run.events))
     run.news.set()
     run.news = trio.Event()
 
 
-def _drop_oldest_passing(events: deque[Json]) -> None:
+def _rows_in(event: Json) -> int:
+    return len(event["rows"]) if event["kind"] == "rows" else 0
+
+
+def _drop_oldest_passing(events: deque[Json]) -> Json:
     """Forget the oldest event that is not kept, so that what matters outlives a flood of rows."""
     for index, event in enumerate(events):
         if event["kind"] not in KEPT_KINDS:
             del events[index]
-            return
-    events.popleft()
+            return event
+    return events.popleft()
 
 
 def _dump(value: Json) -> bytes:

@@ -24,12 +24,13 @@ from typing import Annotated, Any, Final, Protocol
 import msgspec
 import trio
 
-from p2pflop.dht.planes import Dialer, EndOfStream, Stream
+from p2pflop.dht.planes import Dialer, Stream
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.market.book import Applied, Book, Equivocation, Summaries
 from p2pflop.market.records import MAX_SHEET_BYTES, Ask, Rejected, Sheet
 from p2pflop.market.sheets import OpenSheet, check_sheet, make_sheet
 from p2pflop.node.identity import Identity
+from p2pflop.node.printable import printable
 from p2pflop.units import KIB
 from p2pflop.wire import MAX_ENVELOPE_OVERHEAD_BYTES, Record, decode, encode
 
@@ -39,11 +40,16 @@ REISSUE_S: Final = 900.0
 EXPIRE_S: Final = 10.0
 COMPARE_S: Final = 30.0
 EXCHANGE_S: Final = 20.0
+CLOSE_S: Final = 2.0
 MAX_TOLD_OF_WITHDRAWAL: Final = 16
 HONOURED_SHEETS: Final = 4
 """Superseded own sheets on which bids that were under way are still taken."""
 MAX_SHEETS_A_FRAME: Final = 64
 MAX_FRAMES_AN_EXCHANGE: Final = 512
+MAX_BAD_SHEETS: Final = 64
+"""In one exchange; honest books differ by clocks, and a sheet may expire on its way."""
+MAX_EXCHANGES: Final = 16
+"""Answered at once, one of each peer: each may cost a book's worth of bytes."""
 MAX_SHEET_WIRE_BYTES: Final = MAX_SHEET_BYTES + MAX_ENVELOPE_OVERHEAD_BYTES
 
 _log = logging.getLogger(__name__)
@@ -84,6 +90,8 @@ class SheetService:
         self._gossip = True
         self._last_number = 0
         self._own: dict[int, OpenSheet] = {}
+        self._answering: set[str] = set()
+        self._comparing: set[str] = set()
 
     @property
     def selling(self) -> bool:
@@ -155,12 +163,18 @@ class SheetService:
 
     def take(self, wire: bytes) -> bool:
         """Check a sheet from anywhere and put it into the book; whether it is worth passing on."""
-        now_ns = self._now_ns()
-        sheet = check_sheet(wire, self._identity.network, now_ns)
+        sheet = self._check(wire)
+        return sheet is not None and self._apply(sheet)
+
+    def _check(self, wire: bytes) -> OpenSheet | None:
+        sheet = check_sheet(wire, self._identity.network, self._now_ns())
         if isinstance(sheet, Rejected):
-            _log.debug("sheet refused: %s", sheet.reason)
-            return False
-        outcome = self.book.apply(sheet, now_ns)
+            _log.debug("sheet refused: %s", printable(sheet.reason))
+            return None
+        return sheet
+
+    def _apply(self, sheet: OpenSheet) -> bool:
+        outcome = self.book.apply(sheet, self._now_ns())
         if isinstance(outcome, Equivocation):
             _log.warning("%s signed two sheets under one number; both are dropped", sheet.peer)
             return True
@@ -183,17 +197,27 @@ class SheetService:
                 await self._receive_sheets(stream)
                 await self._send_sheets(stream, theirs)
             finally:
-                await stream.aclose()
+                with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
+                    await stream.aclose()
         if scope.cancelled_caught:
             raise ProviderError(f"{peer} took over {EXCHANGE_S:.0f} s to compare books")
 
     async def answer(self, stream: Stream) -> None:
-        """The listener's side of ``compare``."""
-        with trio.fail_after(EXCHANGE_S):
-            theirs = decode(Summaries, await stream.receive())
-            await stream.send(encode(self.book.summaries(self._now_ns())))
-            await self._send_sheets(stream, theirs)
-            await self._receive_sheets(stream)
+        """The listener's side of ``compare``. Raises ProviderError, ProtocolError."""
+        peer = stream.peer
+        if peer in self._answering or len(self._answering) >= MAX_EXCHANGES:
+            raise ProviderError("too many comparisons of books at once")
+        self._answering.add(peer)
+        try:
+            with trio.move_on_after(EXCHANGE_S) as scope:
+                theirs = decode(Summaries, await stream.receive())
+                await stream.send(encode(self.book.summaries(self._now_ns())))
+                await self._send_sheets(stream, theirs)
+                await self._receive_sheets(stream)
+        finally:
+            self._answering.discard(peer)
+        if scope.cancelled_caught:
+            raise ProviderError(f"{peer} took over {EXCHANGE_S:.0f} s to compare books")
 
     async def _send_sheets(self, stream: Stream, theirs: Summaries) -> None:
         now_ns = self._now_ns()
@@ -211,10 +235,15 @@ class SheetService:
         await stream.send(encode(Sheets((), last=True)))
 
     async def _receive_sheets(self, stream: Stream) -> None:
+        bad = 0
         for _ in range(MAX_FRAMES_AN_EXCHANGE):
             series = decode(Sheets, await stream.receive())
             for wire in series.wires:
-                self.take(wire)
+                sheet = self._check(wire)
+                if sheet is not None:
+                    self._apply(sheet)
+                elif (bad := bad + 1) > MAX_BAD_SHEETS:
+                    raise ProtocolError(f"{stream.peer} sends bad sheets", peer=stream.peer)
                 await trio.lowlevel.checkpoint()
             if series.last:
                 return
@@ -247,10 +276,15 @@ class SheetService:
                 await self._compare_quietly(secrets.choice(peers).peer)
 
     async def _compare_quietly(self, peer: str) -> None:
+        if peer in self._comparing:
+            return
+        self._comparing.add(peer)
         try:
             await self.compare(peer)
-        except (ProviderError, ProtocolError, EndOfStream) as error:
-            _log.info("books not compared with %s: %s", peer, error)
+        except (ProviderError, ProtocolError) as error:
+            _log.info("books not compared with %s: %s", peer, printable(error))
+        finally:
+            self._comparing.discard(peer)
 
     async def on_connect(self, peer: str) -> None:
         """Compare books with a peer that is new here; never raises for what the peer does."""
