@@ -1,0 +1,347 @@
+"""A market in memory: nodes that really buy and sell, without sockets. For tests and benches.
+
+Each ``MemoryNode`` is made of the real parts (``Buyer``, ``Seller``, ``SheetService``, journal,
+ledger) on SQLite files in a folder, a ``MemoryStore`` that outlives restarts, a host of one
+``MemoryNetwork`` and scripted workers. Time is trio's, so that a mock clock moves all of it.
+
+A node can lose power at any write to its journal or ledger (``cut_at``): nothing that comes after
+that write happens. A ``tamper`` sees each frame of a job stream and may change, add or drop some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from p2pflop.dht.fetch import BlobServer
+from p2pflop.dht.manifest import address_of
+from p2pflop.dht.memory import MemoryStore
+from p2pflop.dht.planes import MAX_FRAME_BYTES, Stream
+from p2pflop.dht.transfer import BLOB_PROTOCOL
+from p2pflop.errors import ProviderError
+from p2pflop.ids import content_hash
+from p2pflop.job.file import JobBody, JobFile, Labels, encode_file
+from p2pflop.job.graph import Dtype, Graph, GraphParam, Node, Op, Output, encode_graph, graph_hash
+from p2pflop.job.spec import (
+    MODE_LAST,
+    MODE_TRACE,
+    ROLE_INPUT,
+    ROLE_STATE,
+    ROLE_STEP,
+    BlobSource,
+    Job,
+    NoSource,
+    Phase,
+    Work,
+    WorkParam,
+    work_id,
+)
+from p2pflop.keys import PrivateKey, public_key_of
+from p2pflop.market.book import Book
+from p2pflop.market.records import Ask
+from p2pflop.market.sheets import OpenSheet, make_ask
+from p2pflop.node import sheets as sheets_module
+from p2pflop.node.buy import Buyer
+from p2pflop.node.config import Settings
+from p2pflop.node.dialing import NodeDialer
+from p2pflop.node.identity import Identity
+from p2pflop.node.journal import Journal
+from p2pflop.node.ledger_book import LedgerBook
+from p2pflop.node.memory_host import MemoryHost, MemoryNetwork
+from p2pflop.node.memory_workers import MemoryWorkerPool
+from p2pflop.node.network import HostConfig
+from p2pflop.node.purchase import JOB_PROTOCOL
+from p2pflop.node.runs import Runs
+from p2pflop.node.sell import Seller
+from p2pflop.node.service import Json, SubmitOptions
+from p2pflop.node.sheets import SheetService
+from p2pflop.node.warm import WarmWorkers
+from p2pflop.units import GIB, NS_PER_S
+from p2pflop.wire import encode
+
+EPOCH_NS: Final = 1_800_000_000 * NS_PER_S
+PRICE_NUSD: Final = 10**15
+"""High enough for a job of a few FLOP to cost something."""
+
+Tamper = Callable[[bytes], list[bytes]]
+"""What becomes of a frame. May raise ProviderError: the stream breaks."""
+
+
+class PowerCutError(BaseException):
+    """The node is gone, in the middle of whatever it did. Nobody catches this."""
+
+
+def now_ns() -> int:
+    """The time of day, by trio's clock."""
+    return EPOCH_NS + int(trio.current_time() * NS_PER_S)
+
+
+def unchanged(frame: bytes) -> list[bytes]:
+    """The Tamper that lets everything pass."""
+    return [frame]
+
+
+class MemoryNode:
+    """A node. ``start`` and ``kill`` as often as wanted; files, store and keys stay."""
+
+    def __init__(
+        self,
+        network: MemoryNetwork,
+        folder: Path,
+        *,
+        price_nusd: int | None = None,
+        session: Callable[..., Any] | None = None,
+        level: int = 3,
+        account: str = "",
+        **settings: Any,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.store = MemoryStore(clock_ns=now_ns)
+        self.settings = Settings(
+            folder, ask_nusd=price_nusd, **{"memory_bytes": 4 * GIB, **settings}
+        )
+        seed = folder.name.encode()
+        self.identity = Identity(
+            PrivateKey(content_hash(b"account " + (account or folder.name).encode())),
+            PrivateKey(content_hash(b"node " + seed)),
+            "main",
+        )
+        self.workers = (
+            MemoryWorkerPool(level=level) if session is None else MemoryWorkerPool(session)
+        )
+        self.tamper_sent: Tamper = unchanged
+        self.tamper_heard: Tamper = unchanged
+        self.writes = 0
+        self.cut_at: int | None = None
+        self.down = trio.Event()
+        self._network = network
+        self._scope = trio.CancelScope()
+
+    @property
+    def peer(self) -> str:
+        """Its peer id."""
+        return self.identity.peer
+
+    @property
+    def account(self) -> bytes:
+        """The public key of its account."""
+        return self.identity.account.public_key
+
+    async def start(self, nursery: trio.Nursery) -> MemoryNode:
+        """Run, in ``nursery``, until ``kill`` or a power cut."""
+        await nursery.start(self._run)
+        return self
+
+    async def kill(self) -> None:
+        """End at once, without a word to anybody; as far as asyncio of one process can."""
+        self._scope.cancel()
+        await self.down.wait()
+
+    async def submit(self, file: bytes, **options: Any) -> str:
+        """Buy; the run's id."""
+        return await self.buyer.submit(file, SubmitOptions(**options))
+
+    async def end_of(self, run_id: str) -> Json:
+        """The last event of a run."""
+        async for event in self.runs.follow(run_id, 0):
+            last = event
+        return last
+
+    def events(self, run_id: str, kind: str = "") -> list[Json]:
+        """What a run has told so far."""
+        return [e for e in self.runs.get(run_id).events if not kind or e["kind"] == kind]
+
+    def meet(self, *others: MemoryNode) -> None:
+        """Learn the sheets of others, as by gossip."""
+        for other in others:
+            newest = other.sheets.newest
+            if newest is not None:
+                self.sheets.take(newest.sealed.wire)
+
+    async def sell(self) -> OpenSheet:
+        """Publish the sheet."""
+        return await self.sheets.offer(self._asks, ())
+
+    async def _run(self, task_status: Any) -> None:
+        self.down = trio.Event()
+        self._cut = False
+        self._scope = trio.CancelScope()
+        try:
+            with self._scope:
+                async with self._open():
+                    task_status.started()
+                    await trio.sleep_forever()
+        except* PowerCutError:
+            pass
+        finally:
+            self.down.set()
+
+    @asynccontextmanager
+    async def _open(self) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            self.journal = Journal(self.folder / "journal.db")
+            stack.push_async_callback(self.journal.aclose)
+            self.ledger_book = LedgerBook(self.folder / "ledger.db", self.account)
+            stack.push_async_callback(self.ledger_book.aclose)
+            for database in (self.journal._database, self.ledger_book._database):
+                setattr(database, "write", self._wired(database.write))  # noqa: B010 - a test's wire-tap
+            config = HostConfig(self.identity.node.seed)
+            self.host = await stack.enter_async_context(self._network.open_host(config))
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            stack.callback(nursery.cancel_scope.cancel)
+            self._assemble(self.host, nursery)
+            self.seller.resume()
+            self.buyer.resume()
+            if self.settings.ask_nusd is not None:
+                await self.sell()
+            yield
+
+    def _wired(self, write: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def wired(operation: Callable[[Any], Any]) -> Any:
+            if self._cut:
+                raise PowerCutError
+            done = await write(operation)
+            self.writes += 1
+            if self.writes == self.cut_at:
+                self._cut = True
+                raise PowerCutError
+            return done
+
+        return wired
+
+    def _assemble(self, host: MemoryHost, nursery: trio.Nursery) -> None:
+        dialer = NodeDialer(host, nursery)
+        self.sheets = SheetService(self.identity, Book(bytes(32)), host, now_ns)
+        self.runs = Runs(self.journal, now_ns)
+        self.buyer = Buyer(
+            identity=self.identity,
+            class_id=self.workers.class_id,
+            store=self.store,
+            dialer=_TamperedDialer(dialer, self),
+            sheets=self.sheets,
+            runs=self.runs,
+            ledger_book=self.ledger_book,
+            nursery=nursery,
+            now_ns=now_ns,
+        )
+        self.seller = Seller(
+            identity=self.identity,
+            settings=self.settings,
+            store=self.store,
+            dialer=dialer,
+            sheets=self.sheets,
+            workers=self.workers,
+            warm=WarmWorkers(self.workers, nursery),
+            journal=self.journal,
+            ledger_book=self.ledger_book,
+            nursery=nursery,
+            now_ns=now_ns,
+        )
+
+        async def authorise(peer: str, _token: bytes, address: bytes) -> bool:
+            return await self.store.may_read(address, public_key_of(peer))
+
+        dialer.handle(BLOB_PROTOCOL, BlobServer(self.store, authorise).handle)
+        dialer.handle(JOB_PROTOCOL, self.seller.handle)
+        dialer.handle(sheets_module.PROTOCOL, self.sheets.answer)
+
+    def _asks(self, until_ns: int) -> tuple[Ask, ...]:
+        settings = self.settings
+        ask = make_ask(
+            0,
+            self.workers.class_id,
+            settings.ask_nusd or 0,
+            until_ns,
+            memory_bytes=settings.resolved_memory_bytes(),
+            flop_per_s=10**9,
+            setup_nusd=settings.setup_nusd,
+            byte_price_nusd=settings.byte_price_nusd,
+        )
+        return (ask,)
+
+
+class _TamperedDialer:
+    """Job streams that this node opens, as its tampers leave them."""
+
+    def __init__(self, inner: NodeDialer, node: MemoryNode) -> None:
+        self._inner = inner
+        self._node = node
+
+    async def open(self, peer: str, protocol: str) -> Stream:
+        stream = await self._inner.open(peer, protocol)
+        return _TamperedStream(stream, self._node) if protocol == JOB_PROTOCOL else stream
+
+
+class _TamperedStream:
+    def __init__(self, inner: Stream, node: MemoryNode) -> None:
+        self.peer = inner.peer
+        self._inner = inner
+        self._node = node
+        self._heard: list[bytes] = []
+
+    async def send(self, frame: bytes) -> None:
+        for other in await self._tampered(self._node.tamper_sent, frame):
+            await self._inner.send(other)
+
+    async def receive(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
+        while not self._heard:
+            frame = await self._inner.receive(max_bytes)
+            self._heard += await self._tampered(self._node.tamper_heard, frame)
+        return self._heard.pop(0)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def _tampered(self, tamper: Tamper, frame: bytes) -> list[bytes]:
+        try:
+            return tamper(frame)
+        except ProviderError:
+            await self._inner.aclose()
+            raise
+
+
+def sample_data(floats: int = 4) -> tuple[bytes, bytes]:
+    """The inputs of ``sample_file``: the first state, and what is added to it."""
+    return bytes(4 * floats), bytes(range(256))[: 4 * floats].ljust(4 * floats, b"\7")
+
+
+def sample_file(steps: int = 20, *, floats: int = 4, seed: int = 0) -> bytes:
+    """A job file with a state, an input, a traced scalar and a last output."""
+    step = int(Dtype.INT32)
+    graph = encode_graph(
+        Graph(
+            (
+                GraphParam(0, Dtype.FLOAT32, (floats,)),
+                GraphParam(1, Dtype.FLOAT32, (floats,)),
+                GraphParam(2, Dtype.INT32, ()),
+            ),
+            (
+                Node(Op.PARAM, (0,)),
+                Node(Op.PARAM, (1,)),
+                Node(Op.ADD, (), (0, 1)),
+                Node(Op.PARAM, (2,)),
+                Node(Op.ADD, (), (3, 3)),
+                Node(Op.CAST, (int(Dtype.INT64),), (4,)),
+            ),
+            (Output(4), Output(5), Output(2, 0)),
+        )
+    )
+    sources = [BlobSource(address_of(data), len(data)) for data in sample_data(floats)]
+    work = Work(
+        version=1,
+        phases=(Phase(graph_hash(graph), 1, 0, (MODE_TRACE, MODE_LAST)),),
+        params=(
+            WorkParam(int(Dtype.FLOAT32), (floats,), ROLE_STATE, sources[0]),
+            WorkParam(int(Dtype.FLOAT32), (floats,), ROLE_INPUT, sources[1]),
+            WorkParam(step, (), ROLE_STEP, NoSource()),
+        ),
+        seed=seed,
+    )
+    body = JobBody(Job(work_id(work), 0, steps), encode(work), (graph,))
+    labels = Labels("sample", ("weights", "data", "step"), ("train",), (("loss", "last"),))
+    return encode_file(JobFile(1, body, labels))
