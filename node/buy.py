@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
@@ -18,8 +19,11 @@ import trio
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.planes import Dialer
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, P2PFlopError, StoreError
+from p2pflop.job.events import State
+from p2pflop.job.lifecycle import PROVIDER_LIMITS
 from p2pflop.market.ranking import Need, Policy, rank
 from p2pflop.market.records import NONCE_BYTES
+from p2pflop.node import messages as m
 from p2pflop.node.execute import input_blobs
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
@@ -31,13 +35,16 @@ from p2pflop.node.orders import (
     open_order,
     order_card,
 )
-from p2pflop.node.purchase import RESULT_ROW, Purchase
+from p2pflop.node.purchase import LETTER_ROW, RESULT_ROW, Letter, Purchase, leave_word
 from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
 
 JOB_ROW: Final = "job"
 MAX_RUNS_UNDER_WAY: Final = 256
+DELIVER_WITHIN_NS: Final = PROVIDER_LIMITS[State.RECEIPTED].after_ns
+DELIVER_AGAIN_S: Final = 1.0
+MAX_DELIVER_AGAIN_S: Final = 300.0
 SMALL_FILE_BYTES: Final = 1024
 """Up to here a job file is opened on the event loop: the hop to a thread would cost more."""
 
@@ -66,6 +73,7 @@ class Buyer:
     ledger_book: LedgerBook
     nursery: trio.Nursery
     now_ns: Callable[[], int]
+    _lent: Counter[tuple[bytes, bytes]] = field(default_factory=Counter)
 
     async def submit(self, body: bytes, options: SubmitOptions) -> str:
         """Check, journal and start. Raises JobError, BlobNotFoundError, ConfigError."""
@@ -127,6 +135,43 @@ class Buyer:
         """Take up every run that a restart found unfinished."""
         for head in self.runs.unfinished():
             self.nursery.start_soon(self._take_up, self.runs.adopt(head))
+        for run_id in self.runs.settled_since(self.now_ns() - DELIVER_WITHIN_NS):
+            for row in self.runs.rows(run_id):
+                if row.kind == LETTER_ROW:
+                    letter = msgspec.msgpack.decode(row.body, type=Letter)
+                    self.nursery.start_soon(self.deliver, letter)
+
+    async def lend(self, order: Order, provider: bytes) -> None:
+        """Let a provider's node read the inputs of an order. Raises StoreError."""
+        for _, source in input_blobs(order.checked):
+            self._lent[source.address, provider] += 1
+            await self.store.grant(source.address, provider)
+
+    async def take_back(self, order: Order, provider: bytes) -> None:
+        """The end of ``lend``, unless another purchase from that provider goes on. Never raises."""
+        for _, source in input_blobs(order.checked):
+            key = (source.address, provider)
+            self._lent[key] -= 1
+            if self._lent[key] <= 0:
+                del self._lent[key]
+                try:
+                    await self.store.revoke(*key)
+                except StoreError as error:
+                    _log.warning("an input stays readable for its provider: %s", error)
+
+    async def deliver(self, letter: Letter) -> None:
+        """Bring a countersignature to a provider that is away, while it still waits for one.
+
+        The ledger here says already that the money is owed; this makes the provider's say so.
+        """
+        until_ns = self.now_ns() + DELIVER_WITHIN_NS
+        wait_s = DELIVER_AGAIN_S
+        while self.now_ns() < until_ns:
+            if await leave_word(self.dialer, letter.peer, m.Countersigned(letter.wire)):
+                return
+            await trio.sleep(wait_s)
+            wait_s = min(2 * wait_s, MAX_DELIVER_AGAIN_S)
+        _log.warning("%s never acknowledged what is owed to it", letter.peer)
 
     async def _take_up(self, run: Run) -> None:
         try:
@@ -137,8 +182,11 @@ class Buyer:
             )
         except P2PFlopError as error:
             await self.fail(run, error)
-            return
-        await self._buy(run, order, resume=True)
+        except Exception as error:  # noqa: BLE001 - likewise
+            _log.exception("job %s", run.id)
+            await self.fail(run, P2PFlopError(f"the node failed: {error!r}"))
+        else:
+            await self._buy(run, order, resume=True)
 
     async def _buy(self, run: Run, order: Order, *, resume: bool = False) -> None:
         try:
@@ -150,11 +198,15 @@ class Buyer:
             await self.fail(run, P2PFlopError(f"the node failed: {error!r}"))
 
     async def fail(self, run: Run, error: P2PFlopError) -> None:
-        """End a run with an error."""
-        if not run.over:
-            await self.runs.emit(
-                run, "failed", error=type(error).__name__, message=error.message, hint=error.hint
-            )
+        """End a run with an error. Never raises: without a disk, only this process knows of it."""
+        if run.over:
+            return
+        told = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+        try:
+            await self.runs.emit(run, "failed", **told)
+        except StoreError as fault:
+            _log.error("job %s: its end is not on disk: %s", run.id, fault)
+            self.runs.lose(run, **told)
 
     def _job_row(self, run: Run) -> _JobRow:
         for row in self.runs.rows(run.id):

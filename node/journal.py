@@ -20,6 +20,7 @@ from typing import Final
 import trio
 
 from p2pflop.dht.database import Database
+from p2pflop.errors import StoreError
 
 BUYER: Final = "buyer"
 PROVIDER: Final = "provider"
@@ -125,6 +126,7 @@ class JobRows:
         self._changed = False
         self._flushing = trio.Lock()
         self._flushed = trio.Event()
+        self._fault: StoreError | None = None
 
     def add(self, kind: str, body: bytes) -> None:
         """To be written with the next flush."""
@@ -142,12 +144,20 @@ class JobRows:
             if not self._pending and not self._changed:
                 return
             rows, head = list(self._pending), self.head
-            await self._journal.append(head, rows)
+            try:
+                await self._journal.append(head, rows)
+            except StoreError as fault:
+                self._fault = fault
+                self._flushed.set()
+                raise
             # Only now: after a disk that failed once, no row may be missing between two others.
             del self._pending[: len(rows)]
             self._changed = self.head is not head
+            self._fault = None
             self._flushed.set()
 
     async def wait_flushed(self) -> None:
-        """Return once there has been a flush: the job is in the journal."""
+        """Return once there has been a flush: the job is in the journal. Raises StoreError."""
         await self._flushed.wait()
+        if self._fault is not None:
+            raise self._fault

@@ -8,14 +8,13 @@ it is about is here, verified and durable, and the ledger has the amount.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import trio
 
-from p2pflop.dht.fetch import fetch
-from p2pflop.dht.manifest import address_of
+from p2pflop.dht.planes import Dialer
 from p2pflop.errors import (
     BlobNotFoundError,
     JobError,
@@ -23,22 +22,16 @@ from p2pflop.errors import (
     P2PFlopError,
     ProtocolError,
     ProviderError,
+    StoreError,
     VerificationError,
+    first_error,
 )
-from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS
 from p2pflop.job.buying import buyer as buyer_lifecycle
-from p2pflop.job.delivery import (
-    WantedBlob,
-    check_result,
-    check_trace,
-    output_dtype,
-    wanted_result,
-    wanted_state,
-)
 from p2pflop.job.events import (
     Alive,
     Blame,
     Cancel,
+    Event,
     Finish,
     Lost,
     Ranked,
@@ -51,34 +44,50 @@ from p2pflop.job.events import (
 from p2pflop.job.graph import Dtype
 from p2pflop.job.meter import METER_ID
 from p2pflop.job.naming import output_names
-from p2pflop.job.results import result_hash, scalar
-from p2pflop.job.spec import ROLE_STATE, Result, state_root
+from p2pflop.job.results import result_hash
+from p2pflop.job.spec import ROLE_STATE, Result
 from p2pflop.keys import peer_id
 from p2pflop.market.desk import BuyerDesk
 from p2pflop.market.fills import make_bid
-from p2pflop.market.ranking import no_deal
+from p2pflop.market.ranking import Deal, no_deal
 from p2pflop.market.records import ZERO_HASH, Bid, Receipt
 from p2pflop.node import messages as m
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.driver import Driver
-from p2pflop.node.execute import input_blobs
+from p2pflop.node.goods import Goods
 from p2pflop.node.orders import Order, Ranking, describe_ranking
+from p2pflop.node.printable import printable
 from p2pflop.node.runs import Run
 from p2pflop.units import NS_PER_S
-from p2pflop.wire import Sealed, decode, reopen
+from p2pflop.wire import Sealed, reopen
 
 if TYPE_CHECKING:
     from p2pflop.node.buy import Buyer
 
 JOB_PROTOCOL: Final = "/p2pflop/job/1"
 RESULT_ROW: Final = "result"
+DEAL_ROW: Final = "deal"
+LETTER_ROW: Final = "letter"
 OPEN_S: Final = 8.0
 FAREWELL_S: Final = 3.0
 RETRY_S: Final = 1.0
-MAX_INLINE_INPUT_BYTES: Final = 16 * 1024
-MAX_PARALLEL_FETCHES: Final = 4
+MAX_RETRY_S: Final = 15.0
+RETURN_S: Final = 0.25
+MAX_RETURNS: Final = 5
+"""Streams opened in the place of broken ones, with growing pauses, until one is ``STEADY_S``."""
+STEADY_S: Final = 30.0
+WORD_S: Final = 10.0
+MAX_WORDS_HEARD: Final = 64
+KEY_BYTES: Final = 32
 
 _log = logging.getLogger(__name__)
+
+
+class Letter(msgspec.Struct, array_like=True, frozen=True):
+    """The last countersignature, for a provider that has not acknowledged it."""
+
+    peer: str
+    wire: bytes
 
 
 class Purchase:
@@ -89,11 +98,16 @@ class Purchase:
         self._run = run
         self._order = order
         self._ranking: Ranking | None = None
+        self._deals: list[Deal] = []
+        self._first_attempt = 0
+        self._accounts: dict[bytes, bytes] = {}
         self._conversation: Conversation | None = None
-        self._states: dict[int, tuple[bytes, ...]] = {}
-        self._result: Result | None = None
+        self._returns_left = MAX_RETURNS
+        self._goods: Goods | None = None
+        self._lent_to = b""
+        self._acknowledged = False
         self._failure: P2PFlopError | None = None
-        self._verifying = trio.Lock()
+        self._to_verify = trio.Event()
         self._names = output_names(order.file.labels)
         self._nursery: trio.Nursery
         desk = BuyerDesk(
@@ -115,19 +129,23 @@ class Purchase:
                 nursery.cancel_scope.cancel()
         except* P2PFlopError as group:
             self._failure = self._failure or first_error(group)
+        await self._take_back()
         if self._failure is not None:
             raise self._failure
 
     async def _live(self, resume: bool) -> None:
-        self._nursery.start_soon(self._watch_cancel)
         if resume:
             await self._resume()
         else:
             await self._driver.start()
+        self._nursery.start_soon(self._watch_cancel)
         self._nursery.start_soon(self._driver.run_timers)
+        self._nursery.start_soon(self._verify)
         if self._lifecycle.state is State.RANKING:
             await self._rank()
         await self._driver.over.wait()
+        if self._driver.failure is not None:
+            raise self._driver.failure
         await self._farewell()
 
     # The driver's hands
@@ -135,22 +153,23 @@ class Purchase:
     async def send(self, action: Send) -> None:
         """See Hands."""
         if action.kind == "bid":
-            self._begin(self._offer(action.wire))
+            await self._begin(action.wire)
         elif action.kind == "confirm":
             await self._tell_filled()
             self._say(m.Confirmed(action.wire))
         elif action.kind == "countersign":
             await self._book(action.wire)
-            self._say(m.Countersigned(action.wire))
+            if self._conversation is not None or not self._lifecycle.ended:
+                self._say(m.Countersigned(action.wire))
         elif action.kind == "abandon":
-            self._say(m.Abandoned(action.wire))
+            self._give_up(m.Abandoned(action.wire))
         else:
             raise AssertionError(f"a buyer does not send a {action.kind}")
 
     def start(self, task: str) -> None:
         """See Hands. The only task of a buyer is to verify."""
         del task
-        self._nursery.start_soon(self._verify)
+        self._to_verify.set()
 
     def stop(self) -> None:
         """See Hands. What runs ends with the nursery, after the farewell."""
@@ -158,6 +177,7 @@ class Purchase:
     async def finish(self, action: Finish) -> None:
         """See Hands."""
         if action.state is State.SETTLED:
+            self._run.rows.add(LETTER_ROW, msgspec.msgpack.encode(self._letter()))
             await self._tell_result()
         elif action.state is State.CANCELLED:
             await self._buyer.runs.emit(self._run, "cancelled")
@@ -167,21 +187,38 @@ class Purchase:
     # Bidding
 
     async def _rank(self) -> None:
-        self._ranking = self._buyer.rank(self._order)
-        await self._buyer.runs.emit(self._run, "ranked", **describe_ranking(self._ranking))
-        reason = no_deal(self._ranking.ranked)
-        await self._driver.on(Ranked(reason.message))
-        if self._failure is not None and not self._ranking.deals:
+        ranking = self._look()
+        await self._buyer.runs.emit(self._run, "ranked", **describe_ranking(ranking))
+        reason = no_deal(ranking.ranked)
+        try:
+            await self._driver.on(Ranked(reason.message))
+        except ProtocolError:
+            if not self._lifecycle.ended:  # the user was faster
+                raise
+        if self._failure is not None and not ranking.deals:
             self._failure = reason
 
+    def _look(self, attempt: int = 0) -> Ranking:
+        """Rank the book; its deals are those from ``attempt`` on, without providers tried before.
+
+        A restart looks anew: what was ranked before it is not kept.
+        """
+        ranking = self._ranking = self._buyer.rank(self._order)
+        self._deals = [deal for deal in ranking.deals if deal.node not in self._accounts]
+        self._first_attempt = attempt
+        return ranking
+
     def _bid_on(self, attempt: int, now_ns: int) -> Sealed[Bid] | None:
-        ranking = self._ranking
-        if ranking is None or attempt >= len(ranking.deals):
+        ranking = self._ranking or self._look(attempt)
+        if attempt - self._first_attempt >= len(self._deals):
             return None
+        deal = self._deals[attempt - self._first_attempt]
+        self._accounts[deal.node] = deal.account
+        self._run.rows.add(DEAL_ROW, deal.node + deal.account)
         identity = self._buyer.identity
         return make_bid(
             identity.node,
-            ranking.deals[attempt],
+            deal,
             job=self._order.checked.job,
             meter_id=METER_ID,
             costs=self._order.costs,
@@ -195,257 +232,241 @@ class Purchase:
         )
 
     def _account_of(self, node: bytes) -> bytes | None:
-        for deal in self._ranking.deals if self._ranking is not None else ():
-            if deal.node == node:
-                return deal.account
-        sheet = self._buyer.sheets.book.get(node, self._buyer.now_ns())
-        return None if sheet is None else sheet.account
+        return self._accounts.get(node)
 
     def _bid(self) -> Sealed[Bid]:
         return reopen(Bid, self._lifecycle.side.bid, self._buyer.identity.network)
 
-    def _offer(self, bid: bytes) -> m.Offer:
-        return m.Offer(bid, self._order.body, ())
+    @property
+    def _peer(self) -> str:
+        """The provider that was asked last."""
+        return peer_id(self._bid().record.provider)
 
     async def _tell_filled(self) -> None:
+        provider = self._bid().record.provider
+        if self._lent_to != provider:
+            await self._take_back()
+            self._lent_to = provider
+            await self._buyer.lend(self._order, provider)
         if self._lifecycle.state is not State.CONFIRMING:
             return
-        bid = self._bid().record
-        for _, source in input_blobs(self._order.checked):
-            await self._buyer.store.grant(source.address, bid.provider)
-        provider = peer_id(bid.provider)
-        self._run.card |= {"provider": provider, "quote_nusd": bid.quote_nusd}
+        quote_nusd = self._bid().record.quote_nusd
+        self._run.card |= {"provider": self._peer, "quote_nusd": quote_nusd}
         runs = self._buyer.runs
-        await runs.emit(self._run, "filled", provider=provider, quote_nusd=bid.quote_nusd)
+        await runs.emit(self._run, "filled", provider=self._peer, quote_nusd=quote_nusd)
+
+    async def _take_back(self) -> None:
+        """The inputs are no longer for the provider to read."""
+        provider, self._lent_to = self._lent_to, b""
+        if provider:
+            await self._buyer.take_back(self._order, provider)
 
     # Talking
 
-    def _begin(self, first: m.Message) -> None:
+    async def _begin(self, bid: bytes) -> None:
         if self._conversation is not None:
-            self._conversation.cut("the next provider is asked")
+            self._conversation.finish()
             self._conversation = None
-        self._nursery.start_soon(self._talk, first, self._lifecycle.side.attempt)
+        buyer = self._buyer
+        self._goods = Goods(self._order.checked, buyer.store, buyer.dialer, self._peer)
+        self._say(m.Offer(bid, self._order.body, ()))
 
     def _say(self, message: m.Message) -> None:
         if self._conversation is None:
-            self._nursery.start_soon(self._talk, message, self._lifecycle.side.attempt)
+            attempt = self._lifecycle.side.attempt
+            self._nursery.start_soon(self._talk, message, self._peer, attempt)
         else:
             self._conversation.tell(message)
 
-    async def _talk(self, first: m.Message, attempt: int) -> None:
-        provider = peer_id(self._bid().record.provider)
+    def _give_up(self, message: m.Abandoned) -> None:
+        """Said before the next provider is asked, so that the last one stops."""
+        if self._conversation is None:
+            provider = peer_id(self._lent_to) if self._lent_to else self._peer
+            self._buyer.nursery.start_soon(leave_word, self._buyer.dialer, provider, message)
+        else:
+            self._conversation.tell(message)
+
+    async def _talk(self, first: m.Message, provider: str, attempt: int) -> None:
         try:
             with trio.fail_after(OPEN_S):
                 stream = await self._buyer.dialer.open(provider, JOB_PROTOCOL)
         except (ProviderError, ProtocolError) as error:
-            await self._lost(error.message, attempt)
+            await self._come_back(error.message, provider, attempt)
             return
         except trio.TooSlowError:
-            await self._lost(f"{provider} did not open a stream in {OPEN_S:.0f} s", attempt)
+            why = f"{provider} did not open a stream in {OPEN_S:.0f} s"
+            await self._come_back(why, provider, attempt)
             return
-        conversation = self._conversation = Conversation(stream)
+        conversation = Conversation(stream)
+        if self._lifecycle.side.attempt != attempt:
+            await stream.aclose()
+            return
+        self._conversation = conversation
         conversation.tell(first)
 
         async def on_message(message: m.Message) -> None:
             if self._conversation is conversation:
                 await self._hear(message, conversation)
 
+        began_at = trio.current_time()
         why = await conversation.run(on_message)
+        if trio.current_time() - began_at > STEADY_S:
+            self._returns_left = MAX_RETURNS
         if self._conversation is conversation:
             self._conversation = None
+            if conversation.at_fault:
+                await self._lost(why, attempt)
+            else:
+                await self._come_back(why, provider, attempt)
+
+    async def _come_back(self, why: str, provider: str, attempt: int) -> None:
+        """A stream broke while work was under way: try another before giving the provider up."""
+        if self._lifecycle.state is not State.RUNNING or not self._returns_left:
             await self._lost(why, attempt)
+            return
+        self._returns_left -= 1
+        await trio.sleep(RETURN_S * (MAX_RETURNS - self._returns_left))
+        side = self._lifecycle.side
+        still = self._lifecycle.state is State.RUNNING and side.attempt == attempt
+        if still and self._conversation is None:
+            self._nursery.start_soon(self._talk, m.Confirmed(side.confirm), provider, attempt)
 
     async def _lost(self, why: str, attempt: int) -> None:
         if self._lifecycle.side.attempt == attempt and not self._lifecycle.ended:
-            before = self._lifecycle.state
-            if before is State.BIDDING:
+            why = printable(why)
+            if self._lifecycle.state is State.BIDDING:
                 await self._tell_rejected(f"lost: {why}")
             await self._driver.hear(Lost(why))
 
     async def _hear(self, message: m.Message, conversation: Conversation) -> None:
-        match message:
-            case m.Filled(wire) | m.Committed(wire) | m.Receipted(wire):
-                await self._driver.hear(Received(wire))
-            case m.Refused(wire):
-                await self._hear_refusal(wire)
-            case m.Abandoned(wire):
-                await self._driver.hear(Received(wire))
-            case m.Delivered():
-                await self._hear_delivery(message)
-            case m.Settled():
-                conversation.finish()
-            case m.Heartbeat():
-                await self._driver.hear(Alive())
-            case m.Fetching() | m.Lowering() | m.Rows() | m.Checkpoint():
-                await self._driver.hear(Alive())
-                await self._tell_progress(message)
-            case _:
-                conversation.cut(f"{conversation.peer} sent what only a buyer sends")
+        why = await self._heard(message)
+        if why:
+            conversation.cut(f"{conversation.peer}: {why}", at_fault=True)
+        elif isinstance(message, m.Settled):
+            self._acknowledged = True
+            conversation.finish()
 
-    async def _hear_refusal(self, wire: bytes) -> None:
-        with suppress(ProtocolError):
-            reason = self._lifecycle.side.desk.check_reject(wire, self._lifecycle.side.bid)
-            await self._tell_rejected(reason)
-        await self._driver.hear(Received(wire))
+    async def _heard(self, message: m.Message) -> str:
+        """Take a message in; what was wrong with it, or nothing."""
+        match message:
+            case m.Filled(wire) | m.Committed(wire) | m.Receipted(wire) | m.Abandoned(wire):
+                return await self._driver.hear(Received(wire))
+            case m.Refused(wire):
+                return await self._hear_refusal(wire)
+            case m.Settled():
+                settled = self._lifecycle.state is State.SETTLED
+                return "" if settled else "it settled what was not countersigned"
+            case m.Heartbeat():
+                return await self._driver.hear(Alive())
+            case m.Fetching() | m.Lowering() | m.Rows() | m.Checkpoint() | m.Delivered():
+                return await self._hear_work(message)
+            case _:
+                return "it sent what only a buyer sends"
+
+    async def _hear_refusal(self, wire: bytes) -> str:
+        if self._lifecycle.state is State.BIDDING:
+            with suppress(ProtocolError):
+                reason = self._lifecycle.side.desk.check_reject(wire, self._lifecycle.side.bid)
+                await self._tell_rejected(reason)
+        return await self._driver.hear(Received(wire))
 
     async def _tell_rejected(self, reason: str) -> None:
-        provider = peer_id(self._bid().record.provider)
-        await self._buyer.runs.emit(self._run, "rejected", provider=provider, reason=reason)
+        reason = printable(reason)
+        await self._buyer.runs.emit(self._run, "rejected", provider=self._peer, reason=reason)
 
-    async def _tell_progress(self, message: m.Message) -> None:
+    async def _hear_work(self, message: m.Message) -> str:
+        goods = self._goods
+        if self._lifecycle.ended:
+            return ""
+        if goods is None or self._lifecycle.state in (State.RANKING, State.BIDDING):
+            return "it worked before it was confirmed"
+        event: Event = Alive()
+        if isinstance(message, m.Delivered):
+            event = Received(message.receipt, message.salt)
+        try:
+            await self._note(message, goods)
+        except ProtocolError as error:
+            await self._driver.hear(Lost(printable(error.message)))
+            return error.message
+        return await self._driver.hear(event)
+
+    async def _note(self, message: m.Message, goods: Goods) -> None:
+        """Keep or tell what a message is about. Raises ProtocolError if that cannot be."""
         runs, run = self._buyer.runs, self._run
         match message:
+            case m.Rows():
+                await self._tell_rows(message, goods)
+            case m.Checkpoint():
+                goods.note_checkpoint(message)
+            case m.Delivered(_, result, _, blobs):
+                if goods.note_result(result, blobs):
+                    run.rows.add(RESULT_ROW, result)
             case m.Fetching(done_bytes, total_bytes):
                 await runs.emit(run, "fetching", done_bytes=done_bytes, total_bytes=total_bytes)
             case m.Lowering(done, total):
                 await runs.emit(run, "lowering", done=done, total=total)
-            case m.Rows():
-                await self._tell_rows(message)
-            case m.Checkpoint(step, state, blobs):
-                try:
-                    await self._keep_inline(blobs)
-                except VerificationError as error:
-                    self._cut(error.message)
-                    return
-                self._states[step] = tuple(address for address, _ in state)
-                if len(self._states) > MAX_UNSIGNED_RECEIPTS:
-                    del self._states[min(self._states)]
 
-    async def _tell_rows(self, message: m.Rows) -> None:
-        names = self._names
+    async def _tell_rows(self, message: m.Rows, goods: Goods) -> None:
         rows: dict[int, dict[str, float]] = {}
-        for step, phase, output, value in message.values:
-            try:
-                dtype = output_dtype(self._order.checked, phase, output)
-                rows.setdefault(step, {})[names[phase][output]] = scalar(dtype, value)
-            except (IndexError, ProtocolError):
-                self._cut("it told a value that the job does not have")
-                return
+        for step, phase, output, value in goods.note_rows(message):
+            rows.setdefault(step, {})[self._names[phase][output]] = value
         runs, run = self._buyer.runs, self._run
         if rows:
-            told = [{"step": step, "values": values} for step, values in sorted(rows.items())]
+            told = [{"step": step, "values": values} for step, values in rows.items()]
             await runs.emit(run, "rows", rows=told)
         await runs.emit(run, "progress", step=message.last_step + 1, steps=run.card["steps"])
 
-    def _cut(self, why: str) -> None:
-        if self._conversation is not None:
-            self._conversation.cut(why)
-
     # Delivery
 
-    async def _hear_delivery(self, message: m.Delivered) -> None:
-        try:
-            result = decode(Result, message.result)
-            await self._keep_inline(message.blobs)
-        except (ProtocolError, VerificationError) as error:
-            self._cut(error.message)
-            return
-        self._result = result
-        self._run.rows.add(RESULT_ROW, message.result)
-        await self._driver.hear(Received(message.receipt, message.salt))
-
-    async def _keep_inline(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Keep what came along, all in one commit. Raises VerificationError."""
-        for address, data in blobs:
-            if address_of(data) != address:
-                raise VerificationError(f"{address.hex()} is not the address of its bytes")
-        async with trio.open_nursery() as nursery:
-            for _, data in blobs:
-                nursery.start_soon(self._buyer.store.put, data)
-
     async def _verify(self) -> None:
-        """Fetch and check what the receipts that wait are about, oldest first."""
-        async with self._verifying:
-            for number, wire in sorted(self._lifecycle.side.unsigned.items()):
-                receipt = reopen(Receipt, wire, self._buyer.identity.network).record
-                try:
-                    await self._check_receipt(receipt)
-                except (ProtocolError, VerificationError) as error:
-                    await self._driver.on(Refuted(error.message))
-                    return
-                except (ProviderError, BlobNotFoundError) as error:
+        """Verify what is billed as it comes; what cannot be fetched yet is tried again."""
+        while True:
+            await self._to_verify.wait()
+            self._to_verify = trio.Event()
+            wait_s = RETRY_S
+            while not await self._verify_waiting(first=wait_s == RETRY_S):
+                with trio.move_on_after(wait_s):
+                    await self._to_verify.wait()
+                wait_s = min(2 * wait_s, MAX_RETRY_S)
+
+    async def _verify_waiting(self, *, first: bool) -> bool:
+        """Fetch and check what the receipts that wait are about, oldest first. False: not all."""
+        goods = self._goods
+        for number, wire in sorted(self._lifecycle.side.unsigned.items()):
+            receipt = reopen(Receipt, wire, self._buyer.identity.network).record
+            if goods is None or self._lifecycle.ended:
+                return True
+            try:
+                await goods.check(receipt, self._bid().record.class_id)
+            except (ProtocolError, VerificationError) as error:
+                await self._driver.on(Refuted(printable(error.message)))
+                return True
+            except (ProviderError, BlobNotFoundError) as error:
+                if first:
                     _log.info("job %s: delivery not fetched yet: %s", self._run.id, error)
-                    self._nursery.start_soon(self._verify_later)
-                    return
-                fields = {"number": number, "amount_nusd": receipt.amount_nusd}
-                await self._buyer.runs.emit(self._run, "receipt", to_step=receipt.to_step, **fields)
-                await self._driver.on(Verified(number))
-
-    async def _verify_later(self) -> None:
-        await trio.sleep(RETRY_S)
-        if not self._lifecycle.ended:
-            await self._verify()
-
-    async def _check_receipt(self, receipt: Receipt) -> None:
-        checked = self._order.checked
-        if receipt.result != ZERO_HASH:
-            result = self._result
-            if result is None:
-                raise ProviderError("the result itself has not come yet")
-            if result_hash(result) != receipt.result:
-                raise ProtocolError("the receipt is for another result")
-            refusal = check_result(checked, self._bid().record.class_id, result)
-            if refusal is not None:
-                raise ProtocolError(refusal.reason)
-            if (result.state_root, result.first_step + result.steps_done) != (
-                receipt.root_to,
-                receipt.to_step,
-            ):
-                raise ProtocolError("the receipt is for another state")
-            await self._fetch_all(wanted_result(checked, result))
-            trace = await self._buyer.store.get(result.trace)
-            refusal = check_trace(checked, result.steps_done, trace)
-            if refusal is not None:
-                raise ProtocolError(refusal.reason)
-            return
-        addresses = self._states.get(receipt.to_step)
-        if addresses is None:
-            raise ProviderError("the checkpoint itself has not come yet")
-        if state_root(addresses) != receipt.root_to:
-            raise ProtocolError("the receipt is for another checkpoint")
-        await self._fetch_all(wanted_state(checked, addresses))
-        root = receipt.root_to.hex()
-        await self._buyer.runs.emit(self._run, "checkpoint", step=receipt.to_step, state_root=root)
-
-    async def _fetch_all(self, wanted: list[WantedBlob]) -> None:
-        provider = peer_id(self._bid().record.provider)
-        limiter = trio.CapacityLimiter(MAX_PARALLEL_FETCHES)
-        failures: list[P2PFlopError] = []
-
-        async def one(blob: WantedBlob) -> None:
-            async with limiter:
-                if failures:
-                    return
-                try:
-                    info = await fetch(
-                        self._buyer.store,
-                        blob.address,
-                        [provider],
-                        self._buyer.dialer,
-                        max_bytes=blob.size_bytes,
-                    )
-                    if blob.exact and info.size_bytes != blob.size_bytes:
-                        raise ProtocolError("a delivered tensor is not of its size")
-                except P2PFlopError as error:
-                    failures.append(error)
-
-        async with trio.open_nursery() as nursery:
-            for blob in {blob.address: blob for blob in wanted}.values():
-                nursery.start_soon(one, blob)
-        if failures:
-            raise failures[0]
+                return False
+            if self._run.over:
+                return True
+            if receipt.result == ZERO_HASH:
+                root = receipt.root_to.hex()
+                fields: dict[str, Any] = {"step": receipt.to_step, "state_root": root}
+                await self._buyer.runs.emit(self._run, "checkpoint", **fields)
+            fields = {"number": number, "amount_nusd": receipt.amount_nusd}
+            await self._buyer.runs.emit(self._run, "receipt", to_step=receipt.to_step, **fields)
+            await self._driver.on(Verified(number))
+        return True
 
     async def _book(self, countersigned: bytes) -> None:
         receipt = reopen(Receipt, countersigned, self._buyer.identity.network).record
         account = self._account_of(self._bid().record.provider)
         if account is None:
-            raise ProtocolError("the provider's account is not known")
+            raise StoreError("the journal does not tell the provider's account")
         await self._buyer.ledger_book.delivered(receipt, account, self._buyer.now_ns())
 
     async def _tell_result(self) -> None:
-        result = self._result
+        result = None if self._goods is None else self._goods.result
         if result is None:
-            raise AssertionError("settled without a result")
+            raise StoreError("the journal has no result for a job that is settled")
         receipt = reopen(
             Receipt, self._lifecycle.side.countersigned, self._buyer.identity.network
         ).record
@@ -487,10 +508,15 @@ class Purchase:
 
     async def _resume(self) -> None:
         rows = self._buyer.runs.rows(self._run.id)
+        goods = self._goods = Goods(self._order.checked, self._buyer.store, self._buyer.dialer)
         for row in rows:
             if row.kind == RESULT_ROW:
-                self._result = decode(Result, row.body)
+                goods.recall_result(row.body)
+            elif row.kind == DEAL_ROW:
+                self._accounts[row.body[:KEY_BYTES]] = row.body[KEY_BYTES:]
         await self._driver.resume(rows)
+        if self._lifecycle.side.bid:
+            goods.peer = self._peer
 
     async def _watch_cancel(self) -> None:
         await self._run.cancel_requested.wait()
@@ -499,25 +525,43 @@ class Purchase:
     async def _farewell(self) -> None:
         """Give the last word time to leave, and the provider to acknowledge it."""
         conversation = self._conversation
-        if conversation is None:
-            return
-        if self._lifecycle.state is not State.SETTLED:
-            conversation.finish()
-        with trio.move_on_after(FAREWELL_S):
-            await conversation.over.wait()
+        settled = self._lifecycle.state is State.SETTLED
+        if conversation is not None:
+            if not settled:
+                conversation.finish()
+            with trio.move_on_after(FAREWELL_S):
+                await conversation.over.wait()
+        if settled and not self._acknowledged:
+            self._buyer.nursery.start_soon(self._buyer.deliver, self._letter())
+
+    def _letter(self) -> Letter:
+        return Letter(self._peer, self._lifecycle.side.countersigned)
 
 
-def first_error(group: BaseExceptionGroup[P2PFlopError]) -> P2PFlopError:
-    """The first error inside a group, however deep."""
-    error = group.exceptions[0]
-    return first_error(error) if isinstance(error, BaseExceptionGroup) else error
+async def leave_word(dialer: Dialer, peer: str, message: m.Message) -> bool:
+    """Say one thing on a stream of its own; whether it was answered with ``Settled``."""
+    with trio.move_on_after(WORD_S):
+        try:
+            stream = await dialer.open(peer, JOB_PROTOCOL)
+            try:
+                await stream.send(m.encode_message(message))
+                for _ in range(MAX_WORDS_HEARD):
+                    if isinstance(m.decode_message(await stream.receive(), peer), m.Settled):
+                        return True
+            finally:
+                with trio.CancelScope(deadline=trio.current_time() + FAREWELL_S, shield=True):
+                    await stream.aclose()
+        except (ProviderError, ProtocolError) as error:
+            _log.debug("%s was not told: %s", peer, printable(error))
+    return False
 
 
 def _error(action: Finish) -> P2PFlopError:
+    reason = printable(action.reason)
     match action.blame:
         case Blame.JOB:
-            return JobError(action.reason, hint="The job itself failed; change it, then submit.")
+            return JobError(reason, hint="The job itself failed; change it, then submit.")
         case Blame.MARKET:
-            return MarketError(action.reason, hint="See p2pflop book, and p2pflop quote.")
+            return MarketError(reason, hint="See p2pflop book, and p2pflop quote.")
         case _:
-            return ProviderError(action.reason, hint="Nothing more is owed. Submit it again.")
+            return ProviderError(reason, hint="Nothing more is owed. Submit it again.")

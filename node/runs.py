@@ -99,7 +99,7 @@ class Runs:
             run.rows.add(EVENT_ROW, _dump(event))
         if kind in LAST_EVENT_KINDS:
             end_state = END_STATES[kind]
-            run.card |= {"state": end_state, "end_state": end_state}
+            run.card |= {"state": end_state, "end_state": end_state, "ended_ns": event["at_ns"]}
             run.rows.set_head(summary=_dump(run.card), end_state=end_state)
             if kind != "result":
                 await run.rows.flush()
@@ -109,6 +109,20 @@ class Runs:
             # Its blobs, the countersignature and the ledger are on disk already: after a crash now
             # the run settles again, with the same result.
             await run.rows.flush()
+
+    def lose(self, run: Run, **fields: Any) -> None:
+        """End a run as failed in memory, because the disk does not take it."""
+        at_ns = self._now_ns()
+        run.card |= {"state": "failed", "end_state": "failed", "ended_ns": at_ns}
+        self._retire(run)
+        _tell(run, {"seq": run.next_seq, "at_ns": at_ns, "kind": "failed", **fields})
+
+    def settled_since(self, since_ns: int) -> list[str]:
+        """The runs that have settled since then, of the newest."""
+        settled = END_STATES["result"]
+        heads = [head for head in self._journal.heads(BUYER) if head.end_state == settled]
+        cards = {head.job: json.loads(head.summary) for head in heads}
+        return [run_id for run_id, card in cards.items() if card.get("ended_ns", 0) >= since_ns]
 
     def get(self, run_id: str) -> Run:
         """A run by id. Raises ConfigError if there is none."""

@@ -7,6 +7,7 @@ this work and stretch, in this class, each output there, each tensor of its righ
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from p2pflop.errors import ProtocolError
 from p2pflop.job.file import CheckedJob
@@ -24,6 +25,9 @@ from p2pflop.job.spec import (
     times_due,
 )
 from p2pflop.job.validate import Refusal
+
+TRACE_OVERHEAD_BYTES: Final = 16
+COLUMN_OVERHEAD_BYTES: Final = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ def wanted_state(checked: CheckedJob, addresses: tuple[bytes, ...]) -> list[Want
 def wanted_result(checked: CheckedJob, result: Result) -> list[WantedBlob]:
     """Every blob that ``result`` names: outputs, trace, state. Raises ProtocolError."""
     outputs = [WantedBlob(output.address, output.size_bytes) for output in result.outputs]
-    trace = WantedBlob(result.trace, MAX_TRACE_BYTES, exact=False)
+    trace = WantedBlob(result.trace, _trace_bytes(checked, result.steps_done), exact=False)
     return [*outputs, trace, *wanted_state(checked, result.state)]
 
 
@@ -108,6 +112,18 @@ def output_dtype(checked: CheckedJob, phase: int, output: int) -> Dtype:
     """The dtype of a fresh output of a phase."""
     graph = checked.graphs[checked.work.phases[phase].graph]
     return graph.dtypes[graph.graph.outputs[output].node]
+
+
+def _trace_bytes(checked: CheckedJob, steps_done: int) -> int:
+    """A bound on the size of the trace blob."""
+    size_bytes = TRACE_OVERHEAD_BYTES
+    for number, phase in enumerate(checked.work.phases):
+        times = times_due(phase, checked.job.first_step, min(steps_done, checked.job.steps))
+        for output, mode in enumerate(phase.modes):
+            if mode == MODE_TRACE:
+                item_bytes = ITEM_BYTES[output_dtype(checked, number, output)]
+                size_bytes += COLUMN_OVERHEAD_BYTES + times * item_bytes
+    return min(size_bytes, MAX_TRACE_BYTES)
 
 
 def _output_bytes(checked: CheckedJob, phase: int, output: int) -> int:

@@ -1,0 +1,211 @@
+"""What a provider shows of one purchase, and whether it is what was bought.
+
+Everything here comes from a stranger. Told rows must be of this job, each later than the one
+before, so that no more can come than the job has. Blobs that came along are kept in memory, within
+the limits of a message, until a receipt that the lifecycle accepted is about them; only then do
+they reach the store, and only those that the receipt's state or result names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import trio
+
+from p2pflop.dht.blobs import BlobInfo, Store
+from p2pflop.dht.fetch import fetch
+from p2pflop.dht.manifest import address_of
+from p2pflop.dht.planes import Dialer
+from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError, StoreError
+from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS
+from p2pflop.job.delivery import (
+    WantedBlob,
+    check_result,
+    check_trace,
+    output_dtype,
+    wanted_result,
+    wanted_state,
+)
+from p2pflop.job.file import CheckedJob
+from p2pflop.job.results import Scalar, result_hash, scalar
+from p2pflop.job.spec import MODE_TRACE, Result, is_due, state_root
+from p2pflop.market.records import ZERO_HASH, Receipt
+from p2pflop.node import messages as m
+from p2pflop.wire import decode
+
+MAX_PARALLEL_FETCHES: Final = 4
+MAX_KEPT_CHECKPOINTS: Final = MAX_UNSIGNED_RECEIPTS
+
+ToldValue = tuple[int, int, int, Scalar]
+"""Step, phase, output, and the value."""
+
+
+class Goods:
+    """What provider ``peer`` has shown so far. Methods raise ProtocolError for what is wrong."""
+
+    def __init__(self, checked: CheckedJob, store: Store, dialer: Dialer, peer: str = "") -> None:
+        self.peer = peer
+        self.result: Result | None = None
+        self._checked = checked
+        self._store = store
+        self._dialer = dialer
+        self._states: dict[int, m.Checkpoint] = {}
+        self._inline: dict[bytes, bytes] = {}
+        self._last_row = (checked.job.first_step, -1, -1)
+        self._told_to = checked.job.first_step
+
+    def note_rows(self, message: m.Rows) -> list[ToldValue]:
+        """The values told, as numbers."""
+        job, phases = self._checked.job, self._checked.work.phases
+        end = job.first_step + job.steps
+        if not self._told_to - 1 <= message.first_step <= message.last_step < end:
+            raise ProtocolError("it told of steps that are not next")
+        told: list[ToldValue] = []
+        for step, phase, output, value in message.values:
+            key = (step, phase, output)
+            if key <= self._last_row or not message.first_step <= step <= message.last_step:
+                raise ProtocolError("it told a value twice, or out of order")
+            if (
+                phase >= len(phases)
+                or output >= len(phases[phase].modes)
+                or phases[phase].modes[output] != MODE_TRACE
+                or not is_due(phases[phase], step)
+            ):
+                raise ProtocolError("it told a value that the job does not have")
+            self._last_row = key
+            told.append((*key, scalar(output_dtype(self._checked, phase, output), value)))
+        self._told_to = message.last_step + 1
+        return told
+
+    def note_checkpoint(self, message: m.Checkpoint) -> None:
+        """Keep what a checkpoint names, until it is billed."""
+        job = self._checked.job
+        addresses = tuple(address for address, _ in message.state)
+        wanted_state(self._checked, addresses)
+        if not job.first_step < message.step < job.first_step + job.steps:
+            raise ProtocolError("it told of a checkpoint outside the job")
+        _check_inline(message.blobs, set(addresses))
+        self._states[message.step] = message
+        if len(self._states) > MAX_KEPT_CHECKPOINTS:
+            del self._states[min(self._states)]
+
+    def note_result(self, data: bytes, blobs: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Keep an encoded result and what came along; False if it is known already."""
+        result = decode(Result, data)
+        if self.result is not None:
+            if result != self.result:
+                raise ProtocolError("it delivered a second result")
+            return False
+        _check_inline(blobs, {b.address for b in wanted_result(self._checked, result)})
+        self.result, self._inline = result, dict(blobs)
+        return True
+
+    def recall_result(self, data: bytes) -> None:
+        """A result that was journalled before a restart."""
+        self.result = decode(Result, data)
+
+    async def check(self, receipt: Receipt, class_id: bytes) -> None:
+        """Fetch and check all that ``receipt`` is about; then it is here and durable.
+
+        Raises ProtocolError if it is not what was bought, ProviderError or BlobNotFoundError if it
+        could not be had now, StoreError if it cannot be kept.
+        """
+        if receipt.result != ZERO_HASH:
+            await self._check_last(receipt, class_id)
+            return
+        checkpoint = self._states.get(receipt.to_step)
+        if checkpoint is None:
+            raise ProviderError("the checkpoint itself has not come yet")
+        addresses = tuple(address for address, _ in checkpoint.state)
+        if state_root(addresses) != receipt.root_to:
+            raise ProtocolError("the receipt is for another checkpoint")
+        await self._keep_inline(checkpoint.blobs)
+        await self._fetch_all(wanted_state(self._checked, addresses))
+        self._states = {step: kept for step, kept in self._states.items() if step > receipt.to_step}
+
+    async def _check_last(self, receipt: Receipt, class_id: bytes) -> None:
+        checked, result = self._checked, self.result
+        if result is None:
+            raise ProviderError("the result itself has not come yet")
+        if result_hash(result) != receipt.result:
+            raise ProtocolError("the receipt is for another result")
+        refusal = check_result(checked, class_id, result)
+        if refusal is not None:
+            raise ProtocolError(refusal.reason)
+        done_to = result.first_step + result.steps_done
+        if (result.state_root, done_to) != (receipt.root_to, receipt.to_step):
+            raise ProtocolError("the receipt is for another state")
+        await self._keep_inline(tuple(self._inline.items()))
+        self._inline = {}
+        await self._fetch_all(wanted_result(checked, result))
+        trace = await self._store.get(result.trace)
+        refusal = check_trace(checked, result.steps_done, trace)
+        if refusal is not None:
+            raise ProtocolError(refusal.reason)
+
+    async def _keep_inline(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
+        """Keep what came along, all in one commit."""
+        failures: list[StoreError] = []
+
+        async def put(data: bytes) -> None:
+            try:
+                await self._store.put(data)
+            except StoreError as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for _, data in blobs:
+                nursery.start_soon(put, data)
+        if failures:
+            raise failures[0]
+
+    async def _fetch_all(self, wanted: Sequence[WantedBlob]) -> None:
+        limiter = trio.CapacityLimiter(MAX_PARALLEL_FETCHES)
+        failures: list[P2PFlopError] = []
+
+        async def one(blob: WantedBlob) -> None:
+            async with limiter:
+                if not failures:
+                    try:
+                        await self._fetch(blob)
+                    except P2PFlopError as error:
+                        failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for blob in {blob.address: blob for blob in wanted}.values():
+                nursery.start_soon(one, blob)
+        if failures:
+            raise failures[0]
+
+    async def _fetch(self, blob: WantedBlob) -> None:
+        held = await self._store.stat(blob.address)
+        if held is None:
+            held = await self._fetch_new(blob)
+        elif held.owner:
+            # Here for a stranger's lease: from now on it is this node's own and stays.
+            partial = await self._store.begin(await self._store.manifest(blob.address))
+            async with partial:
+                held = await partial.finish()
+        if held.size_bytes > blob.size_bytes or (blob.exact and held.size_bytes < blob.size_bytes):
+            raise ProtocolError("a delivered tensor is not of its size")
+
+    async def _fetch_new(self, blob: WantedBlob) -> BlobInfo:
+        store, bound = self._store, blob.size_bytes
+        try:
+            return await fetch(store, blob.address, [self.peer], self._dialer, max_bytes=bound)
+        except StoreError:
+            # Its disk, or the provider's manifest? What was begun tells.
+            begun = await store.resume(blob.address)
+            if begun is not None and begun.manifest.size_bytes > bound:
+                await store.delete(blob.address)
+                raise ProtocolError("a delivered tensor is not of its size") from None
+            raise
+
+
+def _check_inline(blobs: Sequence[tuple[bytes, bytes]], named: set[bytes]) -> None:
+    for address, data in blobs:
+        if address not in named:
+            raise ProtocolError("a blob came along that nothing names")
+        if address_of(data) != address:
+            raise ProtocolError(f"{address.hex()} is not the address of its bytes")
