@@ -24,7 +24,7 @@ from p2pflop.dht.announce import Announcer
 from p2pflop.dht.fetch import BlobServer
 from p2pflop.dht.store import FileStore
 from p2pflop.dht.transfer import BLOB_PROTOCOL
-from p2pflop.errors import P2PFlopError
+from p2pflop.errors import first_error
 from p2pflop.keys import public_key_of
 from p2pflop.market.book import SECRET_BYTES, Book
 from p2pflop.market.records import Ask
@@ -42,7 +42,7 @@ from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.network import HostConfig, Network
-from p2pflop.node.purchase import JOB_PROTOCOL, first_error
+from p2pflop.node.purchase import JOB_PROTOCOL
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.sheets import SheetService
@@ -75,12 +75,9 @@ def run_node(settings: Settings) -> int:
     with open_home(settings.home) as home:
         try:
             trio.run(_run, settings, home)
-        except* P2PFlopError as group:
-            failure: P2PFlopError | None = first_error(group)
-        else:
-            failure = None
-    if failure is not None:
-        raise failure
+        except BaseExceptionGroup as group:
+            # Every nursery on the way wraps what passes; what a person is told is the cause.
+            raise first_error(group) from (group if settings.debug else None)
     return 0
 
 
