@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import trio
@@ -23,6 +24,7 @@ from p2pflop.errors import P2PFlopError
 from p2pflop.node.api_guard import dump_json, error_body
 
 READ_AHEAD_CHUNKS: Final = 1
+MAX_WAITING_EVENTS: Final = 64
 HEARTBEAT: Final = b": still here\n\n"
 
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
@@ -131,7 +133,7 @@ class EventStream(Response):
             nursery.cancel_scope.deadline = trio.current_time() + self._wait_s
             nursery.start_soon(_until_gone, receive, nursery.cancel_scope)
             nursery.start_soon(_until_set, self._stopping, nursery.cancel_scope)
-            put, take = trio.open_memory_channel[bytes](0)
+            put, take = trio.open_memory_channel[bytes](MAX_WAITING_EVENTS)
             nursery.start_soon(self._pump, put)
             await self._forward(take, write)
             nursery.cancel_scope.cancel()
@@ -149,7 +151,7 @@ class EventStream(Response):
                         frame = await take.receive()
                     except trio.EndOfChannel:
                         return
-                await write(frame)
+                await write(_with_what_waits(frame, take))
 
     async def _pump(self, put: trio.MemorySendChannel[bytes]) -> None:
         async with put:
@@ -164,6 +166,15 @@ class EventStream(Response):
                 if isinstance(self._events, AsyncGenerator):
                     with trio.CancelScope(shield=True):
                         await self._events.aclose()
+
+
+def _with_what_waits(frame: bytes, take: trio.MemoryReceiveChannel[bytes]) -> bytes:
+    """Events that come together leave together: one write, not one an event."""
+    frames = [frame]
+    with suppress(trio.WouldBlock, trio.EndOfChannel):
+        while len(frames) <= MAX_WAITING_EVENTS:
+            frames.append(take.receive_nowait())
+    return b"".join(frames)
 
 
 async def _read_span(
