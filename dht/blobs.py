@@ -3,7 +3,8 @@
 **Who may read.** A blob is readable by its owner, by readers it was granted to, and by anybody if
 it is public. To become an owner one puts the bytes, or fetches all of them: knowing an address or
 a manifest proves nothing, so a fetch for one account never builds on chunks that only another
-account has delivered. The node's own blobs have the owner ``b""``.
+account has delivered. The node's own blobs have the owner ``b""``; one that was another owner's
+becomes the node's own when the node puts or fetches it, and the other may still read it.
 
 **What is held.** Only whole blobs are seen by ``stat``, ``list``, ``get`` and ``read_chunk``. What
 a fetch has got so far waits in a *partial*, one for each owner, until all of it is there.
@@ -153,8 +154,11 @@ class Store(Protocol):
     async def may_read(self, address: bytes, reader: bytes) -> bool:
         """Whether a reader may have it. ``b""`` is an unknown one, who gets public blobs only."""
 
-    async def delete(self, address: bytes) -> bool:
-        """Forget the blob, its partials and its grants. False if there was none."""
+    async def delete(self, address: bytes, *, owner: bytes | None = None) -> bool:
+        """Forget the blob, its partials and its grants. False if there was none.
+
+        With ``owner``, only a blob that belongs to that owner and is not public.
+        """
 
     def statistics(self) -> StoreStatistics:
         """Counts for status pages."""

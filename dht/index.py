@@ -202,10 +202,14 @@ class Index:
         query = "DELETE FROM grants WHERE address = ? AND reader = ?"
         await self._database.write(lambda connection: connection.execute(query, (address, reader)))
 
-    async def delete(self, address: bytes) -> Change:
-        """All copies and grants of a blob."""
+    async def delete(self, address: bytes, owner: bytes | None = None) -> Change:
+        """All copies and grants of a blob; with ``owner``, only of a private one of that owner."""
 
         def operation(connection: sqlite3.Connection) -> Change:
+            if owner is not None:
+                row = _whole_row(connection, address)
+                if row is None or row.info.public or row.info.owner != owner:
+                    return Change(None, (), 0)
             connection.execute("DELETE FROM grants WHERE address = ?", (address,))
             return _delete_rows(connection, "address = ?", (address,))
 
@@ -283,6 +287,9 @@ def _own_row(
         connection.execute("UPDATE blobs SET public = 1 WHERE id = ?", (row.id,))
     if owner not in (b"", row.info.owner):
         _grant_row(connection, address, owner)
+    if not owner and row.info.owner:
+        _grant_row(connection, address, row.info.owner)
+        connection.execute("UPDATE blobs SET owner = ? WHERE id = ?", (owner, row.id))
     return _info(connection, row.id)
 
 

@@ -303,9 +303,13 @@ class MemoryStore:
             return whole is not None and whole.info.public
         return self._may_use(whole.info, reader)
 
-    async def delete(self, address: bytes) -> bool:
+    async def delete(self, address: bytes, *, owner: bytes | None = None) -> bool:
         """See Store."""
         await self._enter()
+        if owner is not None:
+            held = self._whole.get(address)
+            if held is None or held.info.public or held.info.owner != owner:
+                return False
         parts = [key for key in self._parts if key[0] == address]
         whole = self._whole.pop(address, None)
         for key in parts:
@@ -350,6 +354,9 @@ class MemoryStore:
     def _own(self, whole: _Whole, public: bool, owner: bytes) -> BlobInfo:
         if owner not in (b"", whole.info.owner):
             self._grant(whole.info.address, owner)
+        if not owner and whole.info.owner:
+            self._grant(whole.info.address, whole.info.owner)
+            whole.info = replace(whole.info, owner=b"")
         whole.info = replace(whole.info, public=whole.info.public or public)
         return whole.info
 

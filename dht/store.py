@@ -226,10 +226,10 @@ class FileStore:
             return row is not None and row.info.public
         return self._may_use(row, reader)
 
-    async def delete(self, address: bytes) -> bool:
+    async def delete(self, address: bytes, *, owner: bytes | None = None) -> bool:
         """See Store."""
         self._manifests.drop(address)
-        change = await self.index.delete(address)
+        change = await self.index.delete(address, owner)
         await self.settle(change)
         return bool(change.unused)
 

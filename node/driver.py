@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.errors import ProtocolError, ProviderError, StoreError
 from p2pflop.job.events import (
     Event,
     Finish,
@@ -87,7 +87,12 @@ class Driver:
         """Take up a journalled job. Raises StoreError for a broken journal."""
         life = [(r.kind[len(LIFE_ROW) :], r.body) for r in rows if r.kind.startswith(LIFE_ROW)]
         async with self._lock:
-            await self._do(self.lifecycle.resume(life, self._now_ns()))
+            try:
+                actions = self.lifecycle.resume(life, self._now_ns())
+            except StoreError as error:
+                self._fail(error)
+                raise
+            await self._do(actions)
 
     async def on(self, *events: Event) -> None:
         """Tell the lifecycle of events. Raises ProtocolError at the first that is not allowed now.
@@ -142,10 +147,13 @@ class Driver:
             with trio.CancelScope(shield=True):
                 await self._act(actions)
         except Exception as error:
-            self.failure = error
-            self._timers.clear()
-            self.over.set()
+            self._fail(error)
             raise
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = error
+        self._timers.clear()
+        self.over.set()
 
     async def _act(self, actions: list[Any]) -> None:
         for action in actions:

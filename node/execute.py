@@ -7,7 +7,7 @@ it reads it from the worker; what the worker says of itself is never believed.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,8 +15,8 @@ import trio
 
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.manifest import address_of
-from p2pflop.errors import ProviderError
-from p2pflop.job.delivery import output_dtype, state_slots
+from p2pflop.errors import JobError, ProviderError
+from p2pflop.job.delivery import check_result, output_dtype, state_slots
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.graph import graph_hash
 from p2pflop.job.results import TraceLog, build_result, result_hash
@@ -46,7 +46,9 @@ HOUR_NS: Final = 3600 * NS_PER_S
 
 OnLowering = Callable[[int, int], Awaitable[None]]
 OnRows = Callable[[Rows], Awaitable[None]]
-OnCheckpoint = Callable[[int, tuple["Kept", ...]], Awaitable[None]]
+KeepState = Callable[[], Awaitable[tuple["Kept", ...]]]
+OnCheckpoint = Callable[[int, KeepState], Awaitable[None]]
+"""Called with the step, and what keeps the state as it is there: not every checkpoint is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,11 @@ class Outcome:
 def inline_blobs(kept: Sequence[Kept]) -> tuple[tuple[bytes, bytes], ...]:
     """What goes along with a delivery, each address once."""
     return tuple({k.address: k.data for k in kept if k.data is not None}.items())
+
+
+def stored_blobs(kept: Sequence[Kept]) -> list[bytes]:
+    """The addresses of what is in the store."""
+    return [k.address for k in kept if k.data is None]
 
 
 def memory_bytes(checked: CheckedJob) -> int:
@@ -144,16 +151,27 @@ async def lower_all(
 
 
 class Execution:
-    """One job in one worker. ``reader`` may read what it gives: a peer's key."""
+    """One job in one worker. What it gives belongs to ``owner``; ``reader``, a peer's key, may
+    read it. Inputs are taken from ``at_hand``, by address, or else from the store."""
 
     def __init__(
-        self, checked: CheckedJob, class_id: bytes, store: Store, worker: Worker, reader: bytes
+        self,
+        checked: CheckedJob,
+        class_id: bytes,
+        store: Store,
+        worker: Worker,
+        *,
+        reader: bytes,
+        owner: bytes,
+        at_hand: Mapping[bytes, bytes],
     ) -> None:
         self._checked = checked
         self._class_id = class_id
         self._store = store
         self._worker = worker
         self._reader = reader
+        self._owner = owner
+        self._at_hand = at_hand
         self._trace = TraceLog()
         self._done_to = checked.job.first_step
         self._states = state_slots(checked)
@@ -163,12 +181,22 @@ class Execution:
         await self._worker.load(encode(self._checked.work), plans)
         await self._worker.initialise()
         for slot, source in input_blobs(self._checked):
-            manifest = await self._store.manifest(source.address)
-            offset_bytes = 0
-            for index in range(len(manifest.chunks)):
-                chunk = await self._store.read_chunk(source.address, index)
-                await self._worker.write(slot, offset_bytes, chunk)
-                offset_bytes += len(chunk)
+            size_bytes = 0
+            async for chunk in self._read_input(source.address):
+                if size_bytes + len(chunk) > source.size_bytes:
+                    break
+                await self._worker.write(slot, size_bytes, chunk)
+                size_bytes += len(chunk)
+            if size_bytes != source.size_bytes:
+                raise JobError(f"the input of slot {slot} is not of the size that the job says")
+
+    async def _read_input(self, address: bytes) -> AsyncIterator[bytes]:
+        if address in self._at_hand:
+            yield self._at_hand[address]
+            return
+        manifest = await self._store.manifest(address)
+        for index in range(len(manifest.chunks)):
+            yield await self._store.read_chunk(address, index)
 
     async def run(
         self, checkpoint_steps: int, on_rows: OnRows, on_checkpoint: OnCheckpoint
@@ -183,8 +211,7 @@ class Execution:
             elif isinstance(event, Paused):
                 self._done_to = event.step
                 if not event.ended and event.step > job.first_step:
-                    state = await self._keep_state(_Keeper(self._store, self._reader))
-                    await on_checkpoint(event.step, state)
+                    await on_checkpoint(event.step, self._keep_checkpoint)
         if not job.first_step < self._done_to <= end:
             raise ProviderError(f"the worker stopped at step {self._done_to}")
         return await self._finish()
@@ -203,7 +230,7 @@ class Execution:
 
     async def _finish(self) -> Outcome:
         checked = self._checked
-        keeper = _Keeper(self._store, self._reader)
+        keeper = _Keeper(self._store, self._reader, self._owner)
         trace = await keeper.keep(_once(self._trace.encode()))
         state = await self._keep_state(keeper)
         outputs: list[NamedOutput] = []
@@ -226,7 +253,13 @@ class Execution:
             trace=trace.address,
             state=tuple(value.address for value in state),
         )
+        refusal = check_result(checked, self._class_id, result)
+        if refusal is not None:
+            raise ProviderError(f"the worker gave what cannot be delivered: {refusal.reason}")
         return Outcome(result, result_hash(result), tuple(kept))
+
+    async def _keep_checkpoint(self) -> tuple[Kept, ...]:
+        return await self._keep_state(_Keeper(self._store, self._reader, self._owner))
 
     async def _keep_state(self, keeper: _Keeper) -> tuple[Kept, ...]:
         return tuple([await keeper.keep(self._worker.read(slot)) for slot in self._states])
@@ -239,9 +272,10 @@ class _Keeper:
     neither commits of the store nor fetches.
     """
 
-    def __init__(self, store: Store, reader: bytes) -> None:
+    def __init__(self, store: Store, reader: bytes, owner: bytes) -> None:
         self._store = store
         self._reader = reader
+        self._owner = owner
         self._room_bytes = MAX_INLINE_BYTES
         self._room_blobs = MAX_INLINE_BLOBS
 
@@ -256,7 +290,7 @@ class _Keeper:
         return Kept(address_of(data), len(data), bytes(data))
 
     async def _store_all(self, begun: bytearray, rest: AsyncIterator[bytes]) -> Kept:
-        async with self._store.writer() as writer:
+        async with self._store.writer(owner=self._owner) as writer:
             await writer.write(bytes(begun))
             async for part in rest:
                 await writer.write(part)

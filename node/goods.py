@@ -85,7 +85,7 @@ class Goods:
         wanted_state(self._checked, addresses)
         if not job.first_step < message.step < job.first_step + job.steps:
             raise ProtocolError("it told of a checkpoint outside the job")
-        _check_inline(message.blobs, set(addresses))
+        check_inline(message.blobs, set(addresses))
         self._states[message.step] = message
         if len(self._states) > MAX_KEPT_CHECKPOINTS:
             del self._states[min(self._states)]
@@ -97,7 +97,7 @@ class Goods:
             if result != self.result:
                 raise ProtocolError("it delivered a second result")
             return False
-        _check_inline(blobs, {b.address for b in wanted_result(self._checked, result)})
+        check_inline(blobs, {b.address for b in wanted_result(self._checked, result)})
         self.result, self._inline = result, dict(blobs)
         return True
 
@@ -203,7 +203,8 @@ class Goods:
             raise
 
 
-def _check_inline(blobs: Sequence[tuple[bytes, bytes]], named: set[bytes]) -> None:
+def check_inline(blobs: Sequence[tuple[bytes, bytes]], named: set[bytes]) -> None:
+    """Raises ProtocolError unless what came along is named, and is what its address says."""
     for address, data in blobs:
         if address not in named:
             raise ProtocolError("a blob came along that nothing names")

@@ -3,9 +3,9 @@
 ::
 
     buyer                                   provider
-    Offer(bid, job, small inputs)    ->
+    Offer(bid, job)                  ->
                                      <-     Filled(fill)  or  Refused(reject), and the end
-    Confirmed(confirm)               ->
+    Confirmed(confirm, small inputs) ->
                                      <-     Fetching* Lowering* Rows* Checkpoint* Heartbeat*
                                      <-     Receipted(receipt)* after each checkpoint
     Countersigned(receipt)           ->     once the buyer has verified every chunk of it
@@ -17,6 +17,7 @@
 ``Abandoned`` may come from either side at any time; heartbeats from both. A buyer whose stream
 broke opens another and begins it with what it said last: ``Confirmed``, ``Countersigned`` or
 ``Abandoned``. Blobs that are not small travel over the blob protocol, on streams of their own.
+Inputs are shown to nobody but the provider that has signed a fill.
 Signed records are opaque bytes here; ``p2pflop.market`` knows them.
 """
 
@@ -47,11 +48,10 @@ ScalarBytes = Annotated[bytes, msgspec.Meta(max_length=8)]
 
 
 class Offer(Record, frozen=True, tag=0):
-    """A directed bid with the job (an encoded JobBody) and the inputs that are small."""
+    """A directed bid with the job (an encoded JobBody)."""
 
     bid: Envelope
     body: Annotated[bytes, msgspec.Meta(max_length=MAX_BODY_BYTES)]
-    blobs: InlineBlobs
 
 
 class Filled(Record, frozen=True, tag=1):
@@ -67,9 +67,10 @@ class Refused(Record, frozen=True, tag=2):
 
 
 class Confirmed(Record, frozen=True, tag=3):
-    """The buyer's confirm."""
+    """The buyer's confirm, and the inputs that are small."""
 
     confirm: Envelope
+    blobs: InlineBlobs
 
 
 class Fetching(Record, frozen=True, tag=4):

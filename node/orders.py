@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from p2pflop.errors import JobError
+from p2pflop.errors import ConfigError, JobError
 from p2pflop.job.file import CheckedJob, JobFile, decode_file, encode_body, open_job
 from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
@@ -23,6 +23,9 @@ DEFAULT_DEADLINE_S: Final = 24 * 3600
 DEFAULT_CHECKPOINTS: Final = 4
 MIN_CHECKPOINT_STEPS: Final = 100
 MAX_RANKED_TOLD: Final = 32
+MAX_CHECKPOINTS: Final = 1000
+"""Of one job, each the size of its state."""
+MAX_DEADLINE_S: Final = 30 * 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +46,8 @@ class Order:
 
     @property
     def moved_bytes(self) -> int:
-        """Inputs, and the state as often as it is delivered."""
-        checked = self.checked
-        state = sum(
-            stored_bytes(Dtype(param.dtype), param.shape)
-            for param in checked.work.params
-            if param.role == ROLE_STATE
-        )
-        every = self.checkpoint_steps
-        deliveries = 1 + ((checked.job.steps - 1) // every if every else 0)
-        return sum(source.size_bytes for _, source in input_blobs(checked)) + state * deliveries
+        """See ``moved_bytes``."""
+        return moved_bytes(self.checked, self.checkpoint_steps)
 
     @property
     def terms(self) -> Terms:
@@ -80,6 +75,22 @@ class Ranking:
         return [entry for entry in self.ranked if isinstance(entry, Deal)]
 
 
+def checkpoints(steps: int, checkpoint_steps: int) -> int:
+    """How many checkpoints a job has before its end, if they lie so many steps apart."""
+    return (steps - 1) // checkpoint_steps if checkpoint_steps else 0
+
+
+def moved_bytes(checked: CheckedJob, checkpoint_steps: int) -> int:
+    """What a purchase moves and a quote bills: inputs, and the state as often as delivered."""
+    state = sum(
+        stored_bytes(Dtype(param.dtype), param.shape)
+        for param in checked.work.params
+        if param.role == ROLE_STATE
+    )
+    deliveries = 1 + checkpoints(checked.job.steps, checkpoint_steps)
+    return sum(source.size_bytes for _, source in input_blobs(checked)) + state * deliveries
+
+
 def cost_lines(checked: CheckedJob) -> tuple[CostLine, ...]:
     """The metered cost of a job as bids state it."""
     lines = checked.cost.lines
@@ -101,14 +112,25 @@ def open_order(
     if len(body) > MAX_BODY_BYTES:
         raise JobError(f"the job of {len(body)} bytes is over {MAX_BODY_BYTES}")
     if deadline_ns is None:
-        deadline_ns = now_ns + (options.deadline_s or DEFAULT_DEADLINE_S) * NS_PER_S
+        deadline_s = DEFAULT_DEADLINE_S if options.deadline_s is None else options.deadline_s
+        if not 0 < deadline_s <= MAX_DEADLINE_S:
+            raise ConfigError(
+                f"a deadline of {deadline_s} s", hint=f"Use 1 s to {MAX_DEADLINE_S // 86400} days."
+            )
+        deadline_ns = now_ns + deadline_s * NS_PER_S
+    every = _checkpoint_steps(checked.job.steps, options.checkpoint_steps)
+    if every < 0 or checkpoints(checked.job.steps, every) > MAX_CHECKPOINTS:
+        raise ConfigError(
+            f"{every} steps between checkpoints are over {MAX_CHECKPOINTS} checkpoints",
+            hint="Have fewer checkpoints, or none with 0.",
+        )
     return Order(
         file,
         checked,
         body,
         MAX_NUSD if options.max_nusd is None else options.max_nusd,
         deadline_ns,
-        _checkpoint_steps(checked.job.steps, options.checkpoint_steps),
+        every,
     )
 
 

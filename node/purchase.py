@@ -54,6 +54,7 @@ from p2pflop.market.records import ZERO_HASH, Bid, Receipt
 from p2pflop.node import messages as m
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.driver import Driver
+from p2pflop.node.execute import input_blobs
 from p2pflop.node.goods import Goods
 from p2pflop.node.orders import Order, Ranking, describe_ranking
 from p2pflop.node.printable import printable
@@ -156,7 +157,7 @@ class Purchase:
             await self._begin(action.wire)
         elif action.kind == "confirm":
             await self._tell_filled()
-            self._say(m.Confirmed(action.wire))
+            self._say(m.Confirmed(action.wire, await self._small_inputs()))
         elif action.kind == "countersign":
             await self._book(action.wire)
             if self._conversation is not None or not self._lifecycle.ended:
@@ -255,6 +256,18 @@ class Purchase:
         runs = self._buyer.runs
         await runs.emit(self._run, "filled", provider=self._peer, quote_nusd=quote_nusd)
 
+    async def _small_inputs(self) -> tuple[tuple[bytes, bytes], ...]:
+        """What goes along with the confirm, so that the provider need not ask for it."""
+        room_bytes = m.MAX_INLINE_BYTES
+        small: dict[bytes, bytes] = {}
+        for source in dict(input_blobs(self._order.checked)).values():
+            known = source.address in small
+            if known or source.size_bytes > room_bytes or len(small) == m.MAX_INLINE_BLOBS:
+                continue
+            room_bytes -= source.size_bytes
+            small[source.address] = await self._buyer.store.get(source.address)
+        return tuple(small.items())
+
     async def _take_back(self) -> None:
         """The inputs are no longer for the provider to read."""
         provider, self._lent_to = self._lent_to, b""
@@ -269,7 +282,7 @@ class Purchase:
             self._conversation = None
         buyer = self._buyer
         self._goods = Goods(self._order.checked, buyer.store, buyer.dialer, self._peer)
-        self._say(m.Offer(bid, self._order.body, ()))
+        self._say(m.Offer(bid, self._order.body))
 
     def _say(self, message: m.Message) -> None:
         if self._conversation is None:
@@ -329,7 +342,7 @@ class Purchase:
         side = self._lifecycle.side
         still = self._lifecycle.state is State.RUNNING and side.attempt == attempt
         if still and self._conversation is None:
-            self._nursery.start_soon(self._talk, m.Confirmed(side.confirm), provider, attempt)
+            self._nursery.start_soon(self._talk, m.Confirmed(side.confirm, ()), provider, attempt)
 
     async def _lost(self, why: str, attempt: int) -> None:
         if self._lifecycle.side.attempt == attempt and not self._lifecycle.ended:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,9 +16,11 @@ import msgspec
 import trio
 
 from p2pflop.dht.fetch import fetch
-from p2pflop.errors import JobError, P2PFlopError, ProtocolError, StoreError
+from p2pflop.errors import JobError, P2PFlopError, ProtocolError, StoreError, first_error
+from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS
 from p2pflop.job.events import (
     Alive,
+    Blame,
     Checkpointed,
     Done,
     Event,
@@ -32,7 +35,7 @@ from p2pflop.job.events import (
 )
 from p2pflop.job.file import CheckedJob, JobBody
 from p2pflop.job.selling import provider as provider_lifecycle
-from p2pflop.job.spec import state_root
+from p2pflop.job.spec import BlobSource, Result, state_root
 from p2pflop.keys import peer_id
 from p2pflop.market.desk import ProviderDesk
 from p2pflop.market.fills import SALT_BYTES
@@ -42,12 +45,14 @@ from p2pflop.node.conversation import Conversation
 from p2pflop.node.driver import Driver
 from p2pflop.node.execute import (
     Execution,
-    Kept,
+    KeepState,
     inline_blobs,
     input_blobs,
     lower_all,
+    stored_blobs,
     worker_limits,
 )
+from p2pflop.node.goods import check_inline
 from p2pflop.node.journal import JobRows, Row
 from p2pflop.node.worker_types import Rows
 from p2pflop.units import KIB
@@ -56,6 +61,7 @@ from p2pflop.wire import Sealed, decode, encode, reopen
 if TYPE_CHECKING:
     from p2pflop.node.sell import Seller
 
+MAX_FAULT_CHARS: Final = 200
 PROGRESS_BYTES: Final = 256 * KIB
 WORKER_THREADS: Final = 1
 
@@ -100,6 +106,7 @@ class Sale:
         self._checked = checked
         self._conversation: Conversation | None = None
         self._checkpoints: dict[int, m.Checkpoint] = {}
+        self._at_hand: dict[bytes, bytes] = {}
         self._delivery: _Delivery | None = None
         self._working = trio.CancelScope()
         self._may_run = trio.Event()
@@ -118,7 +125,17 @@ class Sale:
     @property
     def over(self) -> bool:
         """Whether the sale has ended."""
-        return self._lifecycle.ended
+        return self.driver.over.is_set()
+
+    @property
+    def state(self) -> State:
+        """Of its lifecycle."""
+        return self._lifecycle.state
+
+    @property
+    def signed_nusd(self) -> int:
+        """What the buyer has countersigned so far."""
+        return self._amount_nusd(self._lifecycle.side.countersigned)
 
     async def live(self) -> None:
         """Run timers and tasks until the end. Never raises."""
@@ -129,7 +146,8 @@ class Sale:
                 await self.driver.over.wait()
                 nursery.cancel_scope.cancel()
         except* (P2PFlopError, OSError) as group:
-            _log.error("sale %s: %s", self.rows.head.job[:12], group.exceptions[0])
+            _log.error("sale %s: %s", self.rows.head.job[:12], first_error(group))
+        finally:
             self._seller.release(self)
 
     async def tell(self, event: Event) -> None:
@@ -148,6 +166,9 @@ class Sale:
         self._bind()
         if self._lifecycle.side.countersigned:
             await self._book(self._lifecycle.side.countersigned)
+        if self._delivery is not None and not self.over:
+            named = decode(Result, self._delivery.result)
+            await self._hold([*(o.address for o in named.outputs), named.trace, *named.state])
 
     async def attend(self, conversation: Conversation, first: m.Message) -> None:
         """Talk with the buyer over this stream, from now on the only one."""
@@ -178,12 +199,17 @@ class Sale:
 
     async def _hear(self, message: m.Message) -> None:
         match message:
-            case m.Confirmed(wire) | m.Abandoned(wire):
+            case m.Confirmed(wire, blobs):
+                check_inline(blobs, {source.address for source in self._inputs()})
+                self._at_hand |= dict(blobs)
+                await self.driver.hear(Received(wire))
+            case m.Abandoned(wire):
                 await self.driver.hear(Received(wire))
             case m.Countersigned(wire):
                 await self.driver.hear(Received(wire))
                 if self._lifecycle.side.countersigned == wire:
                     await self._book(wire)
+                    self._forget_checkpoints(wire)
                 if self._lifecycle.state is State.SETTLED:
                     self._say(m.Settled())
                     self._finish_talk()
@@ -228,9 +254,13 @@ class Sale:
 
     async def finish(self, action: Finish) -> None:
         """See Hands."""
-        self._seller.release(self)
-        if self._lifecycle.side.countersigned:
-            await self._book(self._lifecycle.side.countersigned)
+        side = self._lifecycle.side
+        if side.countersigned:
+            await self._book(side.countersigned)
+        if action.blame is Blame.BUYER:
+            unpaid_nusd = self._amount_nusd(side.receipt) - self.signed_nusd
+            at_ns = self._seller.now_ns()
+            self._seller.allocator.note_unpaid(self.account, unpaid_nusd, at_ns)
         self.rows.set_head(summary=action.reason.encode(), end_state=action.state)
         await self.rows.flush()
         _log.info("sale %s: %s %s", self.rows.head.job[:12], action.state, action.reason)
@@ -254,12 +284,10 @@ class Sale:
                 await self._fault(group, job_fault=True)
             except* (P2PFlopError, OSError) as group:
                 await self._fault(group, job_fault=False)
+        self._seller.allocator.free(self)
 
     async def _fault(self, group: BaseExceptionGroup[Any], *, job_fault: bool) -> None:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        await self.driver.on(Fault(str(error)[:200], job_fault))
+        await self.driver.on(Fault(str(first_error(group))[:MAX_FAULT_CHARS], job_fault))
 
     async def _compute(self) -> None:
         seller, checked = self._seller, self._checked
@@ -271,7 +299,13 @@ class Sale:
             plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)
         async with seller.warm.lease(self.account, limits) as worker:
             execution = Execution(
-                checked, seller.workers.class_id, seller.store, worker, self.bid.signer
+                checked,
+                seller.workers.class_id,
+                seller.store,
+                worker,
+                reader=self.bid.signer,
+                owner=self._owner,
+                at_hand=self._at_hand,
             )
             await execution.load(plans)
             await self.driver.on(Ready())
@@ -279,6 +313,7 @@ class Sale:
             outcome = await execution.run(
                 self.bid.record.terms.checkpoint_steps, self._tell_rows, self._keep_checkpoint
             )
+        await self._hold(stored_blobs(outcome.kept))
         self._delivery = _Delivery(encode(outcome.result), inline_blobs(outcome.kept))
         self.rows.add(SaleRow.RESULT, msgspec.msgpack.encode(self._delivery))
         result = outcome.result
@@ -289,18 +324,17 @@ class Sale:
 
     async def _fetch_inputs(self) -> None:
         seller = self._seller
-        inputs = {source.address: source for _, source in input_blobs(self._checked)}
-        own = self.account == seller.identity.account.public_key
-        total = sum(source.size_bytes for source in inputs.values())
+        inputs = [source for source in self._inputs() if source.address not in self._at_hand]
+        total = sum(source.size_bytes for source in inputs)
         done = told = 0
-        for source in inputs.values():
+        for source in inputs:
             await fetch(
                 seller.store,
                 source.address,
                 [peer_id(self.bid.signer)],
                 seller.dialer,
                 max_bytes=source.size_bytes,
-                owner=b"" if own else self.account,
+                owner=self._owner,
             )
             done += source.size_bytes
             if done - told >= PROGRESS_BYTES or done == total:
@@ -313,13 +347,35 @@ class Sale:
     async def _tell_rows(self, rows: Rows) -> None:
         self._offer(m.Rows(rows.first_step, rows.last_step, rows.values))
 
-    async def _keep_checkpoint(self, step: int, state: tuple[Kept, ...]) -> None:
+    async def _keep_checkpoint(self, step: int, keep_state: KeepState) -> None:
+        if len(self._lifecycle.side.unsigned) >= MAX_UNSIGNED_RECEIPTS:
+            return  # The buyer lags behind: it is billed for more with a later one.
+        state = await keep_state()
+        await self._hold(stored_blobs(state))
         named = tuple((value.address, value.size_bytes) for value in state)
         checkpoint = m.Checkpoint(step, named, inline_blobs(state))
         self._checkpoints[step] = checkpoint
         self.rows.add(SaleRow.CHECKPOINT, encode(checkpoint))
         root = state_root(tuple(value.address for value in state))
         await self.driver.on(Checkpointed(step, root))
+
+    def _forget_checkpoints(self, countersigned: bytes) -> None:
+        """The buyer has all up to here."""
+        receipt = reopen(Receipt, countersigned, self._seller.identity.network).record
+        kept = self._checkpoints.items()
+        self._checkpoints = {step: told for step, told in kept if step > receipt.to_step}
+
+    def _inputs(self) -> list[BlobSource]:
+        """Each input once."""
+        return list({source.address: source for _, source in input_blobs(self._checked)}.values())
+
+    @property
+    def _owner(self) -> bytes:
+        own = self.account == self._seller.identity.account.public_key
+        return b"" if own else self.account
+
+    async def _hold(self, addresses: Sequence[bytes]) -> None:
+        await self._seller.blobs.hold(self.bid.id, addresses)
 
     # Talk
 
@@ -334,6 +390,12 @@ class Sale:
         if self._delivery is None:
             raise StoreError("the journal has no result for this sale")
         self._say(m.Delivered(wire, self._delivery.result, salt, self._delivery.blobs))
+
+    def _amount_nusd(self, receipt: bytes) -> int:
+        """What a receipt, or none, bills."""
+        if not receipt:
+            return 0
+        return reopen(Receipt, receipt, self._seller.identity.network).record.amount_nusd
 
     async def _book(self, countersigned: bytes) -> None:
         seller = self._seller

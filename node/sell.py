@@ -1,8 +1,9 @@
-"""The selling side: the one allocator of this node's capacity, and all sales under way.
+"""The selling side: all sales under way, and who gets the next one.
 
-``sale.py`` has one sale. Here a bid is checked, weighed against what is free and what its account
-already owes, and granted or denied; the same bid always gets the same answer, after a restart too.
-There is no waiting list: whoever comes first gets the slot, everybody else at once a no.
+``sale.py`` has one sale, ``allocator.py`` what is free. Here a bid is checked, weighed and granted
+or refused. What is granted is in the journal before the buyer hears of it, and the same bid gets
+the same fill, after a restart too. What is refused leaves nothing on disk, however many come; the
+same bid gets the same refusal for as long as it is fresh.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ import trio
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.planes import Dialer, Stream
 from p2pflop.errors import ProtocolError, ProviderError, StoreError
-from p2pflop.job.events import Deny, Grant, Withdraw
+from p2pflop.job.events import Grant, State, Withdraw
 from p2pflop.job.file import CheckedJob, JobBody, decode_body, open_job
-from p2pflop.job.meter import METER_ID
 from p2pflop.job.validate import Refusal
-from p2pflop.market.fills import OpenBid, check_bid, check_costs, make_reject
+from p2pflop.keys import peer_id
+from p2pflop.market.fills import OpenBid, check_bid, make_reject
 from p2pflop.market.records import Abandon, Bid, Confirm, Fill, Receipt, Rejected
 from p2pflop.node import messages as m
+from p2pflop.node.allocator import Allocator
 from p2pflop.node.config import Settings
 from p2pflop.node.conversation import Conversation
-from p2pflop.node.execute import memory_bytes, unsupported
+from p2pflop.node.execute import input_blobs
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import PROVIDER, Head, JobRows, Journal
+from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.ledger_book import LedgerBook
-from p2pflop.node.orders import cost_lines
 from p2pflop.node.sale import Sale, SaleRow, first_row
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.warm import WarmWorkers
 from p2pflop.node.worker_types import Workers
-from p2pflop.units import format_usd
 from p2pflop.wire import Sealed, envelope_kind, open_sealed
 
 OFFER_S: Final = 10.0
 MAX_REMEMBERED: Final = 256
-SAFE_LEVEL: Final = 2
+MAX_REFUSALS_REMEMBERED: Final = 1024
 SMALL_BODY_BYTES: Final = 1024
 
 _log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Seller:
-    """Everything that this node sells. ``busy`` counts the leases under way."""
+    """Everything that this node sells."""
 
     identity: Identity
     settings: Settings
@@ -65,15 +66,22 @@ class Seller:
     now_ns: Callable[[], int]
     started_ns: int = field(default_factory=time.monotonic_ns)
     stopping: bool = False
+    allocator: Allocator = field(init=False)
+    blobs: LeaseBlobs = field(init=False)
     _sales: OrderedDict[bytes, Sale] = field(default_factory=OrderedDict)
     _by_fill: dict[bytes, Sale] = field(default_factory=dict)
-    _held: dict[bytes, Sale] = field(default_factory=dict)
+    _refusals: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
     _deciding: trio.Lock = field(default_factory=trio.Lock)
+
+    def __post_init__(self) -> None:
+        own_account = self.identity.account.public_key
+        self.allocator = Allocator(own_account, self.settings, self.workers, self.ledger_book)
+        self.blobs = LeaseBlobs(self.store, self.now_ns)
 
     @property
     def busy(self) -> int:
-        """Leases under way."""
-        return len(self._held)
+        """Leases that hold capacity."""
+        return self.allocator.busy
 
     async def handle(self, stream: Stream) -> None:
         """Answer one job stream."""
@@ -83,26 +91,28 @@ class Seller:
             case m.Offer():
                 sale = await self._offered(first, stream)
             case m.Confirmed(wire) | m.Countersigned(wire) | m.Abandoned(wire):
-                sale = await self._find(wire)
+                sale = self._find(wire)
             case _:
                 raise ProtocolError("a job stream begins with an offer", peer=stream.peer)
         if sale is not None:
             await sale.attend(Conversation(stream), first)
 
     def resume(self) -> None:
-        """Bring every sale that a restart found unfinished to its end."""
+        """Bring every sale that a restart found unfinished to its end, and sweep old blobs."""
         for head in self.journal.unfinished(PROVIDER):
             self.nursery.start_soon(self._take_up, bytes.fromhex(head.job))
+        self.nursery.start_soon(self.blobs.run)
 
     async def stop(self) -> None:
         """Take no more bids and give running leases back."""
         self.stopping = True
-        for sale in list(self._held.values()):
+        for sale in [sale for sale in self._sales.values() if not sale.over]:
             await sale.tell(Withdraw("the provider is shutting down"))
 
     def release(self, sale: Sale) -> None:
-        """Called by a sale that has ended."""
-        self._held.pop(sale.bid.id, None)
+        """Called by a sale that has ended, once its worker has too."""
+        self.allocator.close(sale)
+        self.blobs.let_go(sale.bid.id)
 
     def bind_fill(self, fill: bytes, sale: Sale) -> None:
         """Called by a sale that has a fill, so that a buyer who comes back finds it."""
@@ -111,89 +121,77 @@ class Seller:
     # Bids
 
     async def _offered(self, offer: m.Offer, stream: Stream) -> Sale | None:
-        now_ns = self.now_ns()
         bid = open_sealed(Bid, offer.bid, self.identity.network)
+        if peer_id(bid.signer) != stream.peer:
+            raise ProtocolError("a bid that another peer signed", peer=stream.peer)
         known = self._sales.get(bid.id) or await self._revive(bid.id)
         if known is not None:
             return known
-        opened = check_bid(
+        refusal = self._refusals.get(bid.id)
+        if refusal is None:
+            decision = await self._decide(offer)
+            if isinstance(decision, Sale):
+                return decision
+            refusal = self._refuse(bid.id, decision.reason)
+        await stream.send(m.encode_message(m.Refused(refusal)))
+        return None
+
+    async def _decide(self, offer: m.Offer) -> Sale | Rejected:
+        """What costs little is checked first: most refusals need no look at the job."""
+        bid = check_bid(
             offer.bid,
             node=self.identity.node.public_key,
             sheets=self.sheets.honoured(),
-            now_ns=now_ns,
+            now_ns=self.now_ns(),
             network=self.identity.network,
         )
-        if isinstance(opened, Rejected):
-            await self._refuse(stream, bid.id, opened.reason)
-            return None
-        if opened.peer != stream.peer:
-            raise ProtocolError("a bid that another peer signed", peer=stream.peer)
+        if isinstance(bid, Rejected):
+            return bid
+        reason = self._objection(bid)
+        if reason:
+            return Rejected(reason)
         body, checked = await _open_offered(offer.body)
         if isinstance(checked, Refusal):
-            await self._refuse(stream, bid.id, f"the job is not valid: {checked.reason}")
-            return None
-        for _, data in offer.blobs:
-            await self.store.put(data, owner=self._owner(opened.account))
-        return await self._decide(opened, body, checked, offer.body)
+            return Rejected(f"the job is not valid: {checked.reason}")
+        reason = self.allocator.objection_to_job(bid.bid, checked)
+        if reason:
+            return Rejected(reason)
+        async with self._deciding:
+            # Others may have come first meanwhile, and this very bid over another stream.
+            known = self._sales.get(bid.sealed.id)
+            if known is not None:
+                return known
+            reason = self._objection(bid)
+            return Rejected(reason) if reason else await self._grant(bid, body, checked, offer.body)
 
-    async def _decide(
+    def _objection(self, bid: OpenBid) -> str:
+        if self.stopping:
+            return "the provider is shutting down"
+        return self.allocator.objection(bid, self.now_ns())
+
+    async def _grant(
         self, bid: OpenBid, body: JobBody, checked: CheckedJob, encoded: bytes
     ) -> Sale:
-        """One decision at a time: two takers of one slot get one fill."""
-        async with self._deciding:
-            head = Head(bid.sealed.id.hex(), PROVIDER, self.now_ns(), "", b"")
-            sale = self._remember(bid.sealed, bid.account, body, checked, head)
-            sale.rows.add(SaleRow.BID, bid.sealed.wire)
-            sale.rows.add(SaleRow.ACCOUNT, bid.account)
-            sale.rows.add(SaleRow.BODY, encoded)
-            await sale.driver.start()
-            reason = self._objection(bid, checked)
-            if reason:
-                await sale.tell(Deny(reason))
-            else:
-                self._held[sale.bid.id] = sale
-                await sale.tell(Grant())
-            return sale
+        head = Head(bid.sealed.id.hex(), PROVIDER, self.now_ns(), "", b"")
+        sale = self._remember(bid.sealed, bid.account, body, checked, head)
+        self.allocator.take(sale)
+        await self._hold_inputs(sale, checked)
+        sale.rows.add(SaleRow.BID, bid.sealed.wire)
+        sale.rows.add(SaleRow.ACCOUNT, bid.account)
+        sale.rows.add(SaleRow.BODY, encoded)
+        await sale.driver.start()
+        await sale.tell(Grant())
+        return sale
 
-    def _objection(self, bid: OpenBid, checked: CheckedJob) -> str:
-        """Why this bid is not taken, or nothing."""
-        own = bid.account == self.identity.account.public_key
-        wrong = check_costs(bid.bid, METER_ID, cost_lines(checked))
-        if wrong is not None:
-            return wrong.reason
-        needed = memory_bytes(checked)
-        held = sum(other.bid.record.terms.memory_bytes for other in self._held.values())
-        reasons = (
-            (self.stopping, "the provider is shutting down"),
-            (self.workers.broken, "the provider's workers are broken"),
-            (self.workers.level < SAFE_LEVEL and not own, "the sandbox here is not safe enough"),
-            (bid.bid.job != checked.job, "the bid is for another job than the one sent"),
-            (bool(why := unsupported(checked)), why),
-            (bid.bid.terms.memory_bytes < needed, f"the job needs {needed} bytes of memory"),
-            (len(self._held) >= self.settings.slots, "every slot is taken"),
-            (
-                held + bid.bid.terms.memory_bytes > self.settings.resolved_memory_bytes(),
-                "too little memory is free",
-            ),
-            (not own and self._over_credit(bid), self._credit_reason()),
-        )
-        return next((reason for holds, reason in reasons if holds), "")
-
-    def _over_credit(self, bid: OpenBid) -> bool:
-        """Unknown buyers share one pool: what they owe, and what runs for them, stays within it."""
-        due_nusd = self.ledger_book.owed_nusd()
-        running = sum(other.bid.record.quote_nusd for other in self._held.values())
-        return due_nusd + running + bid.bid.quote_nusd > self.settings.credit_nusd
-
-    def _credit_reason(self) -> str:
-        return f"over the credit of {format_usd(self.settings.credit_nusd)} for unknown buyers"
-
-    async def _refuse(self, stream: Stream, bid_id: bytes, reason: str) -> None:
+    def _refuse(self, bid_id: bytes, reason: str) -> bytes:
         newest = self.sheets.newest
         wire = b"" if newest is None else newest.sealed.wire
         reject = make_reject(self.identity.node, bid_id, reason, wire, self.identity.network)
         _log.info("bid %s refused: %s", bid_id.hex()[:12], reason)
-        await stream.send(m.encode_message(m.Refused(reject.wire)))
+        self._refusals[bid_id] = reject.wire
+        if len(self._refusals) > MAX_REFUSALS_REMEMBERED:
+            self._refusals.popitem(last=False)
+        return reject.wire
 
     # Sales
 
@@ -211,7 +209,7 @@ class Seller:
             self._by_fill = {k: s for k, s in self._by_fill.items() if s is not forgotten}
         return sale
 
-    async def _find(self, wire: bytes) -> Sale | None:
+    def _find(self, wire: bytes) -> Sale:
         record: Confirm | Receipt | Abandon
         match envelope_kind(wire):
             case Confirm.KIND:
@@ -243,11 +241,16 @@ class Seller:
         if isinstance(checked, Refusal):
             raise StoreError(f"the journal's job is not valid: {checked.reason}")
         sale = self._remember(bid, account, body, checked, head)
+        # Work that was under way died with the node: only what was not begun needs room.
+        self.allocator.take(sale, capacity=False)
         await sale.resume(rows)
+        if sale.state in (State.OFFERED, State.LEASED):
+            self.allocator.take(sale)
+        await self._hold_inputs(sale, checked)
         return sale
 
-    def _owner(self, account: bytes) -> bytes:
-        return b"" if account == self.identity.account.public_key else account
+    async def _hold_inputs(self, sale: Sale, checked: CheckedJob) -> None:
+        await self.blobs.hold(sale.bid.id, [source.address for _, source in input_blobs(checked)])
 
 
 async def _open_offered(data: bytes) -> tuple[JobBody, CheckedJob | Refusal]:

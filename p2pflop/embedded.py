@@ -109,7 +109,7 @@ def start_embedded(home: Path, timeout_s: float = START_TIMEOUT_S) -> NodeNote:
 def node_command(home: Path) -> list[str]:
     """The command line of an embedded node."""
     program = [sys.executable, "-m", "p2pflop.cli.main"]
-    return [*program, "node", "--embedded", "--json", "--home", str(home)]
+    return [*program, "node", "--embedded", "--json", "--home", str(home.absolute())]
 
 
 def _failure(code: int, log_path: Path) -> P2PFlopError:

@@ -20,7 +20,9 @@ what happened and to what; ``hint`` says what to do next.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
 
 
 class P2PFlopError(Exception):
@@ -98,7 +100,7 @@ class ProtocolError(P2PFlopError):
         self.peer = peer
 
 
-def first_error(group: BaseExceptionGroup[P2PFlopError]) -> P2PFlopError:
+def first_error(group: BaseExceptionGroup[ErrorT]) -> ErrorT:
     """The first error inside a group, however deep."""
     error = group.exceptions[0]
     return first_error(error) if isinstance(error, BaseExceptionGroup) else error

@@ -18,7 +18,7 @@ def jobs_command(flags: Flags) -> None:
     \b
     Examples:
       p2pflop jobs
-      p2pflop jobs --json | jq -r '.[] | select(.state == "done") | .id'
+      p2pflop jobs --json | jq -r '.[] | select(.state == "settled") | .id'
     """
     jobs = flags.client(start=True).jobs()
     if flags.json:
@@ -47,8 +47,8 @@ def watch_command(flags: Flags, run_id: str) -> None:
 
     \b
     Examples:
-      p2pflop watch r-7c1f
-      p2pflop watch r-7c1f --json | jq -c 'select(.kind == "rows") | .rows[]'
+      p2pflop watch 5705a365685c
+      p2pflop watch 5705a365685c --json | jq -c 'select(.kind == "rows") | .rows[]'
     """
     from p2pflop.cli.progress import follow
 
@@ -66,7 +66,7 @@ def cancel_command(flags: Flags, run_id: str) -> None:
 
     \b
     Examples:
-      p2pflop cancel r-7c1f
+      p2pflop cancel 5705a365685c
     """
     job = flags.client(start=True).cancel(run_id)
     if flags.json:

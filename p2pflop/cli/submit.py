@@ -95,7 +95,7 @@ def show_command(flags: Flags, what: str) -> None:
     Examples:
       p2pflop show digits.p2pj
       p2pflop show examples/digits.py
-      p2pflop show r-7c1f --json
+      p2pflop show 5705a365685c --json
     """
     path = Path(what)
     if path.suffix in (".p2pj", ".py") or path.is_file():

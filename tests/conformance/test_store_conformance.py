@@ -324,12 +324,39 @@ async def test_knowing_a_manifest_does_not_make_an_owner(store: Store) -> None:
 
 
 async def test_nothing_is_missing_for_who_may_read(store: Store) -> None:
-    for owner, public in ((ALICE, False), (b"", False), (BOB, True)):
+    for owner, public in ((ALICE, False), (BOB, True)):
         data = _data(LARGE, int(public))
         await store.put(data, owner=ALICE, public=public)
         async with await store.begin(manifest_of(data), owner=owner) as partial:
             assert partial.missing() == []
             assert (await partial.finish()).owner == ALICE
+
+
+async def test_what_the_node_puts_or_fetches_becomes_its_own(store: Store) -> None:
+    for number, finish in enumerate((False, True)):
+        data = _data(LARGE, number)
+        address = (await store.put(data, owner=ALICE)).address
+        if finish:
+            async with await store.begin(manifest_of(data)) as partial:
+                assert partial.missing() == []
+                assert (await partial.finish()).owner == b""
+        else:
+            assert (await store.put(data)).owner == b""
+        assert await store.may_read(address, ALICE), "who put it first may still read it"
+        assert not await store.may_read(address, BOB)
+        assert not await store.delete(address, owner=ALICE), "it is no longer for ALICE to delete"
+        assert await store.get(address) == data
+
+
+async def test_an_owners_delete_spares_what_is_public_or_anothers(store: Store) -> None:
+    mine = await store.put(_data(LARGE, 1), owner=ALICE)
+    public = await store.put(_data(LARGE, 2), owner=ALICE, public=True)
+    absent = manifest_of(_data(LARGE, 3)).address
+    assert not await store.delete(mine.address, owner=BOB)
+    assert not await store.delete(public.address, owner=ALICE)
+    assert not await store.delete(absent, owner=ALICE)
+    assert await store.delete(mine.address, owner=ALICE)
+    assert [info.address for info in await store.list()] == [public.address]
 
 
 async def test_a_partial_of_a_deleted_blob_cannot_finish(store: Store) -> None:

@@ -63,6 +63,9 @@ class StoreMachine(RuleBasedStateMachine):
             known.public |= public
             if owner not in (b"", known.owner):
                 known.readers.add(owner)
+            if not owner and known.owner:
+                known.readers.add(known.owner)
+                known.owner = b""
         self.partials.pop((number, owner), None)
 
     def may_use(self, number: int, owner: bytes) -> bool:

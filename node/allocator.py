@@ -1,0 +1,150 @@
+"""What of this node is free, and for whom: slots, memory, and the credit of unknown buyers.
+
+A sale holds **capacity** from its fill until its worker has ended, and **credit** until it is over:
+a buyer that never countersigns keeps no slot, but what it was shown unpaid counts against the pool
+that all unknown buyers share, for a day. There is no waiting list: whoever comes first gets the
+slot, everybody else at once a no.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from p2pflop.job.file import CheckedJob
+from p2pflop.job.meter import METER_ID
+from p2pflop.market.fills import OpenBid, check_costs
+from p2pflop.market.records import Bid
+from p2pflop.node.config import Settings
+from p2pflop.node.execute import memory_bytes, unsupported
+from p2pflop.node.ledger_book import LedgerBook
+from p2pflop.node.orders import MAX_CHECKPOINTS, checkpoints, cost_lines, moved_bytes
+from p2pflop.node.worker_types import Workers
+from p2pflop.units import NS_PER_S, format_usd
+from p2pflop.wire import Sealed
+
+SAFE_LEVEL: Final = 2
+MAX_OPEN_SALES: Final = 1024
+MAX_OPEN_SALES_PER_ACCOUNT: Final = 64
+MAX_LEASE_NS: Final = 30 * 24 * 3600 * NS_PER_S
+UNPAID_FOR_NS: Final = 24 * 3600 * NS_PER_S
+MAX_UNPAID: Final = 4096
+
+
+class Claim(Protocol):
+    """A sale, as far as it takes room."""
+
+    @property
+    def bid(self) -> Sealed[Bid]:
+        """What was asked for."""
+
+    @property
+    def account(self) -> bytes:
+        """The buyer's."""
+
+    @property
+    def signed_nusd(self) -> int:
+        """How much of the quote is countersigned, and so in the ledger."""
+
+
+@dataclass(slots=True)
+class Allocator:
+    """All that is taken. Only one task decides at a time, so that a slot is given once."""
+
+    own_account: bytes
+    settings: Settings
+    workers: Workers
+    ledger_book: LedgerBook
+    _held: dict[bytes, Claim] = field(default_factory=dict)
+    _open: dict[bytes, Claim] = field(default_factory=dict)
+    _unpaid: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=MAX_UNPAID))
+
+    @property
+    def busy(self) -> int:
+        """Leases that hold capacity."""
+        return len(self._held)
+
+    def held(self) -> list[Claim]:
+        """Who holds capacity."""
+        return list(self._held.values())
+
+    def take(self, claim: Claim, *, capacity: bool = True) -> None:
+        """From a fill on."""
+        self._open[claim.bid.id] = claim
+        if capacity:
+            self._held[claim.bid.id] = claim
+
+    def free(self, claim: Claim) -> None:
+        """The worker has ended."""
+        self._held.pop(claim.bid.id, None)
+
+    def close(self, claim: Claim) -> None:
+        """The sale is over."""
+        self.free(claim)
+        self._open.pop(claim.bid.id, None)
+
+    def note_unpaid(self, account: bytes, amount_nusd: int, at_ns: int) -> None:
+        """Work that was shown, billed and never countersigned."""
+        if amount_nusd > 0 and account != self.own_account:
+            self._unpaid.append((at_ns, amount_nusd))
+
+    def objection(self, bid: OpenBid, now_ns: int) -> str:
+        """Why this bid is not taken, whatever its job is, or nothing. Costs no time."""
+        own = bid.account == self.own_account
+        theirs = sum(claim.account == bid.account for claim in self._open.values())
+        held_bytes = sum(claim.bid.record.terms.memory_bytes for claim in self._held.values())
+        terms = bid.bid.terms
+        reasons = (
+            (self.workers.broken, "the provider's workers are broken"),
+            (self.workers.level < SAFE_LEVEL and not own, "the sandbox here is not safe enough"),
+            (
+                terms.deadline_ns > now_ns + MAX_LEASE_NS,
+                f"the deadline is over {MAX_LEASE_NS // (24 * 3600 * NS_PER_S)} days away",
+            ),
+            (len(self._held) >= self.settings.slots, "every slot is taken"),
+            (
+                held_bytes + terms.memory_bytes > self.settings.resolved_memory_bytes(),
+                "too little memory is free",
+            ),
+            (not own and self._over_credit(bid, now_ns), self._credit_reason()),
+            (
+                len(self._open) >= MAX_OPEN_SALES or theirs >= MAX_OPEN_SALES_PER_ACCOUNT,
+                "too many jobs wait for a countersignature",
+            ),
+        )
+        return next((reason for holds, reason in reasons if holds), "")
+
+    def objection_to_job(self, bid: Bid, checked: CheckedJob) -> str:
+        """Why this job is not run under this bid, or nothing."""
+        wrong = check_costs(bid, METER_ID, cost_lines(checked))
+        if wrong is not None:
+            return wrong.reason
+        needed_bytes, terms = memory_bytes(checked), bid.terms
+        moved = moved_bytes(checked, terms.checkpoint_steps)
+        reasons = (
+            (bid.job != checked.job, "the bid is for another job than the one sent"),
+            (bool(why := unsupported(checked)), why),
+            (terms.memory_bytes < needed_bytes, f"the job needs {needed_bytes} bytes of memory"),
+            (
+                checkpoints(checked.job.steps, terms.checkpoint_steps) > MAX_CHECKPOINTS,
+                f"over {MAX_CHECKPOINTS} checkpoints",
+            ),
+            (terms.moved_bytes < moved, f"the job moves {moved} bytes"),
+        )
+        return next((reason for holds, reason in reasons if holds), "")
+
+    def _over_credit(self, bid: OpenBid, now_ns: int) -> bool:
+        while self._unpaid and self._unpaid[0][0] < now_ns - UNPAID_FOR_NS:
+            self._unpaid.popleft()
+        running = sum(
+            claim.bid.record.quote_nusd - claim.signed_nusd
+            for claim in self._open.values()
+            if claim.account != self.own_account
+        )
+        unpaid = sum(amount for _, amount in self._unpaid)
+        total = self.ledger_book.owed_nusd() + running + unpaid + bid.bid.quote_nusd
+        return total > self.settings.credit_nusd
+
+    def _credit_reason(self) -> str:
+        return f"over the credit of {format_usd(self.settings.credit_nusd)} for unknown buyers"
