@@ -73,6 +73,7 @@ class Host:
         self._nursery = nursery
         self._handlers: dict[str, Handler] = {}
         self._connections: dict[str, list[MuxedConnection]] = {}
+        self._dialling: dict[str, trio.Lock] = {}
         self._known: OrderedDict[str, tuple[str, ...]] = OrderedDict()
         self._inbound: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
@@ -269,6 +270,16 @@ class Host:
             self._known.popitem(last=False)
 
     async def _dial(self, peer: str, addresses: tuple[str, ...]) -> MuxedConnection:
+        """As ``_dial_alone``, after whoever is dialling that peer already."""
+        lock = self._dialling.setdefault(peer, trio.Lock())
+        try:
+            async with lock:
+                return self._live(peer) or await self._dial_alone(peer, addresses)
+        finally:
+            if not lock.locked():
+                self._dialling.pop(peer, None)
+
+    async def _dial_alone(self, peer: str, addresses: tuple[str, ...]) -> MuxedConnection:
         """Connect to ``peer`` at the first of ``addresses`` that works. Raises ProviderError."""
         if not addresses:
             raise ProviderError(

@@ -77,6 +77,7 @@ RETURN_S: Final = 0.25
 MAX_RETURNS: Final = 5
 """Streams opened in the place of broken ones, with growing pauses, until one is ``STEADY_S``."""
 STEADY_S: Final = 30.0
+CONFIRMED: Final = frozenset({State.CONFIRMING, State.RUNNING})
 WORD_S: Final = 10.0
 MAX_WORDS_HEARD: Final = 64
 KEY_BYTES: Final = 32
@@ -333,14 +334,14 @@ class Purchase:
                 await self._come_back(why, provider, attempt)
 
     async def _come_back(self, why: str, provider: str, attempt: int) -> None:
-        """A stream broke while work was under way: try another before giving the provider up."""
-        if self._lifecycle.state is not State.RUNNING or not self._returns_left:
+        """A stream broke after the confirm: try another before giving the provider up."""
+        if self._lifecycle.state not in CONFIRMED or not self._returns_left:
             await self._lost(why, attempt)
             return
         self._returns_left -= 1
         await trio.sleep(RETURN_S * (MAX_RETURNS - self._returns_left))
         side = self._lifecycle.side
-        still = self._lifecycle.state is State.RUNNING and side.attempt == attempt
+        still = self._lifecycle.state in CONFIRMED and side.attempt == attempt
         if still and self._conversation is None:
             self._nursery.start_soon(self._talk, m.Confirmed(side.confirm, ()), provider, attempt)
 

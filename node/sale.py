@@ -10,7 +10,7 @@ import logging
 import secrets
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import trio
@@ -145,8 +145,10 @@ class Sale:
                 nursery.start_soon(self._run_tasks)
                 await self.driver.over.wait()
                 nursery.cancel_scope.cancel()
-        except* (P2PFlopError, OSError) as group:
-            _log.error("sale %s: %s", self.rows.head.job[:12], first_error(group))
+        except* Exception as group:  # noqa: BLE001 - one sale's bug must not end the node
+            self._log_fault(first_error(group))
+            if self._conversation is not None:
+                self._conversation.cut("this node failed")
         finally:
             self._seller.release(self)
 
@@ -281,13 +283,20 @@ class Sale:
             try:
                 await self._compute()
             except* JobError as group:
-                await self._fault(group, job_fault=True)
-            except* (P2PFlopError, OSError) as group:
-                await self._fault(group, job_fault=False)
+                await self._fault(first_error(group).message, job_fault=True)
+            except* Exception as group:  # noqa: BLE001 - likewise
+                error = first_error(group)
+                self._log_fault(error)
+                reason = error.message if isinstance(error, P2PFlopError) else "the node failed"
+                await self._fault(reason, job_fault=False)
         self._seller.allocator.free(self)
 
-    async def _fault(self, group: BaseExceptionGroup[Any], *, job_fault: bool) -> None:
-        await self.driver.on(Fault(str(first_error(group))[:MAX_FAULT_CHARS], job_fault))
+    def _log_fault(self, error: Exception) -> None:
+        known = isinstance(error, P2PFlopError | OSError)
+        _log.error("sale %s: %s", self.rows.head.job[:12], error, exc_info=None if known else error)
+
+    async def _fault(self, reason: str, *, job_fault: bool) -> None:
+        await self.driver.on(Fault(reason[:MAX_FAULT_CHARS], job_fault))
 
     async def _compute(self) -> None:
         seller, checked = self._seller, self._checked
