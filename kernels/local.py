@@ -24,7 +24,6 @@ from p2pflop.job.results import Scalar, TraceLog, build_result, scalar
 from p2pflop.job.spec import (
     MODE_LAST,
     ROLE_STATE,
-    BlobSource,
     NamedOutput,
     Result,
     Work,
@@ -61,19 +60,20 @@ def run_local(
 ) -> tuple[Result, dict[bytes, bytes]]:
     """Run the job to its end; the record of its result, and the blobs it names by address.
 
-    ``inputs`` has the bytes of each slot that is filled from a blob (and, for a job that starts
-    from a checkpoint, of each state slot). ``on_row(step, values by name)`` is called for each step
+    ``inputs`` has the bytes of each slot that is filled from a blob (of each state slot too, for a
+    job that does not start at step 0). ``on_row(step, values by name)`` is called for each step
     that gave values, ``on_lowering(done, total)`` after each kernel. Raises JobError, ConfigError,
     and ProviderError if the process dies.
     """
     job = open_job(file.body)
     if isinstance(job, Refusal):
         raise JobError(f"the job is not valid: {job.reason}")
-    missing = [
-        slot
-        for slot, param in enumerate(job.work.params)
-        if isinstance(param.source, BlobSource) and slot not in inputs
-    ]
+    if not job.starts:
+        raise JobError(
+            f"the state after step {job.job.first_step} is not at hand",
+            hint="Give the result that it comes from: job.extend(steps, result).",
+        )
+    missing = [slot for slot, _ in job.inputs if slot not in inputs]
     if missing:
         raise JobError(f"inputs of slots {missing} are not given")
     gathered = _Gathered(file, job, on_row, on_lowering)

@@ -31,6 +31,7 @@ from p2pflop.ids import content_hash
 from p2pflop.job.file import JobBody, Labels, open_job
 from p2pflop.job.graph import Attr, Graph, GraphParam, Output, encode_graph
 from p2pflop.job.spec import (
+    MAX_STEPS,
     MODE_LAST,
     MODE_TRACE,
     ROLE_INPUT,
@@ -44,6 +45,7 @@ from p2pflop.job.spec import (
     NoSource,
     Phase,
     Source,
+    Stop,
     Work,
     WorkParam,
     work_id,
@@ -88,6 +90,7 @@ def trace(
     every: Mapping[int, Callable[..., object]] | None = None,
     seed: int = 0,
     args: Mapping[str, Number] | None = None,
+    stop: str | tuple[str, int] | None = None,
     address_of: Callable[[bytes], bytes],
     title: str = "",
 ) -> Traced:
@@ -97,12 +100,14 @@ def trace(
     Functions return a dict of names to tensors: a scalar becomes a value a step, anything else is
     kept as it was last. They may take parameters: ``step`` is the number of the step (int32), the
     others are looked up in ``args``, which can be changed later without tracing again. ``fn`` runs
-    with ``TRAINING`` set, the others without. ``address_of`` names a blob.
+    with ``TRAINING`` set, the others without. ``stop`` names a bool output at whose first true
+    value the job ends; it is looked at whenever its function runs, or every so many steps.
+    ``address_of`` names a blob.
 
     Each function is called once; no kernel is compiled, and the program's tensors are afterwards as
     they were before. Raises JobError for what cannot travel.
     """
-    if not 1 <= steps < 2**40 or not 0 <= seed <= MAX_SEED:
+    if not 1 <= steps < MAX_STEPS or not 0 <= seed <= MAX_SEED:
         raise JobError(f"steps={steps} or seed={seed} is out of range")
     functions = [unwrap(function) for function in (fn, *(every or {}).values())]
     periods = [1, *(every or {})]
@@ -116,7 +121,9 @@ def trace(
         ]
         builder = _Builder(stage, recordings, args or {}, name_tensors(functions), address_of)
         graphs = [builder.phase(recording) for recording in recordings]
-        return builder.finish(graphs, periods, steps, seed, title)
+        return builder.finish(
+            graphs, periods, steps, seed, _find_stop(graphs, periods, stop), title
+        )
 
 
 def _stand_in_arguments(
@@ -231,6 +238,7 @@ class _Builder:
         periods: Sequence[int],
         steps: int,
         seed: int,
+        stop: Stop | None,
         title: str,
     ) -> Traced:
         """Put the job together. Raises JobError if a graph is not one that may travel."""
@@ -258,6 +266,7 @@ class _Builder:
             ),
             tuple(params),
             seed,
+            stop,
         )
         body = JobBody(Job(work_id(work), 0, steps), encode(work), tuple(dict.fromkeys(graphs)))
         opened = open_job(body)
@@ -355,6 +364,19 @@ class _Builder:
         if held.tensor is self.stage.counter:
             return "random.counter"
         return self.names.get(id(held.tensor), otherwise)
+
+
+def _find_stop(
+    phases: Sequence[_Phase], periods: Sequence[int], stop: str | tuple[str, int] | None
+) -> Stop | None:
+    if stop is None:
+        return None
+    name, every = (stop, 0) if isinstance(stop, str) else stop
+    for number, phase in enumerate(phases):
+        if name in phase.names:
+            return Stop(number, phase.names.index(name), every or periods[number])
+    known = ", ".join(name for phase in phases for name in phase.names)
+    raise JobError(f"stop={name!r} is not an output; there are {known or 'none'}")
 
 
 def _pack_argument(name: str, value: Number) -> bytes:

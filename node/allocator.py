@@ -124,10 +124,12 @@ class Allocator:
         moved = moved_bytes(checked, terms.checkpoint_steps)
         reasons = (
             (bid.job != checked.job, "the bid is for another job than the one sent"),
+            (bid.root_from != checked.root_from, "the bid starts from another state"),
+            (not checked.starts, "the job does not say from which state it starts"),
             (bool(why := unsupported(checked)), why),
             (terms.memory_bytes < needed_bytes, f"the job needs {needed_bytes} bytes of memory"),
             (
-                checkpoints(checked.job.steps, terms.checkpoint_steps) > MAX_CHECKPOINTS,
+                checkpoints(checked.job, terms.checkpoint_steps) > MAX_CHECKPOINTS,
                 f"over {MAX_CHECKPOINTS} checkpoints",
             ),
             (terms.moved_bytes < moved, f"the job moves {moved} bytes"),

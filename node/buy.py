@@ -24,7 +24,6 @@ from p2pflop.job.lifecycle import PROVIDER_LIMITS
 from p2pflop.market.ranking import Need, Policy, rank
 from p2pflop.market.records import NONCE_BYTES
 from p2pflop.node import messages as m
-from p2pflop.node.execute import input_blobs
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.orders import (
@@ -34,6 +33,7 @@ from p2pflop.node.orders import (
     describe_ranking,
     open_order,
     order_card,
+    starting_from,
 )
 from p2pflop.node.purchase import LETTER_ROW, RESULT_ROW, Letter, Purchase, leave_word
 from p2pflop.node.runs import Run, Runs
@@ -85,6 +85,7 @@ class Buyer:
             order = open_order(body, options, self.now_ns())
         else:
             order = await trio.to_thread.run_sync(open_order, body, options, self.now_ns())
+        order = self._with_start(order)
         await self._check_inputs(order)
         row = _JobRow(body, order.max_nusd, order.deadline_ns, order.checkpoint_steps)
         run = self.runs.create(order_card(order))
@@ -95,7 +96,7 @@ class Buyer:
 
     def quote(self, body: bytes, options: SubmitOptions) -> Json:
         """What ``submit`` would choose from now."""
-        order = open_order(body, options, self.now_ns())
+        order = self._with_start(open_order(body, options, self.now_ns()))
         return describe_ranking(self.rank(order)) | describe_order(order)
 
     def rank(self, order: Order) -> Ranking:
@@ -143,13 +144,13 @@ class Buyer:
 
     async def lend(self, order: Order, provider: bytes) -> None:
         """Let a provider's node read the inputs of an order. Raises StoreError."""
-        for _, source in input_blobs(order.checked):
+        for _, source in order.checked.inputs:
             self._lent[source.address, provider] += 1
             await self.store.grant(source.address, provider)
 
     async def take_back(self, order: Order, provider: bytes) -> None:
         """The end of ``lend``, unless another purchase from that provider goes on. Never raises."""
-        for _, source in input_blobs(order.checked):
+        for _, source in order.checked.inputs:
             key = (source.address, provider)
             self._lent[key] -= 1
             if self._lent[key] <= 0:
@@ -180,6 +181,7 @@ class Buyer:
             order = await trio.to_thread.run_sync(
                 open_order, row.file, options, self.now_ns(), row.deadline_ns
             )
+            order = self._with_start(order)
         except P2PFlopError as error:
             await self.fail(run, error)
         except Exception as error:  # noqa: BLE001 - likewise
@@ -214,8 +216,16 @@ class Buyer:
                 return msgspec.msgpack.decode(row.body, type=_JobRow)
         raise StoreError(f"the journal has no job file for {run.id}")
 
+    def _with_start(self, order: Order) -> Order:
+        """``order`` with the state that it starts from. Raises JobError if that is not known."""
+        checked = order.checked
+        if checked.starts:
+            return order
+        state = self.runs.state(checked.work_id, self.class_id, checked.job.first_step)
+        return starting_from(order, state)
+
     async def _check_inputs(self, order: Order) -> None:
-        for slot, source in input_blobs(order.checked):
+        for slot, source in order.checked.inputs:
             info = await self.store.stat(source.address)
             if info is None:
                 name = order.file.labels.params[slot]

@@ -16,7 +16,7 @@ import trio
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import JobError, ProviderError
-from p2pflop.job.delivery import check_result, output_dtype, state_slots
+from p2pflop.job.delivery import check_result, output_dtype
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.graph import graph_hash
 from p2pflop.job.results import TraceLog, build_result, result_hash
@@ -29,6 +29,7 @@ from p2pflop.job.spec import (
     NamedOutput,
     Result,
     is_due,
+    state_slots,
     times_due,
 )
 from p2pflop.node.messages import MAX_INLINE_BLOBS, MAX_INLINE_BYTES
@@ -86,8 +87,6 @@ def memory_bytes(checked: CheckedJob) -> int:
 
 def unsupported(checked: CheckedJob) -> str:
     """Why this version cannot run the job, or an empty string."""
-    if checked.job.first_step:
-        return "jobs that start from a checkpoint are not supported yet"
     if any(MODE_COLLECT in phase.modes for phase in checked.work.phases):
         return "collected outputs are not supported yet; return a scalar or keep it in the state"
     for param in checked.work.params:
@@ -101,15 +100,6 @@ def worker_limits(checked: CheckedJob, lease_ns: int, threads: int) -> WorkerLim
     # Whole hours, so that a worker which lingers fits the same buyer's next lease of equal length.
     cpu_seconds = (lease_ns // HOUR_NS + 1) * HOUR_NS // NS_PER_S * threads
     return WorkerLimits(checked.cost.peak_bytes + WORKER_SLACK_BYTES, cpu_seconds, MAX_STEP_SECONDS)
-
-
-def input_blobs(checked: CheckedJob) -> list[tuple[int, BlobSource]]:
-    """The slots that are filled from blobs."""
-    return [
-        (slot, param.source)
-        for slot, param in enumerate(checked.work.params)
-        if isinstance(param.source, BlobSource)
-    ]
 
 
 async def lower_all(
@@ -174,13 +164,13 @@ class Execution:
         self._at_hand = at_hand
         self._trace = TraceLog()
         self._done_to = checked.job.first_step
-        self._states = state_slots(checked)
+        self._states = state_slots(checked.work)
 
     async def load(self, plans: dict[bytes, bytes]) -> None:
         """Give the worker its plans and inputs, and let the weights be born."""
         await self._worker.load(encode(self._checked.work), plans)
         await self._worker.initialise()
-        for slot, source in input_blobs(self._checked):
+        for slot, source in self._checked.inputs:
             size_bytes = 0
             async for chunk in self._read_input(source.address):
                 if size_bytes + len(chunk) > source.size_bytes:

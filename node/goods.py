@@ -105,15 +105,16 @@ class Goods:
         """A result that was journalled before a restart."""
         self.result = decode(Result, data)
 
-    async def check(self, receipt: Receipt, class_id: bytes) -> None:
+    async def check(self, receipt: Receipt, class_id: bytes) -> tuple[bytes, ...]:
         """Fetch and check all that ``receipt`` is about; then it is here and durable.
+
+        Gives the addresses of the state at its last step.
 
         Raises ProtocolError if it is not what was bought, ProviderError or BlobNotFoundError if it
         could not be had now, StoreError if it cannot be kept.
         """
         if receipt.result != ZERO_HASH:
-            await self._check_last(receipt, class_id)
-            return
+            return await self._check_last(receipt, class_id)
         checkpoint = self._states.get(receipt.to_step)
         if checkpoint is None:
             raise ProviderError("the checkpoint itself has not come yet")
@@ -123,8 +124,9 @@ class Goods:
         await self._keep_inline(checkpoint.blobs)
         await self._fetch_all(wanted_state(self._checked, addresses))
         self._states = {step: kept for step, kept in self._states.items() if step > receipt.to_step}
+        return addresses
 
-    async def _check_last(self, receipt: Receipt, class_id: bytes) -> None:
+    async def _check_last(self, receipt: Receipt, class_id: bytes) -> tuple[bytes, ...]:
         checked, result = self._checked, self.result
         if result is None:
             raise ProviderError("the result itself has not come yet")
@@ -143,6 +145,7 @@ class Goods:
         refusal = check_trace(checked, result.steps_done, trace)
         if refusal is not None:
             raise ProtocolError(refusal.reason)
+        return result.state
 
     async def _keep_inline(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
         """Keep what came along, all in one commit."""

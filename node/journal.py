@@ -4,6 +4,9 @@ One row an event: ``(job, seq, at_ns, kind, body)``. ``job`` is a run id on the 
 hex of a bid's id on the selling side. The head of a job tells its side and, once it is over, its
 end state; a restart reads the heads that have none and resumes or closes them.
 
+Beside the rows stands an index of **states**: where the verified state of a work after some step is
+kept, so that a stretch that starts there can be bought without saying from what.
+
 A job's rows are collected in ``JobRows`` and flushed together, before the first thing that others
 can see: a signed record that leaves, an answer to the user, the end. So a purchase costs a few
 commits, not one a row, and what was promised is always on disk.
@@ -12,7 +15,7 @@ commits, not one a row, and what was promised is always on disk.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -36,6 +39,10 @@ CREATE INDEX unfinished ON heads (side) WHERE end_state IS NULL;
 CREATE TABLE rows (
     job TEXT NOT NULL REFERENCES heads (job), seq INTEGER NOT NULL, at_ns INTEGER NOT NULL,
     kind TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (job, seq)
+) WITHOUT ROWID;
+CREATE TABLE states (
+    work BLOB NOT NULL, class_id BLOB NOT NULL, step INTEGER NOT NULL, addresses BLOB NOT NULL,
+    PRIMARY KEY (work, class_id, step)
 ) WITHOUT ROWID
 """
 _HEADS: Final = "SELECT job, side, opened_ns, COALESCE(end_state, ''), summary FROM heads "
@@ -50,6 +57,16 @@ class Head:
     opened_ns: int
     end_state: str
     summary: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KnownState:
+    """The addresses, joined, of the state of a work after ``step`` steps in a class."""
+
+    work: bytes
+    class_id: bytes
+    step: int
+    addresses: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +85,14 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._database = Database(path, _SCHEMA, _SCHEMA_VERSION)
 
-    async def append(self, head: Head, rows: list[tuple[int, str, bytes]]) -> None:
-        """Add rows ``(at_ns, kind, body)`` and make ``head`` the job's head, in one transaction."""
+    async def append(
+        self,
+        head: Head,
+        rows: Sequence[tuple[int, str, bytes]],
+        states: Sequence[KnownState] = (),
+    ) -> None:
+        """Add rows ``(at_ns, kind, body)`` and states, and make ``head`` the job's head, in one
+        transaction."""
 
         def change(connection: sqlite3.Connection) -> None:
             connection.execute(
@@ -84,8 +107,22 @@ class Journal:
                 "INSERT INTO rows VALUES (?, ?, ?, ?, ?)",
                 [(head.job, last + 1 + place, *row) for place, row in enumerate(rows)],
             )
+            connection.executemany(
+                "INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)",
+                [(s.work, s.class_id, s.step, s.addresses) for s in states],
+            )
 
         await self._database.write(change)
+
+    def state(self, work: bytes, class_id: bytes, step: int) -> bytes | None:
+        """The joined addresses of the state after ``step`` steps, or None if it is not known."""
+        found = self._database.read(
+            "SELECT addresses FROM states WHERE work = ? AND class_id = ? AND step = ?",
+            work,
+            class_id,
+            step,
+        )
+        return bytes(found[0][0]) if found else None
 
     def rows(self, job: str) -> list[Row]:
         """The rows of ``job``, oldest first."""
@@ -123,6 +160,7 @@ class JobRows:
         self._journal = journal
         self._now_ns = now_ns
         self._pending: list[tuple[int, str, bytes]] = []
+        self._states: list[KnownState] = []
         self._changed = False
         self._flushing = trio.Lock()
         self._flushed = trio.Event()
@@ -131,6 +169,10 @@ class JobRows:
     def add(self, kind: str, body: bytes) -> None:
         """To be written with the next flush."""
         self._pending.append((self._now_ns(), kind, body))
+
+    def add_state(self, state: KnownState) -> None:
+        """A state that is here and verified; written with the next flush."""
+        self._states.append(state)
 
     def set_head(self, *, summary: bytes, end_state: str = "") -> None:
         """A new summary and, at the end, the end state; written with the next flush."""
@@ -141,17 +183,18 @@ class JobRows:
     async def flush(self) -> None:
         """Return once everything added so far is on disk."""
         async with self._flushing:
-            if not self._pending and not self._changed:
+            if not self._pending and not self._states and not self._changed:
                 return
-            rows, head = list(self._pending), self.head
+            rows, states, head = list(self._pending), list(self._states), self.head
             try:
-                await self._journal.append(head, rows)
+                await self._journal.append(head, rows, states)
             except StoreError as fault:
                 self._fault = fault
                 self._flushed.set()
                 raise
             # Only now: after a disk that failed once, no row may be missing between two others.
             del self._pending[: len(rows)]
+            del self._states[: len(states)]
             self._changed = self.head is not head
             self._fault = None
             self._flushed.set()

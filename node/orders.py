@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
+
+from msgspec.structs import replace as replace_fields
 
 from p2pflop.errors import ConfigError, JobError
 from p2pflop.job.file import CheckedJob, JobFile, decode_file, encode_body, open_job
 from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
-from p2pflop.job.spec import ROLE_STATE
+from p2pflop.job.spec import ROLE_STATE, Job
 from p2pflop.job.validate import Refusal
 from p2pflop.market.book import BookView
 from p2pflop.market.ranking import Deal, Miss, Policy
 from p2pflop.market.records import CostLine, Terms
-from p2pflop.node.execute import input_blobs, memory_bytes, unsupported
+from p2pflop.node.execute import memory_bytes, unsupported
 from p2pflop.node.messages import MAX_BODY_BYTES
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.units import MAX_NUSD, NS_PER_S
@@ -75,9 +77,12 @@ class Ranking:
         return [entry for entry in self.ranked if isinstance(entry, Deal)]
 
 
-def checkpoints(steps: int, checkpoint_steps: int) -> int:
+def checkpoints(job: Job, checkpoint_steps: int) -> int:
     """How many checkpoints a job has before its end, if they lie so many steps apart."""
-    return (steps - 1) // checkpoint_steps if checkpoint_steps else 0
+    if not checkpoint_steps:
+        return 0
+    last = job.first_step + job.steps - 1
+    return last // checkpoint_steps - job.first_step // checkpoint_steps
 
 
 def moved_bytes(checked: CheckedJob, checkpoint_steps: int) -> int:
@@ -87,8 +92,8 @@ def moved_bytes(checked: CheckedJob, checkpoint_steps: int) -> int:
         for param in checked.work.params
         if param.role == ROLE_STATE
     )
-    deliveries = 1 + checkpoints(checked.job.steps, checkpoint_steps)
-    return sum(source.size_bytes for _, source in input_blobs(checked)) + state * deliveries
+    deliveries = 1 + checkpoints(checked.job, checkpoint_steps)
+    return sum(source.size_bytes for _, source in checked.inputs) + state * deliveries
 
 
 def cost_lines(checked: CheckedJob) -> tuple[CostLine, ...]:
@@ -100,7 +105,10 @@ def cost_lines(checked: CheckedJob) -> tuple[CostLine, ...]:
 def open_order(
     data: bytes, options: SubmitOptions, now_ns: int, deadline_ns: int | None = None
 ) -> Order:
-    """Decode and check a job file. Raises ProtocolError, JobError. Takes CPU time."""
+    """Decode and check a job file. Raises ProtocolError, JobError. Takes CPU time.
+
+    An order whose job does not say from which state it starts is not complete: ``starting_from``.
+    """
     file = decode_file(data)
     checked = open_job(file.body)
     if isinstance(checked, Refusal):
@@ -119,7 +127,7 @@ def open_order(
             )
         deadline_ns = now_ns + deadline_s * NS_PER_S
     every = _checkpoint_steps(checked.job.steps, options.checkpoint_steps)
-    if every < 0 or checkpoints(checked.job.steps, every) > MAX_CHECKPOINTS:
+    if every < 0 or checkpoints(checked.job, every) > MAX_CHECKPOINTS:
         raise ConfigError(
             f"{every} steps between checkpoints are over {MAX_CHECKPOINTS} checkpoints",
             hint="Have fewer checkpoints, or none with 0.",
@@ -131,6 +139,23 @@ def open_order(
         MAX_NUSD if options.max_nusd is None else options.max_nusd,
         deadline_ns,
         every,
+    )
+
+
+def starting_from(order: Order, state: tuple[bytes, ...] | None) -> Order:
+    """``order`` with the state that its job starts from. Raises JobError if there is none."""
+    if state is None:
+        step = order.checked.job.first_step
+        raise JobError(
+            f"the state after step {step} of this work is not known to this node",
+            hint="Run the steps before it here first, or say it: job.extend(steps, result).",
+        )
+    body = replace_fields(order.file.body, state=state)
+    return replace(
+        order,
+        file=replace_fields(order.file, body=body),
+        checked=replace(order.checked, state=state),
+        body=encode_body(body),
     )
 
 

@@ -54,8 +54,8 @@ from p2pflop.market.records import ZERO_HASH, Bid, Receipt
 from p2pflop.node import messages as m
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.driver import Driver
-from p2pflop.node.execute import input_blobs
 from p2pflop.node.goods import Goods
+from p2pflop.node.journal import KnownState
 from p2pflop.node.orders import Order, Ranking, describe_ranking
 from p2pflop.node.printable import printable
 from p2pflop.node.runs import Run
@@ -222,6 +222,7 @@ class Purchase:
             identity.node,
             deal,
             job=self._order.checked.job,
+            root_from=self._order.checked.root_from,
             meter_id=METER_ID,
             costs=self._order.costs,
             terms=self._order.terms,
@@ -261,7 +262,7 @@ class Purchase:
         """What goes along with the confirm, so that the provider need not ask for it."""
         room_bytes = m.MAX_INLINE_BYTES
         small: dict[bytes, bytes] = {}
-        for source in dict(input_blobs(self._order.checked)).values():
+        for _, source in self._order.checked.inputs:
             known = source.address in small
             if known or source.size_bytes > room_bytes or len(small) == m.MAX_INLINE_BLOBS:
                 continue
@@ -451,7 +452,7 @@ class Purchase:
             if goods is None or self._lifecycle.ended:
                 return True
             try:
-                await goods.check(receipt, self._bid().record.class_id)
+                state = await goods.check(receipt, self._bid().record.class_id)
             except (ProtocolError, VerificationError) as error:
                 await self._driver.on(Refuted(printable(error.message)))
                 return True
@@ -461,6 +462,7 @@ class Purchase:
                 return False
             if self._run.over:
                 return True
+            self._note_state(receipt.to_step, state)
             if receipt.result == ZERO_HASH:
                 root = receipt.root_to.hex()
                 fields: dict[str, Any] = {"step": receipt.to_step, "state_root": root}
@@ -469,6 +471,11 @@ class Purchase:
             await self._buyer.runs.emit(self._run, "receipt", to_step=receipt.to_step, **fields)
             await self._driver.on(Verified(number))
         return True
+
+    def _note_state(self, step: int, state: tuple[bytes, ...]) -> None:
+        """So that a later stretch of this work can start from it."""
+        work, class_id = self._order.checked.work_id, self._bid().record.class_id
+        self._run.rows.add_state(KnownState(work, class_id, step, b"".join(state)))
 
     async def _book(self, countersigned: bytes) -> None:
         receipt = reopen(Receipt, countersigned, self._buyer.identity.network).record

@@ -19,6 +19,7 @@ from typing import Any, Final
 import trio
 
 from p2pflop.errors import ConfigError
+from p2pflop.ids import HASH_BYTES
 from p2pflop.node.journal import BUYER, Head, JobRows, Journal, Row
 from p2pflop.node.service import LAST_EVENT_KINDS, Json
 
@@ -136,6 +137,14 @@ class Runs:
     def rows(self, run_id: str) -> list[Row]:
         """What the journal has of a run."""
         return self._journal.rows(run_id)
+
+    def state(self, work: bytes, class_id: bytes, step: int) -> tuple[bytes, ...] | None:
+        """The addresses of the state of a work after ``step`` steps, if a run has brought it."""
+        joined = self._journal.state(work, class_id, step)
+        if joined is None:
+            return None
+        places = range(0, len(joined), HASH_BYTES)
+        return tuple(joined[place : place + HASH_BYTES] for place in places)
 
     def cards(self) -> list[Json]:
         """The card of every run, newest first."""

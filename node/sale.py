@@ -47,7 +47,6 @@ from p2pflop.node.execute import (
     Execution,
     KeepState,
     inline_blobs,
-    input_blobs,
     lower_all,
     stored_blobs,
     worker_limits,
@@ -376,7 +375,7 @@ class Sale:
 
     def _inputs(self) -> list[BlobSource]:
         """Each input once."""
-        return list({source.address: source for _, source in input_blobs(self._checked)}.values())
+        return list({source.address: source for _, source in self._checked.inputs}.values())
 
     @property
     def _owner(self) -> bytes:

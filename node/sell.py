@@ -30,7 +30,6 @@ from p2pflop.node import messages as m
 from p2pflop.node.allocator import Allocator
 from p2pflop.node.config import Settings
 from p2pflop.node.conversation import Conversation
-from p2pflop.node.execute import input_blobs
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import PROVIDER, Head, JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
@@ -250,7 +249,7 @@ class Seller:
         return sale
 
     async def _hold_inputs(self, sale: Sale, checked: CheckedJob) -> None:
-        await self.blobs.hold(sale.bid.id, [source.address for _, source in input_blobs(checked)])
+        await self.blobs.hold(sale.bid.id, [source.address for _, source in checked.inputs])
 
 
 async def _open_offered(data: bytes) -> tuple[JobBody, CheckedJob | Refusal]:

@@ -141,6 +141,10 @@ class Result(Mapping[str, "Array"]):
             raise KeyError(f"{name!r} is kept in the trace, {self.record.trace.hex()}")
         return tensor.address.hex()
 
+    def blob(self, address: bytes) -> bytes:
+        """The bytes of a blob that the result names."""
+        return self._fetch(address)
+
     def verify(self, *, blobs: bool = True) -> None:
         """Recompute every hash: the record against the job, and all blobs against the record.
 

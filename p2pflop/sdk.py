@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from p2pflop.blobs import LazyBlobs
 from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, ProtocolError
@@ -30,7 +32,7 @@ from p2pflop.job.file import (
 )
 from p2pflop.job.graph import Dtype
 from p2pflop.job.meter import JobCost
-from p2pflop.job.spec import ROLE_INPUT, SPEC_VERSION, BlobSource, Work, work_id
+from p2pflop.job.spec import MAX_STEPS, ROLE_INPUT, SPEC_VERSION, BlobSource, Work, work_id
 from p2pflop.job.spec import Job as JobRecord
 from p2pflop.job.validate import Refusal
 from p2pflop.node.service import Json, SubmitOptions
@@ -103,6 +105,11 @@ class Job:
 
     def with_args(self, **args: Number) -> Job:
         """The same job with other values for ``trace``'s ``args``: same graphs, same plans."""
+        if self.file.body.job.first_step:
+            raise JobError(
+                "a job that goes on from a state has the arguments that led to it",
+                hint="Change them in the job that begins at step 0.",
+            )
         work = decode(Work, self.file.body.work)
         params, inputs = list(work.params), dict(self.inputs)
         for name, value in args.items():
@@ -128,6 +135,30 @@ class Job:
         body = JobBody(job, encode(changed), old.graphs)
         return Job(JobFile(self.file.version, body, self.file.labels), inputs)
 
+    def extend(self, steps: int, result: Result | None = None) -> Job:
+        """The next ``steps`` steps of the same work: what was run already is not paid for again.
+
+        They go on where ``result``, of this job, ended; without it where this job ends, whose last
+        state the node must have. Raises JobError if ``steps`` is out of range or ``result`` is of
+        another job.
+        """
+        old = self.file.body
+        first_step = old.job.first_step + old.job.steps
+        state: tuple[bytes, ...] = ()
+        inputs = self.inputs
+        if result is not None:
+            if (result.record.work, result.record.first_step) != (old.job.work, old.job.first_step):
+                raise JobError("this result is not of this job")
+            first_step = result.record.first_step + result.steps
+            state = result.record.state
+            readers = {address: functools.partial(result.blob, address) for address in state}
+            inputs = ChainMap(dict(self.inputs), LazyBlobs(readers))  # type: ignore[arg-type]
+        if not 1 <= steps < MAX_STEPS:
+            raise JobError(f"steps={steps} is out of range")
+        job = JobRecord(old.job.work, first_step, steps)
+        body = JobBody(job, old.work, old.graphs, state)
+        return Job(JobFile(self.file.version, body, self.file.labels), inputs)
+
     def run_local(
         self,
         on_row: Callable[[Row], None] | None = None,
@@ -151,16 +182,14 @@ class Job:
     def by_slot(self) -> Inputs:
         """The inputs by slot. Raises BlobNotFoundError if one is not at hand."""
         found: Inputs = {}
-        for slot, param in enumerate(decode(Work, self.file.body.work).params):
-            if not isinstance(param.source, BlobSource):
-                continue
-            if param.source.address not in self.inputs:
+        for slot, source in self.checked.inputs:
+            if source.address not in self.inputs:
                 raise BlobNotFoundError(
                     f"input {self.file.labels.params[slot]!r} "
-                    f"({blob_url(param.source.address)}) is not at hand",
+                    f"({blob_url(source.address)}) is not at hand",
                     hint=f"Keep the folder *{INPUTS_SUFFIX} beside the job file.",
                 )
-            found[slot] = self.inputs[param.source.address]
+            found[slot] = self.inputs[source.address]
         return found
 
     def save(self, path: str | Path) -> Path:
@@ -184,6 +213,7 @@ def trace(
     every: Mapping[int, Callable[..., object]] | None = None,
     seed: int = 0,
     args: Mapping[str, Number] | None = None,
+    stop: str | tuple[str, int] | None = None,
     title: str = "",
 ) -> Job:
     """The job of ``steps`` calls of ``fn``, and of each function of ``every`` every so many steps.
@@ -191,7 +221,8 @@ def trace(
     A lazy tensor travels as its graph, a realized one as a blob, an assigned one is state. The
     functions return dicts of names to tensors: a scalar becomes a value a step, anything else is
     kept as it was last. ``args`` are numbers that they take and that ``with_args`` can change.
-    Raises JobError for what cannot travel.
+    ``stop`` names a bool output that ends the job when it is true: ``"done"``, or ``("done", 10)``
+    to look at it every 10 steps only. Raises JobError for what cannot travel.
     """
     from p2pflop.kernels.trace import trace as trace_graphs
 
@@ -201,6 +232,7 @@ def trace(
         every=every,
         seed=seed,
         args=args,
+        stop=stop,
         address_of=address_of,
         title=title,
     )
@@ -222,9 +254,9 @@ def submit(
     """
     options = submit_options(max_usd, deadline)
     client = client or Client(start=True)
-    for address, data in job.inputs.items():
+    for address in job.inputs:
         if not client.has(address):
-            client.put(data)
+            client.put(job.inputs[address])
     run_id = client.submit(encode_file(job.file), options)
     return Run(run_id, client)
 

@@ -18,10 +18,10 @@ from p2pflop.job.shapes import ITEM_BYTES, stored_bytes
 from p2pflop.job.spec import (
     MODE_LAST,
     MODE_TRACE,
-    ROLE_STATE,
     BlobSource,
     Result,
     state_root,
+    state_slots,
     times_due,
 )
 from p2pflop.job.validate import Refusal
@@ -39,14 +39,9 @@ class WantedBlob:
     exact: bool = True
 
 
-def state_slots(checked: CheckedJob) -> list[int]:
-    """The slots whose values are state, ascending."""
-    return [slot for slot, param in enumerate(checked.work.params) if param.role == ROLE_STATE]
-
-
 def wanted_state(checked: CheckedJob, addresses: tuple[bytes, ...]) -> list[WantedBlob]:
     """The blobs of a state root. Raises ProtocolError if there are too few or too many."""
-    slots = state_slots(checked)
+    slots = state_slots(checked.work)
     if len(slots) != len(addresses):
         raise ProtocolError(f"{len(addresses)} addresses for {len(slots)} state slots")
     params = [checked.work.params[slot] for slot in slots]

@@ -15,12 +15,24 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from p2pflop.errors import JobError, ProtocolError
-from p2pflop.job.graph import Graph, decode_graph, graph_hash
+from p2pflop.ids import HASH_BYTES
+from p2pflop.job.graph import Dtype, Graph, decode_graph, graph_hash
 from p2pflop.job.limits import DEFAULT_LIMITS, Limits
 from p2pflop.job.meter import JobCost, init_graphs, meter_job
-from p2pflop.job.spec import MAX_PARAMS, MAX_PHASE_OUTPUTS, MAX_PHASES, Job, Work, work_id
+from p2pflop.job.shapes import stored_bytes
+from p2pflop.job.spec import (
+    MAX_PARAMS,
+    MAX_PHASE_OUTPUTS,
+    MAX_PHASES,
+    BlobSource,
+    Job,
+    Work,
+    state_root,
+    state_slots,
+    work_id,
+)
 from p2pflop.job.validate import Checked, Refusal, validate, validate_job, validate_work
-from p2pflop.wire import Record, Text, decode, encode
+from p2pflop.wire import Hash, Record, Text, decode, encode
 
 MAX_INFLATED_BYTES: Final = 16 * 1024 * 1024
 MAX_COMPRESSED_BYTES: Final = 4 * 1024 * 1024
@@ -33,7 +45,9 @@ class JobBody(Record, frozen=True):
     """A job with everything that determines it but its inputs: what travels to a provider.
 
     ``work`` is an encoded ``Work``; ``graphs`` are encoded, each distinct graph of the work once:
-    the phases' in their order, then the init graphs in slot order.
+    the phases' in their order, then the init graphs in slot order. ``state`` has the addresses of
+    the state slots, in slot order, that a stretch starts from which does not start at step 0; a
+    node that has run the steps before it finds them itself if there are none.
     """
 
     MAX_BYTES: ClassVar[int] = MAX_INFLATED_BYTES
@@ -41,6 +55,7 @@ class JobBody(Record, frozen=True):
     job: Job
     work: Annotated[bytes, msgspec.Meta(max_length=Work.MAX_BYTES)]
     graphs: Annotated[tuple[bytes, ...], msgspec.Meta(max_length=MAX_BODY_GRAPHS)]
+    state: Annotated[tuple[Hash, ...], msgspec.Meta(max_length=MAX_PARAMS)] = ()
 
 
 class Labels(Record, frozen=True):
@@ -71,13 +86,38 @@ class JobFile(Record, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class CheckedJob:
-    """A job that may be run: decoded, validated and metered. ``graphs`` are keyed by hash."""
+    """A job that may be run: decoded, validated and metered. ``graphs`` are keyed by hash,
+    ``state`` is what it starts from: empty at step 0, or if it is not known yet."""
 
     job: Job
     work: Work
     work_id: bytes
     graphs: dict[bytes, Checked]
     cost: JobCost
+    state: tuple[bytes, ...] = ()
+
+    @property
+    def starts(self) -> bool:
+        """Whether it is known what it starts from."""
+        return self.job.first_step == 0 or bool(self.state) or not state_slots(self.work)
+
+    @property
+    def root_from(self) -> bytes:
+        """The state root that it starts from; zeros at step 0."""
+        return state_root(self.state) if self.job.first_step else bytes(HASH_BYTES)
+
+    @property
+    def inputs(self) -> tuple[tuple[int, BlobSource], ...]:
+        """The slots that are filled from blobs, the state that it starts from included."""
+        start = dict(zip(state_slots(self.work), self.state, strict=False))
+        found = []
+        for slot, param in enumerate(self.work.params):
+            if slot in start:
+                size_bytes = stored_bytes(Dtype(param.dtype), param.shape)
+                found.append((slot, BlobSource(start[slot], size_bytes)))
+            elif isinstance(param.source, BlobSource):
+                found.append((slot, param.source))
+        return tuple(found)
 
 
 def encode_body(body: JobBody) -> bytes:
@@ -135,20 +175,24 @@ def open_job(body: JobBody, limits: Limits = DEFAULT_LIMITS) -> CheckedJob | Ref
         if isinstance(checked, Refusal):
             return Refusal(f"graph {name.hex()[:12]}: {checked.reason}")
         graphs[name] = checked
-    return _finish(body.job, work, graphs, limits)
+    return _finish(body, work, graphs, limits)
 
 
 def _finish(
-    job: Job, work: Work, graphs: Mapping[bytes, Checked], limits: Limits
+    body: JobBody, work: Work, graphs: Mapping[bytes, Checked], limits: Limits
 ) -> CheckedJob | Refusal:
+    job = body.job
     refusal = validate_work(work, graphs, limits) or validate_job(work, job, graphs, limits)
+    slots = len(state_slots(work)) if job.first_step else 0
+    if refusal is None and len(body.state) not in (0, slots):
+        return Refusal(f"{len(body.state)} tensors to start from, the job has {slots}")
     if refusal is not None:
         return refusal
     try:
         cost = meter_job(work, job, graphs)
     except JobError as error:
         return Refusal(error.message)
-    return CheckedJob(job, work, work_id(work), dict(graphs), cost)
+    return CheckedJob(job, work, work_id(work), dict(graphs), cost, body.state)
 
 
 def _deflate(what: str, data: bytes) -> bytes:

@@ -26,6 +26,8 @@ MAX_PHASES: Final = 16
 MAX_PARAMS: Final = 4096
 MAX_RANK: Final = 16
 MAX_PHASE_OUTPUTS: Final = 4096
+MAX_STEPS: Final = 2**40
+"""Of a job: less than that."""
 
 ROLE_INPUT: Final = 0
 ROLE_STATE: Final = 1
@@ -177,6 +179,11 @@ def class_id(descriptor: ClassDescriptor) -> bytes:
 def state_root(addresses: tuple[bytes, ...]) -> bytes:
     """The hash of the ordered state addresses."""
     return content_hash(b"".join(addresses))
+
+
+def state_slots(work: Work) -> list[int]:
+    """The slots whose values are state, ascending."""
+    return [slot for slot, param in enumerate(work.params) if param.role == ROLE_STATE]
 
 
 def is_due(phase: Phase, step: int) -> bool:

@@ -72,6 +72,30 @@ def test_a_job_is_bought_run_verified_and_owed_for(start_node: StartNode, wait_u
     assert len(blob.content) > 0
 
 
+def test_a_longer_job_pays_for_the_new_stretch_alone(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    seller = start_node("seller", "--ask", "90000")
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    wait_for_asks(buyer, 1, wait_until)
+    job = counting_job(steps=40, seed=3)
+    unknown = job.extend(20)
+    with pytest.raises(pf.JobError, match="after step 40 of this work is not known"):
+        submit(unknown, buyer)
+    first = submit(job, buyer).result(timeout=60)
+    run = submit(unknown, buyer)
+    rows = list(run)
+    second = run.result(timeout=60)
+    assert [row.step for row in rows] == list(range(40, 60))
+    second.verify()
+    whole = counting_job(steps=60, seed=3).run_local()
+    assert second.record.state == whole.record.state
+    assert [*first["total"], *second["total"]] == list(whole["total"])
+    assert second.steps_of("top") == [49, 59]
+    assert second.cost_nusd < first.cost_nusd
+    assert job.extend(20, first).run_local().hash == second.hash
+
+
 def test_the_cheapest_that_can_wins_and_losers_are_told_why(
     start_node: StartNode, wait_until: Any
 ) -> None:

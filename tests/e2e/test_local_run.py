@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
+import p2pflop as pf
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import JobError, ProviderError
 from p2pflop.job.file import JobFile
@@ -77,6 +78,41 @@ def test_a_local_run_gives_rows_state_outputs_and_the_same_hash_again() -> None:
     assert np.array_equal(np.frombuffer(blobs[doubled.address], np.float32), 2 * total)
     again, _ = run_local(file_of(job), job.inputs, address_of)
     assert result_hash(again) == result_hash(result)
+
+
+def short_job(steps: int, enough: float = 100.0) -> pf.Job:
+    numbers, total = Tensor(NUMBERS), Tensor.zeros(3)
+
+    def add() -> dict[str, Tensor]:
+        total.assign(total * 0.5 + numbers * Tensor.rand(3))
+        return {"sum": total.sum(), "done": total.sum() > enough}
+
+    Tensor.manual_seed(0)
+    return pf.trace(add, steps=steps, seed=3, stop="done")
+
+
+def test_stretches_one_after_the_other_give_what_one_run_gives() -> None:
+    whole = short_job(9).run_local()
+    job = short_job(4)
+    first = job.run_local()
+    second = job.extend(5, first).run_local()
+    assert second.record.state == whole.record.state
+    assert [*first["sum"], *second["sum"]] == list(whole["sum"])
+    with pytest.raises(JobError, match="after step 4 is not at hand"):
+        job.extend(5).run_local()
+    with pytest.raises(JobError, match="not of this job"):
+        job.extend(5, second)
+    with pytest.raises(JobError, match="steps=0"):
+        job.extend(0, first)
+
+
+def test_a_job_ends_at_the_first_step_that_says_so() -> None:
+    result = short_job(1000, 9.0).run_local()
+    assert result.steps < 1000
+    done = list(result["done"])
+    assert done == [False] * (result.steps - 1) + [True]
+    again = short_job(result.steps, 9.0).run_local()
+    assert again.record.state == result.record.state
 
 
 def test_a_tensor_larger_than_a_message_part_comes_back_whole() -> None:

@@ -46,6 +46,7 @@ from p2pflop.job.spec import (
     Stop,
     Work,
     WorkParam,
+    state_root,
     work_id,
 )
 from p2pflop.job.validate import Refusal
@@ -103,11 +104,16 @@ def name(graph: Graph) -> bytes:
 
 
 def body_of(
-    work: Work, *graphs: Graph, first_step: int = 0, steps: int = 100, of: Work | None = None
+    work: Work,
+    *graphs: Graph,
+    first_step: int = 0,
+    steps: int = 100,
+    of: Work | None = None,
+    state: tuple[bytes, ...] = (),
 ) -> JobBody:
     job = Job(work_id(of or work), first_step, steps)
     encoded = tuple(encode_graph(graph) for graph in graphs or (STEP_GRAPH, INIT_GRAPH))
-    return JobBody(job, encode(work), encoded)
+    return JobBody(job, encode(work), encoded, state)
 
 
 def labels() -> Labels:
@@ -124,6 +130,25 @@ def refused(body: JobBody, match: str, limits: Limits | None = None) -> None:
     found = open_job(body, limits or Limits())
     assert isinstance(found, Refusal)
     assert match in found.reason
+
+
+def test_a_stretch_starts_from_a_state_or_does_not_say_yet() -> None:
+    work, begun = work_of(), (b"s" * 32,)
+    whole = opened(body_of(work))
+    assert whole.starts
+    assert whole.root_from == bytes(32)
+    assert whole.inputs == ((DATA, BlobSource(b"d" * 32, 16)),)
+    unsaid = opened(body_of(work, first_step=5))
+    assert not unsaid.starts
+    said = opened(body_of(work, first_step=5, state=begun))
+    assert said.starts
+    assert said.root_from == state_root(begun)
+    assert said.inputs == (
+        (WEIGHTS, BlobSource(b"s" * 32, 16)),
+        (DATA, BlobSource(b"d" * 32, 16)),
+    )
+    refused(body_of(work, state=begun), "1 tensors to start from, the job has 0")
+    refused(body_of(work, first_step=5, state=begun * 2), "2 tensors to start from")
 
 
 def test_a_job_opens_with_everything_a_provider_needs() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from p2pflop.errors import StoreError
-from p2pflop.node.journal import BUYER, PROVIDER, Head, JobRows, Journal
+from p2pflop.node.journal import BUYER, PROVIDER, Head, JobRows, Journal, KnownState
 
 
 def head(job: str, side: str = BUYER, opened_ns: int = 5) -> Head:
@@ -55,6 +55,22 @@ async def test_only_jobs_without_an_end_are_unfinished(tmp_path: Path) -> None:
     assert [found.job for found in journal.heads(BUYER)] == ["job-1", "job-0"]
     assert [found.job for found in journal.unfinished(PROVIDER)] == ["job-2"]
     await journal.aclose()
+
+
+async def test_states_are_found_by_work_class_and_step_after_a_restart(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    rows = JobRows(journal, head("run-1"), now_ns=lambda: 6)
+    rows.add_state(KnownState(b"work", b"class", 40, b"a" * 64))
+    assert journal.state(b"work", b"class", 40) is None
+    await rows.flush()
+    rows.add_state(KnownState(b"work", b"class", 40, b"b" * 64))
+    await rows.flush()
+    await journal.aclose()
+    again = Journal(tmp_path / "journal.db")
+    assert again.state(b"work", b"class", 40) == b"b" * 64
+    assert again.state(b"work", b"class", 41) is None
+    assert again.state(b"work", b"other", 40) is None
+    await again.aclose()
 
 
 def test_a_file_that_is_no_database_is_a_clear_error(tmp_path: Path) -> None:

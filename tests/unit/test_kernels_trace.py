@@ -28,6 +28,7 @@ from p2pflop.job.spec import (
     ROLE_STEP,
     BlobSource,
     InitSource,
+    Stop,
     Work,
     WorkParam,
 )
@@ -187,6 +188,30 @@ def test_a_transformers_job_is_small_and_grows_little_with_its_layers() -> None:
     one, two = gpt_job_bytes(1), gpt_job_bytes(2)
     assert two <= 6_000
     assert two - one <= 1_200
+
+
+def counting() -> tuple[Callable[[], object], Callable[[], object]]:
+    total = Tensor.zeros(1).contiguous().realize()
+
+    def step() -> dict[str, Tensor]:
+        total.assign(total + 1)
+        return {"total": total.sum()}
+
+    def look() -> dict[str, Tensor]:
+        return {"total": total.sum(), "done": total.sum() >= 5}
+
+    return step, look
+
+
+def test_a_job_may_end_at_an_output_of_any_phase() -> None:
+    step, look = counting()
+    assert opened(trace(step, every={3: look}, stop="done")).work.stop == Stop(1, 1, 3)
+    assert opened(trace(step, every={3: look}, stop=("done", 7))).work.stop == Stop(1, 1, 7)
+    assert opened(trace(step, every={3: look})).work.stop is None
+    with pytest.raises(JobError, match="'missing' is not an output; there are total, total, done"):
+        trace(step, every={3: look}, stop="missing")
+    with pytest.raises(JobError, match="stop: the output is not a 0-d bool"):
+        trace(step, every={3: look}, stop="total")
 
 
 def test_a_parameter_with_a_default_needs_no_argument() -> None:
