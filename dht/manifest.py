@@ -5,15 +5,11 @@ A blob is cut into chunks of ``CHUNK_BYTES``, the last one shorter. Its manifest
 encoding, so whoever holds an address can check the manifest, and with that each chunk alone, in
 any order, from any peer. Version 1 knows one chunk size, because the same bytes must not have two
 addresses.
-
-A ``Collection`` names blobs: a folder, a state dict. It is itself stored as a blob.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from itertools import pairwise
 from typing import Annotated, ClassVar, Final, Literal
 
 import msgspec
@@ -21,14 +17,13 @@ from blake3 import blake3
 
 from p2pflop.ids import HASH_BYTES, content_hash
 from p2pflop.units import GIB, MIB
-from p2pflop.wire import U32, U63, Hash, Record, Text, encode
+from p2pflop.wire import U32, U63, Hash, Record, encode
 
 MANIFEST_VERSION: Final = 1
 CHUNK_BYTES: Final = MIB
 MAX_BLOB_BYTES: Final = 256 * GIB
 MAX_CHUNKS: Final = MAX_BLOB_BYTES // CHUNK_BYTES
 MAX_CACHED_MANIFESTS: Final = 256
-MAX_COLLECTION_ENTRIES: Final = 2**16
 
 _CHUNK_ENTRY_BYTES: Final = HASH_BYTES + 2
 _MANIFEST_HEAD_BYTES: Final = 32
@@ -151,45 +146,3 @@ class ManifestCache:
         manifest = self._manifests.pop(address, None)
         if manifest is not None:
             self._chunks -= len(manifest.chunks)
-
-
-class CollectionEntry(Record, frozen=True):
-    """One named blob. Names are relative slash paths, so that they are safe to show and to join."""
-
-    name: Text
-    address: Hash
-    size_bytes: U63
-
-    def __post_init__(self) -> None:
-        parts = self.name.split("/")
-        if any(part in ("", ".", "..") for part in parts) or "\\" in self.name:
-            raise ValueError(f"{self.name[:80]!r} is not a relative path")
-        if not self.name.isprintable():
-            raise ValueError(f"{self.name[:80]!r} is not printable")
-
-
-class Collection(Record, frozen=True):
-    """Names to blobs, sorted by name, no name twice."""
-
-    MAX_BYTES: ClassVar[int] = 16 * MIB
-
-    version: Literal[1]
-    entries: Annotated[tuple[CollectionEntry, ...], msgspec.Meta(max_length=MAX_COLLECTION_ENTRIES)]
-
-    def __post_init__(self) -> None:
-        names = [entry.name for entry in self.entries]
-        if any(later <= earlier for earlier, later in pairwise(names)):
-            raise ValueError("names of a collection do not rise")
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all blobs named here."""
-        return sum(entry.size_bytes for entry in self.entries)
-
-
-def collection_of(blobs: Mapping[str, tuple[bytes, int]]) -> Collection:
-    """The collection of ``{name: (address, size_bytes)}``. Raises ValueError for an unfit name."""
-    entries = tuple(CollectionEntry(name, *blobs[name]) for name in sorted(blobs))
-    if len(entries) > MAX_COLLECTION_ENTRIES:
-        raise ValueError(f"a collection has at most {MAX_COLLECTION_ENTRIES} entries")
-    return Collection(MANIFEST_VERSION, entries)

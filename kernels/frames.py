@@ -111,7 +111,8 @@ class Initialise(Message, frozen=True, tag=5):
 
 
 class Run(Message, frozen=True, tag=6):
-    """Run steps, pausing where ``step % pause_every == 0`` (0: never) and at the end."""
+    """Run steps, pausing where ``step % pause_every == 0`` (0: never), where the work stands still
+    (``spec.stands_still``) and at the end."""
 
     first_step: _Step
     steps: _Step

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 import msgspec
 
 from p2pflop.errors import JobError, P2PFlopError, ProviderError
+from p2pflop.job.collection import Collection, numbered
+from p2pflop.job.delivery import output_bytes
 from p2pflop.job.file import CheckedJob, JobBody, JobFile, open_job
 from p2pflop.job.graph import Dtype
 from p2pflop.job.results import Scalar, TraceLog, build_result, scalar
@@ -28,6 +30,9 @@ from p2pflop.job.spec import (
     Result,
     Work,
     class_id,
+    collected,
+    is_fed,
+    shard_at,
 )
 from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import descriptor, environment
@@ -47,23 +52,24 @@ _LOWERING: Final = "lowering"
 _ROW: Final = "row"
 _OUTPUT: Final = "output"
 _STATE: Final = "state"
+_COLLECTED: Final = "collected"
+_FEED: Final = "feed"
 _END: Final = "end"
 _FAILED: Final = "failed"
 
 
 def run_local(
     file: JobFile,
-    inputs: Mapping[int, bytes],
+    blobs: Mapping[bytes, bytes],
     address_of: Callable[[bytes], bytes],
     on_row: OnRow | None = None,
     on_lowering: OnLowering | None = None,
 ) -> tuple[Result, dict[bytes, bytes]]:
     """Run the job to its end; the record of its result, and the blobs it names by address.
 
-    ``inputs`` has the bytes of each slot that is filled from a blob (of each state slot too, for a
-    job that does not start at step 0). ``on_row(step, values by name)`` is called for each step
-    that gave values, ``on_lowering(done, total)`` after each kernel. Raises JobError, ConfigError,
-    and ProviderError if the process dies.
+    ``blobs`` has everything that the job names, by address. ``on_row(step, values by name)`` is
+    called for each step that gave values, ``on_lowering(done, total)`` after each kernel. Raises
+    JobError, ConfigError, and ProviderError if the process dies.
     """
     job = open_job(file.body)
     if isinstance(job, Refusal):
@@ -73,9 +79,15 @@ def run_local(
             f"the state after step {job.job.first_step} is not at hand",
             hint="Give the result that it comes from: job.extend(steps, result).",
         )
-    missing = [slot for slot, _ in job.inputs if slot not in inputs]
+    named = {slot: source.address for slot, source in job.inputs}
+    named |= {slot: source.collection for slot, source in job.feeds}
+    missing = [slot for slot, address in named.items() if address not in blobs]
     if missing:
         raise JobError(f"inputs of slots {missing} are not given")
+    inputs = {slot: blobs[source.address] for slot, source in job.inputs}
+    feeds = {
+        slot: decode(Collection, blobs[source.collection]).entries for slot, source in job.feeds
+    }
     gathered = _Gathered(file, job, on_row, on_lowering)
     # The command is this interpreter and a module of ours.
     process = subprocess.Popen(
@@ -89,10 +101,14 @@ def run_local(
         raise ProviderError("the local process has no pipes")
     try:
         with suppress(BrokenPipeError):
-            _send(requests, [encode(file.body), dict(inputs)])
-            requests.close()
-        for message in _messages(answers):
-            gathered.take(message)
+            _send(requests, [encode(file.body), inputs])
+            for message in _messages(answers):
+                if message[0] == _FEED:
+                    slot, shard = message[1:]
+                    _send(requests, [blobs[feeds[slot][shard].address]])
+                else:
+                    gathered.take(message)
+        requests.close()
         process.wait(EXIT_SECONDS)
     finally:
         process.kill()
@@ -117,6 +133,7 @@ class _Gathered:
         self._on_lowering = on_lowering
         self._trace = TraceLog()
         self._parts: dict[tuple[str, int, int], bytearray] = {}
+        self._collected: dict[tuple[int, int], dict[int, bytearray]] = {}
         self._steps_done: int | None = None
 
     def take(self, message: list[Any]) -> None:
@@ -128,6 +145,10 @@ class _Gathered:
         elif kind in (_OUTPUT, _STATE):
             first, second, data = rest
             self._parts.setdefault((kind, first, second), bytearray()).extend(data)
+        elif kind == _COLLECTED:
+            step, phase, output, data = rest
+            values = self._collected.setdefault((phase, output), {})
+            values.setdefault(step, bytearray()).extend(data)
         elif kind == _END:
             self._steps_done = rest[0]
         elif kind == _FAILED:
@@ -155,6 +176,11 @@ class _Gathered:
                 states.append((first, address))
             else:
                 outputs.append(NamedOutput(first, second, address, len(part)))
+        for (phase, output), values in self._collected.items():
+            size_bytes = output_bytes(self._job, phase, output)
+            addresses = [keep(bytes(value)) for value in values.values()]
+            collection = encode(numbered(values, addresses, size_bytes))
+            outputs.append(NamedOutput(phase, output, keep(collection), len(collection)))
         result = build_result(
             self._job.work,
             self._job.job,
@@ -200,14 +226,17 @@ def _messages(stream: BinaryIO | Any) -> Iterator[list[Any]]:
 
 def _serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
     """The child: lower every graph, run every step, tell everything."""
-    body, inputs = next(_messages(stdin))
+    requests = _messages(stdin)
+    body, inputs = next(requests)
     try:
-        _run(decode(JobBody, body), inputs, stdout)
+        _run(decode(JobBody, body), inputs, requests, stdout)
     except P2PFlopError as error:
         _send(stdout, [_FAILED, error.message, error.hint])
 
 
-def _run(body: JobBody, inputs: dict[int, bytes], stdout: BinaryIO) -> None:
+def _run(
+    body: JobBody, inputs: dict[int, bytes], requests: Iterator[list[Any]], stdout: BinaryIO
+) -> None:
     # Imported here so that the parent, which may have tinygrad in another class, needs neither.
     from p2pflop.kernels.lower import lower
     from p2pflop.kernels.run import Session
@@ -226,15 +255,27 @@ def _run(body: JobBody, inputs: dict[int, bytes], stdout: BinaryIO) -> None:
         session.write(slot, 0, data)
     first, done = job.job.first_step, 0
     for step in range(first, first + job.job.steps):
+        for slot, source in job.feeds:
+            if step == first or is_fed(source, step):
+                _send(stdout, [_FEED, slot, shard_at(source, step)])
+                session.write(slot, 0, next(requests)[0])
         session.step(step)
         done += 1
-        values = session.scalars()
-        if values:
-            _send(stdout, [_ROW, step, values])
+        _send_step(job.work, session, step, stdout)
         if session.should_stop(step):
             break
     _send_results(job.work, session, stdout)
     _send(stdout, [_END, done])
+
+
+def _send_step(work: Work, session: Session, step: int, stdout: BinaryIO) -> None:
+    values = session.scalars()
+    if values:
+        _send(stdout, [_ROW, step, values])
+    for phase, output in collected(work, step):
+        view = session.read_output(phase, output)
+        if view is not None:
+            _send_parts(stdout, [_COLLECTED, step, phase, output], view)
 
 
 def _send_results(work: Work, session: Session, stdout: BinaryIO) -> None:
@@ -242,15 +283,15 @@ def _send_results(work: Work, session: Session, stdout: BinaryIO) -> None:
         for output, mode in enumerate(record.modes):
             view = session.read_output(phase, output) if mode == MODE_LAST else None
             if view is not None:
-                _send_parts(stdout, _OUTPUT, phase, output, view)
+                _send_parts(stdout, [_OUTPUT, phase, output], view)
     for slot, param in enumerate(work.params):
         if param.role == ROLE_STATE:
-            _send_parts(stdout, _STATE, slot, 0, session.read(slot))
+            _send_parts(stdout, [_STATE, slot, 0], session.read(slot))
 
 
-def _send_parts(stdout: BinaryIO, kind: str, first: int, second: int, view: memoryview) -> None:
+def _send_parts(stdout: BinaryIO, head: list[Any], view: memoryview) -> None:
     for offset in range(0, len(view), PART_BYTES):
-        _send(stdout, [kind, first, second, bytes(view[offset : offset + PART_BYTES])])
+        _send(stdout, [*head, bytes(view[offset : offset + PART_BYTES])])
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import time
 from typing import Final
 
 from p2pflop.errors import JobError, P2PFlopError, ProtocolError
-from p2pflop.job.spec import Work
+from p2pflop.job.spec import Work, ever_stands_still, stands_still
 from p2pflop.kernels.engine import Engine, WorkSession
 from p2pflop.kernels.frames import (
     MAX_ROW_VALUES,
@@ -68,6 +68,8 @@ class _Worker:
         self._pipe = pipe
         self._engine = engine
         self._loaded: WorkSession | None = None
+        self._work: Work
+        self._stands_still = False
 
     def obey(self) -> None:
         while True:
@@ -108,7 +110,9 @@ class _Worker:
                 raise ProtocolError(f"expected a plan, got {type(start).__name__}")
             plans[start.graph] = self._pipe.receive_parts(worker_command, budget)
             budget -= len(plans[start.graph])
-        self._loaded = self._engine.session(decode(Work, command.work), plans)
+        self._work = decode(Work, command.work)
+        self._stands_still = ever_stands_still(self._work)
+        self._loaded = self._engine.session(self._work, plans)
         self._pipe.send(Done())
 
     def _send(self, view: memoryview | None) -> None:
@@ -126,6 +130,7 @@ class _Worker:
             step += 1
             stopped = self._pipe.waiting() and self._stop_came()
             boundary = command.pause_every and step % command.pause_every == 0
+            boundary = boundary or (self._stands_still and stands_still(self._work, step))
             if boundary and step < end and not (stopped or condition):
                 rows.flush()
                 self._pipe.send(Paused(step, False, False))

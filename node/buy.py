@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,11 +19,15 @@ import trio
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.planes import Dialer
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, P2PFlopError, StoreError
+from p2pflop.job.collection import numbered_bytes
 from p2pflop.job.events import State
+from p2pflop.job.file import CheckedJob
 from p2pflop.job.lifecycle import PROVIDER_LIMITS
+from p2pflop.job.spec import FeedSource
 from p2pflop.market.ranking import Need, Policy, rank
 from p2pflop.market.records import NONCE_BYTES
 from p2pflop.node import messages as m
+from p2pflop.node.feeding import open_feed
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.orders import (
@@ -142,23 +146,25 @@ class Buyer:
                     letter = msgspec.msgpack.decode(row.body, type=Letter)
                     self.nursery.start_soon(self.deliver, letter)
 
-    async def lend(self, order: Order, provider: bytes) -> None:
-        """Let a provider's node read the inputs of an order. Raises StoreError."""
-        for _, source in order.checked.inputs:
-            self._lent[source.address, provider] += 1
-            await self.store.grant(source.address, provider)
+    async def lend(self, order: Order, provider: bytes) -> list[bytes]:
+        """Let a provider's node read the inputs of an order; their addresses. Raises StoreError."""
+        checked = order.checked
+        addresses = [source.address for _, source in checked.inputs]
+        for slot, source in checked.feeds:
+            addresses += [source.collection, *await self._shards(checked, slot, source)]
+        self._lent.update((address, provider) for address in addresses)
+        return addresses
 
-    async def take_back(self, order: Order, provider: bytes) -> None:
-        """The end of ``lend``, unless another purchase from that provider goes on. Never raises."""
-        for _, source in order.checked.inputs:
-            key = (source.address, provider)
-            self._lent[key] -= 1
-            if self._lent[key] <= 0:
-                del self._lent[key]
-                try:
-                    await self.store.revoke(*key)
-                except StoreError as error:
-                    _log.warning("an input stays readable for its provider: %s", error)
+    def take_back(self, addresses: Sequence[bytes], provider: bytes) -> None:
+        """The end of ``lend``, unless another purchase from that provider goes on."""
+        self._lent.subtract((address, provider) for address in addresses)
+        for address in addresses:
+            if self._lent[address, provider] <= 0:
+                del self._lent[address, provider]
+
+    def lends(self, address: bytes, reader: bytes) -> bool:
+        """Whether ``reader``, a provider's node, may read an input now."""
+        return (address, reader) in self._lent
 
     async def deliver(self, letter: Letter) -> None:
         """Bring a countersignature to a provider that is away, while it still waits for one.
@@ -225,13 +231,28 @@ class Buyer:
         return starting_from(order, state)
 
     async def _check_inputs(self, order: Order) -> None:
-        for slot, source in order.checked.inputs:
-            info = await self.store.stat(source.address)
-            if info is None:
-                name = order.file.labels.params[slot]
-                raise BlobNotFoundError(
-                    f"the input {name!r} ({source.address.hex()}) is not in this node's store",
-                    hint="Put it first: pf.submit does, and p2pflop put FILE.",
-                )
-            if info.size_bytes != source.size_bytes:
-                raise JobError(f"the input in slot {slot} is not of the size that the job says")
+        checked = order.checked
+        for slot, source in checked.inputs:
+            await self._check_input(order, slot, source.address, source.size_bytes)
+        for slot, feed in checked.feeds:
+            size_bytes = checked.slot_bytes(slot)
+            collection_bytes = numbered_bytes(feed.shards, size_bytes)
+            await self._check_input(order, slot, feed.collection, collection_bytes)
+            for address in await self._shards(checked, slot, feed):
+                await self._check_input(order, slot, address, size_bytes)
+
+    async def _check_input(self, order: Order, slot: int, address: bytes, size_bytes: int) -> None:
+        info = await self.store.stat(address)
+        if info is None:
+            name = order.file.labels.params[slot]
+            raise BlobNotFoundError(
+                f"the input {name!r} ({address.hex()}) is not in this node's store",
+                hint="Put it first: pf.submit does, and p2pflop put FILE.",
+            )
+        if info.size_bytes != size_bytes:
+            raise JobError(f"the input in slot {slot} is not of the size that the job says")
+
+    async def _shards(self, checked: CheckedJob, slot: int, source: FeedSource) -> list[bytes]:
+        size_bytes = checked.slot_bytes(slot)
+        data = await self.store.get(source.collection, numbered_bytes(source.shards, size_bytes))
+        return open_feed(slot, source, size_bytes, data)

@@ -181,6 +181,14 @@ class Daemon:
             hint="Is it public (p2pflop put --public), and the node that has it running?",
         )
 
+    async def may_read(self, address: bytes, reader: bytes) -> bool:
+        """Whether the peer with that key may have a blob: public, granted, or of a lease of its."""
+        return (
+            self.buyer.lends(address, reader)
+            or self.seller.shows(address, reader)
+            or await self.store.may_read(address, reader)
+        )
+
     async def set_public(self, address: bytes) -> None:
         """See NodeService."""
         await self.store.set_public(address)

@@ -16,22 +16,23 @@ import trio
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import JobError, ProviderError
-from p2pflop.job.delivery import check_result, output_dtype
+from p2pflop.job.collection import numbered
+from p2pflop.job.delivery import check_result, output_bytes, output_dtype
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.graph import graph_hash
 from p2pflop.job.results import TraceLog, build_result, result_hash
 from p2pflop.job.spec import (
-    MODE_COLLECT,
     MODE_LAST,
-    ROLE_STATE,
-    BlobSource,
-    InitSource,
+    MODE_TRACE,
     NamedOutput,
     Result,
+    ResultSource,
+    collected,
     is_due,
     state_slots,
     times_due,
 )
+from p2pflop.node.feeding import Feeds, Hold
 from p2pflop.node.messages import MAX_INLINE_BLOBS, MAX_INLINE_BYTES
 from p2pflop.node.worker_types import Paused, Rows, Worker, WorkerLimits, Workers
 from p2pflop.units import MIB, NS_PER_S
@@ -47,6 +48,7 @@ HOUR_NS: Final = 3600 * NS_PER_S
 
 OnLowering = Callable[[int, int], Awaitable[None]]
 OnRows = Callable[[Rows], Awaitable[None]]
+
 KeepState = Callable[[], Awaitable[tuple["Kept", ...]]]
 OnCheckpoint = Callable[[int, KeepState], Awaitable[None]]
 """Called with the step, and what keeps the state as it is there: not every checkpoint is wanted."""
@@ -75,11 +77,6 @@ def inline_blobs(kept: Sequence[Kept]) -> tuple[tuple[bytes, bytes], ...]:
     return tuple({k.address: k.data for k in kept if k.data is not None}.items())
 
 
-def stored_blobs(kept: Sequence[Kept]) -> list[bytes]:
-    """The addresses of what is in the store."""
-    return [k.address for k in kept if k.data is None]
-
-
 def memory_bytes(checked: CheckedJob) -> int:
     """What a lease of this job must hold: the metered peak and the worker itself."""
     return checked.cost.peak_bytes + WORKER_BASE_BYTES
@@ -87,11 +84,8 @@ def memory_bytes(checked: CheckedJob) -> int:
 
 def unsupported(checked: CheckedJob) -> str:
     """Why this version cannot run the job, or an empty string."""
-    if any(MODE_COLLECT in phase.modes for phase in checked.work.phases):
-        return "collected outputs are not supported yet; return a scalar or keep it in the state"
-    for param in checked.work.params:
-        if not isinstance(param.source, BlobSource | InitSource) and param.role <= ROLE_STATE:
-            return "inputs from other jobs' results are not supported yet"
+    if any(isinstance(param.source, ResultSource) for param in checked.work.params):
+        return "inputs from other jobs' results are not supported yet"
     return ""
 
 
@@ -141,8 +135,8 @@ async def lower_all(
 
 
 class Execution:
-    """One job in one worker. What it gives belongs to ``owner``; ``reader``, a peer's key, may
-    read it. Inputs are taken from ``at_hand``, by address, or else from the store."""
+    """One job in one worker. What it gives belongs to ``owner``, and is told to ``hold`` as soon as
+    it is in the store. Inputs are taken from ``at_hand``, by address, or else from the store."""
 
     def __init__(
         self,
@@ -151,17 +145,20 @@ class Execution:
         store: Store,
         worker: Worker,
         *,
-        reader: bytes,
+        feeds: Feeds,
         owner: bytes,
         at_hand: Mapping[bytes, bytes],
+        hold: Hold,
     ) -> None:
         self._checked = checked
         self._class_id = class_id
         self._store = store
         self._worker = worker
-        self._reader = reader
+        self._feeds = feeds
         self._owner = owner
         self._at_hand = at_hand
+        self._hold = hold
+        self._collected: dict[tuple[int, int], dict[int, bytes]] = {}
         self._trace = TraceLog()
         self._done_to = checked.job.first_step
         self._states = state_slots(checked.work)
@@ -179,6 +176,14 @@ class Execution:
                 size_bytes += len(chunk)
             if size_bytes != source.size_bytes:
                 raise JobError(f"the input of slot {slot} is not of the size that the job says")
+        await self._feed(self._checked.job.first_step, first=True)
+
+    async def _feed(self, step: int, *, first: bool = False) -> None:
+        async for slot, address in self._feeds.due(step, first=first):
+            offset_bytes = 0
+            async for chunk in self._read_input(address):
+                await self._worker.write(slot, offset_bytes, chunk)
+                offset_bytes += len(chunk)
 
     async def _read_input(self, address: bytes) -> AsyncIterator[bytes]:
         if address in self._at_hand:
@@ -200,7 +205,11 @@ class Execution:
                 await on_rows(event)
             elif isinstance(event, Paused):
                 self._done_to = event.step
-                if not event.ended and event.step > job.first_step:
+                await self._collect(event.step - 1)
+                if event.ended:
+                    continue
+                await self._feed(event.step)
+                if checkpoint_steps and event.step % checkpoint_steps == 0:
                     await on_checkpoint(event.step, self._keep_checkpoint)
         if not job.first_step < self._done_to <= end:
             raise ProviderError(f"the worker stopped at step {self._done_to}")
@@ -218,9 +227,16 @@ class Execution:
             dtype = output_dtype(self._checked, phase, output)
             self._trace.append(phase, output, dtype, value)
 
+    async def _collect(self, step: int) -> None:
+        for phase, output in collected(self._checked.work, step):
+            values = self._collected.setdefault((phase, output), {})
+            if step not in values:
+                value = await self._keeper().store(self._worker.read_output(phase, output))
+                values[step] = value.address
+
     async def _finish(self) -> Outcome:
         checked = self._checked
-        keeper = _Keeper(self._store, self._reader, self._owner)
+        keeper = self._keeper()
         trace = await keeper.keep(_once(self._trace.encode()))
         state = await self._keep_state(keeper)
         outputs: list[NamedOutput] = []
@@ -230,10 +246,15 @@ class Execution:
             if not times_due(phase, checked.job.first_step, steps_done):
                 continue
             for output, mode in enumerate(phase.modes):
+                if mode == MODE_TRACE:
+                    continue
                 if mode == MODE_LAST:
-                    value = await keeper.keep(self._worker.read_output(number, output))
-                    kept.append(value)
-                    outputs.append(NamedOutput(number, output, value.address, value.size_bytes))
+                    parts = self._worker.read_output(number, output)
+                else:
+                    parts = _once(self._collection(number, output))
+                value = await keeper.keep(parts)
+                kept.append(value)
+                outputs.append(NamedOutput(number, output, value.address, value.size_bytes))
         result = build_result(
             checked.work,
             checked.job,
@@ -248,8 +269,16 @@ class Execution:
             raise ProviderError(f"the worker gave what cannot be delivered: {refusal.reason}")
         return Outcome(result, result_hash(result), tuple(kept))
 
+    def _collection(self, phase: int, output: int) -> bytes:
+        values = self._collected.get((phase, output), {})
+        size_bytes = output_bytes(self._checked, phase, output)
+        return encode(numbered(sorted(values), [values[s] for s in sorted(values)], size_bytes))
+
     async def _keep_checkpoint(self) -> tuple[Kept, ...]:
-        return await self._keep_state(_Keeper(self._store, self._reader, self._owner))
+        return await self._keep_state(self._keeper())
+
+    def _keeper(self) -> _Keeper:
+        return _Keeper(self._store, self._owner, self._hold)
 
     async def _keep_state(self, keeper: _Keeper) -> tuple[Kept, ...]:
         return tuple([await keeper.keep(self._worker.read(slot)) for slot in self._states])
@@ -262,10 +291,10 @@ class _Keeper:
     neither commits of the store nor fetches.
     """
 
-    def __init__(self, store: Store, reader: bytes, owner: bytes) -> None:
+    def __init__(self, store: Store, owner: bytes, hold: Hold) -> None:
         self._store = store
-        self._reader = reader
         self._owner = owner
+        self._hold = hold
         self._room_bytes = MAX_INLINE_BYTES
         self._room_blobs = MAX_INLINE_BLOBS
 
@@ -274,18 +303,19 @@ class _Keeper:
         async for part in parts:
             data += part
             if len(data) > self._room_bytes or not self._room_blobs:
-                return await self._store_all(data, parts)
+                return await self.store(parts, data)
         self._room_bytes -= len(data)
         self._room_blobs -= 1
         return Kept(address_of(data), len(data), bytes(data))
 
-    async def _store_all(self, begun: bytearray, rest: AsyncIterator[bytes]) -> Kept:
+    async def store(self, parts: AsyncIterator[bytes], begun: bytes | bytearray = b"") -> Kept:
+        """Keep ``begun`` and the rest in the store."""
         async with self._store.writer(owner=self._owner) as writer:
             await writer.write(bytes(begun))
-            async for part in rest:
+            async for part in parts:
                 await writer.write(part)
             info = await writer.finish()
-        await self._store.grant(info.address, self._reader)
+        await self._hold([info.address])
         return Kept(info.address, info.size_bytes, None)
 
 

@@ -21,6 +21,7 @@ from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError, StoreErro
 from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS
 from p2pflop.job.delivery import (
     WantedBlob,
+    check_collected,
     check_result,
     check_trace,
     output_dtype,
@@ -29,7 +30,8 @@ from p2pflop.job.delivery import (
 )
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.results import Scalar, result_hash, scalar
-from p2pflop.job.spec import MODE_TRACE, Result, is_due, state_root
+from p2pflop.job.spec import MODE_COLLECT, MODE_TRACE, NamedOutput, Result, is_due, state_root
+from p2pflop.job.validate import Refusal
 from p2pflop.market.records import ZERO_HASH, Receipt
 from p2pflop.node import messages as m
 from p2pflop.wire import decode
@@ -141,11 +143,21 @@ class Goods:
         await self._keep_inline(tuple(self._inline.items()))
         self._inline = {}
         await self._fetch_all(wanted_result(checked, result))
+        for output in result.outputs:
+            if checked.work.phases[output.phase].modes[output.output] == MODE_COLLECT:
+                await self._check_collected(result.steps_done, output)
         trace = await self._store.get(result.trace)
         refusal = check_trace(checked, result.steps_done, trace)
         if refusal is not None:
             raise ProtocolError(refusal.reason)
         return result.state
+
+    async def _check_collected(self, steps_done: int, output: NamedOutput) -> None:
+        data = await self._store.get(output.address, output.size_bytes)
+        wanted = check_collected(self._checked, steps_done, output, data)
+        if isinstance(wanted, Refusal):
+            raise ProtocolError(wanted.reason)
+        await self._fetch_all(wanted)
 
     async def _keep_inline(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
         """Keep what came along, all in one commit."""

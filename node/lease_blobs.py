@@ -40,10 +40,9 @@ class LeaseBlobs:
             self._held.setdefault(lease, set()).update(addresses)
             self._until_ns.pop(lease, None)
 
-    def keep_only(self, lease: bytes, addresses: Iterable[bytes]) -> None:
-        """``lease`` needs no other blobs any more."""
-        if lease in self._held:
-            self._held[lease] = set(addresses)
+    def holds(self, lease: bytes, address: bytes) -> bool:
+        """Whether ``lease`` needs that blob, or did until a while ago."""
+        return address in self._held.get(lease, ())
 
     def let_go(self, lease: bytes) -> None:
         """``lease`` is over."""

@@ -214,8 +214,8 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     """Answer peers, and keep the book."""
 
     async def authorise(peer: str, token: bytes, address: bytes) -> bool:
-        del token  # A grant names the peer, whose key the connection has proven.
-        return await daemon.store.may_read(address, public_key_of(peer))
+        del token  # What may be read depends on the peer, whose key the connection has proven.
+        return await daemon.may_read(address, public_key_of(peer))
 
     blobs = BlobServer(daemon.store, authorise)
     daemon.dialer.handle(BLOB_PROTOCOL, blobs.handle)

@@ -244,7 +244,12 @@ class MemoryNode:
         )
 
         async def authorise(peer: str, _token: bytes, address: bytes) -> bool:
-            return await self.store.may_read(address, public_key_of(peer))
+            reader = public_key_of(peer)
+            return (
+                self.buyer.lends(address, reader)
+                or self.seller.shows(address, reader)
+                or await self.store.may_read(address, reader)
+            )
 
         dialer.handle(BLOB_PROTOCOL, BlobServer(self.store, authorise).handle)
         dialer.handle(JOB_PROTOCOL, self.seller.handle)

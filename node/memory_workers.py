@@ -24,6 +24,7 @@ from p2pflop.job.spec import (
     Work,
     class_id,
     is_due,
+    stands_still,
 )
 from p2pflop.kernels.engine import WorkSession
 from p2pflop.kernels.frames import PART_BYTES
@@ -237,6 +238,7 @@ class MemoryWorker:
             condition = session.should_stop(step)
             step += 1
             boundary = pause_every > 0 and step % pause_every == 0
+            boundary = boundary or stands_still(self._loaded_work, step)
             over = step == end or condition or self._stopping
             if boundary or over or step - told >= ROWS_PER_EVENT:
                 yield Rows(told, step - 1, tuple(values))
@@ -263,6 +265,12 @@ class MemoryWorker:
         """See ``Worker``."""
         await trio.lowlevel.checkpoint()
         self._stopping = True
+
+    @property
+    def _loaded_work(self) -> Work:
+        if self._work is None:
+            raise RuntimeError("no work is loaded")
+        return self._work
 
     @property
     def _session(self) -> WorkSession:

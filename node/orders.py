@@ -8,10 +8,12 @@ from typing import Final
 from msgspec.structs import replace as replace_fields
 
 from p2pflop.errors import ConfigError, JobError
+from p2pflop.job.collection import numbered_bytes
+from p2pflop.job.delivery import output_bytes
 from p2pflop.job.file import CheckedJob, JobFile, decode_file, encode_body, open_job
 from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
-from p2pflop.job.spec import ROLE_STATE, Job
+from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, Work, shards_of, times_due
 from p2pflop.job.validate import Refusal
 from p2pflop.market.book import BookView
 from p2pflop.market.ranking import Deal, Miss, Policy
@@ -93,7 +95,29 @@ def moved_bytes(checked: CheckedJob, checkpoint_steps: int) -> int:
         if param.role == ROLE_STATE
     )
     deliveries = 1 + checkpoints(checked.job, checkpoint_steps)
-    return sum(source.size_bytes for _, source in checked.inputs) + state * deliveries
+    inputs = sum(source.size_bytes for _, source in checked.inputs)
+    return inputs + _fed_bytes(checked) + _collected_bytes(checked) + state * deliveries
+
+
+def _fed_bytes(checked: CheckedJob) -> int:
+    """Each shard that is needed once, and the list of all."""
+    job, moved = checked.job, 0
+    for slot, source in checked.feeds:
+        size_bytes = checked.slot_bytes(slot)
+        moved += numbered_bytes(source.shards, size_bytes)
+        moved += size_bytes * len(shards_of(source, job.first_step, job.steps))
+    return moved
+
+
+def _collected_bytes(checked: CheckedJob) -> int:
+    job, moved = checked.job, 0
+    for number, phase in enumerate(checked.work.phases):
+        times = times_due(phase, job.first_step, job.steps)
+        for output, mode in enumerate(phase.modes):
+            if mode == MODE_COLLECT and times:
+                size_bytes = output_bytes(checked, number, output)
+                moved += numbered_bytes(times, size_bytes) + times * size_bytes
+    return moved
 
 
 def cost_lines(checked: CheckedJob) -> tuple[CostLine, ...]:
@@ -126,7 +150,7 @@ def open_order(
                 f"a deadline of {deadline_s} s", hint=f"Use 1 s to {MAX_DEADLINE_S // 86400} days."
             )
         deadline_ns = now_ns + deadline_s * NS_PER_S
-    every = _checkpoint_steps(checked.job.steps, options.checkpoint_steps)
+    every = _checkpoint_steps(checked.work, checked.job, options.checkpoint_steps)
     if every < 0 or checkpoints(checked.job, every) > MAX_CHECKPOINTS:
         raise ConfigError(
             f"{every} steps between checkpoints are over {MAX_CHECKPOINTS} checkpoints",
@@ -215,8 +239,14 @@ def order_card(order: Order) -> Json:
     }
 
 
-def _checkpoint_steps(steps: int, wanted: int | None) -> int:
+def _checkpoint_steps(work: Work, job: Job, wanted: int | None) -> int:
     """How many steps lie between checkpoints: as wanted, else a quarter, for jobs that are long."""
+    if any(MODE_COLLECT in phase.modes for phase in work.phases):
+        if wanted:
+            raise ConfigError(
+                "a job that collects has no checkpoints", hint="Split it into shorter jobs."
+            )
+        return 0  # What was collected is delivered with the result: a checkpoint has the state.
     if wanted is not None:
         return wanted
-    return -(-steps // DEFAULT_CHECKPOINTS) if steps >= MIN_CHECKPOINT_STEPS else 0
+    return -(-job.steps // DEFAULT_CHECKPOINTS) if job.steps >= MIN_CHECKPOINT_STEPS else 0

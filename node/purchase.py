@@ -107,6 +107,7 @@ class Purchase:
         self._returns_left = MAX_RETURNS
         self._goods: Goods | None = None
         self._lent_to = b""
+        self._lent: list[bytes] = []
         self._acknowledged = False
         self._failure: P2PFlopError | None = None
         self._to_verify = trio.Event()
@@ -131,7 +132,7 @@ class Purchase:
                 nursery.cancel_scope.cancel()
         except* P2PFlopError as group:
             self._failure = self._failure or first_error(group)
-        await self._take_back()
+        self._take_back()
         if self._failure is not None:
             raise self._failure
 
@@ -248,9 +249,9 @@ class Purchase:
     async def _tell_filled(self) -> None:
         provider = self._bid().record.provider
         if self._lent_to != provider:
-            await self._take_back()
+            self._take_back()
+            self._lent = await self._buyer.lend(self._order, provider)
             self._lent_to = provider
-            await self._buyer.lend(self._order, provider)
         if self._lifecycle.state is not State.CONFIRMING:
             return
         quote_nusd = self._bid().record.quote_nusd
@@ -270,11 +271,10 @@ class Purchase:
             small[source.address] = await self._buyer.store.get(source.address)
         return tuple(small.items())
 
-    async def _take_back(self) -> None:
+    def _take_back(self) -> None:
         """The inputs are no longer for the provider to read."""
-        provider, self._lent_to = self._lent_to, b""
-        if provider:
-            await self._buyer.take_back(self._order, provider)
+        self._buyer.take_back(self._lent, self._lent_to)
+        self._lent, self._lent_to = [], b""
 
     # Talking
 

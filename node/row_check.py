@@ -8,7 +8,7 @@ any number of steps, so nothing here may take time or memory by the number of st
 from __future__ import annotations
 
 from p2pflop.errors import ProtocolError
-from p2pflop.job.spec import MODE_TRACE, Work, is_due, times_due
+from p2pflop.job.spec import MODE_TRACE, Work, is_due, stands_still, times_due
 from p2pflop.kernels import frames
 from p2pflop.kernels.frames import MAX_ROW_VALUES
 from p2pflop.node.worker_types import Paused, Rows
@@ -53,6 +53,7 @@ class RowCheck:
         condition = report.condition and stop is not None and step % stop.every == 0
         at_end = step == self._end or stopping or condition
         boundary = pause_every > 0 and step % pause_every == 0
+        boundary = boundary or stands_still(self._work, step)
         if step != self._step or self._told or not (at_end if report.ended else boundary):
             raise ProtocolError(f"a pause at step {step} where {self._step} was next")
         return Paused(step, report.ended or stopping, condition)

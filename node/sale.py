@@ -48,9 +48,9 @@ from p2pflop.node.execute import (
     KeepState,
     inline_blobs,
     lower_all,
-    stored_blobs,
     worker_limits,
 )
+from p2pflop.node.feeding import Feeds
 from p2pflop.node.goods import check_inline
 from p2pflop.node.journal import JobRows, Row
 from p2pflop.node.worker_types import Rows
@@ -302,26 +302,31 @@ class Sale:
         lease_ns = max(0, self.bid.record.terms.deadline_ns - seller.now_ns())
         limits = worker_limits(checked, lease_ns, WORKER_THREADS)
         plans: dict[bytes, bytes] = {}
+        feeds = Feeds(checked, seller.store, self._bring, self._hold)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._fetch_inputs)
+            nursery.start_soon(feeds.open)
             plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)
-        async with seller.warm.lease(self.account, limits) as worker:
-            execution = Execution(
-                checked,
-                seller.workers.class_id,
-                seller.store,
-                worker,
-                reader=self.bid.signer,
-                owner=self._owner,
-                at_hand=self._at_hand,
-            )
-            await execution.load(plans)
-            await self.driver.on(Ready())
-            await self._may_run.wait()
-            outcome = await execution.run(
-                self.bid.record.terms.checkpoint_steps, self._tell_rows, self._keep_checkpoint
-            )
-        await self._hold(stored_blobs(outcome.kept))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(feeds.run)
+            async with seller.warm.lease(self.account, limits) as worker:
+                execution = Execution(
+                    checked,
+                    seller.workers.class_id,
+                    seller.store,
+                    worker,
+                    feeds=feeds,
+                    owner=self._owner,
+                    at_hand=self._at_hand,
+                    hold=self._hold,
+                )
+                await execution.load(plans)
+                await self.driver.on(Ready())
+                await self._may_run.wait()
+                outcome = await execution.run(
+                    self.bid.record.terms.checkpoint_steps, self._tell_rows, self._keep_checkpoint
+                )
+            nursery.cancel_scope.cancel()
         self._delivery = _Delivery(encode(outcome.result), inline_blobs(outcome.kept))
         self.rows.add(SaleRow.RESULT, msgspec.msgpack.encode(self._delivery))
         result = outcome.result
@@ -331,23 +336,26 @@ class Sale:
         await self.driver.on(done, Reveal())
 
     async def _fetch_inputs(self) -> None:
-        seller = self._seller
         inputs = [source for source in self._inputs() if source.address not in self._at_hand]
         total = sum(source.size_bytes for source in inputs)
         done = told = 0
         for source in inputs:
-            await fetch(
-                seller.store,
-                source.address,
-                [peer_id(self.bid.signer)],
-                seller.dialer,
-                max_bytes=source.size_bytes,
-                owner=self._owner,
-            )
+            await self._bring(source.address, source.size_bytes)
             done += source.size_bytes
             if done - told >= PROGRESS_BYTES or done == total:
                 told = done
                 self._offer(m.Fetching(done, total))
+
+    async def _bring(self, address: bytes, max_bytes: int) -> None:
+        """Have an input of the buyer's in the store."""
+        await fetch(
+            self._seller.store,
+            address,
+            [peer_id(self.bid.signer)],
+            self._seller.dialer,
+            max_bytes=max_bytes,
+            owner=self._owner,
+        )
 
     async def _tell_lowering(self, done: int, total: int) -> None:
         self._offer(m.Lowering(done, total))
@@ -359,7 +367,6 @@ class Sale:
         if len(self._lifecycle.side.unsigned) >= MAX_UNSIGNED_RECEIPTS:
             return  # The buyer lags behind: it is billed for more with a later one.
         state = await keep_state()
-        await self._hold(stored_blobs(state))
         named = tuple((value.address, value.size_bytes) for value in state)
         checkpoint = m.Checkpoint(step, named, inline_blobs(state))
         self._checkpoints[step] = checkpoint

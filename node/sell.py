@@ -113,6 +113,13 @@ class Seller:
         self.allocator.close(sale)
         self.blobs.let_go(sale.bid.id)
 
+    def shows(self, address: bytes, reader: bytes) -> bool:
+        """Whether a blob is for the buyer whose node is ``reader``: of a lease of its own."""
+        return any(
+            sale.bid.signer == reader and self.blobs.holds(bid_id, address)
+            for bid_id, sale in self._sales.items()
+        )
+
     def bind_fill(self, fill: bytes, sale: Sale) -> None:
         """Called by a sale that has a fill, so that a buyer who comes back finds it."""
         self._by_fill[open_sealed(Fill, fill, self.identity.network).id] = sale

@@ -84,8 +84,9 @@ class Worker(Protocol):
     def run(self, first_step: int, steps: int, pause_every: int = 0) -> AsyncIterator[WorkerEvent]:
         """Run steps. Rows come at least every 50 ms or once a step, whichever is longer.
 
-        Paused comes before every step that is a multiple of ``pause_every`` (0: none) and at the
-        end; the worker stands still, and may be read, until the iterator is advanced.
+        Paused comes before every step that is a multiple of ``pause_every`` (0: none) or before
+        which the work stands still (``spec.stands_still``), and at the end; the worker may be read
+        and written until the iterator is advanced.
         """
 
     def read(self, slot: int) -> AsyncIterator[bytes]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     )
     from p2pflop.results import Result
     from p2pflop.runs import Row, Run
-    from p2pflop.sdk import Job, attach, get, load, put, submit, trace
+    from p2pflop.sdk import Job, attach, feed, get, load, put, submit, trace
 
 __version__ = "0.1.0"
 
@@ -59,6 +59,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "attach",
+    "feed",
     "get",
     "load",
     "put",
@@ -73,6 +74,7 @@ _HOMES = {
     "Run": "runs",
     "Job": "sdk",
     "attach": "sdk",
+    "feed": "sdk",
     "get": "sdk",
     "load": "sdk",
     "put": "sdk",

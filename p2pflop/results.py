@@ -13,11 +13,20 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import JobError, VerificationError
 from p2pflop.ids import content_hash
+from p2pflop.job.collection import Collection, CollectionEntry
 from p2pflop.job.file import JobFile, open_job
 from p2pflop.job.graph import Dtype
 from p2pflop.job.naming import output_names
 from p2pflop.job.results import decode_trace, due_step
-from p2pflop.job.spec import MODE_TRACE, ROLE_STATE, BlobSource, Work, state_root
+from p2pflop.job.spec import (
+    MODE_COLLECT,
+    MODE_TRACE,
+    ROLE_STATE,
+    Work,
+    source_addresses,
+    state_root,
+    times_due,
+)
 from p2pflop.job.spec import Result as ResultRecord
 from p2pflop.job.validate import Refusal
 from p2pflop.units import NUSD_PER_USD, format_usd
@@ -47,7 +56,8 @@ _NUMPY: Final = {
 
 
 class Result(Mapping[str, "Array"]):
-    """What a job gave: ``result["loss"]`` is the value at each step, of any other output the last.
+    """What a job gave: ``result["loss"]`` is the value at each step, of a collected output all of
+    them stacked, of any other output the last.
 
     ``hash`` is the one hash that names all of it; ``state`` the tensors after the last step, by
     name; ``cost_usd`` what it cost. Arrays are fetched when they are asked for.
@@ -109,8 +119,11 @@ class Result(Mapping[str, "Array"]):
         if name not in self._places:
             raise KeyError(f"{name!r} is not an output; there are {', '.join(self._places)}")
         phase, output = self._places[name]
-        if self._work.phases[phase].modes[output] == MODE_TRACE:
+        mode = self._work.phases[phase].modes[output]
+        if mode == MODE_TRACE:
             return self._traced(phase, output)
+        if mode == MODE_COLLECT:
+            return self._stacked(name)
         tensor = self._last(phase, output)
         if tensor is None:
             raise KeyError(f"{name!r} was never due in {self.steps} steps")
@@ -126,12 +139,22 @@ class Result(Mapping[str, "Array"]):
         cost = format_usd(self.cost_nusd)
         return f"Result({self.hash[:12]}, steps={self.steps}, cost={cost}, {list(self._places)})"
 
+    def collected(self, name: str) -> Iterator[Array]:
+        """Each value of the collected output ``name``, fetched as it is asked for."""
+        phase, output = self._places[name]
+        if self._work.phases[phase].modes[output] != MODE_COLLECT:
+            raise KeyError(f"{name!r} is not collected; pf.trace(collect=[{name!r}]) does that")
+        tensor = self._last(phase, output)
+        if tensor is not None:
+            for entry in self._entries(tensor.address):
+                yield _Tensor(entry.address, tensor.dtype, tensor.shape).read(self._fetch)
+
     def steps_of(self, name: str) -> list[int]:
-        """The steps, from 0, to which the values of the traced output ``name`` belong."""
-        values = self[name]
+        """The steps, from 0, to which the values of a traced or collected output belong."""
         phase = self._work.phases[self._places[name][0]]
         first = self.record.first_step
-        return [due_step(phase, first, number) for number in range(len(values))]
+        times = times_due(phase, first, self.steps)
+        return [due_step(phase, first, number) for number in range(times)]
 
     def address(self, name: str) -> str:
         """Where the last value of output ``name`` is, 64 hex digits, for anyone with HTTP."""
@@ -152,12 +175,10 @@ class Result(Mapping[str, "Array"]):
         computation is right: for that, run the job again, here or elsewhere.
         """
         record, job = self.record, self._file.body.job
-        sources = (param.source for param in self._work.params)
-        inputs = tuple(source.address for source in sources if isinstance(source, BlobSource))
         checks = {
             "work": record.work == job.work == content_hash(self._file.body.work),
             "stretch": record.first_step == job.first_step and record.steps_done <= job.steps,
-            "sources": record.sources == inputs,
+            "sources": record.sources == source_addresses(self._work),
             "state root": record.state_root == state_root(record.state),
         }
         wrong = [name for name, is_right in checks.items() if not is_right]
@@ -165,10 +186,23 @@ class Result(Mapping[str, "Array"]):
             raise VerificationError(f"result {self.hash[:12]}: its {wrong[0]} is not the job's")
         if not blobs:
             return
-        wanted = [record.trace, *record.state, *(output.address for output in record.outputs)]
+        wanted = [record.trace, *record.state]
+        for named in record.outputs:
+            wanted.append(named.address)
+            if self._work.phases[named.phase].modes[named.output] == MODE_COLLECT:
+                wanted += [entry.address for entry in self._entries(named.address)]
         for address in dict.fromkeys(wanted):
             if address_of(self._fetch(address)) != address:
                 raise VerificationError(f"blob {address.hex()} does not match its address")
+
+    def _stacked(self, name: str) -> Array:
+        import numpy as np
+
+        values = list(self.collected(name))
+        return np.stack(values) if values else np.zeros(0)
+
+    def _entries(self, address: bytes) -> tuple[CollectionEntry, ...]:
+        return decode(Collection, self._fetch(address)).entries
 
     def _traced(self, phase: int, output: int) -> Array:
         import numpy as np

@@ -9,16 +9,16 @@ from __future__ import annotations
 import functools
 import struct
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from p2pflop.blobs import LazyBlobs
 from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, ProtocolError
 from p2pflop.ids import blob_url, parse_hash
+from p2pflop.job.blobs import LazyBlobs
 from p2pflop.job.file import (
     FILE_MAGIC,
     MAX_COMPRESSED_BYTES,
@@ -48,7 +48,6 @@ INPUTS_SUFFIX: Final = ".inputs"
 
 _ARGUMENTS: Final = {Dtype.BOOL: "<?", Dtype.INT32: "<i", Dtype.FLOAT32: "<f"}
 
-Inputs = dict[int, bytes]
 Number = bool | int | float
 Usd = str | int | float
 
@@ -111,7 +110,7 @@ class Job:
                 hint="Change them in the job that begins at step 0.",
             )
         work = decode(Work, self.file.body.work)
-        params, inputs = list(work.params), dict(self.inputs)
+        params, changes = list(work.params), {}
         for name, value in args.items():
             slots = [
                 slot
@@ -126,13 +125,14 @@ class Job:
             except (KeyError, struct.error, OverflowError) as error:
                 message = f"{value!r} does not fit argument {name!r} ({Dtype(param.dtype).name})"
                 raise JobError(message) from error
-            inputs[address_of(data)] = data
+            changes[address_of(data)] = data
             source = BlobSource(address_of(data), len(data))
             params[slots[0]] = type(param)(param.dtype, param.shape, param.role, source)
         changed = Work(work.version, work.phases, tuple(params), work.seed, work.stop)
         old = self.file.body
         job = JobRecord(work_id(changed), old.job.first_step, old.job.steps)
         body = JobBody(job, encode(changed), old.graphs)
+        inputs = ChainMap(changes, self.inputs)  # type: ignore[arg-type]
         return Job(JobFile(self.file.version, body, self.file.labels), inputs)
 
     def extend(self, steps: int, result: Result | None = None) -> Job:
@@ -152,7 +152,7 @@ class Job:
             first_step = result.record.first_step + result.steps
             state = result.record.state
             readers = {address: functools.partial(result.blob, address) for address in state}
-            inputs = ChainMap(dict(self.inputs), LazyBlobs(readers))  # type: ignore[arg-type]
+            inputs = ChainMap(LazyBlobs(readers), self.inputs)  # type: ignore[arg-type]
         if not 1 <= steps < MAX_STEPS:
             raise JobError(f"steps={steps} is out of range")
         job = JobRecord(old.job.work, first_step, steps)
@@ -176,21 +176,19 @@ class Job:
             if on_row is not None:
                 on_row(Row(step, values))
 
-        record, blobs = run_local(self.file, self.by_slot(), address_of, tell, on_lowering)
+        self._check_inputs()
+        record, blobs = run_local(self.file, self.inputs, address_of, tell, on_lowering)
         return Result(record, self.file, blobs.__getitem__, 0)
 
-    def by_slot(self) -> Inputs:
-        """The inputs by slot. Raises BlobNotFoundError if one is not at hand."""
-        found: Inputs = {}
-        for slot, source in self.checked.inputs:
-            if source.address not in self.inputs:
+    def _check_inputs(self) -> None:
+        named = {slot: source.address for slot, source in self.checked.inputs}
+        named |= {slot: source.collection for slot, source in self.checked.feeds}
+        for slot, address in named.items():
+            if address not in self.inputs:
                 raise BlobNotFoundError(
-                    f"input {self.file.labels.params[slot]!r} "
-                    f"({blob_url(source.address)}) is not at hand",
+                    f"input {self.file.labels.params[slot]!r} ({blob_url(address)}) is not at hand",
                     hint=f"Keep the folder *{INPUTS_SUFFIX} beside the job file.",
                 )
-            found[slot] = self.inputs[source.address]
-        return found
 
     def save(self, path: str | Path) -> Path:
         """Write the job to ``path``, and its inputs into the folder ``<path>.inputs``."""
@@ -198,9 +196,9 @@ class Job:
         try:
             target.write_bytes(encode_file(self.file))
             folder = target.with_name(target.name + INPUTS_SUFFIX)
-            for address, data in self.inputs.items():
+            for address in self.inputs:
                 folder.mkdir(exist_ok=True)
-                (folder / address.hex()).write_bytes(data)
+                (folder / address.hex()).write_bytes(self.inputs[address])
         except OSError as error:
             raise ConfigError(f"cannot write {target}: {error.strerror}") from error
         return target
@@ -214,6 +212,7 @@ def trace(
     seed: int = 0,
     args: Mapping[str, Number] | None = None,
     stop: str | tuple[str, int] | None = None,
+    collect: Sequence[str] = (),
     title: str = "",
 ) -> Job:
     """The job of ``steps`` calls of ``fn``, and of each function of ``every`` every so many steps.
@@ -222,7 +221,8 @@ def trace(
     functions return dicts of names to tensors: a scalar becomes a value a step, anything else is
     kept as it was last. ``args`` are numbers that they take and that ``with_args`` can change.
     ``stop`` names a bool output that ends the job when it is true: ``"done"``, or ``("done", 10)``
-    to look at it every 10 steps only. Raises JobError for what cannot travel.
+    to look at it every 10 steps only. ``collect`` names outputs of which every value is kept.
+    Raises JobError for what cannot travel.
     """
     from p2pflop.kernels.trace import trace as trace_graphs
 
@@ -233,11 +233,25 @@ def trace(
         seed=seed,
         args=args,
         stop=stop,
+        collect=collect,
         address_of=address_of,
         title=title,
     )
-    inputs = {address_of(data): data for data in traced.inputs.values()}
-    return Job(JobFile(SPEC_VERSION, traced.body, traced.labels), inputs)
+    return Job(JobFile(SPEC_VERSION, traced.body, traced.labels), traced.blobs)
+
+
+def feed(data: Any, *, batch: int | None = None, steps: int = 1, drop_last: bool = False) -> Any:
+    """A tensor that is another shard of ``data`` every ``steps`` steps of a job, over and over.
+
+    ``data`` is a numpy array, the path of a ``.npy`` file or a pattern (``"data/*.npy"``, sorted),
+    or a sequence of those. With ``batch`` their rows, one array after the other, are cut into
+    shards of that many; else each array is a shard. Shards are read when they are sent, so that
+    data may be larger than memory. Raises ConfigError for what does not fit together, and for rows
+    left over unless ``drop_last``.
+    """
+    from p2pflop.kernels.feeds import feed as make_feed
+
+    return make_feed(data, batch=batch, steps=steps, drop_last=drop_last)
 
 
 def submit(
@@ -275,11 +289,12 @@ def load(path: str | Path) -> Job:
         with source.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
         folder = source.with_name(source.name + INPUTS_SUFFIX)
-        blobs = [item.read_bytes() for item in folder.iterdir()] if folder.is_dir() else []
+        blobs = list(folder.iterdir()) if folder.is_dir() else []
+        readers = {address_of(blob.read_bytes()): blob.read_bytes for blob in blobs}
     except OSError as error:
         raise ConfigError(f"cannot read {source}: {error.strerror}") from error
     try:
-        return Job(decode_file(data), {address_of(blob): blob for blob in blobs})
+        return Job(decode_file(data), LazyBlobs(readers))
     except ProtocolError as error:
         raise JobError(
             f"{source}: {error.message}", hint=error.hint or "Write it anew: p2pflop trace."

@@ -10,21 +10,24 @@ from dataclasses import dataclass
 from typing import Final
 
 from p2pflop.errors import ProtocolError
+from p2pflop.job.collection import Collection, numbered, numbered_bytes
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.graph import Dtype
 from p2pflop.job.limits import MAX_TRACE_BYTES
-from p2pflop.job.results import decode_trace
+from p2pflop.job.results import decode_trace, due_step
 from p2pflop.job.shapes import ITEM_BYTES, stored_bytes
 from p2pflop.job.spec import (
-    MODE_LAST,
+    MODE_COLLECT,
     MODE_TRACE,
-    BlobSource,
+    NamedOutput,
     Result,
+    source_addresses,
     state_root,
     state_slots,
     times_due,
 )
 from p2pflop.job.validate import Refusal
+from p2pflop.wire import decode
 
 TRACE_OVERHEAD_BYTES: Final = 16
 COLUMN_OVERHEAD_BYTES: Final = 24
@@ -69,17 +72,17 @@ def check_result(checked: CheckedJob, class_id: bytes, result: Result) -> Refusa
         return Refusal(f"{result.steps_done} of {job.steps} steps were done")
     if result.steps_done > job.steps:
         return Refusal(f"{result.steps_done} steps were done, {job.steps} were bought")
-    sources = (param.source for param in work.params)
-    if result.sources != tuple(s.address for s in sources if isinstance(s, BlobSource)):
+    if result.sources != source_addresses(work):
         return Refusal("the result is of other inputs")
     if result.state_root != state_root(result.state):
         return Refusal("the state root is not that of the state")
     expected = [
-        (number, output, _output_bytes(checked, number, output))
+        (number, output, numbered_bytes(times, size_bytes) if mode == MODE_COLLECT else size_bytes)
         for number, phase in enumerate(work.phases)
-        if times_due(phase, job.first_step, result.steps_done)
+        if (times := times_due(phase, job.first_step, result.steps_done))
         for output, mode in enumerate(phase.modes)
-        if mode == MODE_LAST
+        if mode != MODE_TRACE
+        for size_bytes in (output_bytes(checked, number, output),)
     ]
     if [(o.phase, o.output, o.size_bytes) for o in result.outputs] != expected:
         return Refusal("the result does not name the outputs of the job")
@@ -103,6 +106,24 @@ def check_trace(checked: CheckedJob, steps_done: int, data: bytes) -> Refusal | 
     return None if found == expected else Refusal("the trace does not fit the steps that were done")
 
 
+def check_collected(
+    checked: CheckedJob, steps_done: int, output: NamedOutput, data: bytes
+) -> list[WantedBlob] | Refusal:
+    """The blobs of a collected output, if ``data`` is the collection of one for each due step."""
+    try:
+        found = decode(Collection, data)
+    except ProtocolError as error:
+        return Refusal(error.message)
+    phase, first_step = checked.work.phases[output.phase], checked.job.first_step
+    times = times_due(phase, first_step, steps_done)
+    steps = (due_step(phase, first_step, number) for number in range(times))
+    size_bytes = output_bytes(checked, output.phase, output.output)
+    addresses = [entry.address for entry in found.entries]
+    if len(addresses) != times or numbered(steps, addresses, size_bytes) != found:
+        return Refusal("the collection does not have one value for each step")
+    return [WantedBlob(address, size_bytes) for address in addresses]
+
+
 def output_dtype(checked: CheckedJob, phase: int, output: int) -> Dtype:
     """The dtype of a fresh output of a phase."""
     graph = checked.graphs[checked.work.phases[phase].graph]
@@ -121,7 +142,8 @@ def _trace_bytes(checked: CheckedJob, steps_done: int) -> int:
     return min(size_bytes, MAX_TRACE_BYTES)
 
 
-def _output_bytes(checked: CheckedJob, phase: int, output: int) -> int:
+def output_bytes(checked: CheckedJob, phase: int, output: int) -> int:
+    """The size of one value of a fresh output of a phase."""
     graph = checked.graphs[checked.work.phases[phase].graph]
     node = graph.graph.outputs[output].node
     return stored_bytes(graph.dtypes[node], graph.shapes[node])

@@ -25,6 +25,7 @@ from p2pflop.job.spec import (
     MAX_PHASE_OUTPUTS,
     MAX_PHASES,
     BlobSource,
+    FeedSource,
     Job,
     Work,
     state_root,
@@ -113,11 +114,21 @@ class CheckedJob:
         found = []
         for slot, param in enumerate(self.work.params):
             if slot in start:
-                size_bytes = stored_bytes(Dtype(param.dtype), param.shape)
-                found.append((slot, BlobSource(start[slot], size_bytes)))
+                found.append((slot, BlobSource(start[slot], self.slot_bytes(slot))))
             elif isinstance(param.source, BlobSource):
                 found.append((slot, param.source))
         return tuple(found)
+
+    @property
+    def feeds(self) -> tuple[tuple[int, FeedSource], ...]:
+        """The slots that hold one shard after the other."""
+        params = enumerate(self.work.params)
+        return tuple((slot, p.source) for slot, p in params if isinstance(p.source, FeedSource))
+
+    def slot_bytes(self, slot: int) -> int:
+        """The size of the tensor in a slot."""
+        param = self.work.params[slot]
+        return stored_bytes(Dtype(param.dtype), param.shape)
 
 
 def encode_body(body: JobBody) -> bytes:

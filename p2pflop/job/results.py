@@ -25,13 +25,13 @@ from p2pflop.job.spec import (
     MAX_PHASES,
     ROLE_STATE,
     SPEC_VERSION,
-    BlobSource,
     Job,
     NamedOutput,
     Phase,
     Result,
     Version,
     Work,
+    source_addresses,
     state_root,
 )
 from p2pflop.wire import Record, decode, encode
@@ -161,14 +161,13 @@ def build_result(
         raise ProtocolError(f"{len(state)} addresses for {slots} state slots")
     if not 0 <= steps_done <= job.steps:
         raise ProtocolError(f"{steps_done} steps done of {job.steps}")
-    sources = (param.source for param in work.params)
     return Result(
         version=SPEC_VERSION,
         work=job.work,
         class_id=class_id,
         first_step=job.first_step,
         steps_done=steps_done,
-        sources=tuple(source.address for source in sources if isinstance(source, BlobSource)),
+        sources=source_addresses(work),
         outputs=tuple(sorted(outputs, key=lambda output: (output.phase, output.output))),
         trace=trace,
         state=tuple(state),

@@ -8,8 +8,11 @@ job file beside it, so that renaming a variable does not change what is computed
 
 What a slot of the param table is depends on its role: ``input`` never changes, ``state`` is what
 graphs write, ``step`` (one 32 or 64 bit integer, 0-d or of one element) holds the number of the
-step, ``seed`` (two UINT32) holds a constant and the work's seed, as tinygrad's generator wants it.
-``feed`` is reserved.
+step, ``seed`` (two UINT32) holds a constant and the work's seed, as tinygrad's generator wants it;
+``feed`` holds one shard of a data set after the other (``FeedSource``).
+
+A run stands still between two steps where something comes or goes (``stands_still``): a shard that
+is due, a value that is to be collected.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from p2pflop.ids import content_hash
+from p2pflop.job.collection import MAX_COLLECTION_ENTRIES
 from p2pflop.wire import U32, U63, Hash, Record, Text, encode
 
 SPEC_VERSION: Final = 1
@@ -71,7 +75,19 @@ class NoSource(Record, frozen=True, tag=3):
     """For the roles that the run itself supplies: ``step`` and ``seed``."""
 
 
-Source = BlobSource | InitSource | ResultSource | NoSource
+class FeedSource(Record, frozen=True, tag=4):
+    """Shards in turn, each for ``steps`` steps, over and over.
+
+    ``collection`` is the address of a collection (``collection.numbered``) of ``shards`` blobs,
+    each the bytes of a tensor of the param's dtype and shape.
+    """
+
+    collection: Hash
+    shards: Annotated[int, msgspec.Meta(ge=1, le=MAX_COLLECTION_ENTRIES)]
+    steps: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+
+
+Source = BlobSource | InitSource | ResultSource | NoSource | FeedSource
 
 
 class WorkParam(Record, frozen=True):
@@ -136,7 +152,8 @@ class ClassDescriptor(Record, frozen=True):
 
 
 class NamedOutput(Record, frozen=True):
-    """Where a fresh output of a phase ended: blob address, size; for ``collect`` a collection."""
+    """Where a fresh output of a phase ended: blob address and size. For ``collect`` those of a
+    collection (``collection.numbered``) of its values by step."""
 
     phase: U32
     output: U32
@@ -147,9 +164,10 @@ class NamedOutput(Record, frozen=True):
 class Result(Record, frozen=True):
     """What a job gave. Its hash is the single hash that a buyer gets.
 
-    ``sources`` are the resolved addresses of the blob inputs in slot order; ``outputs`` the last
-    values; ``trace`` the address of the blob of traced scalars (see ``docs/formats.md``);
-    ``state`` the addresses of the state slots in slot order, ``state_root`` the hash of them.
+    ``sources`` are the addresses of the blob inputs and feeds in slot order; ``outputs`` the last
+    values, or collections of all of them; ``trace`` the address of the blob of traced scalars (see
+    ``docs/formats.md``); ``state`` the addresses of the state slots in slot order, ``state_root``
+    the hash of them.
     """
 
     MAX_BYTES: ClassVar[int] = 1024 * 1024
@@ -181,9 +199,60 @@ def state_root(addresses: tuple[bytes, ...]) -> bytes:
     return content_hash(b"".join(addresses))
 
 
+def source_addresses(work: Work) -> tuple[bytes, ...]:
+    """The addresses of blob inputs, and of the collections behind feeds, in slot order."""
+    addresses = []
+    for param in work.params:
+        if isinstance(param.source, BlobSource):
+            addresses.append(param.source.address)
+        elif isinstance(param.source, FeedSource):
+            addresses.append(param.source.collection)
+    return tuple(addresses)
+
+
 def state_slots(work: Work) -> list[int]:
     """The slots whose values are state, ascending."""
     return [slot for slot, param in enumerate(work.params) if param.role == ROLE_STATE]
+
+
+def shard_at(source: FeedSource, step: int) -> int:
+    """The number of the shard that a feed holds at ``step``."""
+    return step // source.steps % source.shards
+
+
+def is_fed(source: FeedSource, step: int) -> bool:
+    """Whether another shard is due before ``step`` than before the step before it."""
+    return source.shards > 1 and step % source.steps == 0
+
+
+def shards_of(source: FeedSource, first_step: int, steps: int) -> list[int]:
+    """The numbers of the shards that a stretch needs, in the order of their first use."""
+    first, last = first_step // source.steps, (first_step + steps - 1) // source.steps
+    count = min(last - first + 1, source.shards)
+    return [turn % source.shards for turn in range(first, first + count)]
+
+
+def collected(work: Work, step: int) -> list[tuple[int, int]]:
+    """``(phase, output)`` of every output that step ``step`` gives and that is collected."""
+    return [
+        (number, output)
+        for number, phase in enumerate(work.phases)
+        if MODE_COLLECT in phase.modes and is_due(phase, step)
+        for output, mode in enumerate(phase.modes)
+        if mode == MODE_COLLECT
+    ]
+
+
+def ever_stands_still(work: Work) -> bool:
+    """Whether there is any step before which a run stands still."""
+    collects = any(MODE_COLLECT in phase.modes for phase in work.phases)
+    return collects or any(isinstance(param.source, FeedSource) for param in work.params)
+
+
+def stands_still(work: Work, step: int) -> bool:
+    """Whether a run stands still before ``step``, not being its first."""
+    feeds = (p.source for p in work.params if isinstance(p.source, FeedSource))
+    return any(is_fed(source, step) for source in feeds) or bool(collected(work, step - 1))
 
 
 def is_due(phase: Phase, step: int) -> bool:

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from p2pflop.job.collection import MAX_COLLECTION_ENTRIES
 from p2pflop.job.graph import ELEMENTWISE, Dtype, Graph, GraphParam, Node, Op
 from p2pflop.job.intervals import Bounds, dtype_bounds
 from p2pflop.job.limits import DEFAULT_LIMITS, Limits
@@ -40,12 +41,14 @@ from p2pflop.job.shapes import (
     stored_bytes,
 )
 from p2pflop.job.spec import (
+    MODE_COLLECT,
     MODE_TRACE,
     ROLE_FEED,
     ROLE_SEED,
     ROLE_STATE,
     ROLE_STEP,
     BlobSource,
+    FeedSource,
     InitSource,
     Job,
     NoSource,
@@ -270,7 +273,10 @@ def validate_job(
             checked = graphs[phase.graph]
             fresh = zip(phase.modes, checked.graph.outputs, strict=False)
             row = sum(ITEM_BYTES[checked.dtypes[o.node]] for m, o in fresh if m == MODE_TRACE)
-            traced += row * times_due(phase, job.first_step, job.steps)
+            times = times_due(phase, job.first_step, job.steps)
+            traced += row * times
+            few = MODE_COLLECT not in phase.modes or times <= MAX_COLLECTION_ENTRIES
+            require(few, f"over {MAX_COLLECTION_ENTRIES} values of an output are collected")
         require(traced <= limits.trace_bytes, f"a trace of {traced} bytes is too large")
     except Refused as error:
         return Refusal(str(error))
@@ -287,7 +293,8 @@ def _find(where: str, name: bytes, graphs: Mapping[bytes, Checked]) -> Checked:
 def _check_param(where: str, param: WorkParam, limits: Limits) -> None:
     dtype, source = Dtype(param.dtype), param.source
     _check_stored(where, dtype, param.shape, limits)
-    require(param.role != ROLE_FEED, f"{where}: feeds are not supported by this version")
+    is_feed = isinstance(source, FeedSource)
+    require(is_feed == (param.role == ROLE_FEED), f"{where}: a feed and its shards go together")
     if param.role in (ROLE_STEP, ROLE_SEED):
         require(isinstance(source, NoSource), f"{where}: the run itself supplies it")
     if param.role == ROLE_STEP:

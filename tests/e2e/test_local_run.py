@@ -50,7 +50,7 @@ def test_a_local_run_gives_rows_state_outputs_and_the_same_hash_again() -> None:
     lowered: list[tuple[int, int]] = []
     result, blobs = run_local(
         file_of(job),
-        job.inputs,
+        job.blobs,
         address_of,
         lambda step, values: rows.append((step, dict(values))),
         lambda done, total: lowered.append((done, total)),
@@ -76,7 +76,7 @@ def test_a_local_run_gives_rows_state_outputs_and_the_same_hash_again() -> None:
     assert np.all(total < 4 * NUMBERS + 4)
     (doubled,) = result.outputs
     assert np.array_equal(np.frombuffer(blobs[doubled.address], np.float32), 2 * total)
-    again, _ = run_local(file_of(job), job.inputs, address_of)
+    again, _ = run_local(file_of(job), job.blobs, address_of)
     assert result_hash(again) == result_hash(result)
 
 
@@ -150,7 +150,7 @@ def test_an_error_in_the_callers_function_ends_the_process(
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        run_local(file_of(job), job.inputs, address_of, fail)
+        run_local(file_of(job), job.blobs, address_of, fail)
     (process,) = started
     assert process.returncode is not None
 
@@ -164,7 +164,7 @@ def test_a_faulty_kernel_kills_the_process_and_not_the_caller() -> None:
         address_of=address_of,
     )
     with pytest.raises(ProviderError, match="ended with code -8"):
-        run_local(file_of(job), job.inputs, address_of)
+        run_local(file_of(job), job.blobs, address_of)
 
 
 @pytest.fixture(scope="module")

@@ -195,7 +195,7 @@ def stop(*fields: int) -> Callable[[Work], Work]:
         (param(DATA, source=InitSource(name(STEP_GRAPH), 0)), "which is no seed"),
         (param(DATA, source=BlobSource(b"d" * 32, 15)), "blob of another size"),
         (param(DATA, shape=(0,)), "out of range"),
-        (param(DATA, role=ROLE_FEED), "feeds are not supported"),
+        (param(DATA, role=ROLE_FEED), "a feed and its shards go together"),
         (param(STEP, source=BlobSource(b"d" * 32, 4)), "the run itself supplies it"),
         (param(STEP, dtype=FLOAT32), "a step is one"),
         (param(STEP, shape=(2,)), "a step is one"),

@@ -1,0 +1,145 @@
+"""Feeds: tensors that hold one shard of a data set after the other.
+
+``feed`` gives a tensor of the shape of one shard. Outside a job it holds the first shard, so that a
+program can be tried out as it is; ``trace`` knows it again and lets the shards travel as blobs of
+their own, read from their files only when they are sent.
+"""
+
+from __future__ import annotations
+
+import glob
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from weakref import finalize
+
+from tinygrad import Tensor
+
+from p2pflop.errors import ConfigError
+from p2pflop.job.collection import MAX_COLLECTION_ENTRIES
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+
+_HINT: Final = "Give numpy arrays or .npy files of one dtype and shape, or batch= to cut rows."
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """``read(n)`` gives the bytes of shard ``n`` of ``shards``; each is for ``steps`` steps."""
+
+    read: Callable[[int], bytes]
+    shards: int
+    steps: int
+
+
+# By identity, since tensors compare element by element; an entry goes with its tensor.
+_feeds: dict[int, Feed] = {}
+
+
+def feed(data: Any, *, batch: int | None = None, steps: int = 1, drop_last: bool = False) -> Tensor:
+    """A tensor that is another shard of ``data`` every ``steps`` steps of a job, over and over.
+
+    ``data`` is a numpy array, the path of a ``.npy`` file or a pattern (``"data/*.npy"``, sorted),
+    or a sequence of those. With ``batch`` their rows, one array after the other, are cut into
+    shards of that many; else each array is a shard. Raises ConfigError for what does not fit
+    together, and for rows left over unless ``drop_last``.
+    """
+    if steps < 1 or (batch is not None and batch < 1):
+        raise ConfigError(f"batch={batch} or steps={steps} is out of range")
+    arrays = [_open(item) for item in _items(data)]
+    kinds = {(array.dtype.str, array.shape[1:] if batch else array.shape) for array in arrays}
+    if len(kinds) != 1:
+        told = ", ".join(f"{kind} {shape}" for kind, shape in sorted(kinds)[:3]) or "nothing"
+        raise ConfigError(f"a feed is of one kind, not of {told}", hint=_HINT)
+    shards = _whole(arrays) if batch is None else _cut(arrays, batch, drop_last)
+    if not 1 <= len(shards) <= MAX_COLLECTION_ENTRIES:
+        raise ConfigError(f"{len(shards)} shards; a feed has 1 to {MAX_COLLECTION_ENTRIES}")
+    first = _copy(shards[0]())
+    if 0 in first.shape:
+        raise ConfigError(f"shards of shape {first.shape} hold nothing", hint=_HINT)
+    try:
+        tensor = Tensor(first)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"tensors of {first.dtype} do not exist", hint=_HINT) from error
+    _feeds[id(tensor)] = Feed(lambda number: _bytes(shards[number]()), len(shards), steps)
+    finalize(tensor, _feeds.pop, id(tensor))
+    return tensor
+
+
+def feed_of(tensor: Tensor) -> Feed | None:
+    """What ``feed`` made ``tensor`` of, or None if it did not."""
+    return _feeds.get(id(tensor))
+
+
+def _items(data: Any) -> Sequence[Any]:
+    if not isinstance(data, (str, Path)):
+        return [data] if hasattr(data, "dtype") else list(data)
+    if not glob.has_magic(str(data)):
+        return [data]
+    paths = sorted(glob.glob(str(data)))  # noqa: PTH207 - the pattern may be absolute
+    if not paths:
+        raise ConfigError(f"no file matches {data}")
+    return paths
+
+
+def _open(item: Any) -> Array:
+    import numpy as np
+
+    if isinstance(item, np.ndarray):
+        return item
+    if not isinstance(item, (str, Path)):
+        raise ConfigError(f"a {type(item).__name__} is no data of a feed", hint=_HINT)
+    try:
+        found = np.load(item, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {item} as an .npy file: {error}", hint=_HINT) from error
+    if not isinstance(found, np.ndarray):
+        raise ConfigError(f"{item} holds several arrays", hint="Save each as an .npy file.")
+    return found
+
+
+def _whole(arrays: list[Array]) -> list[Callable[[], Array]]:
+    return [lambda array=array: array for array in arrays]  # type: ignore[misc]
+
+
+def _cut(arrays: list[Array], batch: int, drop_last: bool) -> list[Callable[[], Array]]:
+    import numpy as np
+
+    if any(not array.shape for array in arrays):
+        raise ConfigError("numbers have no rows to cut", hint=_HINT)
+    ends = list(accumulate(len(array) for array in arrays))
+    if ends[-1] % batch and not drop_last:
+        raise ConfigError(
+            f"{ends[-1]} rows are not a multiple of {batch}: {ends[-1] % batch} are left over",
+            hint="Pad the data, or leave them out with drop_last=True.",
+        )
+
+    def rows(start: int) -> Array:
+        parts, end = [], start + batch
+        number = bisect_right(ends, start)
+        while start < end:
+            begun = ends[number] - len(arrays[number])
+            parts.append(arrays[number][start - begun : end - begun])
+            start, number = ends[number], number + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    starts = range(0, ends[-1] // batch * batch, batch)
+    return [lambda start=start: rows(start) for start in starts]  # type: ignore[misc]
+
+
+def _copy(array: Array) -> Array:
+    import numpy as np
+
+    return np.array(array)
+
+
+def _bytes(array: Array) -> bytes:
+    import numpy as np
+
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
