@@ -168,6 +168,12 @@ class Purchase:
             self._give_up(m.Abandoned(action.wire))
         else:
             raise AssertionError(f"a buyer does not send a {action.kind}")
+        await self._tell_state()
+
+    async def _tell_state(self) -> None:
+        state = self._lifecycle.state
+        if not self._lifecycle.ended and self._run.card["state"] != state:
+            await self._buyer.runs.emit(self._run, "state", state=state.value)
 
     def start(self, task: str) -> None:
         """See Hands. The only task of a buyer is to verify."""
@@ -355,6 +361,7 @@ class Purchase:
 
     async def _hear(self, message: m.Message, conversation: Conversation) -> None:
         why = await self._heard(message)
+        await self._tell_state()
         if why:
             conversation.cut(f"{conversation.peer}: {why}", at_fault=True)
         elif isinstance(message, m.Settled):

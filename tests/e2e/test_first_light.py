@@ -57,6 +57,9 @@ def test_a_job_is_bought_run_verified_and_owed_for(start_node: StartNode, wait_u
     assert list(result["total"]) == list(local["total"])
 
     events = list(run.events())
+    told = [event["state"] for event in events if event["kind"] == "state"]
+    assert told[:2] == ["bidding", "confirming"]
+    assert "running" in told
     [filled] = [event for event in events if event["kind"] == "filled"]
     cost = events[-1]["cost_nusd"]
     assert 0 < cost == filled["quote_nusd"]
