@@ -3,15 +3,17 @@
 A sale holds **capacity** from its fill until its worker has ended, and **credit** until it is over:
 a buyer that never countersigns keeps no slot, but what it was shown unpaid counts against the pool
 that all unknown buyers share, for a day. There is no waiting list: whoever comes first gets the
-slot, everybody else at once a no.
+slot, everybody else at once a no, which says whether to come back.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from p2pflop.job.buying import BUSY_PREFIX
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.meter import METER_ID
 from p2pflop.market.fills import OpenBid, check_costs
@@ -58,6 +60,7 @@ class Allocator:
     ledger_book: LedgerBook
     _held: dict[bytes, Claim] = field(default_factory=dict)
     _open: dict[bytes, Claim] = field(default_factory=dict)
+    on_free: Callable[[], None] = lambda: None
     _unpaid: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=MAX_UNPAID))
 
     @property
@@ -77,7 +80,8 @@ class Allocator:
 
     def free(self, claim: Claim) -> None:
         """The worker has ended."""
-        self._held.pop(claim.bid.id, None)
+        if self._held.pop(claim.bid.id, None) is not None:
+            self.on_free()
 
     def close(self, claim: Claim) -> None:
         """The sale is over."""
@@ -102,15 +106,15 @@ class Allocator:
                 terms.deadline_ns > now_ns + MAX_LEASE_NS,
                 f"the deadline is over {MAX_LEASE_NS // (24 * 3600 * NS_PER_S)} days away",
             ),
-            (len(self._held) >= self.settings.slots, "every slot is taken"),
+            (len(self._held) >= self.settings.slots, BUSY_PREFIX + "every slot is taken"),
             (
                 held_bytes + terms.memory_bytes > self.settings.resolved_memory_bytes(),
-                "too little memory is free",
+                BUSY_PREFIX + "too little memory is free",
             ),
             (not own and self._over_credit(bid, now_ns), self._credit_reason()),
             (
                 len(self._open) >= MAX_OPEN_SALES or theirs >= MAX_OPEN_SALES_PER_ACCOUNT,
-                "too many jobs wait for a countersignature",
+                BUSY_PREFIX + "too many jobs wait for a countersignature",
             ),
         )
         return next((reason for holds, reason in reasons if holds), "")

@@ -77,7 +77,18 @@ class Buyer:
     ledger_book: LedgerBook
     nursery: trio.Nursery
     now_ns: Callable[[], int]
+    _waiting: dict[str, Purchase] = field(default_factory=dict)
     _lent: Counter[tuple[bytes, bytes]] = field(default_factory=Counter)
+
+    def wait(self, run_id: str, purchase: Purchase) -> None:
+        """Called by a purchase that waits for room."""
+        self._waiting[run_id] = purchase
+
+    def room_freed(self) -> None:
+        """This node itself has room again: let the purchase try that has waited longest."""
+        if self._waiting:
+            run_id = next(iter(self._waiting))
+            self.nursery.start_soon(self._waiting.pop(run_id).try_again)
 
     async def submit(self, body: bytes, options: SubmitOptions) -> str:
         """Check, journal and start. Raises JobError, BlobNotFoundError, ConfigError."""
@@ -140,7 +151,7 @@ class Buyer:
         """Take up every run that a restart found unfinished."""
         for head in self.runs.unfinished():
             self.nursery.start_soon(self._take_up, self.runs.adopt(head))
-        for run_id in self.runs.settled_since(self.now_ns() - DELIVER_WITHIN_NS):
+        for run_id in self.runs.ended_since(self.now_ns() - DELIVER_WITHIN_NS):
             for row in self.runs.rows(run_id):
                 if row.kind == LETTER_ROW:
                     letter = msgspec.msgpack.decode(row.body, type=Letter)

@@ -191,6 +191,7 @@ def _assemble(
         nursery=nursery,
         now_ns=time.time_ns,
     )
+    seller.allocator.on_free = buyer.room_freed
     announcer = Announcer(store, network)
     return Daemon(
         settings,

@@ -243,6 +243,8 @@ class MemoryNode:
             now_ns=now_ns,
         )
 
+        self.seller.allocator.on_free = self.buyer.room_freed
+
         async def authorise(peer: str, _token: bytes, address: bytes) -> bool:
             reader = public_key_of(peer)
             return (

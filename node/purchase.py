@@ -28,6 +28,7 @@ from p2pflop.errors import (
 )
 from p2pflop.job.buying import buyer as buyer_lifecycle
 from p2pflop.job.events import (
+    Again,
     Alive,
     Blame,
     Cancel,
@@ -42,6 +43,7 @@ from p2pflop.job.events import (
     Verified,
 )
 from p2pflop.job.graph import Dtype
+from p2pflop.job.lifecycle import Edge
 from p2pflop.job.meter import METER_ID
 from p2pflop.job.naming import output_names
 from p2pflop.job.results import result_hash
@@ -53,7 +55,7 @@ from p2pflop.market.ranking import Deal, no_deal
 from p2pflop.market.records import ZERO_HASH, Bid, Receipt
 from p2pflop.node import messages as m
 from p2pflop.node.conversation import Conversation
-from p2pflop.node.driver import Driver
+from p2pflop.node.driver import LIFE_ROW, Driver
 from p2pflop.node.goods import Goods
 from p2pflop.node.journal import KnownState
 from p2pflop.node.orders import Order, Ranking, describe_ranking
@@ -86,7 +88,8 @@ _log = logging.getLogger(__name__)
 
 
 class Letter(msgspec.Struct, array_like=True, frozen=True):
-    """The last countersignature, for a provider that has not acknowledged it."""
+    """The newest countersignature of a run that is over, for a provider that has not acknowledged
+    it: what is signed is owed, however the run ended."""
 
     peer: str
     wire: bytes
@@ -103,6 +106,7 @@ class Purchase:
         self._deals: list[Deal] = []
         self._first_attempt = 0
         self._accounts: dict[bytes, bytes] = {}
+        self._tried: set[bytes] = set()
         self._conversation: Conversation | None = None
         self._returns_left = MAX_RETURNS
         self._goods: Goods | None = None
@@ -176,17 +180,29 @@ class Purchase:
             await self._buyer.runs.emit(self._run, "state", state=state.value)
 
     def start(self, task: str) -> None:
-        """See Hands. The only task of a buyer is to verify."""
-        del task
-        self._to_verify.set()
+        """See Hands."""
+        if task == "verify":
+            self._to_verify.set()
+        elif task == "wait":
+            self._buyer.wait(self._run.id, self)
+            self._nursery.start_soon(self._tell_state)
+        else:
+            self._nursery.start_soon(self._rank)
+
+    async def try_again(self) -> None:
+        """Somebody may have room now. Never raises."""
+        if not self._driver.over.is_set():
+            with suppress(P2PFlopError):
+                await self._driver.on(Again())
 
     def stop(self) -> None:
         """See Hands. What runs ends with the nursery, after the farewell."""
 
     async def finish(self, action: Finish) -> None:
         """See Hands."""
-        if action.state is State.SETTLED:
+        if self._lifecycle.side.countersigned:
             self._run.rows.add(LETTER_ROW, msgspec.msgpack.encode(self._letter()))
+        if action.state is State.SETTLED:
             await self._tell_result()
         elif action.state is State.CANCELLED:
             await self._buyer.runs.emit(self._run, "cancelled")
@@ -196,7 +212,8 @@ class Purchase:
     # Bidding
 
     async def _rank(self) -> None:
-        ranking = self._look()
+        self._tried.clear()
+        ranking = self._look(self._lifecycle.side.attempt)
         await self._buyer.runs.emit(self._run, "ranked", **describe_ranking(ranking))
         reason = no_deal(ranking.ranked)
         try:
@@ -208,12 +225,12 @@ class Purchase:
             self._failure = reason
 
     def _look(self, attempt: int = 0) -> Ranking:
-        """Rank the book; its deals are those from ``attempt`` on, without providers tried before.
+        """Rank the book; its deals are those from ``attempt`` on, without providers tried already.
 
         A restart looks anew: what was ranked before it is not kept.
         """
         ranking = self._ranking = self._buyer.rank(self._order)
-        self._deals = [deal for deal in ranking.deals if deal.node not in self._accounts]
+        self._deals = [deal for deal in ranking.deals if deal.node not in self._tried]
         self._first_attempt = attempt
         return ranking
 
@@ -223,6 +240,7 @@ class Purchase:
             return None
         deal = self._deals[attempt - self._first_attempt]
         self._accounts[deal.node] = deal.account
+        self._tried.add(deal.node)
         self._run.rows.add(DEAL_ROW, deal.node + deal.account)
         identity = self._buyer.identity
         return make_bid(
@@ -376,8 +394,8 @@ class Purchase:
             case m.Refused(wire):
                 return await self._hear_refusal(wire)
             case m.Settled():
-                settled = self._lifecycle.state is State.SETTLED
-                return "" if settled else "it settled what was not countersigned"
+                signed = self._lifecycle.ended and self._lifecycle.side.countersigned
+                return "" if signed else "it settled what was not countersigned"
             case m.Heartbeat():
                 return await self._driver.hear(Alive())
             case m.Fetching() | m.Lowering() | m.Rows() | m.Checkpoint() | m.Delivered():
@@ -542,6 +560,9 @@ class Purchase:
                 goods.recall_result(row.body)
             elif row.kind == DEAL_ROW:
                 self._accounts[row.body[:KEY_BYTES]] = row.body[KEY_BYTES:]
+                self._tried.add(row.body[:KEY_BYTES])
+            elif row.kind == LIFE_ROW + Edge.WAIT:
+                self._tried.clear()
         await self._driver.resume(rows)
         if self._lifecycle.side.bid:
             goods.peer = self._peer
@@ -559,7 +580,7 @@ class Purchase:
                 conversation.finish()
             with trio.move_on_after(FAREWELL_S):
                 await conversation.over.wait()
-        if settled and not self._acknowledged:
+        if self._lifecycle.side.countersigned and not self._acknowledged:
             self._buyer.nursery.start_soon(self._buyer.deliver, self._letter())
 
     def _letter(self) -> Letter:

@@ -155,6 +155,11 @@ class Sale:
         """Tell the lifecycle of something that happened here."""
         await self.driver.on(event)
 
+    async def part(self) -> None:
+        """Return once the buyer has heard the last word, or is gone."""
+        if self._conversation is not None:
+            await self._conversation.over.wait()
+
     async def resume(self, rows: list[Row]) -> None:
         """Take up what the journal remembers."""
         for row in rows:
@@ -211,7 +216,8 @@ class Sale:
                 if self._lifecycle.side.countersigned == wire:
                     await self._book(wire)
                     self._forget_checkpoints(wire)
-                if self._lifecycle.state is State.SETTLED:
+                if self._lifecycle.ended:
+                    await self.rows.flush()
                     self._say(m.Settled())
                     self._finish_talk()
             case m.Heartbeat():
@@ -420,7 +426,7 @@ class Sale:
     def _bind(self) -> None:
         fill = self._lifecycle.side.fill
         if fill:
-            self._seller.bind_fill(fill, self)
+            self.rows.add_fill(self._seller.bind_fill(fill, self))
 
     def _newest_sheet(self) -> bytes:
         newest = self._seller.sheets.newest

@@ -19,7 +19,7 @@ import trio
 
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.planes import Dialer, Stream
-from p2pflop.errors import ProtocolError, ProviderError, StoreError
+from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError, StoreError
 from p2pflop.job.events import Grant, State, Withdraw
 from p2pflop.job.file import CheckedJob, JobBody, decode_body, open_job
 from p2pflop.job.validate import Refusal
@@ -90,7 +90,7 @@ class Seller:
             case m.Offer():
                 sale = await self._offered(first, stream)
             case m.Confirmed(wire) | m.Countersigned(wire) | m.Abandoned(wire):
-                sale = self._find(wire)
+                sale = await self._find(wire)
             case _:
                 raise ProtocolError("a job stream begins with an offer", peer=stream.peer)
         if sale is not None:
@@ -105,8 +105,10 @@ class Seller:
     async def stop(self) -> None:
         """Take no more bids and give running leases back."""
         self.stopping = True
-        for sale in [sale for sale in self._sales.values() if not sale.over]:
-            await sale.tell(Withdraw("the provider is shutting down"))
+        async with trio.open_nursery() as nursery:
+            for sale in [sale for sale in self._sales.values() if not sale.over]:
+                await sale.tell(Withdraw("the provider is shutting down"))
+                nursery.start_soon(sale.part)
 
     def release(self, sale: Sale) -> None:
         """Called by a sale that has ended, once its worker has too."""
@@ -120,9 +122,11 @@ class Seller:
             for bid_id, sale in self._sales.items()
         )
 
-    def bind_fill(self, fill: bytes, sale: Sale) -> None:
-        """Called by a sale that has a fill, so that a buyer who comes back finds it."""
-        self._by_fill[open_sealed(Fill, fill, self.identity.network).id] = sale
+    def bind_fill(self, fill: bytes, sale: Sale) -> bytes:
+        """Called by a sale that has a fill, so that a buyer who comes back finds it; its id."""
+        fill_id = open_sealed(Fill, fill, self.identity.network).id
+        self._by_fill[fill_id] = sale
+        return fill_id
 
     # Bids
 
@@ -215,7 +219,7 @@ class Seller:
             self._by_fill = {k: s for k, s in self._by_fill.items() if s is not forgotten}
         return sale
 
-    def _find(self, wire: bytes) -> Sale:
+    async def _find(self, wire: bytes) -> Sale:
         record: Confirm | Receipt | Abandon
         match envelope_kind(wire):
             case Confirm.KIND:
@@ -226,14 +230,29 @@ class Seller:
                 record = open_sealed(Abandon, wire, self.identity.network).record
         sale = self._by_fill.get(record.fill)
         if sale is None:
+            job = self.journal.job_of_fill(record.fill)
+            bid_id = b"" if job is None else bytes.fromhex(job)
+            sale = self._sales.get(bid_id) or await self._revive(bid_id)
+        if sale is None:
             raise ProviderError("no such fill is known here")
         return sale
 
     async def _take_up(self, bid_id: bytes) -> None:
         try:
             await self._revive(bid_id)
-        except StoreError as error:
-            _log.error("sale %s cannot be taken up: %s", bid_id.hex()[:12], error)
+        except Exception as error:  # noqa: BLE001 - see below
+            # One damaged sale must not keep the node from starting, now or later.
+            known = isinstance(error, P2PFlopError)
+            exc_info = None if known else error
+            _log.error("sale %s is given up: %s", bid_id.hex()[:12], error, exc_info=exc_info)
+            await self._give_up(bid_id, str(error))
+
+    async def _give_up(self, bid_id: bytes, reason: str) -> None:
+        head = self.journal.head(bid_id.hex())
+        if head is not None:
+            rows = JobRows(self.journal, head, self.now_ns)
+            rows.set_head(summary=reason.encode(), end_state=State.FAILED)
+            await rows.flush()
 
     async def _revive(self, bid_id: bytes) -> Sale | None:
         """A sale that only the journal remembers."""
