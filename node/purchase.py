@@ -441,6 +441,7 @@ class Purchase:
             while not await self._verify_waiting(first=wait_s == RETRY_S):
                 with trio.move_on_after(wait_s):
                     await self._to_verify.wait()
+                self._to_verify = trio.Event()
                 wait_s = min(2 * wait_s, MAX_RETRY_S)
 
     async def _verify_waiting(self, *, first: bool) -> bool:
