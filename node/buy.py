@@ -39,10 +39,13 @@ from p2pflop.node.purchase import LETTER_ROW, RESULT_ROW, Letter, Purchase, leav
 from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
+from p2pflop.units import NS_PER_S
 
 JOB_ROW: Final = "job"
 MAX_RUNS_UNDER_WAY: Final = 256
-DELIVER_WITHIN_NS: Final = PROVIDER_LIMITS[State.RECEIPTED].after_ns
+DELIVER_WITHIN_NS: Final = 24 * 3600 * NS_PER_S
+REMIND_WITHIN_NS: Final = PROVIDER_LIMITS[State.RECEIPTED].after_ns
+"""After a restart, whatever ended so recently is told again: acknowledgements are not kept."""
 DELIVER_AGAIN_S: Final = 1.0
 MAX_DELIVER_AGAIN_S: Final = 300.0
 SMALL_FILE_BYTES: Final = 1024
@@ -135,7 +138,7 @@ class Buyer:
         """Take up every run that a restart found unfinished."""
         for head in self.runs.unfinished():
             self.nursery.start_soon(self._take_up, self.runs.adopt(head))
-        for run_id in self.runs.settled_since(self.now_ns() - DELIVER_WITHIN_NS):
+        for run_id in self.runs.ended_since(self.now_ns() - REMIND_WITHIN_NS):
             for row in self.runs.rows(run_id):
                 if row.kind == LETTER_ROW:
                     letter = msgspec.msgpack.decode(row.body, type=Letter)
@@ -160,7 +163,7 @@ class Buyer:
                     _log.warning("an input stays readable for its provider: %s", error)
 
     async def deliver(self, letter: Letter) -> None:
-        """Bring a countersignature to a provider that is away, while it still waits for one.
+        """Bring a countersignature to a provider that is away, for as long as a day.
 
         The ledger here says already that the money is owed; this makes the provider's say so.
         """

@@ -178,6 +178,10 @@ class Purchase:
 
     async def finish(self, action: Finish) -> None:
         """See Hands."""
+        countersigned = self._lifecycle.side.countersigned
+        if countersigned:
+            await self._book(countersigned)  # a restart may have found it signed but not booked
+            self._run.rows.add(LETTER_ROW, msgspec.msgpack.encode(self._letter()))
         if action.state is State.SETTLED:
             self._run.rows.add(LETTER_ROW, msgspec.msgpack.encode(self._letter()))
             await self._tell_result()
@@ -540,13 +544,12 @@ class Purchase:
     async def _farewell(self) -> None:
         """Give the last word time to leave, and the provider to acknowledge it."""
         conversation = self._conversation
-        settled = self._lifecycle.state is State.SETTLED
         if conversation is not None:
-            if not settled:
+            if self._lifecycle.state is not State.SETTLED:
                 conversation.finish()
             with trio.move_on_after(FAREWELL_S):
                 await conversation.over.wait()
-        if settled and not self._acknowledged:
+        if self._lifecycle.side.countersigned and not self._acknowledged:
             self._buyer.nursery.start_soon(self._buyer.deliver, self._letter())
 
     def _letter(self) -> Letter:

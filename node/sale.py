@@ -212,8 +212,9 @@ class Sale:
                 if self._lifecycle.side.countersigned == wire:
                     await self._book(wire)
                     self._forget_checkpoints(wire)
-                if self._lifecycle.state is State.SETTLED:
-                    self._say(m.Settled())
+                    if self._lifecycle.ended:
+                        self._say(m.Settled())
+                if self._lifecycle.ended:
                     self._finish_talk()
             case m.Heartbeat():
                 await self.driver.hear(Alive())

@@ -392,7 +392,8 @@ def test_every_state_is_reached_bounded_and_leads_to_an_end(
             if edge in VOLATILE:
                 assert after is state
         if state in ENDS:
-            assert set(row) <= VOLATILE
+            assert set(row) <= VOLATILE | {Edge.COUNTERSIGN}
+            assert set(row.values()) == {state}
 
 
 def test_every_limit_moves_its_state_on() -> None:
