@@ -183,7 +183,6 @@ class Purchase:
             await self._book(countersigned)  # a restart may have found it signed but not booked
             self._run.rows.add(LETTER_ROW, msgspec.msgpack.encode(self._letter()))
         if action.state is State.SETTLED:
-            self._run.rows.add(LETTER_ROW, msgspec.msgpack.encode(self._letter()))
             await self._tell_result()
         elif action.state is State.CANCELLED:
             await self._buyer.runs.emit(self._run, "cancelled")
@@ -291,8 +290,11 @@ class Purchase:
 
     def _say(self, message: m.Message) -> None:
         if self._conversation is None:
-            attempt = self._lifecycle.side.attempt
-            self._nursery.start_soon(self._talk, message, self._peer, attempt)
+            side, words = self._lifecycle.side, [message]
+            if isinstance(message, m.Countersigned):
+                # What came after the last stream broke is lost: a confirm has it said again.
+                words.insert(0, m.Confirmed(side.confirm, ()))
+            self._nursery.start_soon(self._talk, words, self._peer, side.attempt)
         else:
             self._conversation.tell(message)
 
@@ -304,7 +306,7 @@ class Purchase:
         else:
             self._conversation.tell(message)
 
-    async def _talk(self, first: m.Message, provider: str, attempt: int) -> None:
+    async def _talk(self, words: list[m.Message], provider: str, attempt: int) -> None:
         try:
             with trio.fail_after(OPEN_S):
                 stream = await self._buyer.dialer.open(provider, JOB_PROTOCOL)
@@ -320,7 +322,8 @@ class Purchase:
             await stream.aclose()
             return
         self._conversation = conversation
-        conversation.tell(first)
+        for word in words:
+            conversation.tell(word)
 
         async def on_message(message: m.Message) -> None:
             if self._conversation is conversation:
@@ -347,7 +350,8 @@ class Purchase:
         side = self._lifecycle.side
         still = self._lifecycle.state in CONFIRMED and side.attempt == attempt
         if still and self._conversation is None:
-            self._nursery.start_soon(self._talk, m.Confirmed(side.confirm, ()), provider, attempt)
+            words = [m.Confirmed(side.confirm, ())]
+            self._nursery.start_soon(self._talk, words, provider, attempt)
 
     async def _lost(self, why: str, attempt: int) -> None:
         if self._lifecycle.side.attempt == attempt and not self._lifecycle.ended:
