@@ -305,6 +305,8 @@ class Sale:
         limits = worker_limits(checked, lease_ns, WORKER_THREADS)
         plans: dict[bytes, bytes] = {}
         async with trio.open_nursery() as nursery:
+            # Else a restart would not know of the confirm, and the buyer be told the rows twice.
+            nursery.start_soon(self.rows.flush)
             nursery.start_soon(self._fetch_inputs)
             plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)
         async with seller.warm.lease(self.account, limits) as worker:
