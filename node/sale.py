@@ -171,6 +171,8 @@ class Sale:
         if self._delivery is not None and not self.over:
             named = decode(Result, self._delivery.result)
             await self._hold([*(o.address for o in named.outputs), named.trace, *named.state])
+        for told in self._checkpoints.values():
+            await self._hold([address for address, _ in told.state])
 
     async def attend(self, conversation: Conversation, first: m.Message) -> None:
         """Talk with the buyer over this stream, from now on the only one."""
