@@ -20,7 +20,6 @@ from p2pflop.errors import JobError, P2PFlopError, ProtocolError, StoreError, fi
 from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS
 from p2pflop.job.events import (
     Alive,
-    Blame,
     Checkpointed,
     Done,
     Event,
@@ -262,7 +261,7 @@ class Sale:
         side = self._lifecycle.side
         if side.countersigned:
             await self._book(side.countersigned)
-        if action.blame is Blame.BUYER:
+        if not self.over:
             unpaid_nusd = self._amount_nusd(side.receipt) - self.signed_nusd
             at_ns = self._seller.now_ns()
             self._seller.allocator.note_unpaid(self.account, unpaid_nusd, at_ns)
