@@ -185,31 +185,41 @@ class Sale:
             if self._conversation is conversation:
                 await self._hear(message)
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._begin, first)
-            why = await conversation.run(on_message)
-            nursery.cancel_scope.cancel()
+        why = "this node failed"
+        failure: P2PFlopError | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._begin, first)
+                why = await conversation.run(on_message)
+                nursery.cancel_scope.cancel()
+        except* P2PFlopError as group:
+            failure = first_error(group)
+            why = failure.message
         if self._conversation is conversation:
             self._conversation = None
             if not self.over:
                 await self.driver.hear(Lost(why))
+        if failure is not None:
+            raise failure
 
     async def _begin(self, first: m.Message) -> None:
         if isinstance(first, m.Offer):
-            await self.driver.hear(Received(self.bid.wire))
+            await self._told(Received(self.bid.wire))
         else:
             await self._hear(first)
+        if self.over:
+            self._finish_talk()
 
     async def _hear(self, message: m.Message) -> None:
         match message:
             case m.Confirmed(wire, blobs):
                 check_inline(blobs, {source.address for source in self._inputs()})
                 self._at_hand |= dict(blobs)
-                await self.driver.hear(Received(wire))
+                await self._told(Received(wire))
             case m.Abandoned(wire):
-                await self.driver.hear(Received(wire))
+                await self._told(Received(wire))
             case m.Countersigned(wire):
-                await self.driver.hear(Received(wire))
+                await self._told(Received(wire))
                 if self._lifecycle.side.countersigned == wire:
                     await self._book(wire)
                     self._forget_checkpoints(wire)
@@ -218,10 +228,18 @@ class Sale:
                 if self._lifecycle.ended:
                     self._finish_talk()
             case m.Heartbeat():
-                await self.driver.hear(Alive())
+                await self._told(Alive())
             case _:
-                if self._conversation is not None:
-                    self._conversation.cut("a buyer does not send that")
+                self._cut("a buyer does not send that")
+
+    async def _told(self, event: Event) -> None:
+        why = await self.driver.hear(event)
+        if why:
+            self._cut(why)
+
+    def _cut(self, why: str) -> None:
+        if self._conversation is not None:
+            self._conversation.cut(why, at_fault=True)
 
     # The driver's hands
 
@@ -267,6 +285,8 @@ class Sale:
             self._seller.allocator.note_unpaid(self.account, unpaid_nusd, at_ns)
         self.rows.set_head(summary=action.reason.encode(), end_state=action.state)
         await self.rows.flush()
+        if not self.over and action.state is not State.SETTLED:
+            self._finish_talk()  # what is signed is acknowledged first
         _log.info("sale %s: %s %s", self.rows.head.job[:12], action.state, action.reason)
 
     async def _run_tasks(self) -> None:
