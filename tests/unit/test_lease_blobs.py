@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import trio
@@ -147,6 +148,6 @@ async def test_it_sweeps_now_and_then_even_after_the_store_has_failed(
     monkeypatch.setattr(LeaseBlobs, "sweep", sweep)
     with trio.move_on_after(2.5 * SWEEP_S):
         await world.blobs.run()
-    gaps = [later - before for before, later in zip(swept, swept[1:], strict=False)]
+    gaps = [later - before for before, later in pairwise(swept)]
     assert gaps == [pytest.approx(SWEEP_S)] * 2
     assert GRACE_NS >= SWEEP_S * NS_PER_S
