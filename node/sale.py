@@ -20,7 +20,6 @@ from p2pflop.errors import JobError, P2PFlopError, ProtocolError, StoreError, fi
 from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS
 from p2pflop.job.events import (
     Alive,
-    Blame,
     Checkpointed,
     Done,
     Event,
@@ -175,6 +174,8 @@ class Sale:
         if self._delivery is not None and not self.over:
             named = decode(Result, self._delivery.result)
             await self._hold([*(o.address for o in named.outputs), named.trace, *named.state])
+        for told in self._checkpoints.values():
+            await self._hold([address for address, _ in told.state])
 
     async def attend(self, conversation: Conversation, first: m.Message) -> None:
         """Talk with the buyer over this stream, from now on the only one."""
@@ -188,43 +189,62 @@ class Sale:
             if self._conversation is conversation:
                 await self._hear(message)
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._begin, first)
-            why = await conversation.run(on_message)
-            nursery.cancel_scope.cancel()
+        why = "this node failed"
+        failure: P2PFlopError | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._begin, first)
+                why = await conversation.run(on_message)
+                nursery.cancel_scope.cancel()
+        except* P2PFlopError as group:
+            failure = first_error(group)
+            why = failure.message
         if self._conversation is conversation:
             self._conversation = None
             if not self.over:
                 await self.driver.hear(Lost(why))
+        if failure is not None:
+            raise failure
 
     async def _begin(self, first: m.Message) -> None:
         if isinstance(first, m.Offer):
-            await self.driver.hear(Received(self.bid.wire))
+            await self._told(Received(self.bid.wire))
         else:
             await self._hear(first)
+        if self.over:
+            self._finish_talk()
 
     async def _hear(self, message: m.Message) -> None:
         match message:
             case m.Confirmed(wire, blobs):
                 check_inline(blobs, {source.address for source in self._inputs()})
                 self._at_hand |= dict(blobs)
-                await self.driver.hear(Received(wire))
+                await self._told(Received(wire))
             case m.Abandoned(wire):
-                await self.driver.hear(Received(wire))
+                await self._told(Received(wire))
             case m.Countersigned(wire):
-                await self.driver.hear(Received(wire))
+                await self._told(Received(wire))
                 if self._lifecycle.side.countersigned == wire:
                     await self._book(wire)
                     self._forget_checkpoints(wire)
                 if self._lifecycle.ended:
                     await self.rows.flush()
-                    self._say(m.Settled())
+                    if self._lifecycle.side.countersigned == wire:
+                        self._say(m.Settled())
                     self._finish_talk()
             case m.Heartbeat():
-                await self.driver.hear(Alive())
+                await self._told(Alive())
             case _:
-                if self._conversation is not None:
-                    self._conversation.cut("a buyer does not send that")
+                self._cut("a buyer does not send that")
+
+    async def _told(self, event: Event) -> None:
+        why = await self.driver.hear(event)
+        if why:
+            self._cut(why)
+
+    def _cut(self, why: str) -> None:
+        if self._conversation is not None:
+            self._conversation.cut(why, at_fault=True)
 
     # The driver's hands
 
@@ -264,12 +284,14 @@ class Sale:
         side = self._lifecycle.side
         if side.countersigned:
             await self._book(side.countersigned)
-        if action.blame is Blame.BUYER:
+        if not self.over:
             unpaid_nusd = self._amount_nusd(side.receipt) - self.signed_nusd
             at_ns = self._seller.now_ns()
             self._seller.allocator.note_unpaid(self.account, unpaid_nusd, at_ns)
         self.rows.set_head(summary=action.reason.encode(), end_state=action.state)
         await self.rows.flush()
+        if not self.over and action.state is not State.SETTLED:
+            self._finish_talk()  # what is signed is acknowledged first
         _log.info("sale %s: %s %s", self.rows.head.job[:12], action.state, action.reason)
 
     async def _run_tasks(self) -> None:
@@ -310,6 +332,8 @@ class Sale:
         plans: dict[bytes, bytes] = {}
         feeds = Feeds(checked, seller.store, self._bring, self._hold)
         async with trio.open_nursery() as nursery:
+            # Else a restart would not know of the confirm, and the buyer be told the rows twice.
+            nursery.start_soon(self.rows.flush)
             nursery.start_soon(self._fetch_inputs)
             nursery.start_soon(feeds.open)
             plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)

@@ -19,7 +19,13 @@ import trio
 
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.planes import Dialer, Stream
-from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError, StoreError
+from p2pflop.errors import (
+    P2PFlopError,
+    ProtocolError,
+    ProviderError,
+    StoreError,
+    VerificationError,
+)
 from p2pflop.job.events import Grant, State, Withdraw
 from p2pflop.job.file import CheckedJob, JobBody, decode_body, open_job
 from p2pflop.job.validate import Refusal
@@ -83,24 +89,27 @@ class Seller:
         return self.allocator.busy
 
     async def handle(self, stream: Stream) -> None:
-        """Answer one job stream."""
-        with trio.fail_after(OFFER_S):
-            first = m.decode_message(await stream.receive(), stream.peer)
-        match first:
-            case m.Offer():
-                sale = await self._offered(first, stream)
-            case m.Confirmed(wire) | m.Countersigned(wire) | m.Abandoned(wire):
-                sale = await self._find(wire)
-            case _:
-                raise ProtocolError("a job stream begins with an offer", peer=stream.peer)
+        """Answer one job stream. Raises ProtocolError, ProviderError for what the peer did."""
+        try:
+            with trio.fail_after(OFFER_S):
+                first = m.decode_message(await stream.receive(), stream.peer)
+            match first:
+                case m.Offer():
+                    sale = await self._offered(first, stream)
+                case m.Confirmed(wire) | m.Countersigned(wire) | m.Abandoned(wire):
+                    sale = await self._find(wire)
+                case _:
+                    raise ProtocolError("a job stream begins with an offer", peer=stream.peer)
+        except trio.TooSlowError as error:
+            raise ProviderError(f"{stream.peer} offered nothing in {OFFER_S:.0f} s") from error
+        except VerificationError as error:
+            raise ProtocolError(error.message, peer=stream.peer) from error
         if sale is not None:
             await sale.attend(Conversation(stream), first)
 
     def resume(self) -> None:
         """Bring every sale that a restart found unfinished to its end, and sweep old blobs."""
-        for head in self.journal.unfinished(PROVIDER):
-            self.nursery.start_soon(self._take_up, bytes.fromhex(head.job))
-        self.nursery.start_soon(self.blobs.run)
+        self.nursery.start_soon(self._take_all_up)
 
     async def stop(self) -> None:
         """Take no more bids and give running leases back."""
@@ -237,9 +246,16 @@ class Seller:
             raise ProviderError("no such fill is known here")
         return sale
 
+    async def _take_all_up(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for head in self.journal.unfinished(PROVIDER):
+                nursery.start_soon(self._take_up, bytes.fromhex(head.job))
+        await self.blobs.run()  # only now is everything held that is still needed
+
     async def _take_up(self, bid_id: bytes) -> None:
         try:
-            await self._revive(bid_id)
+            if bid_id not in self._sales:  # else its buyer was faster
+                await self._revive(bid_id)
         except Exception as error:  # noqa: BLE001 - see below
             # One damaged sale must not keep the node from starting, now or later.
             known = isinstance(error, P2PFlopError)
@@ -272,6 +288,8 @@ class Seller:
         if sale.state in (State.OFFERED, State.LEASED):
             self.allocator.take(sale)
         await self._hold_inputs(sale, checked)
+        if sale.over:
+            self.blobs.let_go(sale.bid.id)  # it may have been released before it held anything
         return sale
 
     async def _hold_inputs(self, sale: Sale, checked: CheckedJob) -> None:

@@ -250,11 +250,9 @@ PROVIDER: Final[Table] = {
         Edge.REPEAT: State.RECEIPTED,
         Edge.QUIET: State.RECEIPTED,
     },
-    **{
-        end: row | {Edge.COUNTERSIGN: end}
-        for end, row in _END_ROWS.items()
-        if end is not State.CANCELLED
-    },
+    State.SETTLED: _END_ROWS[State.SETTLED],
+    # A countersignature that comes late is money owed all the same: the buyer has booked it.
+    **{end: {**_END_ROWS[end], Edge.COUNTERSIGN: end} for end in (State.FAILED, State.RELEASED)},
 }
 
 

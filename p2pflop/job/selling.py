@@ -210,8 +210,8 @@ class Selling:
         number = self.desk.check_countersigned(wire, self.bid, self.unsigned)
         if number is None:
             return Move(Edge.QUIET)
-        is_last = number == self.last_number and state not in ENDS
-        edge = Edge.SETTLE if is_last else Edge.COUNTERSIGN
+        settles = number == self.last_number and state not in ENDS
+        edge = Edge.SETTLE if settles else Edge.COUNTERSIGN
         return Move(edge, (wire, number.to_bytes(4, "big")))
 
     def _on_abandon(self, wire: bytes) -> Move:
