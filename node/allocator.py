@@ -8,7 +8,7 @@ slot, everybody else at once a no, which says whether to come back.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -32,6 +32,9 @@ MAX_OPEN_SALES_PER_ACCOUNT: Final = 64
 MAX_LEASE_NS: Final = 30 * 24 * 3600 * NS_PER_S
 UNPAID_FOR_NS: Final = 24 * 3600 * NS_PER_S
 MAX_UNPAID: Final = 4096
+FIRST_LAPSE_NS: Final = 4 * NS_PER_S
+MAX_LAPSE_NS: Final = 600 * NS_PER_S
+MAX_LAPSED: Final = 4096
 
 
 class Claim(Protocol):
@@ -58,9 +61,11 @@ class Allocator:
     settings: Settings
     workers: Workers
     ledger_book: LedgerBook
+    disk_bytes: int
     _held: dict[bytes, Claim] = field(default_factory=dict)
     _open: dict[bytes, Claim] = field(default_factory=dict)
     on_free: Callable[[], None] = lambda: None
+    _lapses: OrderedDict[bytes, tuple[int, int]] = field(default_factory=OrderedDict)
     _unpaid: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=MAX_UNPAID))
 
     @property
@@ -88,6 +93,16 @@ class Allocator:
         self.free(claim)
         self._open.pop(claim.bid.id, None)
 
+    def note_lapse(self, account: bytes, at_ns: int) -> None:
+        """A fill that its buyer did not confirm: the next one is later, each time more so."""
+        if account == self.own_account:
+            return
+        lapses, _ = self._lapses.pop(account, (0, 0))
+        wait_ns = min(FIRST_LAPSE_NS << min(lapses, 16), MAX_LAPSE_NS)
+        self._lapses[account] = (lapses + 1, at_ns + wait_ns)
+        if len(self._lapses) > MAX_LAPSED:
+            self._lapses.popitem(last=False)
+
     def note_unpaid(self, account: bytes, amount_nusd: int, at_ns: int) -> None:
         """Work that was shown, billed and never countersigned."""
         if amount_nusd > 0 and account != self.own_account:
@@ -98,6 +113,7 @@ class Allocator:
         own = bid.account == self.own_account
         theirs = sum(claim.account == bid.account for claim in self._open.values())
         held_bytes = sum(claim.bid.record.terms.memory_bytes for claim in self._held.values())
+        moved_bytes = sum(claim.bid.record.terms.moved_bytes for claim in self._open.values())
         terms = bid.bid.terms
         reasons = (
             (self.workers.broken, "the provider's workers are broken"),
@@ -110,6 +126,14 @@ class Allocator:
             (
                 held_bytes + terms.memory_bytes > self.settings.resolved_memory_bytes(),
                 BUSY_PREFIX + "too little memory is free",
+            ),
+            (
+                not own and moved_bytes + terms.moved_bytes > self.disk_bytes,
+                BUSY_PREFIX + "too little disk is free",
+            ),
+            (
+                self._lapses.get(bid.account, (0, 0))[1] > now_ns,
+                BUSY_PREFIX + "your last fill was not confirmed",
             ),
             (not own and self._over_credit(bid, now_ns), self._credit_reason()),
             (

@@ -120,6 +120,12 @@ class Journal:
 
         await self._database.write(change)
 
+    async def drop(self, job: str, kinds: Sequence[str]) -> None:
+        """Forget a job's rows of some kinds."""
+        values = [(job, kind) for kind in kinds]
+        query = "DELETE FROM rows WHERE job = ? AND kind = ?"
+        await self._database.write(lambda connection: connection.executemany(query, values))
+
     def state(self, work: bytes, class_id: bytes, step: int) -> bytes | None:
         """The joined addresses of the state after ``step`` steps, or None if it is not known."""
         found = self._database.read(
@@ -216,6 +222,10 @@ class JobRows:
             self._changed = self.head is not head
             self._fault = None
             self._flushed.set()
+
+    async def drop(self, *kinds: str) -> None:
+        """Forget rows of some kinds that are on disk."""
+        await self._journal.drop(self.head.job, kinds)
 
     async def wait_flushed(self) -> None:
         """Return once there has been a flush: the job is in the journal. Raises StoreError."""

@@ -16,10 +16,18 @@ import msgspec
 import trio
 
 from p2pflop.dht.fetch import fetch
-from p2pflop.errors import JobError, P2PFlopError, ProtocolError, StoreError, first_error
+from p2pflop.errors import (
+    JobError,
+    P2PFlopError,
+    ProtocolError,
+    ProviderError,
+    StoreError,
+    first_error,
+)
 from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS
 from p2pflop.job.events import (
     Alive,
+    Blame,
     Checkpointed,
     Done,
     Event,
@@ -38,6 +46,7 @@ from p2pflop.job.spec import BlobSource, Result, state_root
 from p2pflop.keys import peer_id
 from p2pflop.market.desk import ProviderDesk
 from p2pflop.market.fills import SALT_BYTES
+from p2pflop.market.receipts import amount_nusd
 from p2pflop.market.records import Bid, Receipt
 from p2pflop.node import messages as m
 from p2pflop.node.conversation import Conversation
@@ -60,6 +69,10 @@ if TYPE_CHECKING:
     from p2pflop.node.sell import Seller
 
 MAX_FAULT_CHARS: Final = 200
+INPUT_S: Final = 30.0
+MIN_INPUT_BYTES_PER_S: Final = 256 * KIB
+"""An input that comes slower ends the lease: nobody holds a slot with inputs that never come."""
+
 PROGRESS_BYTES: Final = 256 * KIB
 WORKER_THREADS: Final = 1
 
@@ -99,12 +112,14 @@ class Sale:
         self.bid = bid
         self.account = account
         self.rows = rows
+        self.body_bytes = 0
         self._seller = seller
         self._body = body
         self._checked = checked
         self._conversation: Conversation | None = None
         self._checkpoints: dict[int, m.Checkpoint] = {}
         self._at_hand: dict[bytes, bytes] = {}
+        self._shown_to = bid.record.job.first_step
         self._delivery: _Delivery | None = None
         self._working = trio.CancelScope()
         self._may_run = trio.Event()
@@ -285,11 +300,16 @@ class Sale:
         if side.countersigned:
             await self._book(side.countersigned)
         if not self.over:
-            unpaid_nusd = self._amount_nusd(side.receipt) - self.signed_nusd
-            at_ns = self._seller.now_ns()
-            self._seller.allocator.note_unpaid(self.account, unpaid_nusd, at_ns)
+            allocator, at_ns = self._seller.allocator, self._seller.now_ns()
+            unpaid_nusd = self._shown_nusd(action.blame) - self.signed_nusd
+            allocator.note_unpaid(self.account, unpaid_nusd, at_ns)
+            if side.fill and not side.confirm and action.blame is Blame.BUYER:
+                allocator.note_lapse(self.account, at_ns)
         self.rows.set_head(summary=action.reason.encode(), end_state=action.state)
         await self.rows.flush()
+        # Nobody can ask for these any more; of what was never confirmed, not even for the job.
+        kinds = [SaleRow.RESULT, SaleRow.CHECKPOINT, *([] if side.confirm else [SaleRow.BODY])]
+        await self.rows.drop(*kinds)
         if not self.over and action.state is not State.SETTLED:
             self._finish_talk()  # what is signed is acknowledged first
         _log.info("sale %s: %s %s", self.rows.head.job[:12], action.state, action.reason)
@@ -377,20 +397,26 @@ class Sale:
                 self._offer(m.Fetching(done, total))
 
     async def _bring(self, address: bytes, max_bytes: int) -> None:
-        """Have an input of the buyer's in the store."""
-        await fetch(
-            self._seller.store,
-            address,
-            [peer_id(self.bid.signer)],
-            self._seller.dialer,
-            max_bytes=max_bytes,
-            owner=self._owner,
-        )
+        """Have an input of the buyer's in the store. Raises ProviderError if it comes too slow."""
+        limit_s = INPUT_S + max_bytes / MIN_INPUT_BYTES_PER_S
+        with trio.move_on_after(limit_s):
+            await fetch(
+                self._seller.store,
+                address,
+                [peer_id(self.bid.signer)],
+                self._seller.dialer,
+                max_bytes=max_bytes,
+                owner=self._owner,
+            )
+            return
+        raise ProviderError(f"input {address.hex()[:12]} did not come within {limit_s:.0f} s")
 
     async def _tell_lowering(self, done: int, total: int) -> None:
         self._offer(m.Lowering(done, total))
 
     async def _tell_rows(self, rows: Rows) -> None:
+        if rows.values:
+            self._shown_to = rows.last_step + 1
         self._offer(m.Rows(rows.first_step, rows.last_step, rows.values))
 
     async def _keep_checkpoint(self, step: int, keep_state: KeepState) -> None:
@@ -435,6 +461,15 @@ class Sale:
         if self._delivery is None:
             raise StoreError("the journal has no result for this sale")
         self._say(m.Delivered(wire, self._delivery.result, salt, self._delivery.blobs))
+
+    def _shown_nusd(self, blame: Blame) -> int:
+        """What the buyer has seen of the work: what was billed, or, if that is more, the rows."""
+        billed_nusd = self._amount_nusd(self._lifecycle.side.receipt)
+        if blame is Blame.PROVIDER:
+            return billed_nusd
+        bid = self.bid.record
+        steps = self._shown_to - bid.job.first_step
+        return max(billed_nusd, amount_nusd(bid, self._checked.work, steps))
 
     def _amount_nusd(self, receipt: bytes) -> int:
         """What a receipt, or none, bills."""

@@ -23,12 +23,10 @@ from p2pflop.errors import (
     P2PFlopError,
     ProtocolError,
     ProviderError,
-    StoreError,
     VerificationError,
 )
 from p2pflop.job.events import Grant, State, Withdraw
-from p2pflop.job.file import CheckedJob, JobBody, decode_body, open_job
-from p2pflop.job.validate import Refusal
+from p2pflop.job.file import CheckedJob, JobBody
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import OpenBid, check_bid, make_reject
 from p2pflop.market.records import Abandon, Bid, Confirm, Fill, Receipt, Rejected
@@ -40,16 +38,20 @@ from p2pflop.node.identity import Identity
 from p2pflop.node.journal import PROVIDER, Head, JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.ledger_book import LedgerBook
+from p2pflop.node.opening import Opener, open_known
 from p2pflop.node.sale import Sale, SaleRow, first_row
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.warm import WarmWorkers
 from p2pflop.node.worker_types import Workers
+from p2pflop.units import KIB
 from p2pflop.wire import Sealed, envelope_kind, open_sealed
 
 OFFER_S: Final = 10.0
 MAX_REMEMBERED: Final = 256
+MAX_REMEMBERED_BYTES: Final = 256 * KIB
+"""Of the bodies of sales that are over; a body in memory is a hundred times its size."""
+
 MAX_REFUSALS_REMEMBERED: Final = 1024
-SMALL_BODY_BYTES: Final = 1024
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class Seller:
     stopping: bool = False
     allocator: Allocator = field(init=False)
     blobs: LeaseBlobs = field(init=False)
+    opener: Opener = field(init=False)
     _sales: OrderedDict[bytes, Sale] = field(default_factory=OrderedDict)
     _by_fill: dict[bytes, Sale] = field(default_factory=dict)
     _refusals: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
@@ -80,8 +83,15 @@ class Seller:
 
     def __post_init__(self) -> None:
         own_account = self.identity.account.public_key
-        self.allocator = Allocator(own_account, self.settings, self.workers, self.ledger_book)
+        self.allocator = Allocator(
+            own_account,
+            self.settings,
+            self.workers,
+            self.ledger_book,
+            self.settings.resolved_disk_bytes(),
+        )
         self.blobs = LeaseBlobs(self.store, self.now_ns)
+        self.opener = Opener(self.now_ns)
 
     @property
     def busy(self) -> int:
@@ -123,6 +133,7 @@ class Seller:
         """Called by a sale that has ended, once its worker has too."""
         self.allocator.close(sale)
         self.blobs.let_go(sale.bid.id)
+        self._forget()
 
     def shows(self, address: bytes, reader: bytes) -> bool:
         """Whether a blob is for the buyer whose node is ``reader``: of a lease of its own."""
@@ -169,11 +180,13 @@ class Seller:
         reason = self._objection(bid)
         if reason:
             return Rejected(reason)
-        body, checked = await _open_offered(offer.body)
-        if isinstance(checked, Refusal):
-            return Rejected(f"the job is not valid: {checked.reason}")
+        opened = await self.opener.open(bid.bid, offer.body, bid.peer)
+        if isinstance(opened, Rejected):
+            return opened
+        body, checked = opened
         reason = self.allocator.objection_to_job(bid.bid, checked)
         if reason:
+            self.opener.penalise(bid.peer)
             return Rejected(reason)
         async with self._deciding:
             # Others may have come first meanwhile, and this very bid over another stream.
@@ -193,6 +206,7 @@ class Seller:
     ) -> Sale:
         head = Head(bid.sealed.id.hex(), PROVIDER, self.now_ns(), "", b"")
         sale = self._remember(bid.sealed, bid.account, body, checked, head)
+        sale.body_bytes = len(encoded)
         self.allocator.take(sale)
         await self._hold_inputs(sale, checked)
         sale.rows.add(SaleRow.BID, bid.sealed.wire)
@@ -220,13 +234,19 @@ class Seller:
         rows = JobRows(self.journal, head, self.now_ns)
         sale = self._sales[bid.id] = Sale(self, bid, account, body, checked, rows)
         self.nursery.start_soon(sale.live)
-        while len(self._sales) > MAX_REMEMBERED:
-            oldest = next((key for key, s in self._sales.items() if s.over), None)
-            if oldest is None:
-                break
-            forgotten = self._sales.pop(oldest)
-            self._by_fill = {k: s for k, s in self._by_fill.items() if s is not forgotten}
+        self._forget()
         return sale
+
+    def _forget(self) -> None:
+        """Leave sales that are over to the journal, but for the latest and small ones."""
+        over = [(key, sale) for key, sale in self._sales.items() if sale.over]
+        count, size_bytes = len(self._sales), sum(sale.body_bytes for _, sale in over)
+        for key, sale in over:
+            if count <= MAX_REMEMBERED and size_bytes <= MAX_REMEMBERED_BYTES:
+                return
+            count, size_bytes = count - 1, size_bytes - sale.body_bytes
+            del self._sales[key]
+            self._by_fill = {k: s for k, s in self._by_fill.items() if s is not sale}
 
     async def _find(self, wire: bytes) -> Sale:
         record: Confirm | Receipt | Abandon
@@ -276,12 +296,14 @@ class Seller:
         if head is None or head.side != PROVIDER:
             return None
         rows = self.journal.rows(head.job)
+        if head.end_state and not any(row.kind == SaleRow.BODY for row in rows):
+            raise ProviderError("that bid was granted, not confirmed, and is over")
         bid = open_sealed(Bid, first_row(rows, SaleRow.BID), self.identity.network)
         account = first_row(rows, SaleRow.ACCOUNT)
-        body, checked = _open_body(first_row(rows, SaleRow.BODY))
-        if isinstance(checked, Refusal):
-            raise StoreError(f"the journal's job is not valid: {checked.reason}")
+        encoded = first_row(rows, SaleRow.BODY)
+        body, checked = open_known(encoded)
         sale = self._remember(bid, account, body, checked, head)
+        sale.body_bytes = len(encoded)
         # Work that was under way died with the node: only what was not begun needs room.
         self.allocator.take(sale, capacity=False)
         await sale.resume(rows)
@@ -294,15 +316,3 @@ class Seller:
 
     async def _hold_inputs(self, sale: Sale, checked: CheckedJob) -> None:
         await self.blobs.hold(sale.bid.id, [source.address for _, source in checked.inputs])
-
-
-async def _open_offered(data: bytes) -> tuple[JobBody, CheckedJob | Refusal]:
-    """As ``_open_body``, in a thread unless the hop would cost more than the work."""
-    if len(data) <= SMALL_BODY_BYTES:
-        return _open_body(data)
-    return await trio.to_thread.run_sync(_open_body, data)
-
-
-def _open_body(data: bytes) -> tuple[JobBody, CheckedJob | Refusal]:
-    body = decode_body(data)
-    return body, open_job(body)

@@ -16,6 +16,8 @@ from p2pflop.market.fills import OpenBid
 from p2pflop.market.records import Bid
 from p2pflop.market.samples import NOW_NS, TERMS, ask, bid, deals, party
 from p2pflop.node.allocator import (
+    FIRST_LAPSE_NS,
+    MAX_LAPSE_NS,
     MAX_LEASE_NS,
     MAX_OPEN_SALES,
     MAX_OPEN_SALES_PER_ACCOUNT,
@@ -70,7 +72,9 @@ def taken(number: int, account: bytes = b"", signed_nusd: int = 0) -> Taken:
     return Taken(opened.sealed, opened.account, signed_nusd)
 
 
-def allocator(owed_nusd: int = 0, level: int = 3, **settings: Any) -> Allocator:
+def allocator(
+    owed_nusd: int = 0, level: int = 3, disk_bytes: int = 10**18, **settings: Any
+) -> Allocator:
     """With room for everything that ``settings`` do not limit."""
     roomy = {"slots": 10**6, "memory_bytes": 10**6 * MEMORY, "credit_nusd": 10**18}
     return Allocator(
@@ -78,7 +82,38 @@ def allocator(owed_nusd: int = 0, level: int = 3, **settings: Any) -> Allocator:
         Settings(Path("home"), **{**roomy, **settings}),
         MemoryWorkerPool(level=level),
         cast(LedgerBook, Owed(owed_nusd)),
+        disk_bytes=disk_bytes,
     )
+
+
+def test_disk_is_given_for_all_that_open_sales_may_move() -> None:
+    made = allocator(disk_bytes=3 * TERMS.moved_bytes)
+    first, second = taken(1), taken(2)
+    made.take(first)
+    made.take(second)
+    assert made.objection(open_bid(3), NOW_NS) == ""
+    made.take(taken(3))
+    assert made.objection(open_bid(4), NOW_NS) == "busy: too little disk is free"
+    assert made.objection(open_bid(4, OWN.account.public_key), NOW_NS) == "", "the user's own"
+    made.free(first)
+    assert made.objection(open_bid(4), NOW_NS) != "", "its result is still to be fetched"
+    made.close(first)
+    assert made.objection(open_bid(4), NOW_NS) == ""
+
+
+def test_who_lets_fills_lapse_waits_longer_each_time() -> None:
+    made, account = allocator(), content_hash(b"account 1")
+    now_ns = NOW_NS
+    for lapses in range(12):
+        assert made.objection(open_bid(1), now_ns) == ""
+        made.note_lapse(account, now_ns)
+        wait_ns = min(FIRST_LAPSE_NS << lapses, MAX_LAPSE_NS)
+        reason = made.objection(open_bid(1), now_ns + wait_ns - 1)
+        assert reason == "busy: your last fill was not confirmed"
+        assert made.objection(open_bid(2), now_ns) == "", "others do not"
+        now_ns += wait_ns
+    made.note_lapse(OWN.account.public_key, now_ns)
+    assert made.objection(open_bid(3, OWN.account.public_key), now_ns) == ""
 
 
 def test_a_slot_is_given_once() -> None:
