@@ -24,9 +24,10 @@ from p2pflop.job.events import State
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.lifecycle import PROVIDER_LIMITS
 from p2pflop.job.spec import FeedSource
-from p2pflop.market.ranking import Need, Policy, rank
+from p2pflop.market.ranking import Deal, Need, Policy, rank
 from p2pflop.market.records import NONCE_BYTES
 from p2pflop.node import messages as m
+from p2pflop.node.experience import Experience
 from p2pflop.node.feeding import open_feed
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
@@ -81,8 +82,12 @@ class Buyer:
     ledger_book: LedgerBook
     nursery: trio.Nursery
     now_ns: Callable[[], int]
+    experience: Experience = field(init=False)
     _waiting: dict[str, Purchase] = field(default_factory=dict)
     _lent: Counter[tuple[bytes, bytes]] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.experience = Experience(self.identity.account.public_key)
 
     def wait(self, run_id: str, purchase: Purchase) -> None:
         """Called by a purchase that waits for room."""
@@ -122,7 +127,6 @@ class Buyer:
         """Rank the book as it is now."""
         now_ns = self.now_ns()
         nonce = secrets.token_bytes(NONCE_BYTES)
-        policy = Policy()
         view = self.sheets.book.view(now_ns)
         need = Need(
             class_ids=frozenset({self.class_id}),
@@ -134,7 +138,12 @@ class Buyer:
             max_nusd=order.max_nusd,
             nonce=nonce,
         )
-        return Ranking(nonce, view, policy, rank(view.sheets, need, policy, now_ns))
+        # Better one that has failed before than none.
+        for policy in (Policy(excluded=self.experience.avoided(now_ns)), Policy()):
+            ranked = rank(view.sheets, need, policy, now_ns)
+            if any(isinstance(entry, Deal) for entry in ranked):
+                break
+        return Ranking(nonce, view, policy, ranked)
 
     def job_file(self, run_id: str) -> bytes:
         """The encoded job file of a run."""

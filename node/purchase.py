@@ -42,6 +42,7 @@ from p2pflop.job.events import (
     Verified,
 )
 from p2pflop.job.graph import Dtype
+from p2pflop.job.lifecycle import Edge
 from p2pflop.job.naming import output_names
 from p2pflop.job.results import result_hash
 from p2pflop.job.spec import ROLE_STATE, Result
@@ -52,7 +53,7 @@ from p2pflop.market.records import ZERO_HASH, Bid, Receipt
 from p2pflop.node import messages as m
 from p2pflop.node.bidding import Bidding
 from p2pflop.node.conversation import Conversation
-from p2pflop.node.driver import Driver
+from p2pflop.node.driver import LIFE_ROW, Driver
 from p2pflop.node.goods import Goods
 from p2pflop.node.journal import KnownState
 from p2pflop.node.letters import FAREWELL_S, JOB_PROTOCOL, LETTER_ROW, Letter, leave_word
@@ -184,10 +185,14 @@ class Purchase:
             await self._book(countersigned)  # a restart may have found it signed but not booked
             self._run.rows.add(LETTER_ROW, msgspec.msgpack.encode(self._letter()))
         if action.state is State.SETTLED:
+            account = self._bidding.account_of(self._lent_to)
+            self._buyer.experience.note_success(account or b"")
             await self._tell_result()
         elif action.state is State.CANCELLED:
             await self._buyer.runs.emit(self._run, "cancelled")
         else:
+            if action.blame is Blame.PROVIDER:
+                self._note_failure()
             self._failure = _error(action)
 
     # Bidding
@@ -237,6 +242,13 @@ class Purchase:
             small[source.address] = await self._buyer.store.get(source.address)
         return tuple(small.items())
 
+    def _note_failure(self) -> None:
+        """Whoever had the lease did not do the job: not to be asked again for a while."""
+        account = self._bidding.account_of(self._lent_to)
+        if account is not None:
+            self._buyer.experience.note_failure(account, self._buyer.now_ns())
+        self._take_back()
+
     def _take_back(self) -> None:
         """The inputs are no longer for the provider to read."""
         self._buyer.take_back(self._lent, self._lent_to)
@@ -249,6 +261,8 @@ class Purchase:
             self._conversation.finish()
             self._conversation = None
         buyer = self._buyer
+        self._note_failure()
+        self._returns_left = MAX_RETURNS
         self._goods = Goods(self._order.checked, buyer.store, buyer.dialer, self._peer)
         self._say(m.Offer(bid, self._order.body))
 
@@ -367,7 +381,7 @@ class Purchase:
             return ""
         if goods is None or self._lifecycle.state in (State.RANKING, State.BIDDING):
             return "it worked before it was confirmed"
-        event: Event = Alive()
+        event: Event = Alive(worked=True)
         if isinstance(message, m.Delivered):
             event = Received(message.receipt, message.salt)
         try:
@@ -501,11 +515,14 @@ class Purchase:
     # Beginning again, and the end
 
     async def _resume(self) -> None:
-        rows = self._buyer.runs.rows(self._run.id)
-        goods = self._goods = Goods(self._order.checked, self._buyer.store, self._buyer.dialer)
+        buyer = self._buyer
+        rows = buyer.runs.rows(self._run.id)
+        goods = self._goods = Goods(self._order.checked, buyer.store, buyer.dialer)
         for row in rows:
             if row.kind == RESULT_ROW:
                 goods.recall_result(row.body)
+            if row.kind in (LIFE_ROW + Edge.NEXT, LIFE_ROW + Edge.WAIT):
+                goods = self._goods = Goods(self._order.checked, buyer.store, buyer.dialer)
             self._bidding.recall(row)
         await self._driver.resume(rows)
         if self._lifecycle.side.bid:

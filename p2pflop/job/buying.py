@@ -26,7 +26,17 @@ from p2pflop.job.events import (
     Timer,
     Verified,
 )
-from p2pflop.job.lifecycle import BUYER, BUYER_LIMITS, Edge, Lifecycle, Limit, Move, Parts, Table
+from p2pflop.job.lifecycle import (
+    BUYER,
+    BUYER_LIMITS,
+    STALLS,
+    Edge,
+    Lifecycle,
+    Limit,
+    Move,
+    Parts,
+    Table,
+)
 from p2pflop.units import NS_PER_S
 
 MAX_ATTEMPTS: Final = 64
@@ -47,7 +57,7 @@ BUYER_EDGES: Final[Mapping[str, tuple[Edge, ...]]] = {
     "abandon": (Edge.NEXT, Edge.GIVEN_UP, Edge.QUIET),
     "fault": (Edge.NEXT, Edge.JOB_FAULT, Edge.QUIET),
     "lost": (Edge.NEXT, Edge.LOST, Edge.QUIET),
-    "alive": (Edge.STARTED, Edge.ALIVE, Edge.QUIET),
+    "alive": (Edge.STARTED, Edge.ALIVE, Edge.WORKED, Edge.QUIET),
     "verified": (Edge.VERIFIED, Edge.COUNTERSIGN, Edge.QUIET),
     "refuted": (Edge.REFUTED, Edge.QUIET),
     "cancel": (Edge.CANCEL, Edge.QUIET),
@@ -97,6 +107,7 @@ class Buying:
 
     table: Table = BUYER
     limits: Mapping[State, Limit] = BUYER_LIMITS
+    stalls: Mapping[State, Limit] = STALLS
     edges: Mapping[str, tuple[Edge, ...]] = BUYER_EDGES
     initial = State.RANKING
 
@@ -104,6 +115,7 @@ class Buying:
         self.desk = desk
         self.attempt = 0
         self.rounds = 0
+        self.job_faults = 0
         self.bid = b""
         self.fill = b""
         self.confirm = b""
@@ -165,6 +177,7 @@ class Buying:
         self.attempt += 1
         self.bid, self._reason = bid, reason
         self._busy = self._busy or BUSY_PREFIX in reason
+        self.job_faults += JOB_FAULT_PREFIX in reason
         if not bid:
             self._first_attempt, self._busy = self.attempt, False
             self.rounds += 1
@@ -250,19 +263,48 @@ class Buying:
         reason = self.desk.check_abandon(wire, self.bid, self.fill)
         job_fault = reason.startswith(JOB_FAULT_PREFIX)
         reason = f"the provider gave the lease back: {reason}"
-        if state is State.CONFIRMING and not job_fault:
+        if state is State.VERIFYING:
+            blame = Blame.JOB if job_fault else Blame.PROVIDER
+            return self._end(Edge.GIVEN_UP, reason, blame, fence=False)
+        if job_fault:
+            return self._on_job_fault(reason, now_ns)
+        if state is State.CONFIRMING:
             return self._next(reason, now_ns, fence=False)
-        edge = Edge.JOB_FAULT if job_fault and state is not State.VERIFYING else Edge.GIVEN_UP
-        return self._end(edge, reason, Blame.JOB if job_fault else Blame.PROVIDER, fence=False)
+        return self._start_over(reason, now_ns, Edge.GIVEN_UP, Blame.PROVIDER, fence=False)
+
+    def _on_job_fault(self, reason: str, now_ns: int) -> Move:
+        """One provider says that the job itself is to blame: believed when a second one says so,
+        or when there is no other to ask."""
+        if self.job_faults:
+            return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
+        return self._start_over(reason, now_ns, Edge.JOB_FAULT, Blame.JOB, fence=False)
+
+    def _start_over(
+        self, reason: str, now_ns: int, edge: Edge, blame: Blame, *, fence: bool = True
+    ) -> Move:
+        """Have another provider do it all, if nothing is owed yet and there is one; else end."""
+        attempt = self.attempt + 1
+        few = not self.countersigned and attempt - self._first_attempt < MAX_ATTEMPTS
+        bid = self.desk.bid(attempt, now_ns) if few else None
+        if bid is None:
+            return self._end(edge, reason, blame, fence)
+        abandon = self._fence(reason) if fence else []
+        parts = (reason.encode(), bid, abandon[0].wire if abandon else b"")
+        return Move(Edge.NEXT, parts, [*abandon, Send("bid", bid)])
 
     def _on_sign(self, event: Alive | Lost | Fault | Timer, state: State, now_ns: int) -> Move:
         match event:
             case Timer(name):
-                return self._on_deadline(state) if name == DEADLINE else self._limit(state, now_ns)
-            case Alive():
+                return (
+                    self._on_deadline(state)
+                    if name == DEADLINE
+                    else self._limit(name, state, now_ns)
+                )
+            case Alive(worked):
                 if state is State.CONFIRMING:
                     return Move(Edge.STARTED)
-                return Move(Edge.ALIVE if state is State.RUNNING else Edge.QUIET)
+                alive = Edge.WORKED if worked else Edge.ALIVE
+                return Move(alive if state is State.RUNNING else Edge.QUIET)
             case _ if state in (State.RANKING, State.WAITING, State.VERIFYING):
                 # No stream is needed yet, or all that is needed can come over another one.
                 return Move(Edge.QUIET)
@@ -273,7 +315,7 @@ class Buying:
                     return self._end(Edge.JOB_FAULT, f"the job failed: {reason}", Blame.JOB)
                 return self._fall(f"the provider failed: {reason}", state, now_ns, Edge.LOST)
 
-    def _limit(self, state: State, now_ns: int) -> Move:
+    def _limit(self, name: str, state: State, now_ns: int) -> Move:
         if state is State.RANKING:
             return self._end(Edge.SILENT, "no deal was found in time", Blame.MARKET)
         if state is State.WAITING:
@@ -281,6 +323,10 @@ class Buying:
         if state is State.VERIFYING:
             reason = "the result could not be verified in time"
             return self._end(Edge.SILENT, reason, Blame.PROVIDER)
+        stall = STALLS.get(state)
+        if stall is not None and name == stall.name:
+            reason = f"the provider made no progress for {stall.after_ns // NS_PER_S} s"
+            return self._fall(reason, state, now_ns, Edge.SILENT)
         seconds = BUYER_LIMITS[state].after_ns // NS_PER_S
         return self._fall(f"the provider was silent for {seconds} s", state, now_ns, Edge.SILENT)
 
@@ -315,9 +361,9 @@ class Buying:
         return Move(edge, (signed, number.to_bytes(4, "big")), [Send("countersign", signed)])
 
     def _fall(self, reason: str, state: State, now_ns: int, edge: Edge) -> Move:
-        """A provider is of no use: try the next one, unless work was under way."""
+        """A provider is of no use: try the next one, unless work is owed for."""
         if state is State.RUNNING:
-            return self._end(edge, reason, Blame.PROVIDER)
+            return self._start_over(reason, now_ns, edge, Blame.PROVIDER)
         return self._next(reason, now_ns)
 
     def _next(self, reason: str, now_ns: int, fence: bool = True) -> Move:

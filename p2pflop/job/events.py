@@ -54,7 +54,9 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """Anything else came from the other side: progress, rows, a heartbeat."""
+    """Anything else came from the other side. ``worked``: progress or rows, not a heartbeat."""
+
+    worked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ MAX_WAIT_NS: Final = 16 * NS_PER_S
 
 
 class Edge(StrEnum):
-    """The kinds of journal rows. ``ALIVE``, ``REPEAT`` and ``QUIET`` change nothing: no row."""
+    """The kinds of journal rows. Those in ``VOLATILE`` change nothing: no row."""
 
     START = "start"
     RANKED = "ranked"
@@ -113,11 +113,12 @@ class Edge(StrEnum):
     WITHDRAW = "withdraw"
     RESTART = "restart"
     ALIVE = "alive"
+    WORKED = "worked"
     REPEAT = "repeat"
     QUIET = "quiet"
 
 
-VOLATILE: Final = frozenset({Edge.ALIVE, Edge.REPEAT, Edge.QUIET})
+VOLATILE: Final = frozenset({Edge.ALIVE, Edge.WORKED, Edge.REPEAT, Edge.QUIET})
 
 Table = Mapping[State, Mapping[Edge, State]]
 
@@ -125,8 +126,9 @@ _END_ROWS: Final[dict[State, dict[Edge, State]]] = {
     end: {Edge.REPEAT: end, Edge.QUIET: end} for end in ENDS
 }
 
-# Loss of a provider ends a job. A RESUBMIT edge, from RUNNING and VERIFYING back to BIDDING with
-# the newest verified checkpoint as its start, will take the place of LOST, SILENT and GIVEN_UP.
+# Loss of a provider sends a job to the next one as long as nothing is countersigned, and ends it
+# after that. A RESUBMIT edge, from RUNNING and VERIFYING back to BIDDING with the newest verified
+# checkpoint as its start, will take the place of LOST, SILENT and GIVEN_UP.
 BUYER: Final[Table] = {
     State.RANKING: {
         Edge.RANKED: State.BIDDING,
@@ -168,6 +170,7 @@ BUYER: Final[Table] = {
         Edge.COUNTERSIGN: State.RUNNING,
         Edge.COMMIT: State.RUNNING,
         Edge.LAST_RECEIPT: State.VERIFYING,
+        Edge.NEXT: State.BIDDING,
         Edge.REFUTED: State.FAILED,
         Edge.LOST: State.FAILED,
         Edge.SILENT: State.FAILED,
@@ -176,6 +179,7 @@ BUYER: Final[Table] = {
         Edge.DEADLINE: State.FAILED,
         Edge.CANCEL: State.CANCELLED,
         Edge.ALIVE: State.RUNNING,
+        Edge.WORKED: State.RUNNING,
         Edge.REPEAT: State.RUNNING,
         Edge.QUIET: State.RUNNING,
     },
@@ -272,6 +276,9 @@ BUYER_LIMITS: Final[Mapping[State, Limit]] = {
     State.RUNNING: Limit("provider silence", 30 * NS_PER_S),
     State.VERIFYING: Limit("verification", 1800 * NS_PER_S),
 }
+STALLS: Final[Mapping[State, Limit]] = {State.RUNNING: Limit("stall", 900 * NS_PER_S)}
+"""How long a provider may be alive without any progress: longer than the longest step."""
+
 PROVIDER_LIMITS: Final[Mapping[State, Limit]] = {
     State.OFFERED: Limit("decision", 10 * NS_PER_S),
     State.LEASED: Limit("confirm", CONFIRM_WITHIN_NS),
@@ -312,6 +319,7 @@ class Side(Protocol):
 
     table: Table
     limits: Mapping[State, Limit]
+    stalls: Mapping[State, Limit]
     edges: Mapping[str, tuple[Edge, ...]]
     """Which edges an event of that name may take, in whatever state."""
     initial: State
@@ -410,8 +418,9 @@ class Lifecycle(Generic[SideT]):
         if after is None:
             raise ProtocolError(f"{name} is not allowed in state {self.state}")
         if move.edge in VOLATILE:
-            renewed = move.edge is Edge.ALIVE
-            return [*move.actions, *(self._arm(now_ns) if renewed else ())]
+            renewed = move.edge in (Edge.ALIVE, Edge.WORKED)
+            worked = move.edge is Edge.WORKED
+            return [*move.actions, *(self._arm(now_ns, worked=worked) if renewed else ())]
         actions: list[Action] = [Persist(move.edge.value, _PARTS.encode(move.parts)), *move.actions]
         had_ended = self.ended
         self.state = after
@@ -423,9 +432,14 @@ class Lifecycle(Generic[SideT]):
             return [*actions, Stop(), Finish(after, *self.side.outcome())]
         return [*actions, *self._arm(now_ns)]
 
-    def _arm(self, now_ns: int) -> list[Action]:
+    def _arm(self, now_ns: int, *, worked: bool = True) -> list[Action]:
         limit = self.side.limit(self.state)
-        self._timers = {limit.name: now_ns + limit.after_ns}
+        stall = self.side.stalls.get(self.state)
+        timers = {limit.name: now_ns + limit.after_ns}
+        if stall is not None:
+            fresh_ns = now_ns + stall.after_ns
+            timers[stall.name] = fresh_ns if worked else self._timers.get(stall.name, fresh_ns)
+        self._timers = timers
         if self.state in UNTIL_DEADLINE:
             self._timers[DEADLINE] = self.deadline_ns
         return [SetTimer(name, at_ns) for name, at_ns in self._timers.items()]

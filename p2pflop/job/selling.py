@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from p2pflop.errors import ProtocolError
@@ -96,6 +97,7 @@ class Selling:
 
     table: Table = PROVIDER
     limits: Mapping[State, Limit] = PROVIDER_LIMITS
+    stalls: Mapping[State, Limit] = MappingProxyType({})
     edges: Mapping[str, tuple[Edge, ...]] = PROVIDER_EDGES
     initial = State.OFFERED
 
