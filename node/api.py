@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +59,7 @@ from p2pflop.node.service import (
     Json,
     NodeService,
     SubmitOptions,
+    check_run_id,
 )
 from p2pflop.units import KIB, MAX_NUSD
 
@@ -67,8 +67,6 @@ MAX_ITEMS: Final = 10_000
 MAX_DEADLINE_S: Final = 366 * 86400
 MAX_WAIT_MS: Final = 7 * 86400 * 1000
 MAX_STEPS: Final = 2**40
-
-_RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,10 +342,7 @@ def _parse_number(text: str, name: str, highest: int) -> int:
 
 
 def _run_id(request: Request) -> str:
-    run: str = request.path_params["run"]
-    if _RUN_ID.fullmatch(run) is None:
-        raise ConfigError(f"{run[:80]!r} is not the id of a run", hint="See 'p2pflop jobs'.")
-    return run
+    return check_run_id(request.path_params["run"])
 
 
 def _declared_bytes(request: Request) -> int:
