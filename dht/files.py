@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from p2pflop.dht.manifest import CHUNK_BYTES, Buffer, Manifest
-from p2pflop.errors import StoreError
+from p2pflop.errors import StoreError, VerificationError
 
 NAME_BYTES: Final = 16
 
@@ -155,6 +155,15 @@ def disk_error(error: OSError, path: Path) -> StoreError:
     else:
         hint = "The disk may be failing: look at the system's log."
     return StoreError(f"the store at {path} failed: {error.strerror or error}", hint=hint)
+
+
+def damage_error(address: bytes, damage: DamagedChunk) -> VerificationError:
+    """What to tell a user about ``damage`` to a blob."""
+    part = "its bytes" if damage.index is None else f"chunk {damage.index}"
+    return VerificationError(
+        f"blob {address.hex()} is damaged on disk: {part} cannot be read back",
+        hint="Fetch it or put it again; if this repeats, the disk is failing.",
+    )
 
 
 def lock(path: Path) -> int:

@@ -75,7 +75,7 @@ def _furnish(path: Path) -> Home:
         return Home(path, _key(path / "account.pem"), _key(path / "node.pem"), _token(path))
     except OSError as error:
         raise ConfigError(
-            f"the home {path} cannot be used: {error}",
+            f"the home {path} cannot be used: {error.strerror}",
             hint="Choose another with --home or P2PFLOP_HOME.",
         ) from error
 

@@ -60,8 +60,9 @@ def read_note(home: Path) -> NodeNote | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise ConfigError(
-            f"cannot read how to reach the node of {home}: {error}",
+            f"cannot read how to reach the node of {home}: {reason}",
             hint="Is it your home? Choose another with --home or P2PFLOP_HOME.",
         ) from error
 

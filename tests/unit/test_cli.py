@@ -132,6 +132,21 @@ class TestErrors:
             assert error["exit_code"] == code
             assert error["message"]
 
+    def test_a_message_tells_what_is_wrong(
+        self, start_node: StartNode, tmp_path: Path, capsys: Output
+    ) -> None:
+        start_node()
+        address = Client().put(b"data").address.hex()
+        for arguments, words in (
+            (["watch", ""], "'' is not the id of a run"),
+            (["get", address, "-o", str(tmp_path)], "is a folder"),
+            (["node", "--ask", "-1"], "negative"),
+            (["node", "--memory", "1000TiB"], "this machine has"),
+            (["show", str(tmp_path / "no.p2pj")], "hint: Make one with 'p2pflop trace SCRIPT'"),
+        ):
+            assert run(arguments) == 2, arguments
+            assert words in capsys.readouterr().err, arguments
+
     def test_usage_errors_name_the_command(self, capsys: Output) -> None:
         assert run(["frobnicate"]) == 2
         assert run(["get"]) == 2
@@ -333,6 +348,16 @@ class TestCommands:
         monkeypatch.setattr(Client, "doctor", lambda _: {"problems": ["disk is full"]})
         assert run(["doctor"]) == 2
         assert "disk is full" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("home", ["/proc/nowhere", "file/sub"])
+    def test_doctor_tries_the_home_out(self, tmp_path: Path, home: str, capsys: Output) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        assert run(["doctor", "--home", str(tmp_path / home)]) == 2
+        text = capsys.readouterr().out
+        assert "cannot be made" in text
+        assert "Errno" not in text
+        assert run(["doctor", "--home", str(tmp_path / "new")]) == 0
+        assert not (tmp_path / "new").exists()
 
     def test_doctor_without_clang(self, capsys: Output, monkeypatch: Any) -> None:
         from p2pflop.errors import ConfigError
