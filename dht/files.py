@@ -149,7 +149,7 @@ def sweep(folder: Path, named: set[str]) -> int:
 def disk_error(error: OSError, path: Path) -> StoreError:
     """What to tell a user about ``error`` from the store at ``path``."""
     if error.errno in _FULL:
-        hint = "Free space on its disk, or delete blobs that are not needed."
+        hint = "Free space on its disk, or delete blobs that are not needed: p2pflop rm HASH."
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "See that this user may write to the folder and that the disk is not read-only."
     else:

@@ -112,6 +112,12 @@ class NodeService(Protocol):
     async def set_public(self, address: bytes) -> None:
         """Announce and serve a blob of this node to anyone. Raises BlobNotFoundError."""
 
+    async def delete_blob(self, address: bytes) -> BlobInfo:
+        """Forget a blob of this node's own, public or not; what it was.
+
+        Raises BlobNotFoundError; StoreError if it is a stranger's or a job that runs here needs it.
+        """
+
     async def doctor(self) -> Json:
         """Versions, compiler, sandbox level, class, ports, and whatever is wrong with them."""
 

@@ -191,6 +191,10 @@ class Client:
         """The blobs that the node keeps."""
         return [_blob(item) for item in self._list("blobs")]
 
+    def delete(self, address: bytes) -> BlobStat:
+        """Let the node forget a blob of its own; what it was."""
+        return _blob(self._json("DELETE", f"/blob/{address.hex()}"))
+
     def put(
         self, data: Content, *, public: bool = False, progress: Callable[[int], None] | None = None
     ) -> BlobStat:

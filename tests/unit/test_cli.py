@@ -247,6 +247,20 @@ class TestCommands:
         assert json.loads(capsys.readouterr().out)[0]["address"] == address
         assert run(["put", str(tmp_path)]) == 2
 
+    def test_rm(self, start_node: StartNode, capsys: Output) -> None:
+        start_node()
+        client = Client()
+        first, second, third = (client.put(data).address.hex() for data in (b"1", b"2", b"3"))
+        assert run(["rm", first, "zz"]) == 2
+        assert len(client.blobs()) == 3
+        assert run(["rm", first, f"p2pflop://{second}", first]) == 0
+        assert [blob.address.hex() for blob in client.blobs()] == [third]
+        assert run(["rm", first]) == 9
+        capsys.readouterr()
+        assert run(["rm", third, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["address"] == third
+        assert run(["rm"]) == 2
+
     def test_get_to_standard_output(self, start_node: StartNode, capfdbinary: Any) -> None:
         data = bytes(range(256))
         start_node(elsewhere={address_of(data): data})
