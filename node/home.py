@@ -48,6 +48,18 @@ class Home:
 @contextmanager
 def open_home(path: Path) -> Iterator[Home]:
     """Lock and, at first, furnish a home. Raises ConfigError, HomeLockedError."""
+    with held(path):
+        home = _furnish(path)
+        try:
+            yield home
+        finally:
+            with suppress(OSError):
+                (path / "node.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Lock the folder of a home, made if need be. Raises ConfigError, HomeLockedError."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -58,12 +70,7 @@ def open_home(path: Path) -> Iterator[Home]:
         ) from error
     try:
         _lock(lock, path)
-        home = _furnish(path)
-        try:
-            yield home
-        finally:
-            with suppress(OSError):
-                (path / "node.json").unlink(missing_ok=True)
+        yield
     finally:
         os.close(lock)
 
