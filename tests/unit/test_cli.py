@@ -181,6 +181,27 @@ class TestErrors:
         assert done.returncode == cli_main.EXIT_BROKEN_PIPE
         assert done.stderr == b""
 
+    @pytest.mark.parametrize("ignored", [False, True])
+    def test_ctrl_c_while_it_starts_is_quiet(self, ignored: bool) -> None:
+        program = f"""
+            import os, signal, sys
+            if {ignored}:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            class Interrupting:
+                def find_spec(self, name, path=None, target=None):
+                    if name == "p2pflop.cli.main":
+                        os.kill(os.getpid(), signal.SIGINT)
+            sys.meta_path.insert(0, Interrupting())
+            sys.argv = ["p2pflop", "--version"]
+            from p2pflop.cli.start import main
+            main()
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, check=False
+        )
+        assert done.returncode == (0 if ignored else -signal.SIGINT)
+        assert done.stderr == b""
+
     def test_ctrl_c_says_how_to_come_back(self, start_node: StartNode, capsys: Output) -> None:
         node = start_node()
         run_id = Client().submit(b"job")
