@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -17,7 +20,9 @@ from p2pflop.cli.embedded import end_embedded
 from p2pflop.client import Client
 from p2pflop.embedded import node_command
 from p2pflop.errors import HomeLockedError
+from p2pflop.node.config import load_settings
 from p2pflop.node.home import held
+from p2pflop.node.main import _announce_start
 
 StartNode = Callable[..., Any]
 
@@ -28,6 +33,25 @@ def test_a_relative_home_is_the_callers_not_the_nodes(
     # The node runs in its home, where a relative path would mean another folder.
     monkeypatch.chdir(tmp_path)
     assert node_command(Path("home"))[-2:] == ["--home", str(tmp_path / "home")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"embedded": True}, "embedded, for programs of its own user alone"),
+        ({"ask_nusd": 50_000_000}, r"selling at \$0.05 a PFLOP"),
+        ({}, "selling nothing"),
+    ],
+)
+def test_a_log_says_what_the_node_is_for(
+    settings: dict[str, Any], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    daemon = MagicMock(settings=load_settings({"home": tmp_path, **settings}))
+    daemon.workers.level = 3
+    with caplog.at_level(logging.INFO):
+        _announce_start(daemon)
+    assert re.search(words, caplog.text)
+    assert ("selling at" in caplog.text) == ("ask_nusd" in settings)
 
 
 class TestMakingWay:
