@@ -16,6 +16,7 @@ again, or putting it, mends it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol
@@ -159,6 +160,10 @@ class Store(Protocol):
 
         With ``owner``, only a blob that belongs to that owner and is not public.
         """
+
+    async def forget_partials(self, before_ns: int, keep: Collection[bytes] = ()) -> int:
+        """Drop what fetches for owners other than ``b""`` began before that time, but for the
+        addresses in ``keep``; how many."""
 
     def statistics(self) -> StoreStatistics:
         """Counts for status pages."""

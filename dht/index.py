@@ -12,6 +12,7 @@ commit. Functions that end in ``_row`` or ``_rows`` run inside the writer's tran
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -229,6 +230,25 @@ class Index:
                 connection, "bitmap IS NOT NULL AND created_ns < ?", (before_ns,)
             )
         )
+
+    async def delete_strangers_partials(
+        self, before_ns: int, keep: Collection[bytes]
+    ) -> list[Change]:
+        """Partials with an owner, begun before ``before_ns``, of addresses not in ``keep``."""
+
+        def operation(connection: sqlite3.Connection) -> list[Change]:
+            query = (
+                "SELECT id, address FROM blobs"
+                " WHERE bitmap IS NOT NULL AND owner != x'' AND created_ns < ?"
+            )
+            rows = connection.execute(query, (before_ns,)).fetchall()
+            return [
+                _delete_rows(connection, "id = ?", (number,))
+                for number, address in rows
+                if address not in keep
+            ]
+
+        return await self._database.write(operation)
 
 
 def bitmap_of(chunks: int, *, without: int | None = None) -> bytes:

@@ -6,7 +6,7 @@ It keeps every promise of ``blobs.py`` that does not speak of a disk, hashes inc
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -318,6 +318,18 @@ class MemoryStore:
             self.quota.release(whole.info.size_bytes)
         self._readers.pop(address, None)
         return whole is not None or bool(parts)
+
+    async def forget_partials(self, before_ns: int, keep: Collection[bytes] = ()) -> int:
+        """See Store."""
+        await self._enter()
+        stale = [
+            (address, owner)
+            for (address, owner), part in self._parts.items()
+            if owner and part.created_ns < before_ns and address not in keep
+        ]
+        for key in stale:
+            self.quota.release(self._parts.pop(key).manifest.size_bytes)
+        return len(stale)
 
     def statistics(self) -> StoreStatistics:
         """See Store."""

@@ -20,7 +20,7 @@ from typing import Final, Protocol
 
 import trio
 
-from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError
 from p2pflop.units import KIB, MIB
 
 MAX_FRAME_BYTES: Final = MIB + 64 * KIB
@@ -237,7 +237,7 @@ class MemoryDialer:
 async def _answer(handler: Callable[[Stream], Awaitable[None]], stream: MemoryStream) -> None:
     try:
         await handler(stream)
-    except (ProtocolError, ProviderError):
+    except P2PFlopError:
         return  # The peer's own doing; a host would note it against the peer and go on.
     finally:
         await stream.aclose()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, TypeVar, TypeVarTuple
@@ -235,6 +235,13 @@ class FileStore:
         change = await self.index.delete(address, owner)
         await self.settle(change)
         return bool(change.unused)
+
+    async def forget_partials(self, before_ns: int, keep: Collection[bytes] = ()) -> int:
+        """See Store."""
+        changes = await self.index.delete_strangers_partials(before_ns, keep)
+        for change in changes:
+            await self.settle(change)
+        return len(changes)
 
     def statistics(self) -> StoreStatistics:
         """See Store."""

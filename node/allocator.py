@@ -3,15 +3,17 @@
 A sale holds **capacity** from its fill until its worker has ended, and **credit** until it is over:
 a buyer that never countersigns keeps no slot, but what it was shown unpaid counts against the pool
 that all unknown buyers share, for a day. There is no waiting list: whoever comes first gets the
-slot, everybody else at once a no.
+slot, everybody else at once a no, which says whether to come back.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from p2pflop.job.buying import BUSY_PREFIX
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.meter import METER_ID
 from p2pflop.market.fills import OpenBid, check_costs
@@ -30,6 +32,9 @@ MAX_OPEN_SALES_PER_ACCOUNT: Final = 64
 MAX_LEASE_NS: Final = 30 * 24 * 3600 * NS_PER_S
 UNPAID_FOR_NS: Final = 24 * 3600 * NS_PER_S
 MAX_UNPAID: Final = 4096
+FIRST_LAPSE_NS: Final = 4 * NS_PER_S
+MAX_LAPSE_NS: Final = 600 * NS_PER_S
+MAX_LAPSED: Final = 4096
 
 
 class Claim(Protocol):
@@ -56,8 +61,11 @@ class Allocator:
     settings: Settings
     workers: Workers
     ledger_book: LedgerBook
+    disk_bytes: int
     _held: dict[bytes, Claim] = field(default_factory=dict)
     _open: dict[bytes, Claim] = field(default_factory=dict)
+    on_free: Callable[[], None] = lambda: None
+    _lapses: OrderedDict[bytes, tuple[int, int]] = field(default_factory=OrderedDict)
     _unpaid: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=MAX_UNPAID))
 
     @property
@@ -77,12 +85,23 @@ class Allocator:
 
     def free(self, claim: Claim) -> None:
         """The worker has ended."""
-        self._held.pop(claim.bid.id, None)
+        if self._held.pop(claim.bid.id, None) is not None:
+            self.on_free()
 
     def close(self, claim: Claim) -> None:
         """The sale is over."""
         self.free(claim)
         self._open.pop(claim.bid.id, None)
+
+    def note_lapse(self, account: bytes, at_ns: int) -> None:
+        """A fill that its buyer did not confirm: the next one is later, each time more so."""
+        if account == self.own_account:
+            return
+        lapses, _ = self._lapses.pop(account, (0, 0))
+        wait_ns = min(FIRST_LAPSE_NS << min(lapses, 16), MAX_LAPSE_NS)
+        self._lapses[account] = (lapses + 1, at_ns + wait_ns)
+        if len(self._lapses) > MAX_LAPSED:
+            self._lapses.popitem(last=False)
 
     def note_unpaid(self, account: bytes, amount_nusd: int, at_ns: int) -> None:
         """Work that was shown, billed and never countersigned."""
@@ -94,6 +113,7 @@ class Allocator:
         own = bid.account == self.own_account
         theirs = sum(claim.account == bid.account for claim in self._open.values())
         held_bytes = sum(claim.bid.record.terms.memory_bytes for claim in self._held.values())
+        moved_bytes = sum(claim.bid.record.terms.moved_bytes for claim in self._open.values())
         terms = bid.bid.terms
         reasons = (
             (self.workers.broken, "the provider's workers are broken"),
@@ -102,15 +122,23 @@ class Allocator:
                 terms.deadline_ns > now_ns + MAX_LEASE_NS,
                 f"the deadline is over {MAX_LEASE_NS // (24 * 3600 * NS_PER_S)} days away",
             ),
-            (len(self._held) >= self.settings.slots, "every slot is taken"),
+            (len(self._held) >= self.settings.slots, BUSY_PREFIX + "every slot is taken"),
             (
                 held_bytes + terms.memory_bytes > self.settings.resolved_memory_bytes(),
-                "too little memory is free",
+                BUSY_PREFIX + "too little memory is free",
+            ),
+            (
+                not own and moved_bytes + terms.moved_bytes > self.disk_bytes,
+                BUSY_PREFIX + "too little disk is free",
+            ),
+            (
+                self._lapses.get(bid.account, (0, 0))[1] > now_ns,
+                BUSY_PREFIX + "your last fill was not confirmed",
             ),
             (not own and self._over_credit(bid, now_ns), self._credit_reason()),
             (
                 len(self._open) >= MAX_OPEN_SALES or theirs >= MAX_OPEN_SALES_PER_ACCOUNT,
-                "too many jobs wait for a countersignature",
+                BUSY_PREFIX + "too many jobs wait for a countersignature",
             ),
         )
         return next((reason for holds, reason in reasons if holds), "")

@@ -30,6 +30,7 @@ from p2pflop.node import messages as m
 from p2pflop.node.feeding import open_feed
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
+from p2pflop.node.letters import LETTER_ROW, Letter, leave_word
 from p2pflop.node.orders import (
     Order,
     Ranking,
@@ -39,14 +40,17 @@ from p2pflop.node.orders import (
     order_card,
     starting_from,
 )
-from p2pflop.node.purchase import LETTER_ROW, RESULT_ROW, Letter, Purchase, leave_word
+from p2pflop.node.purchase import RESULT_ROW, Purchase
 from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
+from p2pflop.units import NS_PER_S
 
 JOB_ROW: Final = "job"
 MAX_RUNS_UNDER_WAY: Final = 256
-DELIVER_WITHIN_NS: Final = PROVIDER_LIMITS[State.RECEIPTED].after_ns
+DELIVER_WITHIN_NS: Final = 24 * 3600 * NS_PER_S
+REMIND_WITHIN_NS: Final = PROVIDER_LIMITS[State.RECEIPTED].after_ns
+"""After a restart, whatever ended so recently is told again: acknowledgements are not kept."""
 DELIVER_AGAIN_S: Final = 1.0
 MAX_DELIVER_AGAIN_S: Final = 300.0
 SMALL_FILE_BYTES: Final = 1024
@@ -77,7 +81,18 @@ class Buyer:
     ledger_book: LedgerBook
     nursery: trio.Nursery
     now_ns: Callable[[], int]
+    _waiting: dict[str, Purchase] = field(default_factory=dict)
     _lent: Counter[tuple[bytes, bytes]] = field(default_factory=Counter)
+
+    def wait(self, run_id: str, purchase: Purchase) -> None:
+        """Called by a purchase that waits for room."""
+        self._waiting[run_id] = purchase
+
+    def room_freed(self) -> None:
+        """This node itself has room again: let the purchase try that has waited longest."""
+        if self._waiting:
+            run_id = next(iter(self._waiting))
+            self.nursery.start_soon(self._waiting.pop(run_id).try_again)
 
     async def submit(self, body: bytes, options: SubmitOptions) -> str:
         """Check, journal and start. Raises JobError, BlobNotFoundError, ConfigError."""
@@ -140,7 +155,7 @@ class Buyer:
         """Take up every run that a restart found unfinished."""
         for head in self.runs.unfinished():
             self.nursery.start_soon(self._take_up, self.runs.adopt(head))
-        for run_id in self.runs.settled_since(self.now_ns() - DELIVER_WITHIN_NS):
+        for run_id in self.runs.ended_since(self.now_ns() - REMIND_WITHIN_NS):
             for row in self.runs.rows(run_id):
                 if row.kind == LETTER_ROW:
                     letter = msgspec.msgpack.decode(row.body, type=Letter)
@@ -167,7 +182,7 @@ class Buyer:
         return (address, reader) in self._lent
 
     async def deliver(self, letter: Letter) -> None:
-        """Bring a countersignature to a provider that is away, while it still waits for one.
+        """Bring a countersignature to a provider that is away, for as long as a day.
 
         The ledger here says already that the money is owed; this makes the provider's say so.
         """

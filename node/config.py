@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -29,6 +30,7 @@ _AMOUNTS: Final = {
     "ask": "ask_nusd",
     "byte_price": "byte_price_nusd",
     "credit": "credit_nusd",
+    "disk": "disk_bytes",
     "memory": "memory_bytes",
     "min_charge": "min_charge_nusd",
     "setup": "setup_nusd",
@@ -42,7 +44,9 @@ class Settings:
 
     ``ask_nusd`` is nano-dollars per PFLOP, None sells nothing; ``byte_price_nusd`` nano-dollars per
     10^9 moved bytes; ``memory_bytes`` what all running jobs together may use, None for a half of
-    the machine's; ``credit_nusd`` what all unknown buyers together may owe in a day.
+    the machine's; ``disk_bytes`` what inputs, checkpoints and results of strangers' jobs may take,
+    None for a half of what is free; ``credit_nusd`` what all unknown buyers together may owe in a
+    day.
     """
 
     home: Path
@@ -51,6 +55,7 @@ class Settings:
     http_port: int = DEFAULT_HTTP_PORT
     connect: tuple[str, ...] = ()
     memory_bytes: int | None = None
+    disk_bytes: int | None = None
     slots: int = 1
     network: str = DEFAULT_NETWORK
     embedded: bool = False
@@ -66,6 +71,12 @@ class Settings:
         if self.memory_bytes is not None:
             return self.memory_bytes
         return min(machine_memory_bytes() // 2, 64 * GIB)
+
+    def resolved_disk_bytes(self) -> int:
+        """The disk for strangers' jobs in bytes: as set, or a half of what is free now."""
+        if self.disk_bytes is not None:
+            return self.disk_bytes
+        return shutil.disk_usage(self.home).free // 2
 
 
 def machine_memory_bytes() -> int:
@@ -130,8 +141,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in table.items():
         try:
-            if key == "memory":
-                settings["memory_bytes"] = parse_bytes(str(value))
+            if key in ("disk", "memory"):
+                settings[_AMOUNTS[key]] = parse_bytes(str(value))
             elif key in _AMOUNTS:
                 settings[_AMOUNTS[key]] = parse_usd(str(value))
             else:
@@ -169,6 +180,10 @@ def _check(settings: Settings) -> None:
         f"{format_bytes(settings.memory_bytes or 0)} of memory for jobs is more than this machine "
         f"has, {format_bytes(machine_bytes)}",
         "Give less with --memory; without it, it is a half of the machine's.",
+    )
+    require(
+        settings.disk_bytes is None or settings.disk_bytes >= 0,
+        "disk for jobs must not be negative",
     )
     require(
         settings.network.isascii()

@@ -94,14 +94,15 @@ class Goods:
 
     def note_result(self, data: bytes, blobs: Sequence[tuple[bytes, bytes]]) -> bool:
         """Keep an encoded result and what came along; False if it is known already."""
-        result = decode(Result, data)
+        result, known = decode(Result, data), False
         if self.result is not None:
             if result != self.result:
                 raise ProtocolError("it delivered a second result")
-            return False
+            known = True
         check_inline(blobs, {b.address for b in wanted_result(self._checked, result)})
+        # Of one that the journal remembers, what came along is lost and comes again.
         self.result, self._inline = result, dict(blobs)
-        return True
+        return not known
 
     def recall_result(self, data: bytes) -> None:
         """A result that was journalled before a restart."""

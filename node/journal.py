@@ -4,8 +4,9 @@ One row an event: ``(job, seq, at_ns, kind, body)``. ``job`` is a run id on the 
 hex of a bid's id on the selling side. The head of a job tells its side and, once it is over, its
 end state; a restart reads the heads that have none and resumes or closes them.
 
-Beside the rows stands an index of **states**: where the verified state of a work after some step is
-kept, so that a stretch that starts there can be bought without saying from what.
+Beside the rows stand two indexes. **States**: where the verified state of a work after some step is
+kept, so that a stretch that starts there can be bought without saying from what. **Fills**: which
+sale each belongs to, for a buyer who comes back late.
 
 A job's rows are collected in ``JobRows`` and flushed together, before the first thing that others
 can see: a signed record that leaves, an answer to the user, the end. So a purchase costs a few
@@ -43,7 +44,8 @@ CREATE TABLE rows (
 CREATE TABLE states (
     work BLOB NOT NULL, class_id BLOB NOT NULL, step INTEGER NOT NULL, addresses BLOB NOT NULL,
     PRIMARY KEY (work, class_id, step)
-) WITHOUT ROWID
+) WITHOUT ROWID;
+CREATE TABLE fills (fill BLOB PRIMARY KEY, job TEXT NOT NULL) WITHOUT ROWID
 """
 _HEADS: Final = "SELECT job, side, opened_ns, COALESCE(end_state, ''), summary FROM heads "
 
@@ -90,9 +92,10 @@ class Journal:
         head: Head,
         rows: Sequence[tuple[int, str, bytes]],
         states: Sequence[KnownState] = (),
+        fills: Sequence[bytes] = (),
     ) -> None:
-        """Add rows ``(at_ns, kind, body)`` and states, and make ``head`` the job's head, in one
-        transaction."""
+        """Add rows ``(at_ns, kind, body)``, states and ids of fills of the job, and make ``head``
+        the job's head, in one transaction."""
 
         def change(connection: sqlite3.Connection) -> None:
             connection.execute(
@@ -111,8 +114,17 @@ class Journal:
                 "INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)",
                 [(s.work, s.class_id, s.step, s.addresses) for s in states],
             )
+            connection.executemany(
+                "INSERT OR REPLACE INTO fills VALUES (?, ?)", [(fill, head.job) for fill in fills]
+            )
 
         await self._database.write(change)
+
+    async def drop(self, job: str, kinds: Sequence[str]) -> None:
+        """Forget a job's rows of some kinds."""
+        values = [(job, kind) for kind in kinds]
+        query = "DELETE FROM rows WHERE job = ? AND kind = ?"
+        await self._database.write(lambda connection: connection.executemany(query, values))
 
     def state(self, work: bytes, class_id: bytes, step: int) -> bytes | None:
         """The joined addresses of the state after ``step`` steps, or None if it is not known."""
@@ -123,6 +135,11 @@ class Journal:
             step,
         )
         return bytes(found[0][0]) if found else None
+
+    def job_of_fill(self, fill: bytes) -> str | None:
+        """The sale that a fill is of, or None if there is none."""
+        found = self._database.read("SELECT job FROM fills WHERE fill = ?", fill)
+        return str(found[0][0]) if found else None
 
     def rows(self, job: str) -> list[Row]:
         """The rows of ``job``, oldest first."""
@@ -161,6 +178,7 @@ class JobRows:
         self._now_ns = now_ns
         self._pending: list[tuple[int, str, bytes]] = []
         self._states: list[KnownState] = []
+        self._fills: list[bytes] = []
         self._changed = False
         self._flushing = trio.Lock()
         self._flushed = trio.Event()
@@ -174,6 +192,10 @@ class JobRows:
         """A state that is here and verified; written with the next flush."""
         self._states.append(state)
 
+    def add_fill(self, fill: bytes) -> None:
+        """The id of a fill of this job; written with the next flush."""
+        self._fills.append(fill)
+
     def set_head(self, *, summary: bytes, end_state: str = "") -> None:
         """A new summary and, at the end, the end state; written with the next flush."""
         job, side, opened_ns = self.head.job, self.head.side, self.head.opened_ns
@@ -183,11 +205,12 @@ class JobRows:
     async def flush(self) -> None:
         """Return once everything added so far is on disk."""
         async with self._flushing:
-            if not self._pending and not self._states and not self._changed:
+            if not (self._pending or self._states or self._fills or self._changed):
                 return
             rows, states, head = list(self._pending), list(self._states), self.head
+            fills = list(self._fills)
             try:
-                await self._journal.append(head, rows, states)
+                await self._journal.append(head, rows, states, fills)
             except StoreError as fault:
                 self._fault = fault
                 self._flushed.set()
@@ -195,9 +218,14 @@ class JobRows:
             # Only now: after a disk that failed once, no row may be missing between two others.
             del self._pending[: len(rows)]
             del self._states[: len(states)]
+            del self._fills[: len(fills)]
             self._changed = self.head is not head
             self._fault = None
             self._flushed.set()
+
+    async def drop(self, *kinds: str) -> None:
+        """Forget rows of some kinds that are on disk."""
+        await self._journal.drop(self.head.job, kinds)
 
     async def wait_flushed(self) -> None:
         """Return once there has been a flush: the job is in the journal. Raises StoreError."""

@@ -1,9 +1,10 @@
 """Blobs that are here for strangers' leases, and their end.
 
 Inputs, checkpoints and results of a lease are stored under the buyer's account, not as this node's
-own. They are held while the lease lasts and for an hour after it; what nobody holds by then is
-deleted. What the node's user has put is the node's own, and what is public is public: neither is
-touched, and a blob that was a stranger's becomes the node's own when its user puts or buys it.
+own. They, and what was fetched of inputs that never came whole, are held while the lease lasts and
+for an hour after it; what nobody holds by then is deleted. What the node's user has put is the
+node's own, and what is public is public: neither is touched, and a blob that was a stranger's
+becomes the node's own when its user puts or buys it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class LeaseBlobs:
         now_ns = self._now_ns()
         for lease in [key for key, until_ns in self._until_ns.items() if until_ns <= now_ns]:
             del self._until_ns[lease], self._held[lease]
-        deleted = 0
+        keep = set().union(*self._held.values())
+        deleted = await self._store.forget_partials(now_ns - GRACE_NS, keep)
         for info in await self._store.list():
             if not info.owner or info.public or info.created_ns > now_ns - GRACE_NS:
                 continue

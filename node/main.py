@@ -41,8 +41,8 @@ from p2pflop.node.home import Home, open_home
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
 from p2pflop.node.ledger_book import LedgerBook
+from p2pflop.node.letters import JOB_PROTOCOL
 from p2pflop.node.network import HostConfig, Network
-from p2pflop.node.purchase import JOB_PROTOCOL
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.sheets import SheetService
@@ -191,6 +191,7 @@ def _assemble(
         nursery=nursery,
         now_ns=time.time_ns,
     )
+    seller.allocator.on_free = buyer.room_freed
     announcer = Announcer(store, network)
     return Daemon(
         settings,

@@ -5,7 +5,8 @@ ledger) on SQLite files in a folder, a ``MemoryStore`` that outlives restarts, a
 ``MemoryNetwork`` and scripted workers. Time is trio's, so that a mock clock moves all of it.
 
 A node can lose power at any write to its journal or ledger (``cut_at``): nothing that comes after
-that write happens. A ``tamper`` sees each frame of a job stream and may change, add or drop some.
+that write happens, and with ``cut_before`` the write itself does not either. A ``tamper`` sees each
+frame of a job stream and may change, add or drop some.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ from p2pflop.node.dialing import NodeDialer
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
 from p2pflop.node.ledger_book import LedgerBook
+from p2pflop.node.letters import JOB_PROTOCOL
 from p2pflop.node.memory_host import MemoryHost, MemoryNetwork
 from p2pflop.node.memory_workers import MemoryWorkerPool
 from p2pflop.node.network import HostConfig
-from p2pflop.node.purchase import JOB_PROTOCOL
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
@@ -118,6 +119,7 @@ class MemoryNode:
         self.tamper_heard: Tamper = unchanged
         self.writes = 0
         self.cut_at: int | None = None
+        self.cut_before = False
         self.down = trio.Event()
         self._network = network
         self._scope = trio.CancelScope()
@@ -203,12 +205,14 @@ class MemoryNode:
 
     def _wired(self, write: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def wired(operation: Callable[[Any], Any]) -> Any:
+            self.writes += 1
+            cut = self.writes == self.cut_at
+            self._cut |= cut and self.cut_before
             if self._cut:
                 raise PowerCutError
             done = await write(operation)
-            self.writes += 1
-            if self.writes == self.cut_at:
-                self._cut = True
+            self._cut |= cut
+            if self._cut:
                 raise PowerCutError
             return done
 
@@ -242,6 +246,8 @@ class MemoryNode:
             nursery=nursery,
             now_ns=now_ns,
         )
+
+        self.seller.allocator.on_free = self.buyer.room_freed
 
         async def authorise(peer: str, _token: bytes, address: bytes) -> bool:
             reader = public_key_of(peer)

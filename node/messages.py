@@ -23,7 +23,7 @@ Signed records are opaque bytes here; ``p2pflop.market`` knows them.
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, ClassVar, Final
 
 import msgspec
 
@@ -99,6 +99,8 @@ class Rows(Record, frozen=True, tag=6):
 
 class Checkpoint(Record, frozen=True, tag=7):
     """The state after ``step`` steps: (address, size) a state slot. Small ones are in ``blobs``."""
+
+    MAX_BYTES: ClassVar[int] = MAX_INLINE_BYTES + 64 * (MAX_STATE_SLOTS + MAX_INLINE_BLOBS)
 
     step: U63
     state: Annotated[tuple[tuple[Hash, U63], ...], msgspec.Meta(max_length=MAX_STATE_SLOTS)]

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import trio
 
-from p2pflop.dht.planes import Dialer
 from p2pflop.errors import (
     BlobNotFoundError,
     JobError,
@@ -28,6 +27,7 @@ from p2pflop.errors import (
 )
 from p2pflop.job.buying import buyer as buyer_lifecycle
 from p2pflop.job.events import (
+    Again,
     Alive,
     Blame,
     Cancel,
@@ -42,21 +42,21 @@ from p2pflop.job.events import (
     Verified,
 )
 from p2pflop.job.graph import Dtype
-from p2pflop.job.meter import METER_ID
 from p2pflop.job.naming import output_names
 from p2pflop.job.results import result_hash
 from p2pflop.job.spec import ROLE_STATE, Result
 from p2pflop.keys import peer_id
 from p2pflop.market.desk import BuyerDesk
-from p2pflop.market.fills import make_bid
-from p2pflop.market.ranking import Deal, no_deal
+from p2pflop.market.ranking import no_deal
 from p2pflop.market.records import ZERO_HASH, Bid, Receipt
 from p2pflop.node import messages as m
+from p2pflop.node.bidding import Bidding
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.driver import Driver
 from p2pflop.node.goods import Goods
 from p2pflop.node.journal import KnownState
-from p2pflop.node.orders import Order, Ranking, describe_ranking
+from p2pflop.node.letters import FAREWELL_S, JOB_PROTOCOL, LETTER_ROW, Letter, leave_word
+from p2pflop.node.orders import Order, describe_ranking
 from p2pflop.node.printable import printable
 from p2pflop.node.runs import Run
 from p2pflop.units import NS_PER_S
@@ -65,12 +65,8 @@ from p2pflop.wire import Sealed, reopen
 if TYPE_CHECKING:
     from p2pflop.node.buy import Buyer
 
-JOB_PROTOCOL: Final = "/p2pflop/job/1"
 RESULT_ROW: Final = "result"
-DEAL_ROW: Final = "deal"
-LETTER_ROW: Final = "letter"
 OPEN_S: Final = 8.0
-FAREWELL_S: Final = 3.0
 RETRY_S: Final = 1.0
 MAX_RETRY_S: Final = 15.0
 RETURN_S: Final = 0.25
@@ -78,18 +74,8 @@ MAX_RETURNS: Final = 5
 """Streams opened in the place of broken ones, with growing pauses, until one is ``STEADY_S``."""
 STEADY_S: Final = 30.0
 CONFIRMED: Final = frozenset({State.CONFIRMING, State.RUNNING})
-WORD_S: Final = 10.0
-MAX_WORDS_HEARD: Final = 64
-KEY_BYTES: Final = 32
 
 _log = logging.getLogger(__name__)
-
-
-class Letter(msgspec.Struct, array_like=True, frozen=True):
-    """The last countersignature, for a provider that has not acknowledged it."""
-
-    peer: str
-    wire: bytes
 
 
 class Purchase:
@@ -99,10 +85,7 @@ class Purchase:
         self._buyer = buyer
         self._run = run
         self._order = order
-        self._ranking: Ranking | None = None
-        self._deals: list[Deal] = []
-        self._first_attempt = 0
-        self._accounts: dict[bytes, bytes] = {}
+        self._bidding = Bidding(buyer, order, run.rows)
         self._conversation: Conversation | None = None
         self._returns_left = MAX_RETURNS
         self._goods: Goods | None = None
@@ -116,8 +99,8 @@ class Purchase:
         desk = BuyerDesk(
             buyer.identity.node,
             order.checked.work,
-            bid_on=self._bid_on,
-            account_of=self._account_of,
+            bid_on=self._bidding.bid_on,
+            account_of=self._bidding.account_of,
             network=buyer.identity.network,
         )
         self._lifecycle = buyer_lifecycle(desk, order.deadline_ns)
@@ -168,19 +151,39 @@ class Purchase:
             self._give_up(m.Abandoned(action.wire))
         else:
             raise AssertionError(f"a buyer does not send a {action.kind}")
+        await self._tell_state()
+
+    async def _tell_state(self) -> None:
+        state = self._lifecycle.state
+        if not self._lifecycle.ended and self._run.card["state"] != state:
+            await self._buyer.runs.emit(self._run, "state", state=state.value)
 
     def start(self, task: str) -> None:
-        """See Hands. The only task of a buyer is to verify."""
-        del task
-        self._to_verify.set()
+        """See Hands."""
+        if task == "verify":
+            self._to_verify.set()
+        elif task == "wait":
+            self._buyer.wait(self._run.id, self)
+            self._nursery.start_soon(self._tell_state)
+        else:
+            self._nursery.start_soon(self._rank)
+
+    async def try_again(self) -> None:
+        """Somebody may have room now. Never raises."""
+        if not self._driver.over.is_set():
+            with suppress(P2PFlopError):
+                await self._driver.on(Again())
 
     def stop(self) -> None:
         """See Hands. What runs ends with the nursery, after the farewell."""
 
     async def finish(self, action: Finish) -> None:
         """See Hands."""
-        if action.state is State.SETTLED:
+        countersigned = self._lifecycle.side.countersigned
+        if countersigned:
+            await self._book(countersigned)  # a restart may have found it signed but not booked
             self._run.rows.add(LETTER_ROW, msgspec.msgpack.encode(self._letter()))
+        if action.state is State.SETTLED:
             await self._tell_result()
         elif action.state is State.CANCELLED:
             await self._buyer.runs.emit(self._run, "cancelled")
@@ -190,7 +193,7 @@ class Purchase:
     # Bidding
 
     async def _rank(self) -> None:
-        ranking = self._look()
+        ranking = self._bidding.rank(self._lifecycle.side.attempt)
         await self._buyer.runs.emit(self._run, "ranked", **describe_ranking(ranking))
         reason = no_deal(ranking.ranked)
         try:
@@ -200,43 +203,6 @@ class Purchase:
                 raise
         if self._failure is not None and not ranking.deals:
             self._failure = reason
-
-    def _look(self, attempt: int = 0) -> Ranking:
-        """Rank the book; its deals are those from ``attempt`` on, without providers tried before.
-
-        A restart looks anew: what was ranked before it is not kept.
-        """
-        ranking = self._ranking = self._buyer.rank(self._order)
-        self._deals = [deal for deal in ranking.deals if deal.node not in self._accounts]
-        self._first_attempt = attempt
-        return ranking
-
-    def _bid_on(self, attempt: int, now_ns: int) -> Sealed[Bid] | None:
-        ranking = self._ranking or self._look(attempt)
-        if attempt - self._first_attempt >= len(self._deals):
-            return None
-        deal = self._deals[attempt - self._first_attempt]
-        self._accounts[deal.node] = deal.account
-        self._run.rows.add(DEAL_ROW, deal.node + deal.account)
-        identity = self._buyer.identity
-        return make_bid(
-            identity.node,
-            deal,
-            job=self._order.checked.job,
-            root_from=self._order.checked.root_from,
-            meter_id=METER_ID,
-            costs=self._order.costs,
-            terms=self._order.terms,
-            nonce=ranking.nonce,
-            now_ns=now_ns,
-            book_digest=ranking.view.digest,
-            policy_digest=ranking.policy.digest(),
-            delegation=identity.delegation(now_ns),
-            network=identity.network,
-        )
-
-    def _account_of(self, node: bytes) -> bytes | None:
-        return self._accounts.get(node)
 
     def _bid(self) -> Sealed[Bid]:
         return reopen(Bid, self._lifecycle.side.bid, self._buyer.identity.network)
@@ -288,8 +254,11 @@ class Purchase:
 
     def _say(self, message: m.Message) -> None:
         if self._conversation is None:
-            attempt = self._lifecycle.side.attempt
-            self._nursery.start_soon(self._talk, message, self._peer, attempt)
+            side, words = self._lifecycle.side, [message]
+            if isinstance(message, m.Countersigned):
+                # What came after the last stream broke is lost: a confirm has it said again.
+                words.insert(0, m.Confirmed(side.confirm, ()))
+            self._nursery.start_soon(self._talk, words, self._peer, side.attempt)
         else:
             self._conversation.tell(message)
 
@@ -301,7 +270,7 @@ class Purchase:
         else:
             self._conversation.tell(message)
 
-    async def _talk(self, first: m.Message, provider: str, attempt: int) -> None:
+    async def _talk(self, words: list[m.Message], provider: str, attempt: int) -> None:
         try:
             with trio.fail_after(OPEN_S):
                 stream = await self._buyer.dialer.open(provider, JOB_PROTOCOL)
@@ -317,7 +286,8 @@ class Purchase:
             await stream.aclose()
             return
         self._conversation = conversation
-        conversation.tell(first)
+        for word in words:
+            conversation.tell(word)
 
         async def on_message(message: m.Message) -> None:
             if self._conversation is conversation:
@@ -344,7 +314,8 @@ class Purchase:
         side = self._lifecycle.side
         still = self._lifecycle.state in CONFIRMED and side.attempt == attempt
         if still and self._conversation is None:
-            self._nursery.start_soon(self._talk, m.Confirmed(side.confirm, ()), provider, attempt)
+            words = [m.Confirmed(side.confirm, ())]
+            self._nursery.start_soon(self._talk, words, provider, attempt)
 
     async def _lost(self, why: str, attempt: int) -> None:
         if self._lifecycle.side.attempt == attempt and not self._lifecycle.ended:
@@ -355,6 +326,7 @@ class Purchase:
 
     async def _hear(self, message: m.Message, conversation: Conversation) -> None:
         why = await self._heard(message)
+        await self._tell_state()
         if why:
             conversation.cut(f"{conversation.peer}: {why}", at_fault=True)
         elif isinstance(message, m.Settled):
@@ -369,8 +341,8 @@ class Purchase:
             case m.Refused(wire):
                 return await self._hear_refusal(wire)
             case m.Settled():
-                settled = self._lifecycle.state is State.SETTLED
-                return "" if settled else "it settled what was not countersigned"
+                signed = self._lifecycle.ended and self._lifecycle.side.countersigned
+                return "" if signed else "it settled what was not countersigned"
             case m.Heartbeat():
                 return await self._driver.hear(Alive())
             case m.Fetching() | m.Lowering() | m.Rows() | m.Checkpoint() | m.Delivered():
@@ -442,6 +414,7 @@ class Purchase:
             while not await self._verify_waiting(first=wait_s == RETRY_S):
                 with trio.move_on_after(wait_s):
                     await self._to_verify.wait()
+                self._to_verify = trio.Event()
                 wait_s = min(2 * wait_s, MAX_RETRY_S)
 
     async def _verify_waiting(self, *, first: bool) -> bool:
@@ -479,7 +452,7 @@ class Purchase:
 
     async def _book(self, countersigned: bytes) -> None:
         receipt = reopen(Receipt, countersigned, self._buyer.identity.network).record
-        account = self._account_of(self._bid().record.provider)
+        account = self._bidding.account_of(self._bid().record.provider)
         if account is None:
             raise StoreError("the journal does not tell the provider's account")
         await self._buyer.ledger_book.delivered(receipt, account, self._buyer.now_ns())
@@ -533,8 +506,7 @@ class Purchase:
         for row in rows:
             if row.kind == RESULT_ROW:
                 goods.recall_result(row.body)
-            elif row.kind == DEAL_ROW:
-                self._accounts[row.body[:KEY_BYTES]] = row.body[KEY_BYTES:]
+            self._bidding.recall(row)
         await self._driver.resume(rows)
         if self._lifecycle.side.bid:
             goods.peer = self._peer
@@ -546,35 +518,16 @@ class Purchase:
     async def _farewell(self) -> None:
         """Give the last word time to leave, and the provider to acknowledge it."""
         conversation = self._conversation
-        settled = self._lifecycle.state is State.SETTLED
         if conversation is not None:
-            if not settled:
+            if self._lifecycle.state is not State.SETTLED:
                 conversation.finish()
             with trio.move_on_after(FAREWELL_S):
                 await conversation.over.wait()
-        if settled and not self._acknowledged:
+        if self._lifecycle.side.countersigned and not self._acknowledged:
             self._buyer.nursery.start_soon(self._buyer.deliver, self._letter())
 
     def _letter(self) -> Letter:
         return Letter(self._peer, self._lifecycle.side.countersigned)
-
-
-async def leave_word(dialer: Dialer, peer: str, message: m.Message) -> bool:
-    """Say one thing on a stream of its own; whether it was answered with ``Settled``."""
-    with trio.move_on_after(WORD_S):
-        try:
-            stream = await dialer.open(peer, JOB_PROTOCOL)
-            try:
-                await stream.send(m.encode_message(message))
-                for _ in range(MAX_WORDS_HEARD):
-                    if isinstance(m.decode_message(await stream.receive(), peer), m.Settled):
-                        return True
-            finally:
-                with trio.CancelScope(deadline=trio.current_time() + FAREWELL_S, shield=True):
-                    await stream.aclose()
-        except (ProviderError, ProtocolError) as error:
-            _log.debug("%s was not told: %s", peer, printable(error))
-    return False
 
 
 def _error(action: Finish) -> P2PFlopError:

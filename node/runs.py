@@ -118,10 +118,9 @@ class Runs:
         self._retire(run)
         _tell(run, {"seq": run.next_seq, "at_ns": at_ns, "kind": "failed", **fields})
 
-    def settled_since(self, since_ns: int) -> list[str]:
-        """The runs that have settled since then, of the newest."""
-        settled = END_STATES["result"]
-        heads = [head for head in self._journal.heads(BUYER) if head.end_state == settled]
+    def ended_since(self, since_ns: int) -> list[str]:
+        """The runs that have ended since then, of the newest."""
+        heads = [head for head in self._journal.heads(BUYER) if head.end_state]
         cards = {head.job: json.loads(head.summary) for head in heads}
         return [run_id for run_id, card in cards.items() if card.get("ended_ns", 0) >= since_ns]
 

@@ -16,7 +16,14 @@ import msgspec
 import trio
 
 from p2pflop.dht.fetch import fetch
-from p2pflop.errors import JobError, P2PFlopError, ProtocolError, StoreError, first_error
+from p2pflop.errors import (
+    JobError,
+    P2PFlopError,
+    ProtocolError,
+    ProviderError,
+    StoreError,
+    first_error,
+)
 from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS
 from p2pflop.job.events import (
     Alive,
@@ -39,6 +46,7 @@ from p2pflop.job.spec import BlobSource, Result, state_root
 from p2pflop.keys import peer_id
 from p2pflop.market.desk import ProviderDesk
 from p2pflop.market.fills import SALT_BYTES
+from p2pflop.market.receipts import amount_nusd
 from p2pflop.market.records import Bid, Receipt
 from p2pflop.node import messages as m
 from p2pflop.node.conversation import Conversation
@@ -61,6 +69,10 @@ if TYPE_CHECKING:
     from p2pflop.node.sell import Seller
 
 MAX_FAULT_CHARS: Final = 200
+INPUT_S: Final = 30.0
+MIN_INPUT_BYTES_PER_S: Final = 256 * KIB
+"""An input that comes slower ends the lease: nobody holds a slot with inputs that never come."""
+
 PROGRESS_BYTES: Final = 256 * KIB
 WORKER_THREADS: Final = 1
 
@@ -100,12 +112,14 @@ class Sale:
         self.bid = bid
         self.account = account
         self.rows = rows
+        self.body_bytes = 0
         self._seller = seller
         self._body = body
         self._checked = checked
         self._conversation: Conversation | None = None
         self._checkpoints: dict[int, m.Checkpoint] = {}
         self._at_hand: dict[bytes, bytes] = {}
+        self._shown_to = bid.record.job.first_step
         self._delivery: _Delivery | None = None
         self._working = trio.CancelScope()
         self._may_run = trio.Event()
@@ -155,6 +169,11 @@ class Sale:
         """Tell the lifecycle of something that happened here."""
         await self.driver.on(event)
 
+    async def part(self) -> None:
+        """Return once the buyer has heard the last word, or is gone."""
+        if self._conversation is not None:
+            await self._conversation.over.wait()
+
     async def resume(self, rows: list[Row]) -> None:
         """Take up what the journal remembers."""
         for row in rows:
@@ -170,6 +189,8 @@ class Sale:
         if self._delivery is not None and not self.over:
             named = decode(Result, self._delivery.result)
             await self._hold([*(o.address for o in named.outputs), named.trace, *named.state])
+        for told in self._checkpoints.values():
+            await self._hold([address for address, _ in told.state])
 
     async def attend(self, conversation: Conversation, first: m.Message) -> None:
         """Talk with the buyer over this stream, from now on the only one."""
@@ -183,42 +204,62 @@ class Sale:
             if self._conversation is conversation:
                 await self._hear(message)
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._begin, first)
-            why = await conversation.run(on_message)
-            nursery.cancel_scope.cancel()
+        why = "this node failed"
+        failure: P2PFlopError | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._begin, first)
+                why = await conversation.run(on_message)
+                nursery.cancel_scope.cancel()
+        except* P2PFlopError as group:
+            failure = first_error(group)
+            why = failure.message
         if self._conversation is conversation:
             self._conversation = None
             if not self.over:
                 await self.driver.hear(Lost(why))
+        if failure is not None:
+            raise failure
 
     async def _begin(self, first: m.Message) -> None:
         if isinstance(first, m.Offer):
-            await self.driver.hear(Received(self.bid.wire))
+            await self._told(Received(self.bid.wire))
         else:
             await self._hear(first)
+        if self.over:
+            self._finish_talk()
 
     async def _hear(self, message: m.Message) -> None:
         match message:
             case m.Confirmed(wire, blobs):
                 check_inline(blobs, {source.address for source in self._inputs()})
                 self._at_hand |= dict(blobs)
-                await self.driver.hear(Received(wire))
+                await self._told(Received(wire))
             case m.Abandoned(wire):
-                await self.driver.hear(Received(wire))
+                await self._told(Received(wire))
             case m.Countersigned(wire):
-                await self.driver.hear(Received(wire))
+                await self._told(Received(wire))
                 if self._lifecycle.side.countersigned == wire:
                     await self._book(wire)
                     self._forget_checkpoints(wire)
-                if self._lifecycle.state is State.SETTLED:
-                    self._say(m.Settled())
+                if self._lifecycle.ended:
+                    await self.rows.flush()
+                    if self._lifecycle.side.countersigned == wire:
+                        self._say(m.Settled())
                     self._finish_talk()
             case m.Heartbeat():
-                await self.driver.hear(Alive())
+                await self._told(Alive())
             case _:
-                if self._conversation is not None:
-                    self._conversation.cut("a buyer does not send that")
+                self._cut("a buyer does not send that")
+
+    async def _told(self, event: Event) -> None:
+        why = await self.driver.hear(event)
+        if why:
+            self._cut(why)
+
+    def _cut(self, why: str) -> None:
+        if self._conversation is not None:
+            self._conversation.cut(why, at_fault=True)
 
     # The driver's hands
 
@@ -258,12 +299,19 @@ class Sale:
         side = self._lifecycle.side
         if side.countersigned:
             await self._book(side.countersigned)
-        if action.blame is Blame.BUYER:
-            unpaid_nusd = self._amount_nusd(side.receipt) - self.signed_nusd
-            at_ns = self._seller.now_ns()
-            self._seller.allocator.note_unpaid(self.account, unpaid_nusd, at_ns)
+        if not self.over:
+            allocator, at_ns = self._seller.allocator, self._seller.now_ns()
+            unpaid_nusd = self._shown_nusd(action.blame) - self.signed_nusd
+            allocator.note_unpaid(self.account, unpaid_nusd, at_ns)
+            if side.fill and not side.confirm and action.blame is Blame.BUYER:
+                allocator.note_lapse(self.account, at_ns)
         self.rows.set_head(summary=action.reason.encode(), end_state=action.state)
         await self.rows.flush()
+        # Nobody can ask for these any more; of what was never confirmed, not even for the job.
+        kinds = [SaleRow.RESULT, SaleRow.CHECKPOINT, *([] if side.confirm else [SaleRow.BODY])]
+        await self.rows.drop(*kinds)
+        if not self.over and action.state is not State.SETTLED:
+            self._finish_talk()  # what is signed is acknowledged first
         _log.info("sale %s: %s %s", self.rows.head.job[:12], action.state, action.reason)
 
     async def _run_tasks(self) -> None:
@@ -304,6 +352,8 @@ class Sale:
         plans: dict[bytes, bytes] = {}
         feeds = Feeds(checked, seller.store, self._bring, self._hold)
         async with trio.open_nursery() as nursery:
+            # Else a restart would not know of the confirm, and the buyer be told the rows twice.
+            nursery.start_soon(self.rows.flush)
             nursery.start_soon(self._fetch_inputs)
             nursery.start_soon(feeds.open)
             plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)
@@ -347,20 +397,26 @@ class Sale:
                 self._offer(m.Fetching(done, total))
 
     async def _bring(self, address: bytes, max_bytes: int) -> None:
-        """Have an input of the buyer's in the store."""
-        await fetch(
-            self._seller.store,
-            address,
-            [peer_id(self.bid.signer)],
-            self._seller.dialer,
-            max_bytes=max_bytes,
-            owner=self._owner,
-        )
+        """Have an input of the buyer's in the store. Raises ProviderError if it comes too slow."""
+        limit_s = INPUT_S + max_bytes / MIN_INPUT_BYTES_PER_S
+        with trio.move_on_after(limit_s):
+            await fetch(
+                self._seller.store,
+                address,
+                [peer_id(self.bid.signer)],
+                self._seller.dialer,
+                max_bytes=max_bytes,
+                owner=self._owner,
+            )
+            return
+        raise ProviderError(f"input {address.hex()[:12]} did not come within {limit_s:.0f} s")
 
     async def _tell_lowering(self, done: int, total: int) -> None:
         self._offer(m.Lowering(done, total))
 
     async def _tell_rows(self, rows: Rows) -> None:
+        if rows.values:
+            self._shown_to = rows.last_step + 1
         self._offer(m.Rows(rows.first_step, rows.last_step, rows.values))
 
     async def _keep_checkpoint(self, step: int, keep_state: KeepState) -> None:
@@ -406,6 +462,15 @@ class Sale:
             raise StoreError("the journal has no result for this sale")
         self._say(m.Delivered(wire, self._delivery.result, salt, self._delivery.blobs))
 
+    def _shown_nusd(self, blame: Blame) -> int:
+        """What the buyer has seen of the work: what was billed, or, if that is more, the rows."""
+        billed_nusd = self._amount_nusd(self._lifecycle.side.receipt)
+        if blame is Blame.PROVIDER:
+            return billed_nusd
+        bid = self.bid.record
+        steps = self._shown_to - bid.job.first_step
+        return max(billed_nusd, amount_nusd(bid, self._checked.work, steps))
+
     def _amount_nusd(self, receipt: bytes) -> int:
         """What a receipt, or none, bills."""
         if not receipt:
@@ -420,7 +485,7 @@ class Sale:
     def _bind(self) -> None:
         fill = self._lifecycle.side.fill
         if fill:
-            self._seller.bind_fill(fill, self)
+            self.rows.add_fill(self._seller.bind_fill(fill, self))
 
     def _newest_sheet(self) -> bytes:
         newest = self._seller.sheets.newest

@@ -19,10 +19,14 @@ import trio
 
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.planes import Dialer, Stream
-from p2pflop.errors import ProtocolError, ProviderError, StoreError
+from p2pflop.errors import (
+    P2PFlopError,
+    ProtocolError,
+    ProviderError,
+    VerificationError,
+)
 from p2pflop.job.events import Grant, State, Withdraw
-from p2pflop.job.file import CheckedJob, JobBody, decode_body, open_job
-from p2pflop.job.validate import Refusal
+from p2pflop.job.file import CheckedJob, JobBody
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import OpenBid, check_bid, make_reject
 from p2pflop.market.records import Abandon, Bid, Confirm, Fill, Receipt, Rejected
@@ -34,16 +38,20 @@ from p2pflop.node.identity import Identity
 from p2pflop.node.journal import PROVIDER, Head, JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.ledger_book import LedgerBook
+from p2pflop.node.opening import Opener, open_known
 from p2pflop.node.sale import Sale, SaleRow, first_row
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.warm import WarmWorkers
 from p2pflop.node.worker_types import Workers
+from p2pflop.units import KIB
 from p2pflop.wire import Sealed, envelope_kind, open_sealed
 
 OFFER_S: Final = 10.0
 MAX_REMEMBERED: Final = 256
+MAX_REMEMBERED_BYTES: Final = 256 * KIB
+"""Of the bodies of sales that are over; a body in memory is a hundred times its size."""
+
 MAX_REFUSALS_REMEMBERED: Final = 1024
-SMALL_BODY_BYTES: Final = 1024
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +75,7 @@ class Seller:
     stopping: bool = False
     allocator: Allocator = field(init=False)
     blobs: LeaseBlobs = field(init=False)
+    opener: Opener = field(init=False)
     _sales: OrderedDict[bytes, Sale] = field(default_factory=OrderedDict)
     _by_fill: dict[bytes, Sale] = field(default_factory=dict)
     _refusals: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
@@ -74,8 +83,15 @@ class Seller:
 
     def __post_init__(self) -> None:
         own_account = self.identity.account.public_key
-        self.allocator = Allocator(own_account, self.settings, self.workers, self.ledger_book)
+        self.allocator = Allocator(
+            own_account,
+            self.settings,
+            self.workers,
+            self.ledger_book,
+            self.settings.resolved_disk_bytes(),
+        )
         self.blobs = LeaseBlobs(self.store, self.now_ns)
+        self.opener = Opener(self.now_ns)
 
     @property
     def busy(self) -> int:
@@ -83,35 +99,41 @@ class Seller:
         return self.allocator.busy
 
     async def handle(self, stream: Stream) -> None:
-        """Answer one job stream."""
-        with trio.fail_after(OFFER_S):
-            first = m.decode_message(await stream.receive(), stream.peer)
-        match first:
-            case m.Offer():
-                sale = await self._offered(first, stream)
-            case m.Confirmed(wire) | m.Countersigned(wire) | m.Abandoned(wire):
-                sale = self._find(wire)
-            case _:
-                raise ProtocolError("a job stream begins with an offer", peer=stream.peer)
+        """Answer one job stream. Raises ProtocolError, ProviderError for what the peer did."""
+        try:
+            with trio.fail_after(OFFER_S):
+                first = m.decode_message(await stream.receive(), stream.peer)
+            match first:
+                case m.Offer():
+                    sale = await self._offered(first, stream)
+                case m.Confirmed(wire) | m.Countersigned(wire) | m.Abandoned(wire):
+                    sale = await self._find(wire)
+                case _:
+                    raise ProtocolError("a job stream begins with an offer", peer=stream.peer)
+        except trio.TooSlowError as error:
+            raise ProviderError(f"{stream.peer} offered nothing in {OFFER_S:.0f} s") from error
+        except VerificationError as error:
+            raise ProtocolError(error.message, peer=stream.peer) from error
         if sale is not None:
             await sale.attend(Conversation(stream), first)
 
     def resume(self) -> None:
         """Bring every sale that a restart found unfinished to its end, and sweep old blobs."""
-        for head in self.journal.unfinished(PROVIDER):
-            self.nursery.start_soon(self._take_up, bytes.fromhex(head.job))
-        self.nursery.start_soon(self.blobs.run)
+        self.nursery.start_soon(self._take_all_up)
 
     async def stop(self) -> None:
         """Take no more bids and give running leases back."""
         self.stopping = True
-        for sale in [sale for sale in self._sales.values() if not sale.over]:
-            await sale.tell(Withdraw("the provider is shutting down"))
+        async with trio.open_nursery() as nursery:
+            for sale in [sale for sale in self._sales.values() if not sale.over]:
+                await sale.tell(Withdraw("the provider is shutting down"))
+                nursery.start_soon(sale.part)
 
     def release(self, sale: Sale) -> None:
         """Called by a sale that has ended, once its worker has too."""
         self.allocator.close(sale)
         self.blobs.let_go(sale.bid.id)
+        self._forget()
 
     def shows(self, address: bytes, reader: bytes) -> bool:
         """Whether a blob is for the buyer whose node is ``reader``: of a lease of its own."""
@@ -120,9 +142,11 @@ class Seller:
             for bid_id, sale in self._sales.items()
         )
 
-    def bind_fill(self, fill: bytes, sale: Sale) -> None:
-        """Called by a sale that has a fill, so that a buyer who comes back finds it."""
-        self._by_fill[open_sealed(Fill, fill, self.identity.network).id] = sale
+    def bind_fill(self, fill: bytes, sale: Sale) -> bytes:
+        """Called by a sale that has a fill, so that a buyer who comes back finds it; its id."""
+        fill_id = open_sealed(Fill, fill, self.identity.network).id
+        self._by_fill[fill_id] = sale
+        return fill_id
 
     # Bids
 
@@ -156,11 +180,13 @@ class Seller:
         reason = self._objection(bid)
         if reason:
             return Rejected(reason)
-        body, checked = await _open_offered(offer.body)
-        if isinstance(checked, Refusal):
-            return Rejected(f"the job is not valid: {checked.reason}")
+        opened = await self.opener.open(bid.bid, offer.body, bid.peer)
+        if isinstance(opened, Rejected):
+            return opened
+        body, checked = opened
         reason = self.allocator.objection_to_job(bid.bid, checked)
         if reason:
+            self.opener.penalise(bid.peer)
             return Rejected(reason)
         async with self._deciding:
             # Others may have come first meanwhile, and this very bid over another stream.
@@ -180,6 +206,7 @@ class Seller:
     ) -> Sale:
         head = Head(bid.sealed.id.hex(), PROVIDER, self.now_ns(), "", b"")
         sale = self._remember(bid.sealed, bid.account, body, checked, head)
+        sale.body_bytes = len(encoded)
         self.allocator.take(sale)
         await self._hold_inputs(sale, checked)
         sale.rows.add(SaleRow.BID, bid.sealed.wire)
@@ -207,15 +234,21 @@ class Seller:
         rows = JobRows(self.journal, head, self.now_ns)
         sale = self._sales[bid.id] = Sale(self, bid, account, body, checked, rows)
         self.nursery.start_soon(sale.live)
-        while len(self._sales) > MAX_REMEMBERED:
-            oldest = next((key for key, s in self._sales.items() if s.over), None)
-            if oldest is None:
-                break
-            forgotten = self._sales.pop(oldest)
-            self._by_fill = {k: s for k, s in self._by_fill.items() if s is not forgotten}
+        self._forget()
         return sale
 
-    def _find(self, wire: bytes) -> Sale:
+    def _forget(self) -> None:
+        """Leave sales that are over to the journal, but for the latest and small ones."""
+        over = [(key, sale) for key, sale in self._sales.items() if sale.over]
+        count, size_bytes = len(self._sales), sum(sale.body_bytes for _, sale in over)
+        for key, sale in over:
+            if count <= MAX_REMEMBERED and size_bytes <= MAX_REMEMBERED_BYTES:
+                return
+            count, size_bytes = count - 1, size_bytes - sale.body_bytes
+            del self._sales[key]
+            self._by_fill = {k: s for k, s in self._by_fill.items() if s is not sale}
+
+    async def _find(self, wire: bytes) -> Sale:
         record: Confirm | Receipt | Abandon
         match envelope_kind(wire):
             case Confirm.KIND:
@@ -226,14 +259,36 @@ class Seller:
                 record = open_sealed(Abandon, wire, self.identity.network).record
         sale = self._by_fill.get(record.fill)
         if sale is None:
+            job = self.journal.job_of_fill(record.fill)
+            bid_id = b"" if job is None else bytes.fromhex(job)
+            sale = self._sales.get(bid_id) or await self._revive(bid_id)
+        if sale is None:
             raise ProviderError("no such fill is known here")
         return sale
 
+    async def _take_all_up(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for head in self.journal.unfinished(PROVIDER):
+                nursery.start_soon(self._take_up, bytes.fromhex(head.job))
+        await self.blobs.run()  # only now is everything held that is still needed
+
     async def _take_up(self, bid_id: bytes) -> None:
         try:
-            await self._revive(bid_id)
-        except StoreError as error:
-            _log.error("sale %s cannot be taken up: %s", bid_id.hex()[:12], error)
+            if bid_id not in self._sales:  # else its buyer was faster
+                await self._revive(bid_id)
+        except Exception as error:  # noqa: BLE001 - see below
+            # One damaged sale must not keep the node from starting, now or later.
+            known = isinstance(error, P2PFlopError)
+            exc_info = None if known else error
+            _log.error("sale %s is given up: %s", bid_id.hex()[:12], error, exc_info=exc_info)
+            await self._give_up(bid_id, str(error))
+
+    async def _give_up(self, bid_id: bytes, reason: str) -> None:
+        head = self.journal.head(bid_id.hex())
+        if head is not None:
+            rows = JobRows(self.journal, head, self.now_ns)
+            rows.set_head(summary=reason.encode(), end_state=State.FAILED)
+            await rows.flush()
 
     async def _revive(self, bid_id: bytes) -> Sale | None:
         """A sale that only the journal remembers."""
@@ -241,31 +296,23 @@ class Seller:
         if head is None or head.side != PROVIDER:
             return None
         rows = self.journal.rows(head.job)
+        if head.end_state and not any(row.kind == SaleRow.BODY for row in rows):
+            raise ProviderError("that bid was granted, not confirmed, and is over")
         bid = open_sealed(Bid, first_row(rows, SaleRow.BID), self.identity.network)
         account = first_row(rows, SaleRow.ACCOUNT)
-        body, checked = _open_body(first_row(rows, SaleRow.BODY))
-        if isinstance(checked, Refusal):
-            raise StoreError(f"the journal's job is not valid: {checked.reason}")
+        encoded = first_row(rows, SaleRow.BODY)
+        body, checked = open_known(encoded)
         sale = self._remember(bid, account, body, checked, head)
+        sale.body_bytes = len(encoded)
         # Work that was under way died with the node: only what was not begun needs room.
         self.allocator.take(sale, capacity=False)
         await sale.resume(rows)
         if sale.state in (State.OFFERED, State.LEASED):
             self.allocator.take(sale)
         await self._hold_inputs(sale, checked)
+        if sale.over:
+            self.blobs.let_go(sale.bid.id)  # it may have been released before it held anything
         return sale
 
     async def _hold_inputs(self, sale: Sale, checked: CheckedJob) -> None:
         await self.blobs.hold(sale.bid.id, [source.address for _, source in checked.inputs])
-
-
-async def _open_offered(data: bytes) -> tuple[JobBody, CheckedJob | Refusal]:
-    """As ``_open_body``, in a thread unless the hop would cost more than the work."""
-    if len(data) <= SMALL_BODY_BYTES:
-        return _open_body(data)
-    return await trio.to_thread.run_sync(_open_body, data)
-
-
-def _open_body(data: bytes) -> tuple[JobBody, CheckedJob | Refusal]:
-    body = decode_body(data)
-    return body, open_job(body)

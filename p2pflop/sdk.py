@@ -260,12 +260,14 @@ def submit(
     *,
     max_usd: Usd | None = None,
     deadline: str | float | None = None,
+    checkpoint_steps: int | None = None,
     client: Client | None = None,
 ) -> Run:
     """Buy the run of a job on the best deal; returns as soon as the node has it in its journal.
 
     ``max_usd`` is the most it may cost, ``deadline`` how long it may take: seconds, or ``"90s"``,
-    ``"2h"``. Inputs that the node lacks are put into its store first, privately.
+    ``"2h"``. Its state comes every ``checkpoint_steps`` steps (0: only at the end; by default four
+    times). Inputs that the node lacks are put into its store first, privately.
 
     Raises ConfigError for what is no job, BlobNotFoundError or VerificationError for an input that
     neither the job nor the node has whole.
@@ -274,7 +276,7 @@ def submit(
         raise ConfigError(
             f"submit takes a Job, not {job!r:.80}", hint="Make one with pf.trace or pf.load."
         )
-    options = submit_options(max_usd, deadline)
+    options = submit_options(max_usd, deadline, checkpoint_steps)
     client = client or Client(start=True)
     _check_inputs(job, client.has)
     for address in job.inputs:
@@ -333,7 +335,9 @@ def get(address: str, out: str | Path | None = None) -> bytes | Path:
         return Path(out)
 
 
-def submit_options(max_usd: Usd | None, deadline: str | float | None) -> SubmitOptions:
+def submit_options(
+    max_usd: Usd | None, deadline: str | float | None, checkpoint_steps: int | None = None
+) -> SubmitOptions:
     """Options in the node's units. Raises ConfigError."""
     seconds = None
     if deadline is not None:
@@ -344,7 +348,9 @@ def submit_options(max_usd: Usd | None, deadline: str | float | None) -> SubmitO
                 hint="Write it like 90s, 5m or 2h; without one it is a day.",
             )
     return SubmitOptions(
-        max_nusd=None if max_usd is None else parse_usd(str(max_usd)), deadline_s=seconds
+        max_nusd=None if max_usd is None else parse_usd(str(max_usd)),
+        deadline_s=seconds,
+        checkpoint_steps=checkpoint_steps,
     )
 
 

@@ -20,6 +20,9 @@ PR_SET_PDEATHSIG: Final = 1
 @click.option("--port", type=click.IntRange(0, 65535), help="HTTP port [default: 7420; 0: any].")
 @click.option("--connect", metavar="MULTIADDR", multiple=True, help="Dial this peer; repeatable.")
 @click.option("--memory", metavar="SIZE", help="Memory for jobs [default: half of the machine's].")
+@click.option(
+    "--disk", metavar="SIZE", help="Disk for others' jobs [default: half of what is free]."
+)
 @click.option("--slots", type=click.IntRange(1), help="Jobs at once [default: 1].")
 @click.option("--network", metavar="NAME", help="Network to take part in [default: main].")
 @click.option("--embedded", is_flag=True, hidden=True)
@@ -33,6 +36,7 @@ def node_command(
     port: int | None,
     connect: tuple[str, ...],
     memory: str | None,
+    disk: str | None,
     slots: int | None,
     network: str | None,
     embedded: bool,
@@ -62,6 +66,7 @@ def node_command(
         "http_port": port,
         "connect": connect or None,
         "memory_bytes": None if memory is None else parse_bytes(memory),
+        "disk_bytes": None if disk is None else parse_bytes(disk),
         "slots": slots,
         "network": network,
         "embedded": embedded or None,

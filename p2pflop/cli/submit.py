@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.option("--max-usd", metavar="USD", help="The most that it may cost.")
 @click.option("--deadline", metavar="TIME", help="How long it may take, like 90s or 2h.")
+@click.option(
+    "--checkpoint-steps",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="State every N steps; 0: none.",
+)
 @click.option("--detach", is_flag=True, help="Print the run's id and leave it.")
 @click.option("--quote", is_flag=True, help="Show the ranked asks and buy nothing.")
 @common_options
@@ -38,6 +44,7 @@ def submit_command(
     arguments: tuple[str, ...],
     max_usd: str | None,
     deadline: str | None,
+    checkpoint_steps: int | None,
     detach: bool,
     quote: bool,
 ) -> None:
@@ -58,7 +65,7 @@ def submit_command(
     from p2pflop.job.file import encode_file
     from p2pflop.sdk import submit, submit_options
 
-    options = submit_options(max_usd, deadline)
+    options = submit_options(max_usd, deadline, checkpoint_steps)
     job = open_file(file, arguments)
     client = flags.client(start=True)
     if not flags.json:
@@ -74,7 +81,13 @@ def submit_command(
         for line in [] if flags.json else ranked_lines(ranking):
             click.echo(line)
         return
-    run = submit(job, max_usd=max_usd, deadline=deadline, client=client)
+    run = submit(
+        job,
+        max_usd=max_usd,
+        deadline=deadline,
+        checkpoint_steps=checkpoint_steps,
+        client=client,
+    )
     if detach:
         if flags.json:
             print_json({"id": run.id})

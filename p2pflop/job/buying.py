@@ -10,6 +10,7 @@ from p2pflop.job.events import (
     DEADLINE,
     ENDS,
     Action,
+    Again,
     Alive,
     Blame,
     Cancel,
@@ -31,11 +32,16 @@ from p2pflop.units import NS_PER_S
 MAX_ATTEMPTS: Final = 64
 MAX_UNSIGNED_RECEIPTS: Final = 64
 JOB_FAULT_PREFIX: Final = "job: "
+BUSY_PREFIX: Final = "busy: "
+"""How a provider's reason begins that holds now and may not hold later."""
+
+FIRST_WAIT_NS: Final = NS_PER_S // 2
 
 BUYER_EDGES: Final[Mapping[str, tuple[Edge, ...]]] = {
     "ranked": (Edge.RANKED, Edge.NO_DEAL),
     "fill": (Edge.FILL, Edge.REPEAT),
     "reject": (Edge.NEXT,),
+    "again": (Edge.AGAIN, Edge.QUIET),
     "commit": (Edge.COMMIT, Edge.REPEAT),
     "receipt": (Edge.RECEIPT, Edge.LAST_RECEIPT, Edge.REPEAT),
     "abandon": (Edge.NEXT, Edge.GIVEN_UP, Edge.QUIET),
@@ -45,7 +51,7 @@ BUYER_EDGES: Final[Mapping[str, tuple[Edge, ...]]] = {
     "verified": (Edge.VERIFIED, Edge.COUNTERSIGN, Edge.QUIET),
     "refuted": (Edge.REFUTED, Edge.QUIET),
     "cancel": (Edge.CANCEL, Edge.QUIET),
-    "timer": (Edge.NEXT, Edge.SILENT),
+    "timer": (Edge.NEXT, Edge.SILENT, Edge.AGAIN),
     "deadline": (Edge.DEADLINE,),
 }
 
@@ -97,6 +103,7 @@ class Buying:
     def __init__(self, desk: BuyerDesk) -> None:
         self.desk = desk
         self.attempt = 0
+        self.rounds = 0
         self.bid = b""
         self.fill = b""
         self.confirm = b""
@@ -107,6 +114,8 @@ class Buying:
         self.countersigned = b""
         self.abandon = b""
         self.last_number = 0
+        self._first_attempt = 0
+        self._busy = False
         self._accepted = 0
         self._reason = ""
         self._blame = Blame.NOBODY
@@ -119,18 +128,15 @@ class Buying:
             return self._on_record(name, event, state, now_ns)
         if isinstance(event, Alive | Lost | Fault | Timer):
             return self._on_sign(event, state, now_ns)
-        return self._on_own(event, now_ns)
+        return self._on_own(event, state, now_ns)
 
     def apply(self, edge: Edge, parts: Parts) -> None:
         """See ``Side``."""
         match edge, parts:
             case Edge.RANKED, (bid,):
                 self.bid = bid
-            case Edge.NEXT, (reason, bid, _):
-                self.attempt += 1
-                self.bid, self._reason = bid, reason.decode()
-                self.fill = self.confirm = self.commit = self.receipt = self.countersigned = b""
-                self.unsigned, self._accepted = {}, 0
+            case ((Edge.NEXT | Edge.WAIT), (reason, bid, _)):
+                self._leave(reason.decode(), bid)
             case Edge.FILL, (fill, confirm):
                 self.fill, self.confirm = fill, confirm
             case Edge.COMMIT, (commit,):
@@ -146,7 +152,7 @@ class Buying:
                 signed = int.from_bytes(number, "big")
                 self.unsigned = {n: wire for n, wire in self.unsigned.items() if n > signed}
                 self._reason = ""
-            case ((Edge.START | Edge.STARTED), ()):
+            case ((Edge.START | Edge.STARTED | Edge.AGAIN), ()):
                 pass
             case _, (reason, blame, abandon):
                 self._reason, self._blame = reason.decode(), Blame(blame.decode())
@@ -154,9 +160,27 @@ class Buying:
             case _:
                 raise ValueError(f"{edge} with {len(parts)} parts")
 
+    def _leave(self, reason: str, bid: bytes) -> None:
+        """A provider is of no use; ``bid`` is for the next one, empty to wait for another round."""
+        self.attempt += 1
+        self.bid, self._reason = bid, reason
+        self._busy = self._busy or BUSY_PREFIX in reason
+        if not bid:
+            self._first_attempt, self._busy = self.attempt, False
+            self.rounds += 1
+        self.fill = self.confirm = self.commit = self.receipt = self.countersigned = b""
+        self.unsigned, self._accepted = {}, 0
+
     def start_parts(self) -> Parts:
         """See ``Side``."""
         return ()
+
+    def limit(self, state: State) -> Limit:
+        """See ``Side``. Waits grow with the rounds that have been in vain."""
+        limit = self.limits[state]
+        if state is not State.WAITING:
+            return limit
+        return Limit(limit.name, min(limit.after_ns, FIRST_WAIT_NS << min(self.rounds, 16)))
 
     def revive(self, _state: State) -> Sequence[Move]:
         """See ``Side``: a buyer goes on where it was."""
@@ -239,7 +263,7 @@ class Buying:
                 if state is State.CONFIRMING:
                     return Move(Edge.STARTED)
                 return Move(Edge.ALIVE if state is State.RUNNING else Edge.QUIET)
-            case _ if state in (State.RANKING, State.VERIFYING):
+            case _ if state in (State.RANKING, State.WAITING, State.VERIFYING):
                 # No stream is needed yet, or all that is needed can come over another one.
                 return Move(Edge.QUIET)
             case Lost(reason):
@@ -252,6 +276,8 @@ class Buying:
     def _limit(self, state: State, now_ns: int) -> Move:
         if state is State.RANKING:
             return self._end(Edge.SILENT, "no deal was found in time", Blame.MARKET)
+        if state is State.WAITING:
+            return Move(Edge.AGAIN, (), [Start("rank")])
         if state is State.VERIFYING:
             reason = "the result could not be verified in time"
             return self._end(Edge.SILENT, reason, Blame.PROVIDER)
@@ -262,13 +288,15 @@ class Buying:
         blame = Blame.PROVIDER if state is State.RUNNING else Blame.MARKET
         return self._end(Edge.DEADLINE, f"the deadline passed while {state}", blame)
 
-    def _on_own(self, event: Event, now_ns: int) -> Move:
+    def _on_own(self, event: Event, state: State, now_ns: int) -> Move:
         match event:
             case Ranked(reason):
-                bid = self.desk.bid(0, now_ns)
+                bid = self.desk.bid(self.attempt, now_ns)
                 if bid is None:
                     return self._end(Edge.NO_DEAL, reason, Blame.MARKET)
                 return Move(Edge.RANKED, (bid,), [Send("bid", bid)])
+            case Again() if state is State.WAITING:
+                return Move(Edge.AGAIN, (), [Start("rank")])
             case Verified(number):
                 return self._on_verified(number)
             case Refuted(reason) if self.unsigned:
@@ -294,7 +322,12 @@ class Buying:
 
     def _next(self, reason: str, now_ns: int, fence: bool = True) -> Move:
         attempt = self.attempt + 1
-        bid = self.desk.bid(attempt, now_ns) if attempt < MAX_ATTEMPTS else None
+        few = attempt - self._first_attempt < MAX_ATTEMPTS
+        bid = self.desk.bid(attempt, now_ns) if few else None
+        if bid is None and (self._busy or BUSY_PREFIX in reason):
+            abandon = self._fence(reason) if fence else []
+            parts = (reason.encode(), b"", abandon[0].wire if abandon else b"")
+            return Move(Edge.WAIT, parts, [*abandon, Start("wait")])
         if bid is None:
             message = f"no provider took the job; the last one: {reason}"
             return self._end(Edge.EXHAUSTED, message, Blame.MARKET, fence)

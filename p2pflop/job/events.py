@@ -15,6 +15,7 @@ class State(StrEnum):
     """Of both sides; ``SETTLED``, ``FAILED``, ``CANCELLED`` and ``RELEASED`` are ends."""
 
     RANKING = "ranking"
+    WAITING = "waiting"
     BIDDING = "bidding"
     CONFIRMING = "confirming"
     VERIFYING = "verifying"
@@ -83,6 +84,11 @@ class Ranked:
     """Buyer: the book is ranked; the desk has the deals. ``reason`` tells why if it has none."""
 
     reason: str = "no ask satisfies the job"
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Buyer: somebody may have room now, so do not wait any longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +166,7 @@ Event = (
     | Fault
     | Timer
     | Ranked
+    | Again
     | Verified
     | Refuted
     | Cancel
@@ -195,7 +202,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Begin ``prepare``, ``run`` or ``reveal`` (provider) or ``verify`` (buyer)."""
+    """Begin ``prepare``, ``run`` or ``reveal`` (provider), or ``verify``, ``wait`` or ``rank``."""
 
     task: str
 

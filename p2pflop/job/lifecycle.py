@@ -14,8 +14,12 @@ order. Two rules make it safe to die at any moment:
    deadline bounds all of them up to delivery. An event that comes when a limit has passed is
    dropped and the limit's edge is taken instead, so that a slow driver changes nothing.
 
+A buyer whom every provider refused, and at least one for want of room, waits and ranks again, ever
+more rarely, until its deadline.
+
 Repeating is harmless: the same bid gets the same fill, the same confirm or receipt the same answer,
-in end states too. An event that the table does not allow, or a record that does not check, raises
+in end states too. What a buyer has countersigned is owed, so a provider takes that in after its end
+as well. An event that the table does not allow, or a record that does not check, raises
 ProtocolError and changes nothing; the driver then closes the stream and reports ``Lost``.
 
 What the records are and who may sign them is the business of a **desk** (``BuyerDesk``,
@@ -68,6 +72,7 @@ from p2pflop.job.events import (
 from p2pflop.units import NS_PER_S
 
 CONFIRM_WITHIN_NS: Final = 2 * NS_PER_S
+MAX_WAIT_NS: Final = 16 * NS_PER_S
 
 
 class Edge(StrEnum):
@@ -77,6 +82,8 @@ class Edge(StrEnum):
     RANKED = "ranked"
     NO_DEAL = "no deal"
     NEXT = "next"
+    WAIT = "wait"
+    AGAIN = "again"
     EXHAUSTED = "exhausted"
     FILL = "fill"
     STARTED = "started"
@@ -132,16 +139,24 @@ BUYER: Final[Table] = {
     State.BIDDING: {
         Edge.FILL: State.CONFIRMING,
         Edge.NEXT: State.BIDDING,
+        Edge.WAIT: State.WAITING,
         Edge.EXHAUSTED: State.FAILED,
         Edge.DEADLINE: State.FAILED,
         Edge.CANCEL: State.CANCELLED,
         Edge.QUIET: State.BIDDING,
+    },
+    State.WAITING: {
+        Edge.AGAIN: State.RANKING,
+        Edge.DEADLINE: State.FAILED,
+        Edge.CANCEL: State.CANCELLED,
+        Edge.QUIET: State.WAITING,
     },
     State.CONFIRMING: {
         Edge.STARTED: State.RUNNING,
         Edge.COMMIT: State.RUNNING,
         Edge.RECEIPT: State.RUNNING,
         Edge.NEXT: State.BIDDING,
+        Edge.WAIT: State.WAITING,
         Edge.EXHAUSTED: State.FAILED,
         Edge.JOB_FAULT: State.FAILED,
         Edge.DEADLINE: State.FAILED,
@@ -235,7 +250,9 @@ PROVIDER: Final[Table] = {
         Edge.REPEAT: State.RECEIPTED,
         Edge.QUIET: State.RECEIPTED,
     },
-    **{end: row for end, row in _END_ROWS.items() if end is not State.CANCELLED},
+    State.SETTLED: _END_ROWS[State.SETTLED],
+    # A countersignature that comes late is money owed all the same: the buyer has booked it.
+    **{end: {**_END_ROWS[end], Edge.COUNTERSIGN: end} for end in (State.FAILED, State.RELEASED)},
 }
 
 
@@ -250,6 +267,7 @@ class Limit:
 BUYER_LIMITS: Final[Mapping[State, Limit]] = {
     State.RANKING: Limit("ranking", 60 * NS_PER_S),
     State.BIDDING: Limit("answer", 10 * NS_PER_S),
+    State.WAITING: Limit("again", MAX_WAIT_NS),
     State.CONFIRMING: Limit("start", 10 * NS_PER_S),
     State.RUNNING: Limit("provider silence", 30 * NS_PER_S),
     State.VERIFYING: Limit("verification", 1800 * NS_PER_S),
@@ -266,6 +284,7 @@ UNTIL_DEADLINE: Final = frozenset(
     {
         State.RANKING,
         State.BIDDING,
+        State.WAITING,
         State.CONFIRMING,
         State.RUNNING,
         State.OFFERED,
@@ -307,6 +326,10 @@ class Side(Protocol):
 
     def start_parts(self) -> Parts:
         """What the first row of the journal holds."""
+        ...
+
+    def limit(self, state: State) -> Limit:
+        """How long that state may last from now: at most what ``limits`` says."""
         ...
 
     def revive(self, state: State, /) -> Sequence[Move]:
@@ -390,15 +413,18 @@ class Lifecycle(Generic[SideT]):
             renewed = move.edge is Edge.ALIVE
             return [*move.actions, *(self._arm(now_ns) if renewed else ())]
         actions: list[Action] = [Persist(move.edge.value, _PARTS.encode(move.parts)), *move.actions]
+        had_ended = self.ended
         self.state = after
         self.side.apply(move.edge, move.parts)
+        if had_ended:
+            return actions
         if self.ended:
             self._timers.clear()
             return [*actions, Stop(), Finish(after, *self.side.outcome())]
         return [*actions, *self._arm(now_ns)]
 
     def _arm(self, now_ns: int) -> list[Action]:
-        limit = self.side.limits[self.state]
+        limit = self.side.limit(self.state)
         self._timers = {limit.name: now_ns + limit.after_ns}
         if self.state in UNTIL_DEADLINE:
             self._timers[DEADLINE] = self.deadline_ns

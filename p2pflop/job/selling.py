@@ -155,6 +155,10 @@ class Selling:
         """See ``Side``."""
         return (self.bid,)
 
+    def limit(self, state: State) -> Limit:
+        """See ``Side``."""
+        return self.limits[state]
+
     def revive(self, state: State) -> Sequence[Move]:
         """See ``Side``. The worker died with the node, so a running lease is given back."""
         if state in (State.PREPARING, State.RUNNING):
@@ -178,10 +182,10 @@ class Selling:
             return self._on_bid(wire, state)
         if name == "confirm":
             return self._on_confirm(wire, state)
+        if name == "receipt":
+            return self._on_countersigned(wire, state)
         if state in ENDS:
             return Move(Edge.QUIET)
-        if name == "receipt":
-            return self._on_countersigned(wire)
         return self._on_abandon(wire)
 
     def _on_bid(self, wire: bytes, state: State) -> Move:
@@ -202,11 +206,12 @@ class Selling:
             raise ProtocolError("a second confirm for one fill")
         return Move(Edge.REPEAT, (), self._open_claims())
 
-    def _on_countersigned(self, wire: bytes) -> Move:
+    def _on_countersigned(self, wire: bytes, state: State) -> Move:
         number = self.desk.check_countersigned(wire, self.bid, self.unsigned)
         if number is None:
             return Move(Edge.QUIET)
-        edge = Edge.SETTLE if number == self.last_number else Edge.COUNTERSIGN
+        settles = number == self.last_number and state not in ENDS
+        edge = Edge.SETTLE if settles else Edge.COUNTERSIGN
         return Move(edge, (wire, number.to_bytes(4, "big")))
 
     def _on_abandon(self, wire: bytes) -> Move:

@@ -359,6 +359,23 @@ async def test_an_owners_delete_spares_what_is_public_or_anothers(store: Store) 
     assert [info.address for info in await store.list()] == [public.address]
 
 
+async def test_old_partials_of_strangers_are_forgotten_but_for_some(store: Store) -> None:
+    manifests = [manifest_of(_data(LARGE, number)) for number in range(3)]
+    for number, (manifest, owner) in enumerate(zip(manifests, (ALICE, BOB, b""), strict=True)):
+        async with await store.begin(manifest, owner=owner) as partial:
+            await partial.write_chunk(0, _data(LARGE, number)[:CHUNK_BYTES])
+    assert await store.forget_partials(0) == 0, "they are younger"
+    later = 2**62
+    assert await store.forget_partials(later, {manifests[1].address}) == 1
+    assert await store.resume(manifests[0].address, ALICE) is None
+    for manifest, owner in zip(manifests[1:], (BOB, b""), strict=True):
+        partial_left = await store.resume(manifest.address, owner)
+        assert partial_left is not None
+        async with partial_left:
+            assert partial_left.missing()
+    assert store.statistics().partials == 2
+
+
 async def test_a_partial_of_a_deleted_blob_cannot_finish(store: Store) -> None:
     data = _data(LARGE)
     manifest = manifest_of(data)

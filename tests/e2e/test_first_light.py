@@ -36,6 +36,17 @@ def submit(job: pf.Job, node: Any, **options: Any) -> pf.Run:
     return pf.submit(job, client=Client(node.home), **options)
 
 
+def first_events(run: pf.Run, state: str) -> list[dict[str, Any]]:
+    """The refusals of a run until it is in ``state``."""
+    found = []
+    for event in run.events():
+        if event["kind"] == "rejected":
+            found.append(event)
+        if event["kind"] == "state" and event["state"] == state:
+            return found
+    raise AssertionError(f"it was never {state}")
+
+
 def wait_for_asks(node: Any, count: int, wait_until: Any) -> None:
     wait_until(lambda: len(node.get("/v1/book")["book"]) == count)
 
@@ -57,6 +68,9 @@ def test_a_job_is_bought_run_verified_and_owed_for(start_node: StartNode, wait_u
     assert list(result["total"]) == list(local["total"])
 
     events = list(run.events())
+    told = [event["state"] for event in events if event["kind"] == "state"]
+    assert told[:2] == ["bidding", "confirming"]
+    assert "running" in told
     [filled] = [event for event in events if event["kind"] == "filled"]
     cost = events[-1]["cost_nusd"]
     assert 0 < cost == filled["quote_nusd"]
@@ -139,6 +153,33 @@ def test_a_provider_that_vanishes_is_a_clear_failure(
     assert buyer.get(f"/v1/jobs/{run.id}")["end_state"] == "failed"
 
 
+def test_a_provider_killed_after_a_checkpoint_starts_again_and_is_paid_for_it(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    seller = start_node("seller", "--ask", "100")
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    wait_for_asks(buyer, 1, wait_until)
+    weight = Tensor.zeros(20_000, dtype=dtypes.float32).contiguous()
+
+    def step() -> dict[str, Tensor]:
+        weight.assign(weight * 0.5 + Tensor.rand(20_000))
+        return {"total": weight.sum()}
+
+    job = pf.trace(step, steps=LONG_STEPS)
+    run = submit(job, buyer, checkpoint_steps=LONG_STEPS // 1000, max_usd=10**9)
+    for event in run.events():
+        if event["kind"] == "receipt":
+            break
+    seller.kill()
+    with pytest.raises(pf.ProviderError):
+        run.result(timeout=60)
+    again = start_node("seller", "--ask", "100", "--connect", buyer.addresses()[0])
+    owing = buyer.get("/v1/ledger")["owing_nusd"]
+    assert owing > 0
+    wait_until(lambda: again.get("/v1/ledger")["owed_nusd"] == owing)
+    assert again.get("/v1/status")["leases"] == 0
+
+
 def test_a_buyer_killed_and_restarted_finishes_its_job(
     start_node: StartNode, wait_until: Any
 ) -> None:
@@ -175,10 +216,18 @@ def test_two_takers_of_one_slot_get_one_fill(start_node: StartNode, wait_until: 
     first = submit(counting_job(steps=LONG_STEPS), node)
     next(iter(first))
     second = submit(counting_job(steps=3), node)
-    with pytest.raises(pf.MarketError, match="every slot is taken"):
-        second.result(timeout=30)
+    wait_until(lambda: second.status == "waiting")
+    refused = [event["reason"] for event in first_events(second, "waiting")]
+    assert refused == ["busy: every slot is taken"]
     first.cancel()
     wait_until(lambda: first.status == "cancelled")
+    second.result(timeout=30).verify()
+    third = submit(counting_job(steps=LONG_STEPS), node)
+    next(iter(third))
+    impatient = submit(counting_job(steps=3), node, deadline=2)
+    with pytest.raises(pf.MarketError, match="the deadline passed while waiting"):
+        impatient.result(timeout=30)
+    third.cancel()
 
 
 def test_a_public_blob_is_found_from_the_far_end_of_a_line(

@@ -9,11 +9,18 @@ import pytest
 
 from p2pflop.errors import ProtocolError
 from p2pflop.ids import content_hash
-from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS, Buying, buyer
+from p2pflop.job.buying import (
+    BUSY_PREFIX,
+    FIRST_WAIT_NS,
+    MAX_UNSIGNED_RECEIPTS,
+    Buying,
+    buyer,
+)
 from p2pflop.job.events import (
     DEADLINE,
     ENDS,
     Action,
+    Again,
     Alive,
     Blame,
     Cancel,
@@ -32,6 +39,7 @@ from p2pflop.job.events import (
     Reveal,
     Send,
     SetTimer,
+    Start,
     State,
     Timer,
     Verified,
@@ -41,6 +49,7 @@ from p2pflop.job.lifecycle import (
     BUYER,
     BUYER_LIMITS,
     CONFIRM_WITHIN_NS,
+    MAX_WAIT_NS,
     PROVIDER,
     PROVIDER_LIMITS,
     VOLATILE,
@@ -105,6 +114,9 @@ def pair(until: State) -> Pair:
     sale = provider(provider_desk(seller), made.side.bid, DEADLINE_NS)
     sale.start(NOW_NS)
     both = Pair(made, sale, seller)
+    if until is State.WAITING:
+        both.to_buyer(sale.on(Deny(BUSY_PREFIX + "full"), NOW_NS))
+        return both
     steps: list[Callable[[], object]] = [
         lambda: both.to_buyer(sale.on(Grant(), NOW_NS)),
         lambda: sale.on(Received(made.side.confirm), NOW_NS),
@@ -121,6 +133,39 @@ def pair(until: State) -> Pair:
     return both
 
 
+def test_a_buyer_comes_back_to_those_that_had_no_room() -> None:
+    seller = party(1)
+    (deal,) = deals(seller.sheet(ask()))
+    offers = [deal]
+    made = buyer(buyer_desk(SHOPPER, offers), DEADLINE_NS)
+    made.start(NOW_NS)
+
+    def refuse(reason: str, now_ns: int) -> None:
+        made.on(Ranked(), now_ns)
+        assert made.state is State.BIDDING
+        sale = provider(provider_desk(seller), made.side.bid, DEADLINE_NS)
+        sale.start(now_ns)
+        Pair(made, sale, seller).to_buyer(sale.on(Deny(reason), now_ns), now_ns)
+
+    waited, now_ns = [], NOW_NS
+    for _ in range(8):
+        refuse(BUSY_PREFIX + "full", now_ns)
+        offers.append(deal)
+        began_ns = now_ns
+        while made.state is State.WAITING:
+            now_ns += NS_PER_S // 8
+            actions = made.on(Timer("again"), now_ns)
+        waited.append(now_ns - began_ns)
+        assert Start("rank") in actions
+    assert waited[:3] == [2 * FIRST_WAIT_NS, 4 * FIRST_WAIT_NS, 8 * FIRST_WAIT_NS]
+    assert waited[-1] == MAX_WAIT_NS
+    refuse(BUSY_PREFIX + "full", now_ns)
+    offers.append(deal)
+    assert Start("rank") in made.on(Again(), now_ns), "or at once, when there is room"
+    refuse("never", now_ns)
+    assert made.state is State.FAILED, "a no that is not for want of room is final"
+
+
 def test_a_confirm_must_come_within_two_seconds() -> None:
     both = pair(State.LEASED)
     late = NOW_NS + CONFIRM_WITHIN_NS
@@ -133,6 +178,21 @@ def test_a_confirm_must_come_within_two_seconds() -> None:
     again = both.to_buyer(actions)
     assert both.buyer.state is State.FAILED, "the buyer hears of it and has no other deal"
     assert again
+
+
+@pytest.mark.parametrize("end", [Withdraw("shutdown"), Fault("broken")])
+def test_what_is_countersigned_is_owed_even_after_the_providers_end(end: Event) -> None:
+    both = pair(State.RUNNING)
+    both.to_buyer(both.provider.on(Checkpointed(STEPS // 2, HALF), NOW_NS))
+    signed = both.buyer.on(Verified(1), NOW_NS)
+    both.provider.on(end, NOW_NS)
+    state = both.provider.state
+    assert state in ENDS
+    actions = both.to_provider(signed)
+    assert [type(action).__name__ for action in actions] == ["Persist"], "it ends only once"
+    assert both.provider.side.countersigned == both.buyer.side.countersigned
+    assert both.provider.state is state
+    assert both.to_provider(signed) == [], "and is booked once"
 
 
 @pytest.mark.parametrize("state", [State.BIDDING, State.CONFIRMING, State.RUNNING])
@@ -392,7 +452,8 @@ def test_every_state_is_reached_bounded_and_leads_to_an_end(
             if edge in VOLATILE:
                 assert after is state
         if state in ENDS:
-            assert set(row) <= VOLATILE
+            assert set(row) <= VOLATILE | {Edge.COUNTERSIGN}
+            assert set(row.values()) == {state}
 
 
 def test_every_limit_moves_its_state_on() -> None:

@@ -1,0 +1,88 @@
+"""The deals of one run: the book ranked, round after round, and the bids that follow from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from p2pflop.job.lifecycle import Edge
+from p2pflop.job.meter import METER_ID
+from p2pflop.market.fills import make_bid
+from p2pflop.market.ranking import Deal
+from p2pflop.market.records import Bid
+from p2pflop.node.driver import LIFE_ROW
+from p2pflop.node.journal import JobRows, Row
+from p2pflop.node.orders import Order, Ranking
+from p2pflop.wire import Sealed
+
+if TYPE_CHECKING:
+    from p2pflop.node.buy import Buyer
+
+DEAL_ROW: Final = "deal"
+KEY_BYTES: Final = 32
+
+
+class Bidding:
+    """Bids by the number of the attempt, which rises over all rounds of a run."""
+
+    def __init__(self, buyer: Buyer, order: Order, rows: JobRows) -> None:
+        self._buyer = buyer
+        self._order = order
+        self._rows = rows
+        self._ranking: Ranking | None = None
+        self._deals: list[Deal] = []
+        self._first_attempt = 0
+        self._accounts: dict[bytes, bytes] = {}
+        self._tried: set[bytes] = set()
+
+    def rank(self, attempt: int) -> Ranking:
+        """Begin a round with the book as it is now; its best deal is for ``attempt``."""
+        self._tried.clear()
+        return self._look(attempt)
+
+    def bid_on(self, attempt: int, now_ns: int) -> Sealed[Bid] | None:
+        """The bid on the deal to try as number ``attempt``, or None if there is none left."""
+        ranking = self._ranking or self._look(attempt)
+        if attempt - self._first_attempt >= len(self._deals):
+            return None
+        deal = self._deals[attempt - self._first_attempt]
+        self._accounts[deal.node] = deal.account
+        self._tried.add(deal.node)
+        self._rows.add(DEAL_ROW, deal.node + deal.account)
+        identity, checked = self._buyer.identity, self._order.checked
+        return make_bid(
+            identity.node,
+            deal,
+            job=checked.job,
+            root_from=checked.root_from,
+            meter_id=METER_ID,
+            costs=self._order.costs,
+            terms=self._order.terms,
+            nonce=ranking.nonce,
+            now_ns=now_ns,
+            book_digest=ranking.view.digest,
+            policy_digest=ranking.policy.digest(),
+            delegation=identity.delegation(now_ns),
+            network=identity.network,
+        )
+
+    def account_of(self, node: bytes) -> bytes | None:
+        """The account of a provider that was bid to, by its node's key."""
+        return self._accounts.get(node)
+
+    def recall(self, row: Row) -> None:
+        """Take in a row that an earlier process has journalled."""
+        if row.kind == DEAL_ROW:
+            self._accounts[row.body[:KEY_BYTES]] = row.body[KEY_BYTES:]
+            self._tried.add(row.body[:KEY_BYTES])
+        elif row.kind == LIFE_ROW + Edge.WAIT:
+            self._tried.clear()
+
+    def _look(self, attempt: int) -> Ranking:
+        """Rank; the deals are those from ``attempt`` on, without providers tried in this round.
+
+        A restart looks anew: what was ranked before it is not kept.
+        """
+        ranking = self._ranking = self._buyer.rank(self._order)
+        self._deals = [deal for deal in ranking.deals if deal.node not in self._tried]
+        self._first_attempt = attempt
+        return ranking

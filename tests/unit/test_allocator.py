@@ -1,0 +1,288 @@
+"""What is free, and for whom: each objection at its limit, and what each end of a sale frees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from p2pflop.ids import content_hash
+from p2pflop.job.file import CheckedJob, decode_file, open_job
+from p2pflop.job.meter import METER_ID
+from p2pflop.market.fills import OpenBid
+from p2pflop.market.records import Bid
+from p2pflop.market.samples import NOW_NS, TERMS, ask, bid, deals, party
+from p2pflop.node.allocator import (
+    FIRST_LAPSE_NS,
+    MAX_LAPSE_NS,
+    MAX_LEASE_NS,
+    MAX_OPEN_SALES,
+    MAX_OPEN_SALES_PER_ACCOUNT,
+    UNPAID_FOR_NS,
+    Allocator,
+)
+from p2pflop.node.config import Settings
+from p2pflop.node.execute import memory_bytes
+from p2pflop.node.ledger_book import LedgerBook
+from p2pflop.node.memory_market import sample_file
+from p2pflop.node.memory_workers import MemoryWorkerPool
+from p2pflop.node.orders import MAX_CHECKPOINTS, cost_lines, moved_bytes
+from p2pflop.wire import Sealed
+
+OWN = party(0)
+[DEAL] = deals(OWN.sheet(ask()))
+SAMPLE = bid(party(1), DEAL)
+QUOTE = SAMPLE.record.quote_nusd
+MEMORY = TERMS.memory_bytes
+
+
+@dataclass
+class Owed:
+    """As much of a ledger as the allocator looks at."""
+
+    nusd: int = 0
+
+    def owed_nusd(self) -> int:
+        return self.nusd
+
+
+@dataclass
+class Taken:
+    """A sale, as far as it takes room."""
+
+    bid: Sealed[Bid]
+    account: bytes
+    signed_nusd: int = 0
+
+
+def open_bid(number: int, account: bytes = b"", **terms: Any) -> OpenBid:
+    """The sample bid under an id of its own."""
+    record = msgspec.structs.replace(
+        SAMPLE.record, terms=msgspec.structs.replace(TERMS, **terms) if terms else TERMS
+    )
+    sealed = replace(SAMPLE, record=record, id=content_hash(b"bid %d" % number))
+    return OpenBid(sealed, account or content_hash(b"account %d" % number), DEAL.ask)
+
+
+def taken(number: int, account: bytes = b"", signed_nusd: int = 0) -> Taken:
+    opened = open_bid(number, account)
+    return Taken(opened.sealed, opened.account, signed_nusd)
+
+
+def allocator(
+    owed_nusd: int = 0, level: int = 3, disk_bytes: int = 10**18, **settings: Any
+) -> Allocator:
+    """With room for everything that ``settings`` do not limit."""
+    roomy = {"slots": 10**6, "memory_bytes": 10**6 * MEMORY, "credit_nusd": 10**18}
+    return Allocator(
+        OWN.account.public_key,
+        Settings(Path("home"), **{**roomy, **settings}),
+        MemoryWorkerPool(level=level),
+        cast(LedgerBook, Owed(owed_nusd)),
+        disk_bytes=disk_bytes,
+    )
+
+
+def test_disk_is_given_for_all_that_open_sales_may_move() -> None:
+    made = allocator(disk_bytes=3 * TERMS.moved_bytes)
+    first, second = taken(1), taken(2)
+    made.take(first)
+    made.take(second)
+    assert made.objection(open_bid(3), NOW_NS) == ""
+    made.take(taken(3))
+    assert made.objection(open_bid(4), NOW_NS) == "busy: too little disk is free"
+    assert made.objection(open_bid(4, OWN.account.public_key), NOW_NS) == "", "the user's own"
+    made.free(first)
+    assert made.objection(open_bid(4), NOW_NS) != "", "its result is still to be fetched"
+    made.close(first)
+    assert made.objection(open_bid(4), NOW_NS) == ""
+
+
+def test_who_lets_fills_lapse_waits_longer_each_time() -> None:
+    made, account = allocator(), content_hash(b"account 1")
+    now_ns = NOW_NS
+    for lapses in range(12):
+        assert made.objection(open_bid(1), now_ns) == ""
+        made.note_lapse(account, now_ns)
+        wait_ns = min(FIRST_LAPSE_NS << lapses, MAX_LAPSE_NS)
+        reason = made.objection(open_bid(1), now_ns + wait_ns - 1)
+        assert reason == "busy: your last fill was not confirmed"
+        assert made.objection(open_bid(2), now_ns) == "", "others do not"
+        now_ns += wait_ns
+    made.note_lapse(OWN.account.public_key, now_ns)
+    assert made.objection(open_bid(3, OWN.account.public_key), now_ns) == ""
+
+
+def test_a_slot_is_given_once() -> None:
+    made = allocator(slots=2)
+    made.take(taken(1))
+    assert made.objection(open_bid(3), NOW_NS) == ""
+    made.take(taken(2))
+    assert made.objection(open_bid(3), NOW_NS) == "busy: every slot is taken"
+    assert made.busy == 2
+
+
+def test_memory_is_given_up_to_its_last_byte() -> None:
+    made = allocator(memory_bytes=2 * MEMORY)
+    made.take(taken(1))
+    assert made.objection(open_bid(2), NOW_NS) == ""
+    reason = made.objection(open_bid(2, memory_bytes=MEMORY + 1), NOW_NS)
+    assert reason == "busy: too little memory is free"
+
+
+def test_the_credit_counts_what_is_owed_running_and_unpaid() -> None:
+    made = allocator(owed_nusd=5, credit_nusd=5 + 7 + (QUOTE - 3) + QUOTE)
+    made.take(taken(1, signed_nusd=3))
+    made.note_unpaid(content_hash(b"somebody"), 7, NOW_NS)
+    assert made.objection(open_bid(2), NOW_NS) == ""
+    made.note_unpaid(content_hash(b"somebody"), 1, NOW_NS)
+    assert made.objection(open_bid(2), NOW_NS).startswith("over the credit of $")
+
+
+def test_the_own_account_needs_no_credit_and_uses_none() -> None:
+    own = OWN.account.public_key
+    made = allocator(credit_nusd=QUOTE)
+    made.take(taken(1, own))
+    made.note_unpaid(own, 10**18, NOW_NS)
+    assert made.objection(open_bid(2), NOW_NS) == ""
+    made.take(taken(2))
+    assert made.objection(open_bid(3), NOW_NS) != ""
+    assert made.objection(open_bid(3, own), NOW_NS) == ""
+
+
+def test_what_was_not_paid_is_forgotten_after_a_day() -> None:
+    made = allocator(credit_nusd=QUOTE)
+    made.note_unpaid(content_hash(b"somebody"), 1, NOW_NS)
+    assert made.objection(open_bid(1), NOW_NS + UNPAID_FOR_NS) != ""
+    assert made.objection(open_bid(1), NOW_NS + UNPAID_FOR_NS + 1) == ""
+
+
+def test_nothing_unpaid_is_not_noted() -> None:
+    made = allocator(credit_nusd=QUOTE)
+    made.note_unpaid(content_hash(b"somebody"), 0, NOW_NS)
+    made.note_unpaid(content_hash(b"somebody"), -5, NOW_NS)
+    assert made.objection(open_bid(1), NOW_NS) == ""
+
+
+def test_a_deadline_may_be_thirty_days_away() -> None:
+    made = allocator()
+    far_ns = NOW_NS + MAX_LEASE_NS
+    assert made.objection(open_bid(1, deadline_ns=far_ns), NOW_NS) == ""
+    reason = made.objection(open_bid(1, deadline_ns=far_ns + 1), NOW_NS)
+    assert reason == "the deadline is over 30 days away"
+
+
+def test_one_account_may_have_so_many_open_sales() -> None:
+    made, one = allocator(), content_hash(b"one")
+    for number in range(MAX_OPEN_SALES_PER_ACCOUNT):
+        assert made.objection(open_bid(number, one), NOW_NS) == ""
+        made.take(taken(number, one), capacity=False)
+    reason = made.objection(open_bid(10**6, one), NOW_NS)
+    assert reason == "busy: too many jobs wait for a countersignature"
+    assert made.objection(open_bid(10**6), NOW_NS) == "", "others are not held up"
+
+
+def test_all_accounts_together_may_have_so_many_open_sales() -> None:
+    made = allocator()
+    for number in range(MAX_OPEN_SALES):
+        made.take(taken(number), capacity=False)
+        if number == MAX_OPEN_SALES - 2:
+            assert made.objection(open_bid(10**6), NOW_NS) == ""
+    reason = made.objection(open_bid(10**6), NOW_NS)
+    assert reason == "busy: too many jobs wait for a countersignature"
+
+
+def test_a_weak_sandbox_runs_only_the_own_accounts_jobs() -> None:
+    made = allocator(level=1)
+    assert made.objection(open_bid(1), NOW_NS) == "the sandbox here is not safe enough"
+    assert made.objection(open_bid(1, OWN.account.public_key), NOW_NS) == ""
+    assert allocator(level=2).objection(open_bid(1), NOW_NS) == ""
+
+
+def test_broken_workers_run_nobodys_jobs() -> None:
+    made = allocator()
+    assert isinstance(made.workers, MemoryWorkerPool)
+    made.workers.broken = True
+    reason = made.objection(open_bid(1, OWN.account.public_key), NOW_NS)
+    assert reason == "the provider's workers are broken"
+
+
+def test_capacity_ends_with_the_worker_and_credit_with_the_sale() -> None:
+    made, sale = allocator(slots=1, credit_nusd=QUOTE), taken(1)
+    made.take(sale)
+    made.free(sale)
+    assert made.busy == 0
+    assert "over the credit" in made.objection(open_bid(2), NOW_NS)
+    made.close(sale)
+    assert made.objection(open_bid(2), NOW_NS) == ""
+
+
+def test_closing_a_sale_frees_its_capacity_too() -> None:
+    made, sale = allocator(slots=1), taken(1)
+    made.take(sale)
+    made.close(sale)
+    made.close(sale)
+    assert made.busy == 0
+    assert made.held() == []
+
+
+def _job(steps: int = 20) -> tuple[CheckedJob, Bid]:
+    """A job and the bid that fits it exactly."""
+    checked = open_job(decode_file(sample_file(steps)).body)
+    assert isinstance(checked, CheckedJob)
+    terms = msgspec.structs.replace(
+        TERMS,
+        memory_bytes=memory_bytes(checked),
+        moved_bytes=moved_bytes(checked, 5),
+        checkpoint_steps=5,
+    )
+    record = msgspec.structs.replace(
+        SAMPLE.record, meter_id=METER_ID, costs=cost_lines(checked), job=checked.job, terms=terms
+    )
+    return checked, record
+
+
+def test_a_bid_that_fits_its_job_meets_no_objection() -> None:
+    checked, record = _job()
+    assert allocator().objection_to_job(record, checked) == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"meter_id": "other"}, "meter 'other' is not this node's"),
+        ({"costs": ()}, "the cost lines are not what the meter says"),
+        ({"job": SAMPLE.record.job}, "the bid is for another job than the one sent"),
+    ],
+)
+def test_a_bid_for_something_else_is_not_taken(changed: dict[str, Any], reason: str) -> None:
+    checked, record = _job()
+    wrong = msgspec.structs.replace(record, **changed)
+    assert allocator().objection_to_job(wrong, checked).startswith(reason)
+
+
+def test_terms_below_what_the_job_needs_are_not_taken() -> None:
+    checked, record = _job()
+    terms = record.terms
+    for changed, reason in (
+        ({"memory_bytes": terms.memory_bytes - 1}, f"needs {terms.memory_bytes} bytes of memory"),
+        ({"moved_bytes": terms.moved_bytes - 1}, f"the job moves {terms.moved_bytes} bytes"),
+    ):
+        less = msgspec.structs.replace(record, terms=msgspec.structs.replace(terms, **changed))
+        assert reason in allocator().objection_to_job(less, checked)
+
+
+def test_a_job_may_have_a_thousand_checkpoints() -> None:
+    for steps, reason in (
+        (MAX_CHECKPOINTS + 1, ""),
+        (MAX_CHECKPOINTS + 2, f"over {MAX_CHECKPOINTS} checkpoints"),
+    ):
+        checked, record = _job(steps)
+        terms = msgspec.structs.replace(
+            record.terms, checkpoint_steps=1, moved_bytes=moved_bytes(checked, 1)
+        )
+        often = msgspec.structs.replace(record, terms=terms)
+        assert allocator().objection_to_job(often, checked) == reason
