@@ -172,6 +172,20 @@ class Store(Protocol):
         """Close. Using the store after this raises StoreError."""
 
 
+async def delete_own(store: Store, address: bytes) -> BlobInfo:
+    """Delete a blob of the node's own; what it was. Raises BlobNotFoundError, StoreError."""
+    info = await store.stat(address)
+    if info is None:
+        raise not_found(address)
+    if info.owner:
+        raise StoreError(
+            f"blob {address.hex()} is here for a lease of another account",
+            hint="The node deletes it by itself, an hour after the lease.",
+        )
+    await store.delete(address)
+    return info
+
+
 class Quota:
     """Counts what a store holds and has promised to hold. Only the event loop touches it."""
 
@@ -185,7 +199,7 @@ class Quota:
             raise StoreError(
                 f"{size_bytes} bytes more would go over the store's quota of {self.quota_bytes};"
                 f" {self.used_bytes} are in use",
-                hint="Delete blobs that are not needed, or raise the quota.",
+                hint="Delete blobs that are not needed (p2pflop rm HASH), or raise the quota.",
             )
         self.used_bytes += size_bytes
 

@@ -25,6 +25,9 @@ MAX_GROUP: Final = 256
 MAX_WAITING: Final = 4096
 BUSY_TIMEOUT_S: Final = 5.0
 
+_DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+"""The low byte of an extended error code is the code."""
+
 T = TypeVar("T")
 
 
@@ -154,6 +157,12 @@ class Database:
             request.wake()
 
     def _fault(self, error: sqlite3.Error) -> StoreError:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED:
+            return StoreError(
+                f"{self.path} is damaged: {error}",
+                hint="Restore it from a backup. If it is moved away, the node begins a new one "
+                "without what was in it.",
+            )
         return StoreError(
             f"{self.path.name}: {error}",
             hint=f"See that {self.path.parent} is writable and its disk has space and is sound.",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from p2pflop.dht.manifest import CHUNK_BYTES, Buffer, Manifest
-from p2pflop.errors import StoreError
+from p2pflop.errors import StoreError, VerificationError
 
 NAME_BYTES: Final = 16
 
@@ -149,12 +149,21 @@ def sweep(folder: Path, named: set[str]) -> int:
 def disk_error(error: OSError, path: Path) -> StoreError:
     """What to tell a user about ``error`` from the store at ``path``."""
     if error.errno in _FULL:
-        hint = "Free space on its disk, or delete blobs that are not needed."
+        hint = "Free space on its disk, or delete blobs that are not needed: p2pflop rm HASH."
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "See that this user may write to the folder and that the disk is not read-only."
     else:
         hint = "The disk may be failing: look at the system's log."
     return StoreError(f"the store at {path} failed: {error.strerror or error}", hint=hint)
+
+
+def damage_error(address: bytes, damage: DamagedChunk) -> VerificationError:
+    """What to tell a user about ``damage`` to a blob."""
+    part = "its bytes" if damage.index is None else f"chunk {damage.index}"
+    return VerificationError(
+        f"blob {address.hex()} is damaged on disk: {part} cannot be read back",
+        hint="Fetch it or put it again; if this repeats, the disk is failing.",
+    )
 
 
 def lock(path: Path) -> int:

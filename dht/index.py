@@ -85,6 +85,13 @@ class Change:
     unused: tuple[str, ...] = ()
     freed_bytes: int = 0
 
+    @property
+    def kept(self) -> BlobInfo:
+        """The blob of a change that keeps one."""
+        if self.info is None:
+            raise AssertionError("a change that keeps a blob names it")
+        return self.info
+
 
 class Index:
     """The rows of one store."""

@@ -13,6 +13,7 @@ blobs, where the hop costs more than the work.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -49,7 +50,7 @@ from p2pflop.dht.manifest import (
 )
 from p2pflop.dht.memory import FinishedPartial, MemoryPartial
 from p2pflop.dht.writing import FilePartial, FileWriter
-from p2pflop.errors import BlobNotFoundError, ProtocolError, StoreError, VerificationError
+from p2pflop.errors import BlobNotFoundError, ProtocolError, StoreError
 from p2pflop.units import NS_PER_S
 
 __all__ = ["BlobInfo", "BlobWriter", "FileStore", "PartialBlob", "Store", "StoreStatistics"]
@@ -58,6 +59,8 @@ PARTIAL_LIFETIME_NS: Final = 7 * 86_400 * NS_PER_S
 """A fetch that nobody resumed for so long is given up at the next start."""
 
 MAX_THREADS: Final = 8
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Arguments = TypeVarTuple("Arguments")
@@ -279,7 +282,7 @@ class FileStore:
             files.remove(self.folder, [file] if file else [])
             raise
         await self.settle(change)
-        return _known(change)
+        return change.kept
 
     async def settle(self, change: Change) -> None:
         """Free what a committed change has put out of use."""
@@ -293,7 +296,7 @@ class FileStore:
         """Make a partial a blob. Raises StoreError if chunks are missing or it was deleted."""
         change = await self.index.promote(row, public)
         await self.settle(change)
-        return _known(change)
+        return change.kept
 
     # Inside.
 
@@ -354,11 +357,9 @@ class FileStore:
             return
         self._manifests.drop(row.info.address)
         await self.settle(change)
-        part = "its bytes" if damage.index is None else f"chunk {damage.index}"
-        raise VerificationError(
-            f"blob {row.info.address.hex()} is damaged on disk: {part} cannot be read back",
-            hint="Fetch it or put it again; if this repeats, the disk is failing.",
-        ) from damage
+        error = files.damage_error(row.info.address, damage)
+        _log.warning("%s", error)
+        raise error from damage
 
     async def _is_sound(self, row: Row, manifest: Manifest) -> bool:
         try:
@@ -404,9 +405,3 @@ class FileStore:
             await self.settle(Change(None, (file.name,), size_bytes))
             return None
         return FilePartial(self, row, manifest, file, bitmap, public)
-
-
-def _known(change: Change) -> BlobInfo:
-    if change.info is None:
-        raise AssertionError("a change that keeps a blob names it")
-    return change.info

@@ -21,6 +21,7 @@ DATA = Path(__file__).parent / "data" / "digits.csv.gz"
 BATCH = 64
 STEPS = 800
 TEST_EVERY = 100
+WEIGHT = "net.out.weight"
 
 Array = np.ndarray[Any, Any]
 Step = Callable[[], dict[str, Tensor]]
@@ -104,8 +105,12 @@ def main() -> None:
         if "acc" in row:
             print(row)
     result = run.result()
-    print(f"result {result.hash}, ${result.cost_usd:.6f}")
+    print(f"result {result.hash}, at the provider's price ${result.cost_usd:.6f}")
     print(f"held-out accuracy of the fetched weights: {evaluate(result.state):.1%}")
+    with pf.Client() as client:
+        url = client.status()["url"]
+    print("each tensor is a blob; this fetches net.out.weight from your node:")
+    print(f"curl --fail {url}/blob/{result.state.address(WEIGHT)} --output weight.bin")
 
 
 if __name__ == "__main__":

@@ -116,8 +116,10 @@ def trace(
     Each function is called once; no kernel is compiled, and the program's tensors are afterwards as
     they were before. Raises JobError for what cannot travel.
     """
-    if not 1 <= steps < MAX_STEPS or not 0 <= seed <= MAX_SEED:
-        raise JobError(f"steps={steps} or seed={seed} is out of range")
+    if not 1 <= steps < MAX_STEPS:
+        raise JobError(f"steps={steps} is out of range", hint=f"Use 1 to {MAX_STEPS - 1}.")
+    if not 0 <= seed <= MAX_SEED:
+        raise JobError(f"seed={seed} is out of range", hint=f"Use 0 to {MAX_SEED}.")
     functions = [unwrap(function) for function in (fn, *(every or {}).values())]
     periods = [1, *(every or {})]
     if any(period < 1 for period in periods):

@@ -4,6 +4,7 @@
 ``GET /blob/<hash>``                   the bytes, from here or found among peers; ranges; no token
 ``HEAD /blob/<hash>``                  whether this node itself holds them; no token
 ``PUT /blob?public=0|1``               keep the request's body
+``DELETE /blob/<hash>``                forget a blob of this node's own
 ``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=``  submit the job file in the body
 ``POST /v1/quote?...``                 what a submission would choose from
 ``GET /v1/jobs``, ``/v1/jobs/<id>``    runs of this node
@@ -25,7 +26,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,9 +33,8 @@ from typing import Final
 
 import trio
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -45,14 +44,13 @@ from p2pflop.errors import (
     BlobNotFoundError,
     ConfigError,
     JobError,
-    P2PFlopError,
     ProtocolError,
-    ProviderError,
     StoreError,
 )
 from p2pflop.ids import parse_hash
 from p2pflop.job.file import FILE_MAGIC, MAX_COMPRESSED_BYTES
-from p2pflop.node.api_guard import Activity, Guard, error_response, json_response
+from p2pflop.node.api_errors import EXCEPTION_HANDLERS, Refused
+from p2pflop.node.api_guard import Activity, Guard, json_response
 from p2pflop.node.api_streams import BlobStream, EventStream, parse_range
 from p2pflop.node.service import (
     DEFAULT_FIND_TIMEOUT_S,
@@ -60,6 +58,7 @@ from p2pflop.node.service import (
     Json,
     NodeService,
     SubmitOptions,
+    check_run_id,
 )
 from p2pflop.units import KIB, MAX_NUSD
 
@@ -67,8 +66,6 @@ MAX_ITEMS: Final = 10_000
 MAX_DEADLINE_S: Final = 366 * 86400
 MAX_WAIT_MS: Final = 7 * 86400 * 1000
 MAX_STEPS: Final = 2**40
-
-_RUN_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +93,7 @@ class Api:
         get, post = ["GET"], ["POST"]
         return [
             Route("/blob/{address}", self.blob, methods=["GET", "HEAD"]),
+            Route("/blob/{address}", self.delete_blob, methods=["DELETE"]),
             Route("/blob", self.put_blob, methods=["PUT"]),
             Route("/v1/jobs", self.submit, methods=post),
             Route("/v1/quote", self.quote, methods=post),
@@ -164,19 +162,24 @@ class Api:
         limit = self._limits.max_blob_bytes
         too_large = StoreError(f"the blob is over the limit of {limit} bytes")
         if _declared_bytes(request) > limit:
-            raise _Refused(too_large, 413)
+            raise Refused(too_large, 413)
         size_bytes = 0
         async with self._service.store.writer() as writer:
             async for piece in request.stream():
                 size_bytes += len(piece)
                 if size_bytes > limit:
-                    raise _Refused(too_large, 413)
+                    raise Refused(too_large, 413)
                 await writer.write(piece)
             info = await writer.finish()
         if public == "1":
             await self._service.set_public(info.address)
         kept = await self._service.store.stat(info.address)
         return json_response(_describe(kept or info), 201)
+
+    async def delete_blob(self, request: Request) -> Response:
+        """Forget a blob of this node's own; what it was."""
+        address = parse_hash(request.path_params["address"])
+        return json_response(_describe(await self._service.delete_blob(address)))
 
     async def stat(self, request: Request) -> Response:
         """Size and openness of a blob that is kept here."""
@@ -250,22 +253,13 @@ class Api:
             hint="Data travels as blobs (PUT /blob), not inside the job.",
         )
         if _declared_bytes(request) > limit:
-            raise _Refused(too_large, 413)
+            raise Refused(too_large, 413)
         body = bytearray()
         async for piece in request.stream():
             body += piece
             if len(body) > limit:
-                raise _Refused(too_large, 413)
+                raise Refused(too_large, 413)
         return bytes(body)
-
-
-class _Refused(Exception):
-    """An error that has a status of its own."""
-
-    def __init__(self, error: P2PFlopError, status: int) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.status = status
 
 
 def create_app(
@@ -290,13 +284,7 @@ def create_app(
     return Starlette(
         routes=Api(service, limits, stopping).routes(),
         middleware=[guard],
-        exception_handlers={
-            _Refused: _on_refused,
-            P2PFlopError: _on_error,
-            HTTPException: _on_http_error,
-            ClientDisconnect: _on_disconnect,
-            Exception: _on_fault,
-        },
+        exception_handlers=EXCEPTION_HANDLERS,
     )
 
 
@@ -344,10 +332,7 @@ def _parse_number(text: str, name: str, highest: int) -> int:
 
 
 def _run_id(request: Request) -> str:
-    run: str = request.path_params["run"]
-    if _RUN_ID.fullmatch(run) is None:
-        raise ConfigError(f"{run[:80]!r} is not the id of a run", hint="See 'p2pflop jobs'.")
-    return run
+    return check_run_id(request.path_params["run"])
 
 
 def _declared_bytes(request: Request) -> int:
@@ -357,39 +342,3 @@ def _declared_bytes(request: Request) -> int:
 
 def _bad_job(error: ProtocolError) -> JobError:
     return JobError(f"not a valid job file: {error.message}", hint=error.hint)
-
-
-async def _on_error(_request: Request, error: Exception) -> Response:
-    fault = error if isinstance(error, P2PFlopError) else P2PFlopError(str(error))
-    return error_response(fault)
-
-
-async def _on_refused(_request: Request, error: Exception) -> Response:
-    if not isinstance(error, _Refused):
-        raise error
-    return error_response(error.error, error.status)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        raise error
-    what = ConfigError(
-        f"{request.method} {request.url.path[:200]}: {error.detail}",
-        hint="This node and this program may be of different versions.",
-    )
-    response = error_response(what, error.status_code)
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_disconnect(_request: Request, _error: Exception) -> Response:
-    return error_response(ProviderError("the client went away"), 400)
-
-
-async def _on_fault(_request: Request, error: Exception) -> Response:
-    return error_response(
-        P2PFlopError(
-            f"the node failed at this request ({type(error).__name__})",
-            hint="Its log has the details; please report them.",
-        )
-    )

@@ -13,7 +13,7 @@ from typing import Any, Final
 import platformdirs
 
 from p2pflop.errors import ConfigError
-from p2pflop.units import GIB, is_price, parse_bytes, parse_usd
+from p2pflop.units import GIB, format_bytes, is_price, parse_bytes, parse_usd
 from p2pflop.wire import DEFAULT_NETWORK
 
 DEFAULT_HTTP_PORT: Final = 7420
@@ -70,14 +70,18 @@ class Settings:
         """The memory for jobs in bytes: as set, or a half of this machine's, at most 64 GiB."""
         if self.memory_bytes is not None:
             return self.memory_bytes
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return min(total // 2, 64 * GIB)
+        return min(machine_memory_bytes() // 2, 64 * GIB)
 
     def resolved_disk_bytes(self) -> int:
         """The disk for strangers' jobs in bytes: as set, or a half of what is free now."""
         if self.disk_bytes is not None:
             return self.disk_bytes
         return shutil.disk_usage(self.home).free // 2
+
+
+def machine_memory_bytes() -> int:
+    """All of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def default_home() -> Path:
@@ -127,7 +131,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         table = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}",
+            hint="Choose another home with --home or P2PFLOP_HOME.",
+        ) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     settings: dict[str, Any] = {}
     for key, value in table.items():
@@ -164,6 +173,13 @@ def _check(settings: Settings) -> None:
     require(
         settings.memory_bytes is None or settings.memory_bytes >= MIN_MEMORY_BYTES,
         f"memory for jobs must be at least {MIN_MEMORY_BYTES // 1024**2} MiB",
+    )
+    machine_bytes = machine_memory_bytes()
+    require(
+        settings.memory_bytes is None or settings.memory_bytes <= machine_bytes,
+        f"{format_bytes(settings.memory_bytes or 0)} of memory for jobs is more than this machine "
+        f"has, {format_bytes(machine_bytes)}",
+        "Give less with --memory; without it, it is a half of the machine's.",
     )
     require(
         settings.disk_bytes is None or settings.disk_bytes >= 0,

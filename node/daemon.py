@@ -18,9 +18,9 @@ from typing import Final
 import trio
 
 from p2pflop.dht.announce import Announcer
-from p2pflop.dht.blobs import BlobInfo, Store
+from p2pflop.dht.blobs import BlobInfo, Store, delete_own
 from p2pflop.dht.fetch import fetch
-from p2pflop.errors import BlobNotFoundError, ProviderError
+from p2pflop.errors import BlobNotFoundError, ProviderError, StoreError
 from p2pflop.job.meter import METER_ID
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
@@ -193,6 +193,15 @@ class Daemon:
         """See NodeService."""
         await self.store.set_public(address)
         self.announcer.announce(address)
+
+    async def delete_blob(self, address: bytes) -> BlobInfo:
+        """See NodeService."""
+        if self.seller.blobs.needs(address):
+            raise StoreError(
+                f"a job that runs here needs blob {address.hex()}",
+                hint="Try again when it is over.",
+            )
+        return await delete_own(self.store, address)
 
     async def doctor(self) -> Json:
         """See NodeService."""

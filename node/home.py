@@ -48,6 +48,18 @@ class Home:
 @contextmanager
 def open_home(path: Path) -> Iterator[Home]:
     """Lock and, at first, furnish a home. Raises ConfigError, HomeLockedError."""
+    with held(path):
+        home = _furnish(path)
+        try:
+            yield home
+        finally:
+            with suppress(OSError):
+                (path / "node.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Lock the folder of a home, made if need be. Raises ConfigError, HomeLockedError."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -58,12 +70,7 @@ def open_home(path: Path) -> Iterator[Home]:
         ) from error
     try:
         _lock(lock, path)
-        home = _furnish(path)
-        try:
-            yield home
-        finally:
-            with suppress(OSError):
-                (path / "node.json").unlink(missing_ok=True)
+        yield
     finally:
         os.close(lock)
 
@@ -75,7 +82,7 @@ def _furnish(path: Path) -> Home:
         return Home(path, _key(path / "account.pem"), _key(path / "node.pem"), _token(path))
     except OSError as error:
         raise ConfigError(
-            f"the home {path} cannot be used: {error}",
+            f"the home {path} cannot be used: {error.strerror}",
             hint="Choose another with --home or P2PFLOP_HOME.",
         ) from error
 

@@ -45,6 +45,11 @@ class LeaseBlobs:
         """Whether ``lease`` needs that blob, or did until a while ago."""
         return address in self._held.get(lease, ())
 
+    def needs(self, address: bytes) -> bool:
+        """Whether a lease that is not over needs that blob."""
+        open_leases = self._held.keys() - self._until_ns.keys()
+        return any(address in self._held[lease] for lease in open_leases)
+
     def let_go(self, lease: bytes) -> None:
         """``lease`` is over."""
         if lease in self._held:

@@ -264,7 +264,9 @@ async def _sell(daemon: Daemon) -> None:
 def _announce_start(daemon: Daemon) -> None:
     settings = daemon.settings
     selling = "selling nothing"
-    if settings.ask_nusd is not None:
+    if settings.embedded:
+        selling = "embedded, for programs of its own user alone"
+    elif settings.ask_nusd is not None:
         selling = f"selling at {format_usd(settings.ask_nusd)} a PFLOP"
     _log.info("node %s, %s, sandbox level %d", daemon.network.peer, selling, daemon.workers.level)
     _log.info("local programs: %s", daemon.url)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 import trio
 
-from p2pflop.dht.blobs import BlobInfo, Store
+from p2pflop.dht.blobs import BlobInfo, Store, delete_own
 from p2pflop.dht.memory import MemoryStore
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError
 from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions
@@ -42,7 +42,9 @@ class MemoryRun:
     def line(self) -> Json:
         """The run as ``jobs`` lists it."""
         kind = self.events[-1]["kind"] if self.events else "new"
-        return {"id": self.id, "title": "", "state": kind, "step": 0, "steps": 1}
+        return {"id": self.id, "title": "", "state": kind, "step": 0, "steps": 1} | {
+            "end_state": kind if self.has_ended else ""
+        }
 
 
 class MemoryService:
@@ -159,6 +161,10 @@ class MemoryService:
     async def set_public(self, address: bytes) -> None:
         """See NodeService."""
         await self._store.set_public(address)
+
+    async def delete_blob(self, address: bytes) -> BlobInfo:
+        """See NodeService."""
+        return await delete_own(self._store, address)
 
     async def doctor(self) -> Json:
         """All is well."""

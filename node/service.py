@@ -29,9 +29,12 @@ kind           fields
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from p2pflop.errors import ConfigError
 
 if TYPE_CHECKING:  # the client needs this module, and must not wait for trio
     from p2pflop.dht.blobs import BlobInfo, Store
@@ -41,6 +44,8 @@ MAX_FIND_TIMEOUT_S: Final = 600.0
 LAST_EVENT_KINDS: Final = frozenset({"result", "failed", "cancelled"})
 
 Json = dict[str, Any]
+
+_RUN_ID: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,5 +112,18 @@ class NodeService(Protocol):
     async def set_public(self, address: bytes) -> None:
         """Announce and serve a blob of this node to anyone. Raises BlobNotFoundError."""
 
+    async def delete_blob(self, address: bytes) -> BlobInfo:
+        """Forget a blob of this node's own, public or not; what it was.
+
+        Raises BlobNotFoundError; StoreError if it is a stranger's or a job that runs here needs it.
+        """
+
     async def doctor(self) -> Json:
         """Versions, compiler, sandbox level, class, ports, and whatever is wrong with them."""
+
+
+def check_run_id(text: str) -> str:
+    """``text`` if it may be the id of a run. Raises ConfigError."""
+    if _RUN_ID.fullmatch(text) is None:
+        raise ConfigError(f"{text[:80]!r} is not the id of a run", hint="See 'p2pflop jobs'.")
+    return text

@@ -79,10 +79,12 @@ class WarmWorkers:
             await _end(other)
 
     async def _end_later(self, account: bytes, lease: _Lease, jobs: int) -> None:
-        await trio.sleep(LINGER_S)
-        if self._lingering.get(account) is lease and lease.jobs == jobs:
-            del self._lingering[account]
-            await _end(lease)
+        try:
+            await trio.sleep(LINGER_S)
+        finally:  # also when the node stops: nobody else ends a worker that lingers
+            if self._lingering.get(account) is lease and lease.jobs == jobs:
+                del self._lingering[account]
+                await _end(lease)
 
 
 def _is_enough(held: WorkerLimits, wanted: WorkerLimits) -> bool:

@@ -23,9 +23,9 @@ import httpx
 
 from p2pflop.dht.manifest import CHUNK_BYTES, ManifestBuilder, address_of
 from p2pflop.embedded import NodeNote, read_note, start_embedded
-from p2pflop.errors import NodeUnreachableError, StoreError, VerificationError
+from p2pflop.errors import ConfigError, NodeUnreachableError, StoreError, VerificationError
 from p2pflop.node.config import default_home
-from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions
+from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions, check_run_id
 from p2pflop.replies import error_of, lines, not_a_node, raise_for, read
 from p2pflop.uploads import Content, reader
 
@@ -128,19 +128,19 @@ class Client:
 
     def job(self, run_id: str) -> Json:
         """One run."""
-        return self._json("GET", f"/v1/jobs/{run_id}")
+        return self._json("GET", _run_path(run_id))
 
     def job_file(self, run_id: str) -> bytes:
         """The job file of a run, encoded."""
-        return self._octets(f"/v1/jobs/{run_id}/file")
+        return self._octets(_run_path(run_id, "/file"))
 
     def result_record(self, run_id: str) -> bytes:
         """The encoded ``Result`` of a run that has ended well."""
-        return self._octets(f"/v1/jobs/{run_id}/record")
+        return self._octets(_run_path(run_id, "/record"))
 
     def cancel(self, run_id: str) -> Json:
         """Give a run up; how it stands then."""
-        return self._json("POST", f"/v1/jobs/{run_id}/cancel")
+        return self._json("POST", _run_path(run_id, "/cancel"))
 
     def events(
         self, run_id: str, after: int = 0, *, timeout_s: float | None = None
@@ -191,6 +191,10 @@ class Client:
         """The blobs that the node keeps."""
         return [_blob(item) for item in self._list("blobs")]
 
+    def delete(self, address: bytes) -> BlobStat:
+        """Let the node forget a blob of its own; what it was."""
+        return _blob(self._json("DELETE", f"/blob/{address.hex()}"))
+
     def put(
         self, data: Content, *, public: bool = False, progress: Callable[[int], None] | None = None
     ) -> BlobStat:
@@ -215,6 +219,8 @@ class Client:
         progress: Callable[[int], None] | None = None,
     ) -> int:
         """Write a blob to ``out``, which appears only when it is whole and verified; its size."""
+        if out.is_dir():
+            raise ConfigError(f"{out} is a folder", hint=f"Name a file in it, like {out / 'data'}.")
         builder = ManifestBuilder()
         draft = out.with_name(f".{out.name}.{os.getpid()}.part")
         try:
@@ -275,7 +281,7 @@ class Client:
         params = {"after": str(after)}
         if wait_s is not None:
             params["wait_ms"] = str(int(wait_s * 1000) + 1)
-        with self._exchange("GET", f"/v1/jobs/{run_id}/events", params=params) as response:
+        with self._exchange("GET", _run_path(run_id, "/events"), params=params) as response:
             raise_for(response)
             name, data = "", ""
             for line in lines(response):
@@ -301,16 +307,19 @@ class Client:
         params: dict[str, str] | None = None,
     ) -> Iterator[httpx.Response]:
         """One request, its response's body still to be read."""
+        refused = ""
+        response: httpx.Response | None = None
         try:
             response = self._send(self._line(), method, path, content, params)
-        except httpx.ConnectError as error:
-            http = self._line(refused=str(error))
-            response = self._retry(http, method, path, content, params)
         except httpx.TransportError as error:
+            if isinstance(error, httpx.ConnectError):
+                refused = str(error)
             # It may have been acted upon: only what changes nothing is asked again.
-            if method not in ("GET", "HEAD") or isinstance(error, httpx.TimeoutException):
-                raise self._unreachable(f"{error or type(error).__name__}") from error
-            response = self._retry(self._line(), method, path, content, params)
+            elif method not in ("GET", "HEAD") or isinstance(error, httpx.TimeoutException):
+                raise self._unreachable(f"{error or type(error).__name__}") from None
+        if response is None:
+            http = self._line(refused=refused)
+            response = self._retry(http, method, path, content, params)
         try:
             yield response
         finally:
@@ -327,7 +336,7 @@ class Client:
         try:
             return self._send(http, method, path, content, params)
         except httpx.TransportError as error:
-            raise self._unreachable(f"{error or type(error).__name__}") from error
+            raise self._unreachable(f"{error or type(error).__name__}") from None
 
     def _send(
         self,
@@ -373,6 +382,10 @@ class Client:
             f"cannot reach the node of {self.home}: {reason}",
             hint="Start one with 'p2pflop node', or name its home with --home or P2PFLOP_HOME.",
         )
+
+
+def _run_path(run_id: str, part: str = "") -> str:
+    return f"/v1/jobs/{check_run_id(run_id)}{part}"
 
 
 def _params(options: SubmitOptions | None) -> dict[str, str]:

@@ -60,8 +60,9 @@ def read_note(home: Path) -> NodeNote | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise ConfigError(
-            f"cannot read how to reach the node of {home}: {error}",
+            f"cannot read how to reach the node of {home}: {reason}",
             hint="Is it your home? Choose another with --home or P2PFLOP_HOME.",
         ) from error
 
@@ -94,7 +95,7 @@ def start_embedded(home: Path, timeout_s: float = START_TIMEOUT_S) -> NodeNote:
         # Another client may have been quicker to start one: then that one holds the home.
         is_other = code == HomeLockedError.exit_code
         if code is not None and not is_other:
-            raise _failure(code, log_path)
+            raise failure_of("embedded node", code, log_path)
         note = read_note(home)
         if note is not None and (note.pid == process.pid or (is_other and note.is_alive)):
             return note
@@ -112,7 +113,8 @@ def node_command(home: Path) -> list[str]:
     return [*program, "node", "--embedded", "--json", "--home", str(home.absolute())]
 
 
-def _failure(code: int, log_path: Path) -> P2PFlopError:
+def failure_of(name: str, code: int, log_path: Path) -> P2PFlopError:
+    """The error that a node, started with ``--json``, has ended with: the last line of its log."""
     text = log_path.read_text("utf-8", "replace").strip()[-MAX_ERROR_CHARS:]
     last = text.rpartition("\n")[2]
     try:
@@ -120,6 +122,6 @@ def _failure(code: int, log_path: Path) -> P2PFlopError:
         return error_from(str(told["kind"]), str(told["message"]), str(told["hint"]))
     except (ValueError, KeyError, TypeError):
         return ConfigError(
-            f"the embedded node did not start (exit code {code}): {last or 'it said nothing'}",
+            f"the {name} did not start (exit code {code}): {last or 'it said nothing'}",
             hint=f"Its log is {log_path}; 'p2pflop doctor' checks this machine.",
         )

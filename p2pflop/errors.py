@@ -15,7 +15,8 @@
     └── ProtocolError                 exit 11  a peer sent what the protocol does not allow
 
 Expected outcomes are values (``Rejected``, ``Refusal``, ``Miss``), not exceptions. A message says
-what happened and to what; ``hint`` says what to do next.
+what happened and to what; ``hint`` says what to do next, and is a note of the exception, so that
+a traceback shows it too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class P2PFlopError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(hint)
 
 
 class ConfigError(P2PFlopError):

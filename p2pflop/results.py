@@ -116,9 +116,7 @@ class Result(Mapping[str, "Array"]):
         return State(tensors, self._fetch)
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self._places:
-            raise KeyError(f"{name!r} is not an output; there are {', '.join(self._places)}")
-        phase, output = self._places[name]
+        phase, output = self._place(name)
         mode = self._work.phases[phase].modes[output]
         if mode == MODE_TRACE:
             return self._traced(phase, output)
@@ -141,7 +139,7 @@ class Result(Mapping[str, "Array"]):
 
     def collected(self, name: str) -> Iterator[Array]:
         """Each value of the collected output ``name``, fetched as it is asked for."""
-        phase, output = self._places[name]
+        phase, output = self._place(name)
         if self._work.phases[phase].modes[output] != MODE_COLLECT:
             raise KeyError(f"{name!r} is not collected; pf.trace(collect=[{name!r}]) does that")
         tensor = self._last(phase, output)
@@ -151,14 +149,14 @@ class Result(Mapping[str, "Array"]):
 
     def steps_of(self, name: str) -> list[int]:
         """The steps, from 0, to which the values of a traced or collected output belong."""
-        phase = self._work.phases[self._places[name][0]]
+        phase = self._work.phases[self._place(name)[0]]
         first = self.record.first_step
         times = times_due(phase, first, self.steps)
         return [due_step(phase, first, number) for number in range(times)]
 
     def address(self, name: str) -> str:
         """Where the last value of output ``name`` is, 64 hex digits, for anyone with HTTP."""
-        phase, output = self._places[name]
+        phase, output = self._place(name)
         tensor = self._last(phase, output)
         if tensor is None:
             raise KeyError(f"{name!r} is kept in the trace, {self.record.trace.hex()}")
@@ -194,6 +192,11 @@ class Result(Mapping[str, "Array"]):
         for address in dict.fromkeys(wanted):
             if address_of(self._fetch(address)) != address:
                 raise VerificationError(f"blob {address.hex()} does not match its address")
+
+    def _place(self, name: str) -> tuple[int, int]:
+        if name not in self._places:
+            raise KeyError(f"{name!r} is not an output; there are {', '.join(self._places)}")
+        return self._places[name]
 
     def _stacked(self, name: str) -> Array:
         import numpy as np
@@ -257,7 +260,7 @@ class State(Mapping[str, "Array"]):
             if key.startswith(start)
         }
         if not below:
-            raise KeyError(f"no state {name!r}; there are {', '.join(self._tensors)}")
+            raise self._unknown(name)
         return State(below, self._fetch)
 
     def __iter__(self) -> Iterator[str]:
@@ -275,7 +278,12 @@ class State(Mapping[str, "Array"]):
 
     def address(self, name: str) -> str:
         """Where the tensor's bytes are, 64 hex digits, for anyone with HTTP."""
+        if name not in self._tensors:
+            raise self._unknown(name)
         return self._tensors[name].address.hex()
+
+    def _unknown(self, name: str) -> KeyError:
+        return KeyError(f"no state {name!r}; there are {', '.join(self._tensors)}")
 
 
 def _array(data: bytes, dtype: Dtype, shape: tuple[int, ...]) -> Array:

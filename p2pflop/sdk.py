@@ -7,18 +7,27 @@ one where none runs.
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
-from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, ProtocolError
+from p2pflop.errors import (
+    BlobNotFoundError,
+    ConfigError,
+    JobError,
+    P2PFlopError,
+    ProtocolError,
+    VerificationError,
+)
 from p2pflop.ids import blob_url, parse_hash
 from p2pflop.job.blobs import LazyBlobs
+from p2pflop.job.collection import Collection
 from p2pflop.job.file import (
     FILE_MAGIC,
     MAX_COMPRESSED_BYTES,
@@ -37,7 +46,7 @@ from p2pflop.job.spec import Job as JobRecord
 from p2pflop.job.validate import Refusal
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.runs import Row, Run
-from p2pflop.units import format_bytes, format_flop, parse_duration, parse_usd
+from p2pflop.units import NS_PER_S, format_bytes, format_flop, parse_duration, parse_usd
 from p2pflop.wire import decode, encode
 
 if TYPE_CHECKING:
@@ -56,11 +65,13 @@ Usd = str | int | float
 class Job:
     """A traced job: a few kilobytes that say what to compute, and the inputs it needs as blobs.
 
-    ``inputs`` has the bytes of input blobs by address, as far as they are at hand.
+    ``inputs`` has the bytes of input blobs by address, as far as they are at hand; ``folder`` is
+    where they lie, of a job that was loaded from a file.
     """
 
     file: JobFile
     inputs: Mapping[bytes, bytes] = field(default_factory=dict, repr=False)
+    folder: Path | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         cost = self.cost
@@ -133,7 +144,7 @@ class Job:
         job = JobRecord(work_id(changed), old.job.first_step, old.job.steps)
         body = JobBody(job, encode(changed), old.graphs)
         inputs = ChainMap(changes, self.inputs)  # type: ignore[arg-type]
-        return Job(JobFile(self.file.version, body, self.file.labels), inputs)
+        return replace(self, file=JobFile(self.file.version, body, self.file.labels), inputs=inputs)
 
     def extend(self, steps: int, result: Result | None = None) -> Job:
         """The next ``steps`` steps of the same work: what was run already is not paid for again.
@@ -157,7 +168,7 @@ class Job:
             raise JobError(f"steps={steps} is out of range")
         job = JobRecord(old.job.work, first_step, steps)
         body = JobBody(job, old.work, old.graphs, state)
-        return Job(JobFile(self.file.version, body, self.file.labels), inputs)
+        return replace(self, file=JobFile(self.file.version, body, self.file.labels), inputs=inputs)
 
     def run_local(
         self,
@@ -176,19 +187,9 @@ class Job:
             if on_row is not None:
                 on_row(Row(step, values))
 
-        self._check_inputs()
+        _check_inputs(self)
         record, blobs = run_local(self.file, self.inputs, address_of, tell, on_lowering)
         return Result(record, self.file, blobs.__getitem__, 0)
-
-    def _check_inputs(self) -> None:
-        named = {slot: source.address for slot, source in self.checked.inputs}
-        named |= {slot: source.collection for slot, source in self.checked.feeds}
-        for slot, address in named.items():
-            if address not in self.inputs:
-                raise BlobNotFoundError(
-                    f"input {self.file.labels.params[slot]!r} ({blob_url(address)}) is not at hand",
-                    hint=f"Keep the folder *{INPUTS_SUFFIX} beside the job file.",
-                )
 
     def save(self, path: str | Path) -> Path:
         """Write the job to ``path``, and its inputs into the folder ``<path>.inputs``."""
@@ -267,12 +268,20 @@ def submit(
     ``max_usd`` is the most it may cost, ``deadline`` how long it may take: seconds, or ``"90s"``,
     ``"2h"``. Its state comes every ``checkpoint_steps`` steps (0: only at the end; by default four
     times). Inputs that the node lacks are put into its store first, privately.
+
+    Raises ConfigError for what is no job, BlobNotFoundError or VerificationError for an input that
+    neither the job nor the node has whole.
     """
+    if not isinstance(job, Job):
+        raise ConfigError(
+            f"submit takes a Job, not {job!r:.80}", hint="Make one with pf.trace or pf.load."
+        )
     options = submit_options(max_usd, deadline, checkpoint_steps)
     client = client or Client(start=True)
+    _check_inputs(job, client.has)
     for address in job.inputs:
-        if not client.has(address):
-            client.put(job.inputs[address])
+        if not client.has(address) and client.put(job.inputs[address]).address != address:
+            raise VerificationError(f"input {blob_url(address)} has changed since it was loaded")
     run_id = client.submit(encode_file(job.file), options)
     return Run(run_id, client)
 
@@ -294,9 +303,10 @@ def load(path: str | Path) -> Job:
         blobs = list(folder.iterdir()) if folder.is_dir() else []
         readers = {address_of(blob.read_bytes()): blob.read_bytes for blob in blobs}
     except OSError as error:
-        raise ConfigError(f"cannot read {source}: {error.strerror}") from error
+        hint = "Make one with 'p2pflop trace SCRIPT'." if not source.exists() else ""
+        raise ConfigError(f"cannot read {source}: {error.strerror}", hint=hint) from error
     try:
-        return Job(decode_file(data), LazyBlobs(readers))
+        return Job(decode_file(data), LazyBlobs(readers), folder)
     except ProtocolError as error:
         raise JobError(
             f"{source}: {error.message}", hint=error.hint or "Write it anew: p2pflop trace."
@@ -331,9 +341,44 @@ def submit_options(
     """Options in the node's units. Raises ConfigError."""
     seconds = None
     if deadline is not None:
-        seconds = max(1, round(parse_duration(str(deadline)) / 10**9))
+        seconds = math.ceil(parse_duration(str(deadline)) / NS_PER_S)
+        if seconds < 1:
+            raise ConfigError(
+                f"a deadline of {str(deadline)[:40]} leaves no time",
+                hint="Write it like 90s, 5m or 2h; without one it is a day.",
+            )
     return SubmitOptions(
         max_nusd=None if max_usd is None else parse_usd(str(max_usd)),
         deadline_s=seconds,
         checkpoint_steps=checkpoint_steps,
+    )
+
+
+def _check_inputs(job: Job, is_elsewhere: Callable[[bytes], bool] = lambda _: False) -> None:
+    """See that every input is at hand, or ``is_elsewhere`` by address.
+
+    Raises BlobNotFoundError; VerificationError if a file of the job's folder is damaged.
+    """
+    named = [(slot, source.address) for slot, source in job.checked.inputs]
+    for slot, feed in job.checked.feeds:
+        named.append((slot, feed.collection))
+        if feed.collection in job.inputs:
+            entries = decode(Collection, job.inputs[feed.collection]).entries
+            named += [(slot, entry.address) for entry in entries]
+    for slot, address in named:
+        if address not in job.inputs and not is_elsewhere(address):
+            raise _missing(job, job.file.labels.params[slot], address)
+
+
+def _missing(job: Job, name: str, address: bytes) -> P2PFlopError:
+    path = job.folder / address.hex() if job.folder is not None else None
+    if path is not None and path.exists():
+        return VerificationError(
+            f"input {name!r} is damaged: the bytes of {path} are not those that its name says",
+            hint="Bring the file anew, or trace the job again: p2pflop trace.",
+        )
+    folder = job.folder or f"*{INPUTS_SUFFIX}"
+    return BlobNotFoundError(
+        f"input {name!r} ({blob_url(address)}) is not at hand",
+        hint=f"Keep the folder {folder} beside the job file, or put the blob into the node.",
     )

@@ -40,8 +40,11 @@ def parse_usd(text: str) -> int:
         exact = int(nusd)
     except (InvalidOperation, ValueError, OverflowError) as error:
         raise ConfigError(f"{text[:40]!r} is not an amount of dollars") from error
-    if exact != nusd or not 0 <= exact <= MAX_NUSD:
-        raise ConfigError(f"{text[:40]!r} is not a whole number of nano-dollars, zero or more")
+    if nusd < 0:
+        raise ConfigError(f"{text[:40]!r} is negative, and amounts and prices are zero or more")
+    if exact != nusd or exact > MAX_NUSD:
+        limit = format_usd(MAX_NUSD)
+        raise ConfigError(f"{text[:40]!r} is not a whole number of nano-dollars up to {limit}")
     return exact
 
 

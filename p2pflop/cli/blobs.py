@@ -1,4 +1,4 @@
-"""``p2pflop put``, ``get`` and ``ls``."""
+"""``p2pflop put``, ``get``, ``ls`` and ``rm``."""
 
 from __future__ import annotations
 
@@ -103,6 +103,31 @@ def ls_command(flags: Flags) -> None:
         for blob in blobs
     )
     print_table(("ADDRESS", "SIZE", ""), rows, "This node keeps no blob yet: p2pflop put PATH")
+
+
+@click.command("rm")
+@click.argument("hashes", metavar="HASH...", nargs=-1, required=True)
+@common_options
+@click.pass_obj
+def rm_command(flags: Flags, hashes: tuple[str, ...]) -> None:
+    """Delete blobs from this node.
+
+    They are gone at once; others may have copies of public ones. Blobs that are here for a buyer's
+    lease are not yours to delete: the node does so itself, an hour after the lease.
+
+    \b
+    Examples:
+      p2pflop rm 3f1c...
+      p2pflop ls --json | jq -r '.[].address' | xargs p2pflop rm
+    """
+    addresses = [parse_hash(text) for text in hashes]
+    client = flags.client(start=True)
+    for address in dict.fromkeys(addresses):
+        blob = client.delete(address)
+        if flags.json:
+            print_json(_described(blob))
+        else:
+            say(f"{address.hex()} is deleted, {format_bytes(blob.size_bytes)}")
 
 
 def _described(blob: BlobStat) -> dict[str, Any]:

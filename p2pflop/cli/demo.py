@@ -7,39 +7,36 @@ again locally to compare the hash. Nothing is shown that was not just measured.
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import importlib.util
-import json
 import os
 import secrets
-import signal
-import subprocess
+import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from p2pflop.cli.demo_nodes import DemoNode, four_nodes
 from p2pflop.cli.output import Flags, common_options, print_json, say, short
 from p2pflop.errors import ConfigError, P2PFlopError, VerificationError
 from p2pflop.units import format_bytes, format_flop, format_usd
 
+if TYPE_CHECKING:
+    from p2pflop.results import Result
+    from p2pflop.runs import Run
+
 SCRIPT: Final = Path("examples") / "digits.py"
 HOME: Final = Path(".demo")
-START_S: Final = 90.0
 BOOK_S: Final = 30.0
-STOP_S: Final = 10.0
 POLL_S: Final = 0.05
 MIN_ACCURACY: Final = 0.95
-PROVIDERS: Final = {
-    "tiny": ("--ask", "0.01", "--memory", "256MiB"),
-    "fair": ("--ask", "0.04"),
-    "dear": ("--ask", "0.12"),
-}
+OFFERED: Final = ("make_job", "evaluate")
+"""What a script must define: the job for a seed, and the accuracy of weights by name."""
 
 
 @click.command("demo")
@@ -56,8 +53,9 @@ PROVIDERS: Final = {
 def demo_command(flags: Flags, script: Path, seed: int | None) -> int:
     """Train a digit classifier between four nodes on this machine.
 
-    The nodes live in the folder .demo of the current directory (or --home), which keeps their plan
-    caches, so that a second run skips lowering. Nothing leaves this machine.
+    The nodes live in the folder .demo of the current directory (or --home). Each demo begins with
+    fresh ones, that is, new accounts and empty ledgers, and keeps only their plan caches, so that a
+    second run skips lowering. Nothing leaves this machine.
 
     \b
     Examples:
@@ -68,40 +66,30 @@ def demo_command(flags: Flags, script: Path, seed: int | None) -> int:
     home = Path(flags.home) if flags.home else HOME
     seed = secrets.randbelow(2**32) if seed is None else seed
     began = time.monotonic()
-    with _four_nodes(home.absolute()) as (buyer, providers):
-        report = _trade(program, seed, buyer, providers, as_json=flags.json)
+    try:
+        with four_nodes(home) as (buyer, providers):
+            report = _trade(program, seed, buyer, providers, as_json=flags.json)
+    except KeyboardInterrupt:
+        # Not the run's own interrupt: that one tells how to come back to a run that goes on.
+        stopped = KeyboardInterrupt()
+        stopped.add_note(
+            "The demo was stopped: its run is given up, and its four nodes have ended."
+        )
+        raise stopped from None
     report["seconds"] = round(time.monotonic() - began, 1)
     if flags.json:
         print_json(report)
     else:
         say(f"\nAll of it took {report['seconds']} s; the four nodes have ended.")
+        say("Until the next demo their homes keep what they have. This looks into the buyer's:")
+        say(f"  {_program()} get {report['weights']} --home {buyer.home} -o weights.bin")
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
-    name: str
-    home: Path
-    process: subprocess.Popen[bytes]
-
-    @property
-    def log(self) -> Path:
-        return self.home / "demo.log"
-
-    def note(self) -> dict[str, Any] | None:
-        """Where it listens, once it does."""
-        with contextlib.suppress(OSError, ValueError):
-            note: dict[str, Any] = json.loads((self.home / "node.json").read_text())
-            if note["pid"] == self.process.pid:
-                return note
-        return None
-
-
 def _trade(
-    program: ModuleType, seed: int, buyer: _Node, providers: list[_Node], *, as_json: bool
+    program: ModuleType, seed: int, buyer: DemoNode, providers: list[DemoNode], *, as_json: bool
 ) -> dict[str, Any]:
     import p2pflop as pf
-    from p2pflop.cli.progress import RunView
     from p2pflop.client import Client
 
     with Client(buyer.home) as client:
@@ -114,18 +102,11 @@ def _trade(
             f"touches {format_bytes(cost.touched_bytes)}, seed {seed}\n"
         )
         run = pf.submit(job, max_usd="0.01", client=client)
-        result_event: dict[str, Any] = {}
-        with RunView() as view:
-            for event in run.events():
-                if not as_json:
-                    view.show(event)
-                if event["kind"] == "result":
-                    result_event = event
-        result = run.result()
+        result, result_event = _follow(run, as_json=as_json)
         winner = names[result_event["provider"]]
         say(f"\nThe cheapest that can, '{winner.name}', has run it.")
         ledgers = _show_ledgers(client, winner)
-        accuracy = _fetch_and_evaluate(program, client, result_event)
+        accuracy, example = _fetch_and_evaluate(program, client, result_event)
         say("\nRunning the same job here, without a market, to compare...")
         local = job.run_local()
         if local.hash != result.hash:
@@ -135,13 +116,32 @@ def _trade(
             "hash": result.hash,
             "local_hash": local.hash,
             "accuracy": accuracy,
+            "weights": example,
             "provider": winner.name,
             "job_bytes": job.size_bytes,
             **ledgers,
         }
 
 
-def _wait_for_book(client: Any, providers: list[_Node]) -> dict[str, _Node]:
+def _follow(run: Run, *, as_json: bool) -> tuple[Result, dict[str, Any]]:
+    """Show a run up to its result, which comes with the event that told it."""
+    from p2pflop.cli.progress import RunView
+
+    last: dict[str, Any] = {}
+    try:
+        with RunView() as view:
+            for last in run.events():
+                if not as_json:
+                    view.show(last)
+        return run.result(), last
+    except KeyboardInterrupt:
+        # Its nodes are about to end: nobody could come back to it.
+        with suppress(P2PFlopError, KeyboardInterrupt):
+            run.cancel()
+        raise
+
+
+def _wait_for_book(client: Any, providers: list[DemoNode]) -> dict[str, DemoNode]:
     """Wait until every node's book shows every provider; who is who by peer id."""
     from p2pflop.client import Client
 
@@ -163,7 +163,7 @@ def _wait_for_book(client: Any, providers: list[_Node]) -> dict[str, _Node]:
     return names
 
 
-def _show_ledgers(client: Any, winner: _Node) -> dict[str, Any]:
+def _show_ledgers(client: Any, winner: DemoNode) -> dict[str, Any]:
     """The same amount in both books: what the buyer owes is what the provider is owed."""
     from p2pflop.client import Client
 
@@ -175,7 +175,7 @@ def _show_ledgers(client: Any, winner: _Node) -> dict[str, Any]:
             if time.monotonic() > deadline:
                 raise VerificationError(f"the ledgers differ: {-ours_owed} and {due} nano-dollars")
             time.sleep(POLL_S)
-    say(f"Buyer's ledger: owes {winner.name} {format_usd(-ours_owed)} (over all runs so far).")
+    say(f"Buyer's ledger: owes {winner.name} {format_usd(-ours_owed)}.")
     say(f"{winner.name}'s ledger: is owed {format_usd(due)} by the buyer.")
     return {"owed_nusd": due}
 
@@ -184,8 +184,13 @@ def _due(ledger: dict[str, Any], account: str) -> int:
     return next((int(b["due_nusd"]) for b in ledger["balances"] if b["account"] == account), 0)
 
 
-def _fetch_and_evaluate(program: ModuleType, client: Any, event: dict[str, Any]) -> float:
-    """Get the weights by hash with plain HTTP, and evaluate them on held-out digits."""
+def _fetch_and_evaluate(
+    program: ModuleType, client: Any, event: dict[str, Any]
+) -> tuple[float, str]:
+    """Get the weights by hash with plain HTTP, and evaluate them on held-out digits.
+
+    The accuracy, and the address of one tensor of the weights.
+    """
     import httpx
     import numpy as np
 
@@ -199,89 +204,19 @@ def _fetch_and_evaluate(program: ModuleType, client: Any, event: dict[str, Any])
         answer.raise_for_status()
         total += len(answer.content)
         weights[name] = np.frombuffer(answer.content, tensor["dtype"]).reshape(tensor["shape"])
-    example = event["state"][next(iter(weights))]["address"]
+    example = str(event["state"][next(iter(weights))]["address"])
     say(f"\nFetched {len(weights)} tensors ({format_bytes(total)}) by hash, e.g.")
-    say(f"  curl {url}/blob/{example}")
+    say(f"  GET {url}/blob/{example}")
     accuracy = float(program.evaluate(weights))
     say(f"Accuracy on held-out digits: {accuracy:.1%}")
     if accuracy < MIN_ACCURACY:
         raise VerificationError(f"the weights reach only {accuracy:.1%}")
-    return accuracy
+    return accuracy, example
 
 
-@contextlib.contextmanager
-def _four_nodes(home: Path) -> Iterator[tuple[_Node, list[_Node]]]:
-    """Start a buyer, then three providers that know the buyer; end them, whatever happens."""
-    nodes: list[_Node] = []
-    with _sigterm_as_interrupt():
-        try:
-            say("Starting four nodes on loopback...")
-            buyer = _start(nodes, home / "buyer", "buyer", ())
-            address = str(_wait_ready(buyer)["address"])
-            for name, flags in PROVIDERS.items():
-                _start(nodes, home / name, name, (*flags, "--connect", address))
-            for node in nodes[1:]:
-                _wait_ready(node)
-            yield buyer, nodes[1:]
-        finally:
-            _stop(nodes)
-
-
-def _start(nodes: list[_Node], home: Path, name: str, flags: tuple[str, ...]) -> _Node:
-    home.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "p2pflop.cli.main", "node", "--home", str(home)]
-    command += ["--port", "0", "--listen", "/ip4/127.0.0.1/tcp/0", *flags]
-    with (home / "demo.log").open("wb") as log:
-        # A session of its own: Ctrl-C reaches this program alone, which then ends all in order.
-        process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-    node = _Node(name, home, process)
-    nodes.append(node)
-    return node
-
-
-def _wait_ready(node: _Node) -> dict[str, Any]:
-    """The note of a node that answers, with the address that others connect to."""
-    from p2pflop.client import Client
-
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        if node.process.poll() is not None:
-            raise ConfigError(
-                f"the node '{node.name}' ended: {node.log.read_text(errors='replace')[-1000:]}",
-                hint=f"Its log is {node.log}.",
-            )
-        if (note := node.note()) is not None:
-            with Client(node.home) as client:
-                return note | {"address": client.status()["addresses"][0]}
-        time.sleep(POLL_S)
-    raise ConfigError(f"'{node.name}' did not start in {START_S:.0f} s; see {node.log}")
-
-
-def _stop(nodes: list[_Node]) -> None:
-    for node in nodes:
-        if node.process.poll() is None:
-            node.process.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + STOP_S
-    for node in nodes:
-        try:
-            node.process.wait(max(0.1, deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            node.process.kill()
-            node.process.wait()
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _program() -> str:
+    """How this very program is called from here."""
+    return "p2pflop" if shutil.which("p2pflop") else sys.argv[0]
 
 
 def _load(script: Path) -> ModuleType:
@@ -289,13 +224,22 @@ def _load(script: Path) -> ModuleType:
         raise ConfigError(
             f"there is no {script} here", hint="Run it from a clone of the repository."
         )
+    for name in _missing_names(script):
+        raise ConfigError(f"{script} has no {name}()", hint=f"See how {SCRIPT} does it.")
     os.environ.setdefault("DEV", "CPU")
     spec = importlib.util.spec_from_file_location(script.stem, script)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{script} is not a Python program")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("make_job", "evaluate"):
-        if not hasattr(module, name):
-            raise ConfigError(f"{script} has no {name}()")
     return module
+
+
+def _missing_names(script: Path) -> list[str]:
+    """Which of ``OFFERED`` a script does not define, without running it."""
+    try:
+        tree = ast.parse(script.read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"{script} is not a Python program: {error}") from error
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return [name for name in OFFERED if name not in defined]

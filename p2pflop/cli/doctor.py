@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -111,21 +112,24 @@ def _home(flags: Flags) -> list[Finding]:
     folder = home
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    if os.access(folder, os.W_OK | os.X_OK):
-        return [Finding("home", True, str(home))]
-    hint = "Choose another with --home or P2PFLOP_HOME."
-    return [Finding("home", False, f"{home} is not writable", hint)]
+    try:
+        # Asking for permission would not do: /proc and a full disk look writable until one writes.
+        with tempfile.TemporaryDirectory(dir=folder) as trial:
+            (Path(trial) / "trial").write_bytes(b"x")
+    except OSError as error:
+        hint = "Choose another with --home or P2PFLOP_HOME."
+        verb = "written" if folder == home else "made"
+        return [Finding("home", False, f"{home} cannot be {verb}: {error.strerror}", hint)]
+    return [Finding("home", True, str(home))]
 
 
 def _node(flags: Flags) -> list[Finding]:
-    from p2pflop.embedded import read_note
-
     client = flags.client()
     try:
         told = client.doctor()
         status = client.status()
     except P2PFlopError as error:
-        if read_note(client.home) is None:
+        if not (client.home / "node.json").exists():
             return [Finding("node", True, "none runs: p2pflop node")]
         return [Finding("node", False, error.message, error.hint)]
     findings = [

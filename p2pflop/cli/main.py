@@ -38,6 +38,7 @@ COMMANDS: Final = {
     "put": ("blobs", "Keep a file as a blob."),
     "get": ("blobs", "Fetch a blob by its hash."),
     "ls": ("blobs", "List the blobs of this node."),
+    "rm": ("blobs", "Delete blobs from this node."),
     "book": ("market", "Show the order book."),
     "peers": ("market", "List the connected peers."),
     "ledger": ("market", "Show who owes whom."),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+import signal
+from typing import Any, Final
 
 import click
 
 from p2pflop.cli.output import Flags, common_options
 from p2pflop.units import parse_bytes, parse_usd
+
+PR_SET_PDEATHSIG: Final = 1
 
 
 @click.command("node")
@@ -22,6 +26,7 @@ from p2pflop.units import parse_bytes, parse_usd
 @click.option("--slots", type=click.IntRange(1), help="Jobs at once [default: 1].")
 @click.option("--network", metavar="NAME", help="Network to take part in [default: main].")
 @click.option("--embedded", is_flag=True, hidden=True)
+@click.option("--tied", is_flag=True, hidden=True)
 @common_options
 @click.pass_obj
 def node_command(
@@ -35,10 +40,12 @@ def node_command(
     slots: int | None,
     network: str | None,
     embedded: bool,
+    tied: bool,
 ) -> int:
     """Run a node: buy, and with --ask sell, compute.
 
     What is not given here is taken from config.toml in the home. With --json the log is JSON lines.
+    The embedded node that an earlier command may have left in the home makes way if it is idle.
 
     \b
     Examples:
@@ -50,6 +57,8 @@ def node_command(
     from p2pflop.node.config import load_settings
     from p2pflop.node.main import run_node
 
+    if tied:
+        _end_with_parent()
     overrides: dict[str, Any] = {
         "home": flags.home,
         "ask_nusd": None if ask is None else parse_usd(ask),
@@ -64,4 +73,16 @@ def node_command(
         "log_json": flags.json or None,
         "debug": flags.debug or None,
     }
-    return run_node(load_settings(overrides))
+    settings = load_settings(overrides)
+    if not settings.embedded:
+        from p2pflop.cli.embedded import end_embedded
+
+        end_embedded(settings.home)
+    return run_node(settings)
+
+
+def _end_with_parent() -> None:
+    """Be sent SIGTERM when the program that started this one dies, where the kernel can do that."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -22,7 +22,7 @@ from p2pflop.keys import peer_id
 from p2pflop.market.book import BookView, IsAttested, nobody
 from p2pflop.market.records import Ask, CostLine
 from p2pflop.market.sheets import OpenSheet
-from p2pflop.units import FLOP_PER_PFLOP, MAX_NUSD, NS_PER_S, format_usd
+from p2pflop.units import FLOP_PER_PFLOP, MAX_NUSD, NS_PER_S, format_bytes, format_usd
 from p2pflop.wire import U63, Hash, Key, Record, encode
 
 BYTES_PER_GB: Final = 10**9
@@ -102,6 +102,19 @@ class MissReason(StrEnum):
     SLOW = "too slow for the deadline, by own experience"
 
 
+_ADVICE: Final = {
+    MissReason.CLASS: "They compute other bytes than your machine, with another clang, tinygrad or "
+    "processor: connect to more peers.",
+    MissReason.EXPIRED: "Newer sheets come within minutes: try again.",
+    MissReason.DEADLINE: "Give the job a later deadline.",
+    MissReason.OWN_NODE: "Connect to a peer that sells.",
+    MissReason.POLICY: "Connect to more peers, or relax the policy on accounts.",
+    MissReason.ATTESTATION: "Connect to more peers, or allow accounts that are not attested.",
+    MissReason.PRICE: "Raise the policy's price limit, or wait for a cheaper ask.",
+    MissReason.SLOW: "Give the job a later deadline, or connect to more peers.",
+}
+
+
 class Deal(msgspec.Struct, frozen=True, gc=False):
     """An ask that does, and what it would cost.
 
@@ -140,12 +153,13 @@ class Deal(msgspec.Struct, frozen=True, gc=False):
 
 
 class Miss(msgspec.Struct, frozen=True, gc=False):
-    """An ask that does not do. ``total_nusd`` is what it would have cost."""
+    """An ask that does not do for ``need``. ``total_nusd`` is what it would have cost."""
 
     sheet: OpenSheet
     ask: Ask
     reason: MissReason
     total_nusd: int
+    need: Need
 
     @property
     def node(self) -> bytes:
@@ -208,7 +222,7 @@ def rank(
             if reason is None:
                 deals.append(Deal(sheet, ask, total, compute, moved, need.flop))
             else:
-                misses.append(Miss(sheet, ask, reason, total))
+                misses.append(Miss(sheet, ask, reason, total, need))
     deals.sort(key=lambda deal: deal.total_nusd)
     ranked: list[Deal | Miss] = []
     for _, group in groupby(deals, key=lambda deal: deal.total_nusd):
@@ -269,24 +283,33 @@ def tie_key(nonce: bytes, sheet: OpenSheet, ask: Ask) -> tuple[bytes, bytes, int
 
 
 def no_deal(ranked: Iterable[Deal | Miss]) -> MarketError:
-    """Why nothing was bought, in words: the commonest reason first, the cheapest near miss."""
-    reasons: dict[str, int] = {}
-    cheapest: int | None = None
+    """Why nothing was bought, in words: the commonest reason first, and what to do about that."""
+    by_reason: dict[MissReason, list[Miss]] = {}
     for miss in ranked:
         if isinstance(miss, Miss):
-            reasons[miss.reason] = reasons.get(miss.reason, 0) + 1
-            if miss.reason is MissReason.BUDGET:
-                cheapest = min(miss.total_nusd, MAX_NUSD if cheapest is None else cheapest)
-    if not reasons:
+            by_reason.setdefault(miss.reason, []).append(miss)
+    if not by_reason:
         return MarketError(
             "the order book is empty", hint="Connect to a peer that sells, or wait for its sheet."
         )
-    counts = sorted(reasons.items(), key=lambda entry: (-entry[1], entry[0]))
-    listed = ", ".join(f"{count} x {reason}" for reason, count in counts)
-    hint = "Relax the deadline, the budget or the policy."
-    if cheapest is not None:
-        hint = f"The cheapest ask over the budget would cost {format_usd(cheapest)}."
+    reasons = sorted(by_reason, key=lambda reason: (-len(by_reason[reason]), reason))
+    listed = ", ".join(f"{len(by_reason[reason])} x {reason}" for reason in reasons)
+    hint = _advice(reasons[0], by_reason[reasons[0]])
     return MarketError(f"no ask satisfies the job: {listed}", hint=hint)
+
+
+def _advice(reason: MissReason, misses: list[Miss]) -> str:
+    if reason is MissReason.BUDGET:
+        cheapest = format_usd(min(MAX_NUSD, *(miss.total_nusd for miss in misses)))
+        return f"The cheapest ask over the budget would cost {cheapest}."
+    if reason is MissReason.MEMORY:
+        needed = format_bytes(misses[0].need.memory_bytes)
+        largest = format_bytes(max(miss.ask.memory_bytes for miss in misses))
+        return (
+            f"The job needs {needed}, and the largest ask has {largest}: make the job smaller, or "
+            "connect to a peer with more."
+        )
+    return _ADVICE[reason]
 
 
 class _Judge:

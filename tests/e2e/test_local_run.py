@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,11 @@ def test_the_digits_example_needs_no_compiler_where_it_is_traced(tmp_path: Path)
 def test_the_digits_example_learns(digits: ModuleType) -> None:
     result = digits.make_job(steps=400).run_local()
     assert digits.evaluate(result.state) >= 0.95
+
+
+@pytest.mark.slow
+def test_the_readme_fetches_a_blob_that_the_digits_example_gives(digits: ModuleType) -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
+    (address,) = re.findall(r"curl --fail \S+/blob/(\w{64})", readme)
+    state = digits.make_job().run_local().state
+    assert state.address(digits.WEIGHT) == address

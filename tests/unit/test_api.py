@@ -236,6 +236,22 @@ class TestBlobs:
             assert put.json()["public"] is True
             assert (await server.client.put("/blob?public=yes", content=b"")).status_code == 400
 
+    async def test_deleting_is_for_the_user_and_for_own_blobs(self) -> None:
+        async with serving() as server:
+            store = server.service.store
+            own = await store.put(b"own", public=True)
+            lent = await store.put(b"a buyer's", owner=b"buyer")
+            path = f"/blob/{own.address.hex()}"
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as anyone:
+                assert (await anyone.delete(path)).status_code == 401
+            refused = await server.client.delete(f"/blob/{lent.address.hex()}")
+            assert error_of(refused)["kind"] == "StoreError"
+            assert await store.list() == (own, lent)
+            gone = await server.client.delete(path)
+            assert gone.json() == {"address": own.address.hex(), "size_bytes": 3, "public": True}
+            assert await store.list() == (lent,)
+            assert error_of(await server.client.delete(path))["kind"] == "BlobNotFoundError"
+
     async def test_an_empty_blob_is_a_blob(self) -> None:
         async with serving() as server:
             address = (await server.client.put("/blob", content=b"")).json()["address"]

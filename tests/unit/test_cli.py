@@ -132,6 +132,21 @@ class TestErrors:
             assert error["exit_code"] == code
             assert error["message"]
 
+    def test_a_message_tells_what_is_wrong(
+        self, start_node: StartNode, tmp_path: Path, capsys: Output
+    ) -> None:
+        start_node()
+        address = Client().put(b"data").address.hex()
+        for arguments, words in (
+            (["watch", ""], "'' is not the id of a run"),
+            (["get", address, "-o", str(tmp_path)], "is a folder"),
+            (["node", "--ask", "-1"], "negative"),
+            (["node", "--memory", "1000TiB"], "this machine has"),
+            (["show", str(tmp_path / "no.p2pj")], "hint: Make one with 'p2pflop trace SCRIPT'"),
+        ):
+            assert run(arguments) == 2, arguments
+            assert words in capsys.readouterr().err, arguments
+
     def test_usage_errors_name_the_command(self, capsys: Output) -> None:
         assert run(["frobnicate"]) == 2
         assert run(["get"]) == 2
@@ -164,6 +179,27 @@ class TestErrors:
         )
         os.close(write)
         assert done.returncode == cli_main.EXIT_BROKEN_PIPE
+        assert done.stderr == b""
+
+    @pytest.mark.parametrize("ignored", [False, True])
+    def test_ctrl_c_while_it_starts_is_quiet(self, ignored: bool) -> None:
+        program = f"""
+            import os, signal, sys
+            if {ignored}:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            class Interrupting:
+                def find_spec(self, name, path=None, target=None):
+                    if name == "p2pflop.cli.main":
+                        os.kill(os.getpid(), signal.SIGINT)
+            sys.meta_path.insert(0, Interrupting())
+            sys.argv = ["p2pflop", "--version"]
+            from p2pflop.cli.start import main
+            main()
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, check=False
+        )
+        assert done.returncode == (0 if ignored else -signal.SIGINT)
         assert done.stderr == b""
 
     def test_ctrl_c_says_how_to_come_back(self, start_node: StartNode, capsys: Output) -> None:
@@ -231,6 +267,20 @@ class TestCommands:
         assert run(["ls", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[0]["address"] == address
         assert run(["put", str(tmp_path)]) == 2
+
+    def test_rm(self, start_node: StartNode, capsys: Output) -> None:
+        start_node()
+        client = Client()
+        first, second, third = (client.put(data).address.hex() for data in (b"1", b"2", b"3"))
+        assert run(["rm", first, "zz"]) == 2
+        assert len(client.blobs()) == 3
+        assert run(["rm", first, f"p2pflop://{second}", first]) == 0
+        assert [blob.address.hex() for blob in client.blobs()] == [third]
+        assert run(["rm", first]) == 9
+        capsys.readouterr()
+        assert run(["rm", third, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["address"] == third
+        assert run(["rm"]) == 2
 
     def test_get_to_standard_output(self, start_node: StartNode, capfdbinary: Any) -> None:
         data = bytes(range(256))
@@ -333,6 +383,16 @@ class TestCommands:
         monkeypatch.setattr(Client, "doctor", lambda _: {"problems": ["disk is full"]})
         assert run(["doctor"]) == 2
         assert "disk is full" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("home", ["/proc/nowhere", "file/sub"])
+    def test_doctor_tries_the_home_out(self, tmp_path: Path, home: str, capsys: Output) -> None:
+        (tmp_path / "file").write_bytes(b"")
+        assert run(["doctor", "--home", str(tmp_path / home)]) == 2
+        text = capsys.readouterr().out
+        assert "cannot be made" in text
+        assert "Errno" not in text
+        assert run(["doctor", "--home", str(tmp_path / "new")]) == 0
+        assert not (tmp_path / "new").exists()
 
     def test_doctor_without_clang(self, capsys: Output, monkeypatch: Any) -> None:
         from p2pflop.errors import ConfigError

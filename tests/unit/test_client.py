@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,12 @@ class TestBlobs:
             client.download(bytes(32), tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    def test_a_folder_is_no_file_to_write(self, start_node: StartNode, tmp_path: Path) -> None:
+        start_node()
+        with pytest.raises(ConfigError, match="is a folder") as caught:
+            pf.get(pf.put(b"data"), tmp_path)
+        assert str(tmp_path / "data") in caught.value.hint
+
     def test_a_folder_that_cannot_be_written_is_told(
         self, start_node: StartNode, tmp_path: Path
     ) -> None:
@@ -153,8 +160,23 @@ class TestErrors:
             Client(home).status()
 
     def test_a_refused_connection_is_an_unreachable_node(self, home: Path) -> None:
-        with pytest.raises(NodeUnreachableError, match="refused"):
+        with pytest.raises(NodeUnreachableError, match="refused") as caught:
             Client(home).status()
+        text = "".join(traceback.format_exception(caught.value))
+        assert text.count("Traceback") == 1
+        assert text.rstrip().endswith(caught.value.hint)
+
+    @pytest.mark.parametrize("run_id", ["", "a/b", "../status", "x" * 65])
+    def test_what_cannot_be_a_runs_id_is_not_asked_for(
+        self, start_node: StartNode, run_id: str
+    ) -> None:
+        start_node()
+        client = Client()
+        for ask in (client.job, client.cancel, client.result_record, pf.attach):
+            with pytest.raises(ConfigError, match="is not the id of a run"):
+                ask(run_id)
+        with pytest.raises(ConfigError, match="is not the id of a run"):
+            next(client.events(run_id))
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"url": 1}', '{"url": "x", "pid": "y"}'])
     def test_a_broken_note_is_told(self, home: Path, text: str) -> None:
@@ -189,6 +211,8 @@ class TestErrors:
 
     def test_classes_survive_the_way(self) -> None:
         assert type(error_from("ProviderError", "m", "h")) is ProviderError
+        assert error_from("ProviderError", "m", "do this").__notes__ == ["do this"]
+        assert not hasattr(error_from("ProviderError", "m", ""), "__notes__")
         error = error_from("os", "m", "h")
         assert (type(error), error.message, error.hint) == (P2PFlopError, "m", "h")
 

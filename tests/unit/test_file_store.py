@@ -280,12 +280,15 @@ async def test_a_later_format_is_not_touched(tmp_path: Path) -> None:
 # Damage that only a disk knows.
 
 
-async def test_a_file_that_is_gone_or_cut(tmp_path: Path) -> None:
+async def test_a_file_that_is_gone_or_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with FileStore(tmp_path) as store:
         await store.put(DATA)
         _files(tmp_path)[0].unlink()
         with pytest.raises(VerificationError):
             await store.get(ADDRESS)
+        (told,) = caplog.records
+        assert told.levelname == "WARNING"
+        assert f"{ADDRESS.hex()} is damaged" in told.getMessage()
         with pytest.raises(BlobNotFoundError):
             await store.get(ADDRESS)
         assert store.statistics().used_bytes == 0

@@ -75,5 +75,7 @@ async def test_states_are_found_by_work_class_and_step_after_a_restart(tmp_path:
 
 def test_a_file_that_is_no_database_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "journal.db").write_bytes(b"not a database, not at all" * 100)
-    with pytest.raises(StoreError, match=r"journal\.db"):
+    with pytest.raises(StoreError, match=r"journal\.db is damaged") as caught:
         Journal(tmp_path / "journal.db")
+    assert str(tmp_path / "journal.db") in caught.value.message
+    assert "backup" in caught.value.hint

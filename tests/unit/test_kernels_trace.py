@@ -455,7 +455,8 @@ def test_a_state_of_open_dtype_is_refused() -> None:
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"seed": -1}, {"seed": 2**32}])
 def test_numbers_out_of_range_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(JobError, match="out of range"):
+    ((name, value),) = options.items()
+    with pytest.raises(JobError, match=f"^{name}={value} is out of range"):
         trace(lambda: {"sum": Tensor(PIXELS).sum()}, **options)
 
 

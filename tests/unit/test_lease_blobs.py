@@ -142,3 +142,16 @@ async def test_it_sweeps_now_and_then_even_after_the_store_has_failed(
     gaps = [later - before for before, later in pairwise(swept)]
     assert gaps == [pytest.approx(SWEEP_S)] * 2
     assert GRACE_NS >= SWEEP_S * NS_PER_S
+
+
+async def test_a_blob_is_needed_while_a_lease_of_it_lasts() -> None:
+    blobs = LeaseBlobs(MemoryStore(), lambda: 0)
+    await blobs.hold(b"first", [b"a", b"b"])
+    await blobs.hold(b"second", [b"b"])
+    assert [blobs.needs(address) for address in (b"a", b"b", b"c")] == [True, True, False]
+    blobs.let_go(b"first")
+    assert [blobs.needs(address) for address in (b"a", b"b")] == [False, True]
+    blobs.let_go(b"second")
+    assert not blobs.needs(b"b")
+    await blobs.hold(b"first", [b"a"])
+    assert blobs.needs(b"a")

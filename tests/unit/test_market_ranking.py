@@ -181,6 +181,23 @@ def test_no_deal_says_why_and_what_to_do() -> None:
     assert "empty" in no_deal([]).message
 
 
+def test_the_advice_is_about_the_commonest_reason() -> None:
+    small = [party(number).sheet(ask(1, memory_bytes=number * 10**9)) for number in (1, 2)]
+    dear = party(3).sheet(ask(1, 10**9))
+    wanted = need(max_nusd=5, memory_bytes=3 * 10**9)
+    error = no_deal(rank([*small, dear], wanted, Policy(), NOW_NS))
+    assert error.message.endswith("2 x too little memory, 1 x over the budget")
+    assert "needs 3 GB" in error.hint
+    assert "largest ask has 2 GB" in error.hint
+    for reason in MissReason:
+        fitting = [
+            Miss(dear, dear.sheet.asks[0], reason, 10**9, wanted),
+            Miss(small[0], small[0].sheet.asks[0], reason, 10**9, wanted),
+        ]
+        assert f"2 x {reason}" in no_deal(fitting).message
+        assert no_deal(fitting).hint
+
+
 def test_a_quote_beyond_all_money_is_over_any_budget() -> None:
     huge = replace(need(max_nusd=2**80), flop=2**90)
     (found,) = rank([SELLER.sheet(ask(1, 10**9))], huge, Policy(), NOW_NS)

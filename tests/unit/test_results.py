@@ -137,8 +137,9 @@ class TestJob:
         assert caught.value.hint
 
     def test_files_that_cannot_be_read_or_written(self, job: pf.Job, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="cannot read"):
+        with pytest.raises(ConfigError, match="cannot read") as caught:
             pf.load(tmp_path / "nothing.p2pj")
+        assert "p2pflop trace" in caught.value.hint
         with pytest.raises(ConfigError, match="cannot write"):
             job.save(tmp_path / "nowhere" / "job.p2pj")
 
@@ -165,8 +166,14 @@ class TestResult:
         assert result.steps_of("sum") == [0, 1, 2, 3]
         assert result.address("last") == address_of(struct.pack("<2f", -16, -32)).hex()
         assert (result.steps, result.cost_usd) == (STEPS, 1.5)
-        with pytest.raises(KeyError, match="'loss' is not an output; there are sum, last"):
-            _ = result["loss"]
+        for look in (
+            result.__getitem__,
+            result.address,
+            result.steps_of,
+            lambda name: list(result.collected(name)),
+        ):
+            with pytest.raises(KeyError, match="'loss' is not an output; there are sum, last"):
+                look("loss")
         with pytest.raises(KeyError, match="kept in the trace"):
             result.address("sum")
 
@@ -176,8 +183,9 @@ class TestResult:
         np.testing.assert_array_equal(result.state["net"]["w"], [16, 32])
         assert repr(result.state) == "State(net.w: float32[2])"
         assert len(result.state.address("net.w")) == 64
-        with pytest.raises(KeyError, match=r"no state 'opt'; there are net\.w"):
-            _ = result.state["opt"]
+        for look in (result.state.__getitem__, result.state.address):
+            with pytest.raises(KeyError, match=r"no state 'opt'; there are net\.w"):
+                look("opt")
 
     def test_the_hash_is_the_records(self, job: pf.Job, result: Result) -> None:
         assert result.hash == result_hash(result.record).hex()
@@ -247,7 +255,9 @@ class TestSubmit:
         start_node()
         assert job.quote(max_usd=1)["misses"][0]["reason"] == "sells nothing"
 
-    @pytest.mark.parametrize(("max_usd", "deadline"), [("much", None), (-1, None), (None, "soon")])
+    @pytest.mark.parametrize(
+        ("max_usd", "deadline"), [("much", None), (-1, None), (None, "soon"), (None, 0)]
+    )
     def test_bad_options_are_told_before_anything_is_sent(
         self, job: pf.Job, start_node: Callable[..., Any], max_usd: Any, deadline: Any
     ) -> None:
@@ -256,3 +266,48 @@ class TestSubmit:
             pf.submit(job, max_usd=max_usd, deadline=deadline)
         assert not node.service.runs
         assert not Client().blobs()
+
+    def test_a_deadline_is_never_shortened(
+        self, job: pf.Job, start_node: Callable[..., Any]
+    ) -> None:
+        node = start_node()
+        run = pf.submit(job, deadline="1.2s")
+        assert node.service.runs[run.id].options.deadline_s == 2
+        with pytest.raises(ConfigError, match="a deadline of 0s leaves no time"):
+            pf.submit(job, deadline="0s")
+
+    def test_what_is_no_job_is_told_with_what_makes_one(self) -> None:
+        with pytest.raises(ConfigError, match=r"takes a Job, not 'job\.p2pj'") as caught:
+            pf.submit("job.p2pj")  # type: ignore[arg-type]
+        assert "pf.load" in caught.value.hint
+
+    def test_an_input_that_nobody_has_is_told_before_anything_is_sent(
+        self, job: pf.Job, start_node: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        node = start_node()
+        path = job.save(tmp_path / "job.p2pj")
+        folder = tmp_path / "job.p2pj.inputs"
+        start = folder / address_of(START).hex()
+        start.write_bytes(b"other bytes")
+        with pytest.raises(VerificationError, match=r"'net\.w' is damaged") as damaged:
+            pf.submit(pf.load(path))
+        assert str(start) in damaged.value.message
+        start.unlink()
+        with pytest.raises(BlobNotFoundError, match=r"input 'net\.w'") as missing:
+            pf.submit(pf.load(path))
+        assert str(folder) in missing.value.hint
+        assert not node.service.runs
+        assert not Client().blobs()
+        Client().put(START)
+        pf.submit(pf.load(path))
+        assert len(node.service.runs) == 1
+
+    def test_a_file_that_changes_after_it_was_loaded_is_not_bought(
+        self, job: pf.Job, start_node: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        node = start_node()
+        loaded = pf.load(job.save(tmp_path / "job.p2pj"))
+        (tmp_path / "job.p2pj.inputs" / address_of(START).hex()).write_bytes(b"other bytes")
+        with pytest.raises(VerificationError, match="has changed"):
+            pf.submit(loaded)
+        assert not node.service.runs

@@ -36,6 +36,14 @@ def test_what_is_no_amount_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "words"), [("-1", "zero or more"), ("1e-10", "whole number"), ("1e30", "up to \\$")]
+)
+def test_what_is_wrong_with_an_amount_is_told(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_usd(text)
+
+
+@pytest.mark.parametrize(
     ("nusd", "text"),
     [(0, "$0.00"), (1_250_000_000, "$1.25"), (3100, "$0.0000031"), (-(10**9), "-$1.00")],
 )

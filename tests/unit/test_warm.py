@@ -151,3 +151,12 @@ async def test_after_so_many_jobs_it_is_not_kept(world: World) -> None:
     assert world.alive == 1
     assert await world.use(ALICE) is first
     assert world.alive == 0
+
+
+async def test_one_that_lingers_ends_with_the_node() -> None:
+    async with trio.open_nursery() as nursery:
+        world = World(nursery)
+        await world.use(ALICE)
+        assert world.alive == 1
+        nursery.cancel_scope.cancel()
+    assert world.alive == 0

@@ -1,0 +1,166 @@
+"""The nodes of the demo: begun afresh, and ended with the demo, whatever ends that.
+
+Their homes keep nothing from one demo to the next but the plan caches: with journals and ledgers of
+earlier demos, of which some were broken off, the books of two nodes could not be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from p2pflop.cli.output import say
+from p2pflop.errors import ConfigError
+
+START_S: Final = 90.0
+STOP_S: Final = 10.0
+POLL_S: Final = 0.05
+LOG_NAME: Final = "demo.log"
+KEPT: Final = frozenset({"plans", "lock", LOG_NAME})
+PROVIDERS: Final = {
+    "tiny": ("--ask", "0.01", "--memory", "256MiB"),
+    "fair": ("--ask", "0.04"),
+    "dear": ("--ask", "0.12"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DemoNode:
+    """A node in a process of its own."""
+
+    name: str
+    home: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def log(self) -> Path:
+        """What it says."""
+        return self.home / LOG_NAME
+
+    def note(self) -> dict[str, Any] | None:
+        """Where it listens, once it does."""
+        with suppress(OSError, ValueError):
+            note: dict[str, Any] = json.loads((self.home / "node.json").read_text())
+            if note["pid"] == self.process.pid:
+                return note
+        return None
+
+
+@contextmanager
+def four_nodes(folder: Path) -> Iterator[tuple[DemoNode, list[DemoNode]]]:
+    """Start a buyer, then three providers that know the buyer; end them, whatever happens.
+
+    Raises HomeLockedError if a node runs on one of their homes, ConfigError if a home is not a
+    demo's, and the error that a node ended with.
+    """
+    nodes: list[DemoNode] = []
+    with _signals_as_interrupt():
+        for name in ("buyer", *PROVIDERS):
+            freshen(folder / name)
+        try:
+            say("Starting four nodes on loopback...")
+            buyer = _start(nodes, folder / "buyer", "buyer", ())
+            address = str(_wait_ready(buyer)["address"])
+            for name, flags in PROVIDERS.items():
+                _start(nodes, folder / name, name, (*flags, "--connect", address))
+            for node in nodes[1:]:
+                _wait_ready(node)
+            yield buyer, nodes[1:]
+        finally:
+            _stop(nodes)
+
+
+def freshen(home: Path) -> None:
+    """Make an empty home, but for the plan cache that an earlier demo has left there.
+
+    Raises HomeLockedError if a node runs there, ConfigError if it is not a home of a demo.
+    """
+    from p2pflop.cli.embedded import end_embedded
+    from p2pflop.node.home import held
+
+    end_embedded(home)
+    with held(home):
+        old = [path for path in home.iterdir() if path.name not in KEPT]
+        if old and not (home / LOG_NAME).exists():
+            raise ConfigError(
+                f"{home} is not of a demo, which would delete its account and its data",
+                hint="Choose another folder for the demo with --home.",
+            )
+        try:
+            for path in old:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        except OSError as error:
+            raise ConfigError(f"cannot delete what is in {home}: {error.strerror}") from error
+
+
+def _start(nodes: list[DemoNode], home: Path, name: str, flags: tuple[str, ...]) -> DemoNode:
+    command = [sys.executable, "-m", "p2pflop.cli.main", "node", "--home", str(home.absolute())]
+    command += ["--json", "--tied", "--port", "0", "--listen", "/ip4/127.0.0.1/tcp/0", *flags]
+    with (home / LOG_NAME).open("wb") as log:
+        # A session of its own: Ctrl-C reaches this program alone, which then ends all in order.
+        process = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    node = DemoNode(name, home, process)
+    nodes.append(node)
+    return node
+
+
+def _wait_ready(node: DemoNode) -> dict[str, Any]:
+    """The note of a node that answers, with the address that others connect to."""
+    from p2pflop.client import Client
+    from p2pflop.embedded import failure_of
+
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        code = node.process.poll()
+        if code is not None:
+            raise failure_of(f"node '{node.name}'", code, node.log)
+        if (note := node.note()) is not None:
+            with Client(node.home) as client:
+                return note | {"address": client.status()["addresses"][0]}
+        time.sleep(POLL_S)
+    raise ConfigError(f"'{node.name}' did not start in {START_S:.0f} s; see {node.log}")
+
+
+def _stop(nodes: list[DemoNode]) -> None:
+    for node in nodes:
+        if node.process.poll() is None:
+            node.process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + STOP_S
+    for node in nodes:
+        try:
+            node.process.wait(max(0.1, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            node.process.kill()
+            node.process.wait()
+
+
+@contextmanager
+def _signals_as_interrupt() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that was closed, do what Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
