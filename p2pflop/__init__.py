@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         StoreError,
         VerificationError,
     )
+    from p2pflop.models import load_safetensors
     from p2pflop.results import Result
     from p2pflop.runs import Row, Run
     from p2pflop.sdk import Job, attach, feed, get, load, put, submit, trace
@@ -62,6 +63,7 @@ __all__ = [
     "feed",
     "get",
     "load",
+    "load_safetensors",
     "put",
     "submit",
     "trace",
@@ -77,6 +79,7 @@ _HOMES = {
     "feed": "sdk",
     "get": "sdk",
     "load": "sdk",
+    "load_safetensors": "models",
     "put": "sdk",
     "submit": "sdk",
     "trace": "sdk",
