@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         StoreError,
         VerificationError,
     )
-    from p2pflop.models import load_safetensors
+    from p2pflop.models import load_safetensors, trace_onnx
     from p2pflop.results import Result
     from p2pflop.runs import Row, Run
     from p2pflop.sdk import Job, attach, feed, get, load, put, submit, trace
@@ -67,6 +67,7 @@ __all__ = [
     "put",
     "submit",
     "trace",
+    "trace_onnx",
 ]
 
 _HOMES = {
@@ -83,6 +84,7 @@ _HOMES = {
     "put": "sdk",
     "submit": "sdk",
     "trace": "sdk",
+    "trace_onnx": "models",
 }
 
 

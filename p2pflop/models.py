@@ -1,8 +1,8 @@
-"""Models that others made: weights from safetensors files."""
+"""Models that others made: weights from safetensors files, programs from ONNX files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -11,6 +11,7 @@ from p2pflop.client import Client
 from p2pflop.errors import BlobNotFoundError, ConfigError, StoreError
 from p2pflop.ids import blob_url, parse_hash
 from p2pflop.job.safetensors import LENGTH_BYTES, TensorPlace, header_bytes, parse_header
+from p2pflop.sdk import Job, trace
 
 if TYPE_CHECKING:
     from p2pflop.kernels.weights import Stored
@@ -42,6 +43,33 @@ def load_safetensors(source: str | Path) -> dict[str, Any]:
         read, what = partial(client.read_range, address), f"blob {blob_url(address)}"
         span = partial(_blob_span, client, address)
     return _tensors(read, span, what)
+
+
+def trace_onnx(
+    path: str | Path,
+    *,
+    inputs: Mapping[str, Any],
+    outputs: Sequence[str] | None = None,
+    steps: int | None = None,
+    title: str = "",
+) -> Job:
+    """The job of running an ONNX model: its weights are blobs, its inputs feeds or fixed.
+
+    ``inputs`` has a feed, an array or a tensor for each of its inputs, of exactly the dtype and the
+    sizes that the model fixes. Without ``steps`` it is one pass: a step for each shard of the
+    longest feed. Of more than one step every value of each output is kept (``result.collected``).
+    ``outputs`` names those that are wanted; all of them without it.
+
+    Raises JobError for a file that is not a sound model or that tinygrad cannot run.
+    """
+    from p2pflop.kernels.onnx import load_onnx
+
+    source = Path(path)
+    names = None if outputs is None else list(outputs)
+    step, found, one_pass = load_onnx(source, inputs, names)
+    count = one_pass if steps is None else steps
+    collect = found if count > 1 else ()
+    return trace(step, steps=count, collect=collect, title=title or source.stem)
 
 
 def _tensors(
