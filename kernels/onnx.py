@@ -5,7 +5,8 @@ they are, as views of the file, and so travel as blobs of exactly their bytes. S
 as numbers (the shape of a Reshape) must be known while tracing; the runner keeps each that it has
 worked out. So the model is run once before it is traced, with inputs that may not be read: what
 depends on weights and shapes alone is computed then, and a model whose sizes depend on the values
-of its inputs is told apart from one that can travel.
+of its inputs is told apart from one that can travel. That run is on tinygrad's emulator, so that no
+compiler is needed where a model is traced.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from tinygrad import Tensor
+from tinygrad import Context, Device, Tensor
 from tinygrad.nn.onnx import OnnxRunner, required_input_python_consts
 
 from p2pflop.errors import ConfigError, JobError, P2PFlopError
@@ -29,6 +30,8 @@ from p2pflop.kernels.weights import Stored, lazy_tensor
 
 MAX_ONNX_SIZES: Final = 2**16
 """Numbers that a node may need while it is traced, such as the axes of a shape."""
+
+_EMULATOR: Final = "PYTHON"
 
 Tensors = Mapping[str, Tensor]
 
@@ -43,7 +46,7 @@ def load_onnx(
     traced, and for inputs and outputs that are not the model's; ConfigError if it cannot be read.
     """
     _check_file(path)
-    with _one_error(path):
+    with _one_error(path), Context(DEV=_EMULATOR):
         runner = _Runner(path)
     names = list(runner.graph_outputs)
     wanted = names if outputs is None else outputs
@@ -53,8 +56,10 @@ def load_onnx(
     inputs = _inputs(path, runner, inputs)
     model = {name: value for name, value in runner.graph_values.items() if name}
     run = partial(_run, path, runner, wanted)
-    with _one_error(path):
+    with Context(DEV=_EMULATOR):
         run(model, {name: _unreadable(name, tensor) for name, tensor in inputs.items()})
+    runner.to(Device.DEFAULT)
+    model = {name: runner.graph_values[name] for name in model}
 
     def step() -> dict[str, Tensor]:
         return run(model, inputs)
