@@ -91,8 +91,8 @@ async def fetch(
     none of them has it, ProviderError if one had it but none gave all of it, StoreError if it is
     over ``max_bytes`` or cannot be kept.
     """
-    held = await store.stat(address)
-    if held is not None and (not owner or await store.may_read(address, owner)):
+    held = await held_for(store, address, owner)
+    if held is not None:
         if held.size_bytes > max_bytes:
             raise over_limit(held.size_bytes, max_bytes)
         return await store.set_public(address) if public and not held.public else held
@@ -111,6 +111,14 @@ async def fetch(
             if job.partial is not None and not job.partial.missing():
                 return await job.partial.finish()
         raise job.failure()
+
+
+async def held_for(store: Store, address: bytes, owner: bytes) -> BlobInfo | None:
+    """The blob in the store, if ``owner`` may read it there: another's copy is none of its."""
+    held = await store.stat(address)
+    if held is not None and owner and not await store.may_read(address, owner):
+        return None
+    return held
 
 
 @dataclass(slots=True)

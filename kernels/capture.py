@@ -33,6 +33,7 @@ from tinygrad.tensor import all_tensors
 from tinygrad.uop.ops import Ops, UOp
 
 from p2pflop.errors import JobError
+from p2pflop.kernels.weights import is_disk, is_disk_view
 
 HOST_DEVICES: Final = ("PYTHON", "NPY")
 MAX_LITERAL_BYTES: Final = 256
@@ -174,13 +175,14 @@ def parameter_names(function: Callable[..., object]) -> tuple[frozenset[str], fr
 
 def make_stand_in(uop: UOp) -> UOp:
     """A buffer without memory, in the place, shape and dtype of ``uop``."""
-    device = uop.device if isinstance(uop.device, str) else Device.DEFAULT
+    on_device = isinstance(uop.device, str) and not is_disk_view(uop)
+    device = uop.device if on_device else Device.DEFAULT
     return UOp.new_buffer(device, uop.numel(), uop.dtype).reshape(uop.shape)
 
 
 def is_realized(buffer: UOp) -> bool:
-    """Whether the BUFFER node has memory with data in it."""
-    return buffer.realized is not None
+    """Whether the BUFFER node has data in it, in memory or where it can be read."""
+    return buffer.realized is not None or is_disk(buffer)
 
 
 def is_literal(buffer: UOp) -> bool:
@@ -199,7 +201,7 @@ def _needs_stand_in(uop: UOp, visit: Callable[[UOp], bool], cache: dict[UOp, boo
         return False
     if not all(isinstance(dim, int) for dim in dims) or 0 in dims:
         return False
-    return is_host_copy(uop) or not uop.topovisit(visit, cache)
+    return is_host_copy(uop) or is_disk_view(uop) or not uop.topovisit(visit, cache)
 
 
 def is_host_copy(uop: UOp) -> bool:

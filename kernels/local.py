@@ -1,9 +1,10 @@
 """Running a job on this machine without a node: one process, in the class's environment.
 
 The child (``python -m p2pflop.kernels.local``) lowers and runs; it is not locked down, since the
-job is the user's own. It reads one message of job and inputs on stdin and answers on stdout with
-messages, each a length in eight bytes and a msgpack array whose first item is its kind. The record
-that comes of it, and so its hash, is that of any honest provider of this machine's class.
+job is the user's own. It reads one message with the job on stdin and answers on stdout with
+messages, each a length in eight bytes and a msgpack array whose first item is its kind. It asks for
+inputs and shards one by one, when it has room for them, so that this side holds one at a time. The
+record that comes of it, and so its hash, is that of any honest provider of this machine's class.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ _ROW: Final = "row"
 _OUTPUT: Final = "output"
 _STATE: Final = "state"
 _COLLECTED: Final = "collected"
+_INPUT: Final = "input"
 _FEED: Final = "feed"
 _END: Final = "end"
 _FAILED: Final = "failed"
@@ -84,7 +86,7 @@ def run_local(
     missing = [slot for slot, address in named.items() if address not in blobs]
     if missing:
         raise JobError(f"inputs of slots {missing} are not given")
-    inputs = {slot: blobs[source.address] for slot, source in job.inputs}
+    inputs = {slot: source.address for slot, source in job.inputs}
     feeds = {
         slot: decode(Collection, blobs[source.collection]).entries for slot, source in job.feeds
     }
@@ -101,9 +103,11 @@ def run_local(
         raise ProviderError("the local process has no pipes")
     try:
         with suppress(BrokenPipeError):
-            _send(requests, [encode(file.body), inputs])
+            _send(requests, [encode(file.body)])
             for message in _messages(answers):
-                if message[0] == _FEED:
+                if message[0] == _INPUT:
+                    _send(requests, [blobs[inputs[message[1]]]])
+                elif message[0] == _FEED:
                     slot, shard = message[1:]
                     _send(requests, [blobs[feeds[slot][shard].address]])
                 else:
@@ -227,16 +231,14 @@ def _messages(stream: BinaryIO | Any) -> Iterator[list[Any]]:
 def _serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
     """The child: lower every graph, run every step, tell everything."""
     requests = _messages(stdin)
-    body, inputs = next(requests)
+    (body,) = next(requests)
     try:
-        _run(decode(JobBody, body), inputs, requests, stdout)
+        _run(decode(JobBody, body), requests, stdout)
     except P2PFlopError as error:
         _send(stdout, [_FAILED, error.message, error.hint])
 
 
-def _run(
-    body: JobBody, inputs: dict[int, bytes], requests: Iterator[list[Any]], stdout: BinaryIO
-) -> None:
+def _run(body: JobBody, requests: Iterator[list[Any]], stdout: BinaryIO) -> None:
     # Imported here so that the parent, which may have tinygrad in another class, needs neither.
     from p2pflop.kernels.lower import lower
     from p2pflop.kernels.run import Session
@@ -251,8 +253,9 @@ def _run(
     plans = {graph: lower(checked, progress) for graph, checked in job.graphs.items()}
     session = Session(job.work, plans)
     session.initialise()
-    for slot, data in inputs.items():
-        session.write(slot, 0, data)
+    for slot, _ in job.inputs:
+        _send(stdout, [_INPUT, slot])
+        session.write(slot, 0, next(requests)[0])
     first, done = job.job.first_step, 0
     for step in range(first, first + job.job.steps):
         for slot, source in job.feeds:

@@ -20,6 +20,7 @@ from p2pflop.job.spec import ROLE_FEED, ROLE_INPUT, ROLE_SEED, ROLE_STATE, ROLE_
 from p2pflop.kernels.capture import Held, Recording, Stage, is_host_copy, is_literal, is_realized
 from p2pflop.kernels.dialect import OUR_DTYPES
 from p2pflop.kernels.feeds import Feed, feed_of
+from p2pflop.kernels.weights import DiskLeaves, Stored, stored_in
 
 STEP_ARGUMENT: Final = "step"
 REALIZE_HINT: Final = "Call .realize() on it before trace, so that it starts from a blob."
@@ -30,7 +31,7 @@ Number = bool | int | float
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A row of the table. ``origin`` is what an init graph is to compute; ``data`` is what travels
-    as a blob, ``feed`` as many."""
+    as a blob, ``stored`` what does and is not in memory, ``feed`` as many."""
 
     number: int
     param: GraphParam
@@ -38,6 +39,7 @@ class Slot:
     name: str
     origin: UOp | None = None
     data: Callable[[], bytes] | None = None
+    stored: Stored | None = None
     feed: Feed | None = None
 
 
@@ -50,6 +52,7 @@ class Slots:
     args: Mapping[str, Number]
     names: Mapping[int, str]
     replacements: dict[UOp, UOp] = field(default_factory=dict)
+    disk: DiskLeaves = field(default_factory=DiskLeaves)
     _rows: dict[UOp, Slot] = field(default_factory=dict)
     _states: set[UOp] = field(default_factory=set)
     _owner: dict[UOp, Held] = field(default_factory=dict)
@@ -58,9 +61,12 @@ class Slots:
         changed = {number for recording in self.recordings for number in recording.changed}
         for number, held in enumerate(self.stage.held):
             if held.buffer is not None:
-                self._owner.setdefault(held.buffer, held)
+                self._own(held.buffer, held)
             if is_host_copy(held.uop):
-                self._owner.setdefault(host_buffer(held.uop), held)
+                self._own(host_buffer(held.uop), held)
+            leaf = self.disk.leaf(held.uop)
+            if leaf is not None:
+                self._own(leaf, held)
             if number in changed:
                 self._add_state(held, changed)
         for held in self.stage.held:
@@ -68,6 +74,8 @@ class Slots:
                 continue
             if held.uop.device is None or is_host_copy(held.uop):
                 self.replacements[held.stand_in] = held.uop
+            elif (leaf := self.disk.leaf(held.uop)) is not None:
+                self.replacements[held.stand_in] = leaf.reshape(held.uop.shape)
 
     @property
     def rows(self) -> list[Slot]:
@@ -96,6 +104,13 @@ class Slots:
         if slot is None:
             slot = self._rows[buffer] = self._new(buffer, shape)
         return slot.number, slot.param.shape
+
+    def _own(self, buffer: UOp, held: Held) -> None:
+        owner = self._owner.setdefault(buffer, held)
+        # A model that was loaded from a dict of weights shares their buffers: the name that the
+        # functions know it by is the better one.
+        if id(held.tensor) in self.names and id(owner.tensor) not in self.names:
+            self._owner[buffer] = owner if feed_of(owner.tensor) else held
 
     def _add_state(self, held: Held, changed: set[int]) -> None:
         if held.buffer is not None:
@@ -138,6 +153,9 @@ class Slots:
     ) -> Slot:
         """The slot of what has a value before the first step."""
         if held is not None and held.stand_in is not None and held.buffer is buffer:
+            leaf = self.disk.leaf(held.uop)
+            if leaf is not None:
+                return Slot(param.slot, param, role, name, stored=stored_in(leaf))
             if is_host_copy(held.uop) and not is_literal(host_buffer(held.uop)):
                 source = host_buffer(held.uop)
                 return Slot(param.slot, param, role, name, data=lambda: read_buffer(source))
@@ -149,6 +167,9 @@ class Slots:
                 f"{self._name(held, 'a tensor')} {param.shape} is used but was never given a value",
                 hint="Tensor.empty has no content: use Tensor.zeros, or assign before trace.",
             )
+        stored = stored_in(buffer)
+        if stored is not None:
+            return Slot(param.slot, param, role, name, stored=stored)
         return Slot(param.slot, param, role, name, data=lambda: read_buffer(buffer))
 
     def _argument(self, param: GraphParam, name: str) -> Slot:

@@ -4,7 +4,8 @@ One rule: **a lazy tensor travels as its graph, a realized one as a blob, an ass
 state.**
 
 - Weights and optimizer state that were never realized are born from the seed where the job runs;
-  their init graph travels, they do not. Realized ones travel as blobs.
+  their init graph travels, they do not. Realized ones travel as blobs, and so do lazy weights and
+  views of files (``weights``), whose bytes are read one tensor at a time and not kept.
 - Random numbers are those of native tinygrad after ``Tensor.manual_seed(seed)``: the counter of
   draws is a state like any other, the seed a param.
 - A phase sees the state as the phases before it in the same step left it.
@@ -73,6 +74,7 @@ from p2pflop.kernels.slots import (
     pack_argument,
     read_buffer,
 )
+from p2pflop.kernels.weights import Stored
 from p2pflop.wire import encode
 
 MAX_SEED: Final = 2**32 - 1
@@ -81,8 +83,8 @@ MAX_NAME: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A job, names for its parts, and what goes into it: the bytes of its blob inputs by slot, and
-    all blobs, shards of feeds included, by address."""
+    """A job, names for its parts, and what goes into it: the bytes of the blob inputs that were in
+    memory by slot, and all blobs, stored weights and shards of feeds included, by address."""
 
     body: JobBody
     labels: Labels
@@ -187,7 +189,8 @@ class _Builder:
         """What one phase leaves in the job."""
         fresh = [_stored(uop) for uop in recording.outputs.values()]
         written = self.slots.written(recording)
-        roots = purify([*fresh, *written.values()], self.slots.replacements)
+        pure = purify([*fresh, *written.values()], self.slots.replacements)
+        roots = self.slots.disk.lift(pure)
         exporter = Exporter(self.slots.leaf, _no_literal)
         nodes = exporter.add(roots)
         slots = [self.slots.state_slot(buffer) for buffer in written]
@@ -218,12 +221,14 @@ class _Builder:
             graphs.append(encode_graph(init))
         init_hash = content_hash(graphs[-1])
         params = []
-        feeds = _Feeds(self.address_of)
+        feeds, weights = _Feeds(self.address_of), _Weights(self.address_of)
         for slot in slots:
             source: Source = NoSource()
             if slot.number in inputs:
                 data = inputs[slot.number]
                 source = BlobSource(self.address_of(data), len(data))
+            elif slot.stored is not None:
+                source = weights.add(slot.stored)
             elif slot.feed is not None:
                 source = feeds.add(slot.name, slot.param, slot.feed)
             elif slot.origin is not None:
@@ -244,8 +249,9 @@ class _Builder:
         if isinstance(opened, Refusal):
             raise JobError(f"the traced job is not one that others accept: {opened.reason}")
         labels = self._labels(phases, slots, title)
-        readers = {self.address_of(data): partial(bytes, data) for data in inputs.values()}
-        return Traced(body, labels, inputs, LazyBlobs(readers | feeds.readers))
+        held = {self.address_of(data): partial(bytes, data) for data in inputs.values()}
+        blobs = LazyBlobs(held | feeds.readers | weights.readers)
+        return Traced(body, labels, inputs, blobs)
 
     def _labels(self, phases: list[_Phase], slots: list[Slot], title: str) -> Labels:
         return Labels(
@@ -309,6 +315,20 @@ class _Feeds:
         address = self.address_of(collection)
         self.readers[address] = partial(bytes, collection)
         return FeedSource(address, feed.shards, feed.steps)
+
+
+@dataclass(slots=True)
+class _Weights:
+    """What lies elsewhere, named."""
+
+    address_of: Callable[[bytes], bytes]
+    readers: dict[bytes, Read] = field(default_factory=dict)
+
+    def add(self, stored: Stored) -> BlobSource:
+        """Read it once for its address, unless that is known."""
+        address = stored.address or self.address_of(stored.read())
+        self.readers[address] = partial(stored.read_as, address, self.address_of)
+        return BlobSource(address, stored.size_bytes)
 
 
 def _find_stop(

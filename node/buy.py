@@ -275,6 +275,10 @@ class Buyer:
             )
         if info.size_bytes != size_bytes:
             raise JobError(f"the input in slot {slot} is not of the size that the job says")
+        if info.owner:
+            # Here for a stranger's lease, and gone an hour after it: from now on it is this node's.
+            async with await self.store.begin(await self.store.manifest(address)) as partial:
+                await partial.finish()
 
     async def _shards(self, checked: CheckedJob, slot: int, source: FeedSource) -> list[bytes]:
         size_bytes = checked.slot_bytes(slot)

@@ -185,7 +185,7 @@ class Daemon:
         """Whether the peer with that key may have a blob: public, granted, or of a lease of its."""
         return (
             self.buyer.lends(address, reader)
-            or self.seller.shows(address, reader)
+            or await self.seller.shows(address, reader)
             or await self.store.may_read(address, reader)
         )
 

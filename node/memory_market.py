@@ -253,7 +253,7 @@ class MemoryNode:
             reader = public_key_of(peer)
             return (
                 self.buyer.lends(address, reader)
-                or self.seller.shows(address, reader)
+                or await self.seller.shows(address, reader)
                 or await self.store.may_read(address, reader)
             )
 

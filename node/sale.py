@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import trio
 
-from p2pflop.dht.fetch import fetch
+from p2pflop.dht.fetch import fetch, held_for
 from p2pflop.errors import (
     JobError,
     P2PFlopError,
@@ -386,7 +386,13 @@ class Sale:
         await self.driver.on(done, Reveal())
 
     async def _fetch_inputs(self) -> None:
-        inputs = [source for source in self._inputs() if source.address not in self._at_hand]
+        store, owner = self._seller.store, self._owner
+        inputs = [
+            source
+            for source in self._inputs()
+            if source.address not in self._at_hand
+            and await held_for(store, source.address, owner) is None
+        ]
         total = sum(source.size_bytes for source in inputs)
         done = told = 0
         for source in inputs:

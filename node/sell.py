@@ -135,12 +135,22 @@ class Seller:
         self.blobs.let_go(sale.bid.id)
         self._forget()
 
-    def shows(self, address: bytes, reader: bytes) -> bool:
-        """Whether a blob is for the buyer whose node is ``reader``: of a lease of its own."""
-        return any(
-            sale.bid.signer == reader and self.blobs.holds(bid_id, address)
+    async def shows(self, address: bytes, reader: bytes) -> bool:
+        """Whether a blob is for the buyer whose node is ``reader``: its account's, and of a lease.
+
+        A lease holds whatever its job names as an input. To name a blob of another's, of which one
+        knows the address alone, gives nobody a right to it.
+        """
+        accounts = {
+            sale.account
             for bid_id, sale in self._sales.items()
-        )
+            if sale.bid.signer == reader and self.blobs.holds(bid_id, address)
+        }
+        for account in accounts:
+            is_own = account == self.identity.account.public_key
+            if is_own or await self.store.may_read(address, account):
+                return True
+        return False
 
     def bind_fill(self, fill: bytes, sale: Sale) -> bytes:
         """Called by a sale that has a fill, so that a buyer who comes back finds it; its id."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         StoreError,
         VerificationError,
     )
+    from p2pflop.models import load_safetensors, trace_onnx
     from p2pflop.results import Result
     from p2pflop.runs import Row, Run
     from p2pflop.sdk import Job, attach, feed, get, load, put, submit, trace
@@ -62,9 +63,11 @@ __all__ = [
     "feed",
     "get",
     "load",
+    "load_safetensors",
     "put",
     "submit",
     "trace",
+    "trace_onnx",
 ]
 
 _HOMES = {
@@ -77,9 +80,11 @@ _HOMES = {
     "feed": "sdk",
     "get": "sdk",
     "load": "sdk",
+    "load_safetensors": "models",
     "put": "sdk",
     "submit": "sdk",
     "trace": "sdk",
+    "trace_onnx": "models",
 }
 
 

@@ -26,7 +26,7 @@ from p2pflop.embedded import NodeNote, read_note, start_embedded
 from p2pflop.errors import ConfigError, NodeUnreachableError, StoreError, VerificationError
 from p2pflop.node.config import default_home
 from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions, check_run_id
-from p2pflop.replies import error_of, lines, not_a_node, raise_for, read
+from p2pflop.replies import error_of, lines, not_a_node, raise_for, read, whole_bytes
 from p2pflop.uploads import Content, reader
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -210,6 +210,17 @@ class Client:
             raise VerificationError(f"the node sent other bytes than blob {address.hex()}")
         return data
 
+    def read_range(self, address: bytes, start: int, stop: int) -> tuple[bytes, int]:
+        """Bytes ``[start, stop)`` of a blob, as far as it has them, and its whole size.
+
+        The node has verified them, they are not verified here again. Raises StoreError if the blob
+        has none of them.
+        """
+        wanted = {"range": f"bytes={start}-{stop - 1}"}
+        with self._exchange("GET", f"/blob/{address.hex()}", headers=wanted) as response:
+            size_bytes = whole_bytes(response, start)
+            return b"".join(self._pieces(response, address)), size_bytes
+
     def download(
         self,
         address: bytes,
@@ -269,13 +280,17 @@ class Client:
         params = {} if timeout_s is None else {"timeout_s": str(int(timeout_s))}
         with self._exchange("GET", f"/blob/{address.hex()}", params=params) as response:
             raise_for(response)
-            try:
-                yield from response.iter_raw(CHUNK_BYTES)
-            except httpx.TransportError as error:
-                raise StoreError(
-                    f"the download of {address.hex()} broke off: {error}",
-                    hint="Try again; if it stays so, the node's log tells more.",
-                ) from error
+            yield from self._pieces(response, address)
+
+    @staticmethod
+    def _pieces(response: httpx.Response, address: bytes) -> Iterator[bytes]:
+        try:
+            yield from response.iter_raw(CHUNK_BYTES)
+        except httpx.TransportError as error:
+            raise StoreError(
+                f"the download of {address.hex()} broke off: {error}",
+                hint="Try again; if it stays so, the node's log tells more.",
+            ) from error
 
     def _event_stream(self, run_id: str, after: int, wait_s: float | None) -> Iterator[Json]:
         params = {"after": str(after)}
@@ -305,12 +320,19 @@ class Client:
         *,
         content: Body | None = None,
         params: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
     ) -> Iterator[httpx.Response]:
         """One request, its response's body still to be read."""
+
+        def send(http: httpx.Client) -> httpx.Response:
+            body = content() if callable(content) else content
+            request = http.build_request(method, path, content=body, params=params, headers=headers)
+            return http.send(request, stream=True)
+
         refused = ""
         response: httpx.Response | None = None
         try:
-            response = self._send(self._line(), method, path, content, params)
+            response = send(self._line())
         except httpx.TransportError as error:
             if isinstance(error, httpx.ConnectError):
                 refused = str(error)
@@ -318,36 +340,19 @@ class Client:
             elif method not in ("GET", "HEAD") or isinstance(error, httpx.TimeoutException):
                 raise self._unreachable(f"{error or type(error).__name__}") from None
         if response is None:
-            http = self._line(refused=refused)
-            response = self._retry(http, method, path, content, params)
+            response = self._retry(self._line(refused=refused), send)
         try:
             yield response
         finally:
             response.close()
 
     def _retry(
-        self,
-        http: httpx.Client,
-        method: str,
-        path: str,
-        content: Body | None,
-        params: dict[str, str] | None,
+        self, http: httpx.Client, send: Callable[[httpx.Client], httpx.Response]
     ) -> httpx.Response:
         try:
-            return self._send(http, method, path, content, params)
+            return send(http)
         except httpx.TransportError as error:
             raise self._unreachable(f"{error or type(error).__name__}") from None
-
-    def _send(
-        self,
-        http: httpx.Client,
-        method: str,
-        path: str,
-        content: Body | None,
-        params: dict[str, str] | None,
-    ) -> httpx.Response:
-        body = content() if callable(content) else content
-        return http.send(http.build_request(method, path, content=body, params=params), stream=True)
 
     def _line(self, *, refused: str = "") -> httpx.Client:
         """The HTTP client for the node as its home tells; started if that is wanted.

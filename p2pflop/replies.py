@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 
 import httpx
 
 from p2pflop import errors
-from p2pflop.errors import P2PFlopError, ProtocolError
+from p2pflop.errors import P2PFlopError, ProtocolError, StoreError
 
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,19})-\d{1,19}|\*)/(\d{1,19})")
 
 
 def lines(response: httpx.Response) -> Iterator[str]:
@@ -48,6 +50,23 @@ def raise_for(response: httpx.Response) -> None:
     except ValueError as error:
         raise not_a_node(response) from error
     raise error_of(reply, response)
+
+
+def whole_bytes(response: httpx.Response, start: int) -> int:
+    """The size of the blob of whose bytes from ``start`` on this is the answer.
+
+    Raises StoreError if it has none there, and the error that the node answered with.
+    """
+    told = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+    if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and told is not None:
+        raise StoreError(f"the blob has {told.group(2)} bytes, none from {start} on")
+    raise_for(response)
+    if told is not None and told.group(1) == str(start):
+        return int(told.group(2))
+    length = response.headers.get("content-length", "")
+    if told is not None or start or not length.isdecimal():
+        raise not_a_node(response)
+    return int(length)
 
 
 def error_of(reply: Any, response: httpx.Response) -> P2PFlopError:

@@ -7,17 +7,23 @@ against its address when it is fetched anyway.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from p2pflop.dht.manifest import address_of
-from p2pflop.errors import JobError, VerificationError
+from p2pflop.errors import ConfigError, JobError, VerificationError
 from p2pflop.ids import content_hash
 from p2pflop.job.collection import Collection, CollectionEntry
 from p2pflop.job.file import JobFile, open_job
 from p2pflop.job.graph import Dtype
 from p2pflop.job.naming import output_names
 from p2pflop.job.results import decode_trace, due_step
+from p2pflop.job.safetensors import format_header
+from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import (
     MODE_COLLECT,
     MODE_TRACE,
@@ -242,6 +248,19 @@ class _Tensor:
     def read(self, fetch: Fetch) -> Array:
         return _array(fetch(self.address), self.dtype, self.shape)
 
+    @property
+    def size_bytes(self) -> int:
+        return stored_bytes(self.dtype, self.shape)
+
+    def read_bytes(self, fetch: Fetch) -> bytes:
+        data = fetch(self.address)
+        if len(data) != self.size_bytes:
+            raise VerificationError(
+                f"blob {self.address.hex()} has {len(data)} bytes, not the {self.size_bytes} of "
+                f"{self.dtype.name} {self.shape}"
+            )
+        return data
+
 
 class State(Mapping[str, "Array"]):
     """Tensors by name. ``state["net"]`` is the part below ``net.``, if no tensor has that name."""
@@ -284,6 +303,44 @@ class State(Mapping[str, "Array"]):
 
     def _unknown(self, name: str) -> KeyError:
         return KeyError(f"no state {name!r}; there are {', '.join(self._tensors)}")
+
+    def tensors(self) -> dict[str, Any]:
+        """All of them by name as lazy tensors of tinygrad, for ``nn.state.load_state_dict``.
+
+        Their bytes are fetched when a program here computes with them. A job that is traced with
+        them names them by their addresses, and nothing travels that the node has.
+        """
+        from p2pflop.kernels.weights import Stored, lazy_tensor
+
+        def lazy(tensor: _Tensor) -> Any:
+            read = partial(tensor.read_bytes, self._fetch)
+            stored = Stored(read, tensor.size_bytes, tensor.address)
+            return lazy_tensor(stored, tensor.dtype, tensor.shape)
+
+        return {name: lazy(tensor) for name, tensor in self._tensors.items()}
+
+    def save(self, path: str | Path) -> Path:
+        """Write all of them to a safetensors file, which appears only when it is whole; its path.
+
+        They are fetched one at a time. Raises ConfigError if the file cannot be written.
+        """
+        target = Path(path)
+        draft = target.with_name(f".{target.name}.{os.getpid()}.part")
+        kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors.items()}
+        try:
+            with draft.open("wb") as file:
+                file.write(format_header(kinds))
+                for tensor in self._tensors.values():
+                    file.write(tensor.read_bytes(self._fetch))
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(target)
+        except OSError as error:
+            raise ConfigError(f"cannot write {target}: {error.strerror}") from error
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+        return target
 
 
 def _array(data: bytes, dtype: Dtype, shape: tuple[int, ...]) -> Array:

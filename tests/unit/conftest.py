@@ -71,6 +71,16 @@ StartNode = Callable[..., LiveNode]
 
 
 @pytest.fixture
+def home(_private_home: None) -> Path:
+    """A home whose note names this very process."""
+    path = Path(os.environ["P2PFLOP_HOME"])
+    path.mkdir(parents=True)
+    (path / "token").write_text("t0ken")
+    (path / "node.json").write_text(f'{{"url": "http://127.0.0.1:9", "pid": {os.getpid()}}}')
+    return path
+
+
+@pytest.fixture
 def start_node(_private_home: None) -> Iterator[StartNode]:
     """Starts a node for the test's home; keywords go to ``MemoryService``."""
     nodes: list[LiveNode] = []

@@ -136,16 +136,6 @@ class TestBlobs:
             pf.get(address, tmp_path / "file" / "out")
 
 
-@pytest.fixture
-def home(_private_home: None) -> Path:
-    """A home whose note names this very process."""
-    path = Path(os.environ["P2PFLOP_HOME"])
-    path.mkdir(parents=True)
-    (path / "token").write_text("t0ken")
-    (path / "node.json").write_text(f'{{"url": "http://127.0.0.1:9", "pid": {os.getpid()}}}')
-    return path
-
-
 class TestErrors:
     def test_no_node_is_told_with_what_to_do(self) -> None:
         with pytest.raises(NodeUnreachableError, match="no node runs there") as caught:

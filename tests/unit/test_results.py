@@ -311,3 +311,39 @@ class TestSubmit:
         with pytest.raises(VerificationError, match="has changed"):
             pf.submit(loaded)
         assert not node.service.runs
+
+
+class TestStateAsWeights:
+    def test_a_state_is_the_weights_of_another_job_by_address_alone(self, result: Result) -> None:
+        asked: list[bytes] = []
+
+        def fetch(address: bytes) -> bytes:
+            asked.append(address)
+            return result.blob(address)
+
+        counted = Result(result.record, result._file, fetch, 0)
+        weights = counted.state["net"].tensors()
+        another = pf.trace(lambda: {"y": weights["w"] + 1}, steps=1)
+        address = bytes.fromhex(result.state.address("net.w"))
+        assert another.checked.inputs == ((0, BlobSource(address, 8)),)
+        assert list(another.inputs) == [address]
+        assert asked == []
+        assert np.array_equal(another.run_local()["y"], [17, 33])
+        assert np.array_equal(weights["w"].numpy(), [16, 32])
+        assert set(asked) == {address}
+
+    def test_it_is_saved_as_safetensors(self, result: Result, tmp_path: Path) -> None:
+        path = result.state.save(tmp_path / "net.safetensors")
+        assert [file.name for file in tmp_path.iterdir()] == ["net.safetensors"]
+        assert np.array_equal(pf.load_safetensors(path)["net.w"].numpy(), [16, 32])
+        assert list(result.state["net"].tensors()) == ["w"]
+        with pytest.raises(ConfigError, match="cannot write"):
+            result.state.save(tmp_path / "none" / "net.safetensors")
+
+    def test_a_blob_of_another_size_is_refused(self, result: Result, tmp_path: Path) -> None:
+        lying = Result(result.record, result._file, lambda _: bytes(7), 0)
+        with pytest.raises(VerificationError, match=r"has 7 bytes, not the 8 of FLOAT32 \(2,\)"):
+            lying.state.save(tmp_path / "net.safetensors")
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(VerificationError, match="has 7 bytes"):
+            lying.state.tensors()["net.w"].numpy()
