@@ -45,6 +45,9 @@ WORKER_SLACK_BYTES: Final = 64 * MIB
 MAX_OPEN_LOWERERS: Final = 2
 MAX_STEP_SECONDS: Final = 600.0
 HOUR_NS: Final = 3600 * NS_PER_S
+MAX_COST_RATIO: Final = 4
+MIN_DEAR_FLOP: Final = 10**10
+"""A job of less is done in seconds, whatever its meter said."""
 
 OnLowering = Callable[[int, int], Awaitable[None]]
 OnRows = Callable[[Rows], Awaitable[None]]
@@ -94,6 +97,14 @@ def worker_limits(checked: CheckedJob, lease_ns: int, threads: int) -> WorkerLim
     # Whole hours, so that a worker which lingers fits the same buyer's next lease of equal length.
     cpu_seconds = (lease_ns // HOUR_NS + 1) * HOUR_NS // NS_PER_S * threads
     return WorkerLimits(checked.cost.peak_bytes + WORKER_SLACK_BYTES, cpu_seconds, MAX_STEP_SECONDS)
+
+
+def is_too_dear(pool: Workers, checked: CheckedJob, plans: Mapping[bytes, bytes]) -> bool:
+    """Whether the lowered kernels compute so much more than the meter counted that a provider may
+    give the lease back: fusion may compute an element anew for each of its readers."""
+    lines = checked.cost.lines
+    lowered_flop = sum(pool.flop_of(plans[line.graph]) * line.times for line in lines)
+    return lowered_flop > max(MAX_COST_RATIO * checked.cost.flop, MIN_DEAR_FLOP)
 
 
 async def lower_all(

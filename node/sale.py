@@ -39,6 +39,7 @@ from p2pflop.job.events import (
     Reveal,
     Send,
     State,
+    Withdraw,
 )
 from p2pflop.job.file import CheckedJob, JobBody
 from p2pflop.job.selling import provider as provider_lifecycle
@@ -55,6 +56,7 @@ from p2pflop.node.execute import (
     Execution,
     KeepState,
     inline_blobs,
+    is_too_dear,
     lower_all,
     worker_limits,
 )
@@ -357,6 +359,9 @@ class Sale:
             nursery.start_soon(self._fetch_inputs)
             nursery.start_soon(feeds.open)
             plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)
+        if is_too_dear(seller.workers, checked, plans):
+            await self.driver.on(Withdraw("cost: it computes over four times what was metered"))
+            return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(feeds.run)
             async with seller.warm.lease(self.account, limits) as worker:

@@ -130,6 +130,9 @@ class Workers(Protocol):
         """The plan of an encoded graph, from the cache if it is there. Raises JobError,
         ProviderError. ``progress(done, total)`` counts kernels."""
 
+    def flop_of(self, plan: bytes) -> int:
+        """What the kernels of a plan compute, recomputation included. Raises ProtocolError."""
+
     def worker(self, limits: WorkerLimits) -> AbstractAsyncContextManager[Worker]:
         """A fresh worker, which ends with the context. Raises ProviderError."""
 

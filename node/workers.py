@@ -35,7 +35,7 @@ from p2pflop.kernels.frames import (
     Progress,
     lowerer_report,
 )
-from p2pflop.kernels.plan import MAX_PLAN_BYTES
+from p2pflop.kernels.plan import MAX_PLAN_BYTES, decode_plan
 from p2pflop.node.crew import Child, Crew, fault_error
 from p2pflop.node.pipes import EndOfPipe
 from p2pflop.node.plans import PlanCache
@@ -181,6 +181,10 @@ class WorkerPool:
         finally:
             if lowering.abandoned and self._lowerings.get(key) is lowering:
                 del self._lowerings[key]  # the next caller must not join what is being ended
+
+    def flop_of(self, plan: bytes) -> int:
+        """See ``Workers``."""
+        return decode_plan(plan).flop
 
     @asynccontextmanager
     async def worker(self, limits: WorkerLimits) -> AsyncIterator[ProcessWorker]:

@@ -14,6 +14,7 @@ from p2pflop.errors import ConfigError, ProviderError
 from p2pflop.job.events import State
 from p2pflop.market.fills import MAX_BID_AGE_NS
 from p2pflop.node import messages as m
+from p2pflop.node.execute import MIN_DEAR_FLOP
 from p2pflop.node.journal import PROVIDER
 from p2pflop.node.letters import JOB_PROTOCOL
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_data, sample_file
@@ -362,6 +363,22 @@ async def test_a_bug_in_one_sale_ends_that_sale_only(
     await trio.sleep(1)
     end = await market.end_of(buyer, await buyer.submit(sample_file(2)))
     assert end["kind"] == "result", "the seller lives"
+
+
+async def test_a_lease_that_costs_far_more_than_metered_is_given_back_unpaid(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    steps = 20
+    provider.workers.lowered_flop = MIN_DEAR_FLOP // steps
+    end = await market.end_of(buyer, await buyer.submit(sample_file(steps)))
+    assert end["kind"] == "result", "little is done all the same"
+    provider.workers.lowered_flop += 1
+    end = await market.end_of(buyer, await buyer.submit(sample_file(steps, seed=1)))
+    assert end["error"] == "ProviderError"
+    assert "cost: it computes over four times" in end["message"]
+    assert sales(provider) == ["settled", "released"]
+    market.check()
 
 
 async def test_warm_workers_never_cross_accounts(market: Market, autojump_clock: object) -> None:
