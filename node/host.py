@@ -33,6 +33,7 @@ from p2pflop.dht.planes import FrameStream, Stream
 from p2pflop.errors import ConfigError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.keys import PrivateKey, peer_id, public_key_of
 from p2pflop.node import multistream
+from p2pflop.node.guard import keep_going
 from p2pflop.node.libp2p_addresses import (
     MAX_ADDRESSES_PER_PEER,
     check_port_free,
@@ -46,6 +47,7 @@ from p2pflop.node.libp2p_gossip import Gossip
 from p2pflop.node.libp2p_streams import MuxedConnection, build_host
 from p2pflop.node.mux import MuxStream
 from p2pflop.node.network import Handler, HostConfig, HostStatistics, Peer, Sink, Validator
+from p2pflop.node.printable import printable
 
 CONNECT_S: Final = 10.0
 OPEN_S: Final = 10.0
@@ -96,21 +98,28 @@ class Host:
 
     async def open(self, peer: str, protocol: str) -> Stream:
         """See Network."""
-        name = self._protocol(protocol)
-        with trio.move_on_after(OPEN_S):
-            connection = self._live(peer) or await self._find_and_dial(peer)
-            stream = connection.mux.open()
-            proposed = multistream.ProposedStream(stream, peer, name)
-            if name not in connection.answered:
-                try:
-                    await proposed.confirm()
-                except BaseException:
-                    stream.reset()
-                    raise
-                connection.answered.add(name)
-            self._counts["streams_opened"] += 1
-            return FrameStream(proposed, peer)
+        try:
+            with trio.move_on_after(OPEN_S):
+                return await self._open(peer, self._protocol(protocol))
+        except P2PFlopError:
+            raise
+        except Exception as error:  # libp2p's errors have no common base
+            raise ProviderError(f"cannot open {protocol} to {peer}: {printable(error)}") from error
         raise ProviderError(f"{peer} did not answer {protocol} within {OPEN_S:.0f} s")
+
+    async def _open(self, peer: str, name: str) -> Stream:
+        connection = self._live(peer) or await self._find_and_dial(peer)
+        stream = connection.mux.open()
+        proposed = multistream.ProposedStream(stream, peer, name)
+        if name not in connection.answered:
+            try:
+                await proposed.confirm()
+            except BaseException:
+                stream.reset()
+                raise
+            connection.answered.add(name)
+        self._counts["streams_opened"] += 1
+        return FrameStream(proposed, peer)
 
     def _protocol(self, protocol: str) -> str:
         """``/p2pflop/job/1`` as it is named on this network."""
@@ -293,8 +302,8 @@ class Host:
             # libp2p dials one address of a kind and remembers failures for a minute.
             network._negative_peer_cache.evict(str(target))
             network.peerstore.clear_addrs(target)
-            transport = Multiaddr(address).decapsulate(Multiaddr(f"/p2p/{peer}"))
             try:
+                transport = Multiaddr(address).decapsulate(Multiaddr(f"/p2p/{peer}"))
                 with trio.fail_after(limit_s):
                     return await self._dial_until_live(peer, Libp2pPeerInfo(target, [transport]))
             except trio.TooSlowError:
@@ -386,10 +395,10 @@ class Host:
         self.addresses = tuple(
             f"{address}/p2p/{self.peer}" for address in concrete_addresses(listening)
         )
-        self._nursery.start_soon(self._directory.keep_addresses)
+        self._nursery.start_soon(keep_going, self._directory.keep_addresses)
         for address in self._config.bootstrap:
             if peer_of(address) != self.peer:
-                self._nursery.start_soon(self._stay_connected, address)
+                self._nursery.start_soon(keep_going, self._stay_connected, address)
 
     async def _close(self) -> None:
         with trio.CancelScope(deadline=trio.current_time() + SHUTDOWN_S, shield=True):

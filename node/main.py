@@ -37,6 +37,7 @@ from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
 from p2pflop.node.daemon import Daemon
 from p2pflop.node.dialing import NodeDialer
+from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.home import Home, open_home
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
@@ -226,9 +227,11 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     await daemon.network.subscribe(
         sheets_module.TOPIC, lambda _author, data: daemon.sheets.take(data), sink
     )
-    daemon.network.on_connect(lambda peer: nursery.start_soon(daemon.sheets.on_connect, peer))
+    daemon.network.on_connect(
+        lambda peer: nursery.start_soon(survive, daemon.sheets.on_connect, peer)
+    )
     nursery.start_soon(daemon.sheets.run)
-    nursery.start_soon(daemon.announcer.run)
+    nursery.start_soon(keep_going, daemon.announcer.run)
 
 
 async def _drain(source: trio.MemoryReceiveChannel[tuple[str, bytes]]) -> None:

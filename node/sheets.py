@@ -29,6 +29,7 @@ from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.market.book import Applied, Book, Equivocation, Summaries
 from p2pflop.market.records import MAX_SHEET_BYTES, Ask, Rejected, Sheet
 from p2pflop.market.sheets import OpenSheet, check_sheet, make_sheet
+from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.printable import printable
 from p2pflop.units import KIB
@@ -134,7 +135,7 @@ class SheetService:
         await self.issue()
         async with trio.open_nursery() as nursery:
             for peer in self._host.peers()[:MAX_TOLD_OF_WITHDRAWAL]:
-                nursery.start_soon(self._compare_quietly, peer.peer)
+                nursery.start_soon(survive, self._compare_quietly, peer.peer)
 
     async def issue(self) -> OpenSheet:
         """Sign a new sheet, put it into the book and gossip it."""
@@ -183,9 +184,8 @@ class SheetService:
     async def run(self) -> None:
         """Reissue, expire and compare, until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._reissue)
-            nursery.start_soon(self._expire)
-            nursery.start_soon(self._compare_in_turn)
+            for task in (self._reissue, self._expire, self._compare_in_turn):
+                nursery.start_soon(keep_going, task)
 
     async def compare(self, peer: str) -> None:
         """Make both books whole, as the dialler. Raises ProviderError, ProtocolError."""
