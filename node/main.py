@@ -30,6 +30,7 @@ from p2pflop.market.book import SECRET_BYTES, Book
 from p2pflop.market.records import Ask
 from p2pflop.market.sheets import make_ask
 from p2pflop.node import sheets as sheets_module
+from p2pflop.node.acquaintances import Acquaintances
 from p2pflop.node.api import create_app
 from p2pflop.node.api_guard import Activity
 from p2pflop.node.api_server import bind_api, serve_api
@@ -165,7 +166,17 @@ def _assemble(
     nursery: trio.Nursery,
 ) -> Daemon:
     dialer = NodeDialer(network, nursery)
-    book = Book(secrets.token_bytes(SECRET_BYTES), network=settings.network)
+    known = Acquaintances(ledger_book)
+    network.on_connect(known.met)
+    network.on_disconnect(known.left)
+    for connected in network.peers():
+        known.met(connected.peer)
+    book = Book(
+        secrets.token_bytes(SECRET_BYTES),
+        network=settings.network,
+        own=identity.node.public_key,
+        is_known=known.is_known,
+    )
     sheets = SheetService(identity, book, network, time.time_ns)
     runs = Runs(journal)
     buyer = Buyer(
@@ -225,7 +236,7 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     sink, source = trio.open_memory_channel[tuple[str, bytes]](MAX_GOSSIP_WAITING)
     nursery.start_soon(_drain, source)
     await daemon.network.subscribe(
-        sheets_module.TOPIC, lambda _author, data: daemon.sheets.take(data), sink
+        sheets_module.TOPIC, lambda _, data, source: daemon.sheets.take(data, source), sink
     )
     daemon.network.on_connect(
         lambda peer: nursery.start_soon(survive, daemon.sheets.on_connect, peer)

@@ -225,17 +225,18 @@ class MemoryHost:
         self._counts["gossip_published"] += 1
         seen, frontier = {self.peer}, [self]
         while frontier:
-            for peer in frontier.pop().neighbours(topic):
+            forwarder = frontier.pop()
+            for peer in forwarder.neighbours(topic):
                 if peer not in seen:
                     seen.add(peer)
                     host = self._hosts.hosts[peer]
-                    if host._accept(topic, self.peer, data):
+                    if host._accept(topic, self.peer, data, forwarder.peer):
                         frontier.append(host)
 
-    def _accept(self, topic: str, author: str, data: bytes) -> bool:
+    def _accept(self, topic: str, author: str, data: bytes, forwarder: str) -> bool:
         validator, sink = self._topics[topic]
         try:
-            if not validator(author, data):
+            if not validator(author, data, forwarder):
                 self._counts["gossip_refused_validator"] += 1
                 return False
             sink.send_nowait((author, data))

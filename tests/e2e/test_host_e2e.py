@@ -57,7 +57,7 @@ async def main():
     async with open_host(HostConfig(seed, bootstrap=bootstrap)) as host:
         host.handle("/p2pflop/echo/1", echo)
         sink, source = trio.open_memory_channel(100)
-        await host.subscribe("orders", lambda peer, data: True, sink)
+        await host.subscribe("orders", lambda *_: True, sink)
         print(host.addresses[0], flush=True)
         async with trio.open_nursery() as nursery:
             @nursery.start_soon
@@ -165,7 +165,7 @@ async def test_three_processes_in_a_line_find_hear_and_reach_each_other(
     second = start(2, first.address)
     async with open_host(config(3, bootstrap=(second.address,))) as host:
         sink, source = trio.open_memory_channel[tuple[str, bytes]](100)
-        await host.subscribe("orders", lambda peer, data: True, sink)
+        await host.subscribe("orders", lambda *_: True, sink)
         first.tell("provide some key")
         assert await first.line() == "provided"
         with trio.fail_after(LIMIT_S):
@@ -446,9 +446,9 @@ async def test_a_silent_answerer_does_not_hold_the_opener(
 async def hear(left: Host, right: Host) -> trio.MemoryReceiveChannel[tuple[str, bytes]]:
     """What ``right`` hears, once ``left`` knows that it listens."""
     sink, source = trio.open_memory_channel[tuple[str, bytes]](1000)
-    await right.subscribe("orders", lambda peer, data: True, sink)
+    await right.subscribe("orders", lambda *_: True, sink)
     mine, _ = trio.open_memory_channel[tuple[str, bytes]](1)
-    await left.subscribe("orders", lambda peer, data: True, mine)
+    await left.subscribe("orders", lambda *_: True, mine)
     await until(lambda: left.neighbours("orders") == [right.peer])
     return source
 
