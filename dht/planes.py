@@ -21,7 +21,7 @@ from typing import Final, Protocol
 
 import trio
 
-from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError
 from p2pflop.units import KIB, MIB
 
 MAX_FRAME_BYTES: Final = MIB + 64 * KIB
@@ -240,7 +240,7 @@ class MemoryDialer:
 async def _answer(handler: Callable[[Stream], Awaitable[None]], stream: MemoryStream) -> None:
     try:
         await handler(stream)
-    except (ProtocolError, ProviderError):
+    except (P2PFlopError, trio.TooSlowError):
         return  # The peer's own doing; a host would note it against the peer and go on.
     except Exception:  # noqa: BLE001 - a bug in one stream's handler must not end the node
         _log.exception("a handler failed")

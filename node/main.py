@@ -24,7 +24,7 @@ from p2pflop.dht.announce import Announcer
 from p2pflop.dht.fetch import BlobServer
 from p2pflop.dht.store import FileStore
 from p2pflop.dht.transfer import BLOB_PROTOCOL
-from p2pflop.errors import first_error
+from p2pflop.errors import ConfigError, first_error
 from p2pflop.keys import public_key_of
 from p2pflop.market.book import SECRET_BYTES, Book
 from p2pflop.market.records import Ask
@@ -227,7 +227,11 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
 
     async def authorise(peer: str, token: bytes, address: bytes) -> bool:
         del token  # What may be read depends on the peer, whose key the connection has proven.
-        return await daemon.may_read(address, public_key_of(peer))
+        try:
+            reader = public_key_of(peer)
+        except ConfigError:
+            return False  # Its key is not Ed25519: no lease is with it.
+        return await daemon.may_read(address, reader)
 
     blobs = BlobServer(daemon.store, authorise)
     daemon.dialer.handle(BLOB_PROTOCOL, blobs.handle)

@@ -58,8 +58,8 @@ WORK_PER_S: Final = 4_000
 WORK_BURST: Final = 8_000
 SMALL_FRAME_BYTES: Final = KIB
 """A frame on an open stream with fewer is one of work; so is each KiB for a stream not there."""
-NEW_STREAM_WORK: Final = 4
-"""It starts a task."""
+NEW_STREAM_WORK: Final = 16
+"""It starts a task, which agrees on a protocol and looks for a handler: some 150 us."""
 PINGS_PER_S: Final = 2
 PING_BURST: Final = 16
 FAREWELL_S: Final = 0.5
@@ -77,6 +77,7 @@ class MuxStream:
         self.mux = mux
         self.number = number
         self.protocol = ""
+        self.received_bytes = 0
         self.finished_at: float | None = None
         self._flag = first_flag
         self._buffer = bytearray()
@@ -193,6 +194,7 @@ class MuxStream:
             self._writable.set()
         if body:
             self._credit_bytes -= len(body)
+            self.received_bytes += len(body)
             if self._credit_bytes < 0 or self._ended:
                 raise Violation("data beyond the credit or after the end of a stream")
             self._take(body)

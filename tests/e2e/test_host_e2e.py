@@ -27,7 +27,7 @@ from p2pflop.dht.planes import EndOfStream, Stream
 from p2pflop.errors import ConfigError, ProviderError
 from p2pflop.keys import PrivateKey, peer_id
 from p2pflop.node import host as hosting
-from p2pflop.node import libp2p_directory, libp2p_streams
+from p2pflop.node import inbound, libp2p_directory, libp2p_streams
 from p2pflop.node.host import Host, open_host
 from p2pflop.node.libp2p_gossip import ORIGIN_BURST, ORIGIN_PER_S
 from p2pflop.node.libp2p_streams import MAX_HANDSHAKES_PER_ADDRESS
@@ -415,7 +415,7 @@ async def test_streams_beyond_the_limit_of_a_peer_are_refused(
 ) -> None:
     async with pair() as (left, right):
         await until(lambda: right.statistics().inbound_streams == 0)
-        monkeypatch.setattr(hosting, "MAX_INBOUND_STREAMS_PER_PEER", 5)
+        monkeypatch.setattr(inbound, "MAX_INBOUND_STREAMS_PER_PEER", 5)
         streams = [await left.open(right.peer, PROTOCOL) for _ in range(5)]
         for stream in streams:
             await stream.send(b"x")

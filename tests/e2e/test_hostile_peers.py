@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -12,14 +13,16 @@ from libp2p.kad_dht.pb.kademlia_pb2 import Message
 from libp2p.peer.id import ID
 from libp2p.utils.varint import encode_varint_prefixed, read_varint_prefixed_bytes
 
-from p2pflop.errors import ProviderError
+from p2pflop.dht.planes import EndOfStream, Stream
+from p2pflop.errors import ConfigError, ProviderError, VerificationError
 from p2pflop.keys import PrivateKey, peer_id
-from p2pflop.node import multistream
+from p2pflop.node import inbound, multistream
 from p2pflop.node.host import Host, open_host
 from p2pflop.node.network import HostConfig
 
 LIMIT_S = 20.0
 PROTOCOL = "/p2pflop/echo/1"
+PROTOCOL_NAME = "/p2pflop/main/echo/1"
 
 
 def config(number: int) -> HostConfig:
@@ -32,6 +35,14 @@ async def pair() -> AsyncIterator[tuple[Host, Host]]:
         await right.connect(left.addresses[0])
         await until(lambda: len(left.peers()) == 1)
         yield left, right
+
+
+async def echo(stream: Stream) -> None:
+    try:
+        while True:
+            await stream.send(await stream.receive())
+    except EndOfStream:
+        return
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -111,3 +122,43 @@ async def test_whatever_libp2p_raises_is_a_provider_error(monkeypatch: pytest.Mo
         monkeypatch.setattr(left, "_live", lambda _peer: 1 / 0)
         with pytest.raises(ProviderError):
             await left.open(nobody, PROTOCOL)
+
+
+async def test_silent_streams_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbound, "MAX_INBOUND_STREAMS", 40)
+    monkeypatch.setattr(inbound, "RESERVED_STREAMS", 10)
+    async with pair() as (victim, hoarder), open_host(config(3)) as honest:
+        victim.handle(PROTOCOL, echo)
+        await until(lambda: victim.statistics().inbound_streams == 0)
+        held = [await hoarder.open(victim.peer, PROTOCOL) for _ in range(30)]
+        for stream in held:
+            await stream._transport._propose(b"")  # type: ignore[attr-defined]
+        await until(lambda: victim.statistics().inbound_streams == 30)
+        await honest.connect(victim.addresses[0])
+        for _ in range(5):
+            stream = await honest.open(victim.peer, PROTOCOL)
+            await stream.send(b"hello")
+            with trio.fail_after(LIMIT_S):
+                assert await stream.receive() == b"hello"
+
+
+@pytest.mark.parametrize(
+    "error", [VerificationError("a signature"), ConfigError("a key"), trio.TooSlowError()]
+)
+async def test_what_a_peer_makes_a_handler_raise_is_one_quiet_line(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(stream: Stream) -> None:
+        await stream.receive()
+        raise error
+
+    async with pair() as (victim, stranger):
+        victim.handle(PROTOCOL, fail)
+        stream = await stranger.open(victim.peer, PROTOCOL)
+        with caplog.at_level(logging.INFO):
+            await stream.send(b"hostile")
+            with pytest.raises(ProviderError):
+                await stream.receive()
+            await until(lambda: any(PROTOCOL_NAME in line for line in caplog.messages))
+        records = [record for record in caplog.records if PROTOCOL_NAME in record.getMessage()]
+        assert [(record.levelname, record.exc_info) for record in records] == [("INFO", None)]
