@@ -300,6 +300,20 @@ class TestBlobs:
             head = await server.client.head(path)
             assert (head.status_code, head.headers["content-length"]) == (200, str(len(far)))
 
+    async def test_only_the_nodes_user_makes_it_fetch(self) -> None:
+        far = b"only elsewhere"
+        service = MemoryService(elsewhere={address_of(far): far})
+        async with serving(service) as server:
+            path = f"/blob/{address_of(far).hex()}"
+            link = {"sec-fetch-site": "cross-site", "sec-fetch-dest": "document"}
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as anyone:
+                refused = await anyone.get(path, headers=link)
+                assert refused.status_code == 404
+                assert "p2pflop get" in error_of(refused)["hint"]
+                assert not await service.store.list()
+                assert (await server.get(path)).content == far
+                assert (await anyone.get(path)).content == far
+
     async def test_unknown_and_misnamed_blobs(self) -> None:
         async with serving() as server:
             missing = await server.get(f"/blob/{'ab' * 32}?timeout_s=1")
