@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import secrets
 import signal
 import sys
@@ -60,6 +61,7 @@ CLAIMED_FLOP_PER_S: Final = 5 * 10**9
 """What an ask says of its speed before anything was measured. It ranks nothing."""
 
 MAX_GOSSIP_WAITING: Final = 64
+MAX_OPEN_FILES: Final = 65_536
 
 _log = logging.getLogger("p2pflop.node")
 
@@ -74,6 +76,7 @@ _ClosableT = TypeVar("_ClosableT", bound=_Closable)
 def run_node(settings: Settings) -> int:
     """Run a node until it is told to stop; its exit code. Raises P2PFlopError if it cannot."""
     _set_up_logging(settings)
+    _allow_open_files()
     with open_home(settings.home) as home:
         try:
             trio.run(_run, settings, home)
@@ -310,6 +313,17 @@ async def _listen_to_signals(stop: trio.Event, scope: trio.CancelScope) -> None:
 async def _closing(stack: AsyncExitStack, thing: _ClosableT) -> _ClosableT:
     stack.push_async_callback(thing.aclose)
     return thing
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit on open files, often 1,024, to the hard one: peers and blobs need some.
+
+    Not beyond ``MAX_OPEN_FILES``: where there is no limit, some programs close each in turn.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _set_up_logging(settings: Settings) -> None:
