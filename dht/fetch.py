@@ -20,6 +20,7 @@ import trio
 from p2pflop.dht.blobs import BlobInfo, PartialBlob, Range, Store, over_limit
 from p2pflop.dht.manifest import MAX_BLOB_BYTES, Manifest
 from p2pflop.dht.planes import Dialer, EndOfStream, Stream
+from p2pflop.dht.slots import Slot, Slots
 from p2pflop.dht.transfer import (
     BLOB_PROTOCOL,
     WHOLE_BLOB,
@@ -44,7 +45,7 @@ from p2pflop.wire import decode, encode
 
 OPEN_TIMEOUT_S: Final = 15.0
 FRAME_TIMEOUT_S: Final = 60.0
-"""For one frame, first byte to last: no less than 18 kB/s for a chunk."""
+"""For one frame, first byte to last. A server that others wait for is less patient."""
 
 CLOSE_TIMEOUT_S: Final = 2.0
 MAX_SOURCES: Final = 16
@@ -52,7 +53,8 @@ READ_AHEAD: Final = 4
 WRITERS: Final = 2
 """One writes chunks while the other waits for a batch to be on disk."""
 
-MAX_STREAMS: Final = 64
+REQUEST_TIMEOUT_S: Final = 10.0
+"""From the opening of a stream to its request: only then is it known who is to come first."""
 MAX_STREAMS_PER_PEER: Final = 8
 
 Progress = Callable[[int, int], None]
@@ -237,20 +239,34 @@ class _Fetch:
         )
 
 
-async def serve(stream: Stream, store: Store, authorise: Authorise = nobody) -> None:
-    """Answer one request and end the stream.
+async def serve(
+    stream: Stream, store: Store, authorise: Authorise = nobody, slots: Slots | None = None
+) -> None:
+    """Answer one request and end the stream; BUSY if ``slots`` has none for it.
 
-    Raises ProtocolError for a request that is none, ProviderError if the peer goes away.
+    Raises ProtocolError for a request that is none, ProviderError if the peer goes away or another
+    one took its slot.
     """
     try:
-        request = decode(Request, await _receive(stream, Request.MAX_BYTES))
-        manifest = await _readable(request, stream.peer, store, authorise)
+        request = decode(Request, await _receive(stream, Request.MAX_BYTES, REQUEST_TIMEOUT_S))
+        manifest, private = await _readable(request, stream.peer, store, authorise)
         if manifest is None:
             await _send(stream, answer_absent())
             return
-        for frame in answer_found(manifest):
-            await _send(stream, frame)
-        await _send_chunks(stream, store, request, manifest)
+        slots = Slots() if slots is None else slots
+        slot = slots.take(stream.peer, private=private, now_s=trio.current_time())
+        if slot is None:
+            await _send(stream, answer_busy())
+            return
+        try:
+            with slot.scope:
+                for frame in answer_found(manifest):
+                    await _send(stream, frame)
+                await _send_chunks(stream, store, request, manifest, slot)
+        finally:
+            slots.give_back(slot)
+        if slot.scope.cancelled_caught:
+            raise ProviderError(f"{stream.peer} lost its slot to another reader")
     except ProtocolError as error:
         error.peer = stream.peer
         raise
@@ -259,17 +275,21 @@ async def serve(stream: Stream, store: Store, authorise: Authorise = nobody) -> 
 
 
 class BlobServer:
-    """``serve`` for a host: so many streams at once, and so many of one peer; others hear BUSY."""
+    """``serve`` for a host: so many streams at once (``slots.py``), and so many of one peer.
+
+    Others hear BUSY.
+    """
 
     def __init__(self, store: Store, authorise: Authorise = nobody) -> None:
         self._store = store
         self._authorise = authorise
+        self._slots = Slots()
         self._streams: Counter[str] = Counter()
 
     async def handle(self, stream: Stream) -> None:
         """See ``serve``."""
         peer = stream.peer
-        if self._streams.total() >= MAX_STREAMS or self._streams[peer] >= MAX_STREAMS_PER_PEER:
+        if self._streams[peer] >= MAX_STREAMS_PER_PEER:
             try:
                 await _send(stream, answer_busy())
             finally:
@@ -277,7 +297,7 @@ class BlobServer:
             return
         self._streams[peer] += 1
         try:
-            await serve(stream, self._store, self._authorise)
+            await serve(stream, self._store, self._authorise, self._slots)
         finally:
             self._streams[peer] -= 1
             if not self._streams[peer]:
@@ -286,8 +306,8 @@ class BlobServer:
 
 async def _readable(
     request: Request, peer: str, store: Store, authorise: Authorise
-) -> Manifest | None:
-    """The manifest of a blob that ``peer`` may read.
+) -> tuple[Manifest | None, bool]:
+    """The manifest of a blob that ``peer`` may read, and whether not everybody may.
 
     The right to it is asked for whether it is here or not, so that the time an answer takes does
     not tell the two apart.
@@ -295,14 +315,16 @@ async def _readable(
     info = await store.stat(request.address)
     is_public = info is not None and info.public
     if not is_public and not await authorise(peer, request.token, request.address):
-        return None
+        return None, True
     try:
-        return await store.manifest(request.address)
+        return await store.manifest(request.address), not is_public
     except (StoreError, VerificationError):
-        return None
+        return None, not is_public
 
 
-async def _send_chunks(stream: Stream, store: Store, request: Request, manifest: Manifest) -> None:
+async def _send_chunks(
+    stream: Stream, store: Store, request: Request, manifest: Manifest, slot: Slot
+) -> None:
     """Send chunks, reading the next while one is sent. Stops where the store can read no more."""
     outbox, inbox = trio.open_memory_channel[bytes](1)
     faults: list[P2PFlopError] = []
@@ -321,6 +343,7 @@ async def _send_chunks(stream: Stream, store: Store, request: Request, manifest:
         async for data in inbox:
             try:
                 await _send(stream, data)
+                slot.sent_bytes += len(data)
             except ProviderError as error:
                 faults.append(error)
                 nursery.cancel_scope.cancel()
@@ -341,13 +364,13 @@ async def _send(stream: Stream, frame: bytes) -> None:
     raise ProviderError(f"{stream.peer} took no frame for {FRAME_TIMEOUT_S:.0f} s")
 
 
-async def _receive(stream: Stream, max_bytes: int) -> bytes:
-    with trio.move_on_after(FRAME_TIMEOUT_S):
+async def _receive(stream: Stream, max_bytes: int, timeout_s: float = FRAME_TIMEOUT_S) -> bytes:
+    with trio.move_on_after(timeout_s):
         try:
             return await stream.receive(max_bytes)
         except EndOfStream as error:
             raise ProviderError(f"{stream.peer} ended the stream too early") from error
-    raise ProviderError(f"{stream.peer} sent no frame for {FRAME_TIMEOUT_S:.0f} s")
+    raise ProviderError(f"{stream.peer} sent no frame for {timeout_s:.0f} s")
 
 
 async def _close(stream: Stream) -> None:

@@ -15,6 +15,7 @@ Timeouts belong to the protocols, which alone know how long a silence may last.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
@@ -29,6 +30,8 @@ MAX_FRAME_BYTES: Final = MIB + 64 * KIB
 LENGTH_BYTES: Final = 4
 READ_BYTES: Final = 64 * KIB
 MEMORY_FRAMES: Final = 16
+
+_log = logging.getLogger(__name__)
 
 
 class EndOfStream(ProviderError):
@@ -237,8 +240,10 @@ class MemoryDialer:
 async def _answer(handler: Callable[[Stream], Awaitable[None]], stream: MemoryStream) -> None:
     try:
         await handler(stream)
-    except P2PFlopError:
+    except (P2PFlopError, trio.TooSlowError):
         return  # The peer's own doing; a host would note it against the peer and go on.
+    except Exception:  # noqa: BLE001 - a bug in one stream's handler must not end the node
+        _log.exception("a handler failed")
     finally:
         await stream.aclose()
 

@@ -50,7 +50,7 @@ from p2pflop.errors import (
 from p2pflop.ids import parse_hash
 from p2pflop.job.file import FILE_MAGIC, MAX_COMPRESSED_BYTES
 from p2pflop.node.api_errors import EXCEPTION_HANDLERS, Refused
-from p2pflop.node.api_guard import Activity, Guard, json_response
+from p2pflop.node.api_guard import IS_USER, Activity, Guard, json_response
 from p2pflop.node.api_streams import BlobStream, EventStream, parse_range
 from p2pflop.node.service import (
     DEFAULT_FIND_TIMEOUT_S,
@@ -114,13 +114,16 @@ class Api:
         ]
 
     async def blob(self, request: Request) -> Response:
-        """GET may search the network and wait; HEAD answers from the local store alone."""
+        """With the token GET may search the network and wait; else the local store answers."""
         address = parse_hash(request.path_params["address"])
         store = self._service.store
-        if request.method == "HEAD":
+        if request.method == "HEAD" or not request.scope.get(IS_USER):
             info = await store.stat(address)
             if info is None:
-                raise BlobNotFoundError(f"no blob {address.hex()} on this node")
+                raise BlobNotFoundError(
+                    f"no blob {address.hex()} on this node",
+                    hint="To fetch it from peers: p2pflop get HASH, or send the node's token.",
+                )
         else:
             timeout_s = _number(request, "timeout_s", int(MAX_FIND_TIMEOUT_S))
             info = await self._service.find_blob(

@@ -8,7 +8,9 @@ other users of this one. So, before a route is looked at:
 - ``Origin``, where a browser sends one, must be ours, and a fetch that a browser marks as
   cross-site is refused unless it is a person who follows a link.
 - Everything but ``GET``/``HEAD /blob/<hash>`` needs the bearer token from the node's home, compared
-  in constant time. There are no cookies, so nothing is sent that a page did not know.
+  in constant time. There are no cookies, so nothing is sent that a page did not know. Without the
+  token a blob comes only from what is here: a link that a person follows must not make this node
+  fetch and keep what strangers choose. Routes see it in ``scope[IS_USER]``.
 
 The gate also counts what is open (an embedded node ends when nobody is left), refuses more than
 ``max_open_requests``, and, when a route answers before it has read its request's body, reads on
@@ -29,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from p2pflop.errors import ConfigError, P2PFlopError, ProviderError
 
 BLOB_PREFIX: Final = "/blob/"
+IS_USER: Final = "p2pflop.is_user"
 LINGER_S: Final = 2.0
 MAX_MESSAGE_CHARS: Final = 4000
 
@@ -108,6 +111,7 @@ class Guard:
             return error_response(ConfigError("this server speaks HTTP/1.1 only"), 505)
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         is_user = self._has_token(headers.get(b"authorization", ""))
+        scope[IS_USER] = is_user
         # Who lacks the token may not keep the node's user out.
         room = self._max_open_requests if is_user else self._max_open_requests // 2
         if self._activity.open_requests > room:

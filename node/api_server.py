@@ -1,4 +1,10 @@
-"""Serving the local API: a bound port first, then hypercorn's trio worker in the node's nursery."""
+"""Serving the local API: a bound port first, then hypercorn's connections in the node's nursery.
+
+hypercorn bounds neither how many connections there are nor how long a request's head may take, and
+any program on the machine can open some. So its listener is replaced by ours: at most
+``MAX_CONNECTIONS``, of which the one that has been idle for longest gives way to a new one, and
+``HEAD_S`` from the first byte of a request to the end of its head.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +12,18 @@ import errno
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Final, cast
 
 import trio
 from hypercorn.config import Config
-from hypercorn.trio import serve
+from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import wrap_app
 
 from p2pflop.errors import ConfigError
 
@@ -20,6 +32,9 @@ BACKLOG: Final = 100
 KEEP_ALIVE_S: Final = 75
 GRACE_S: Final = 3.0
 STALLED_MS: Final = 30_000
+MAX_CONNECTIONS: Final = 256
+HEAD_S: Final = 10.0
+"""Far more than a program on the same machine takes to send a request's head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +86,7 @@ async def serve_api(
 ) -> None:
     """Serve ``app`` until ``stopping`` is set, then let open requests end for ``GRACE_S``."""
     config = Config()
-    config.bind = [f"fd://{listener.socket.detach()}"]
-    config.backlog = BACKLOG
+    opened = socket.socket(fileno=listener.socket.detach())
     config.keep_alive_timeout = KEEP_ALIVE_S
     config.graceful_timeout = GRACE_S
     config.include_server_header = False
@@ -82,21 +96,89 @@ async def serve_api(
     config.errorlog = logger
     config.accesslog = None
     async with trio.open_nursery() as nursery:
-        await nursery.start(_serve, app, config, stopping)
+        server = _Server(app, config)
+        listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(opened))]
+        accepting = trio.CancelScope()
+
+        async def accept() -> None:
+            with accepting:
+                await trio.serve_listeners(server.serve, listeners, handler_nursery=nursery)
+
+        nursery.start_soon(accept)
         task_status.started()
+        await stopping.wait()
+        accepting.cancel()
+        await server.context.terminated.set()
+        nursery.cancel_scope.deadline = trio.current_time() + GRACE_S
 
 
-async def _serve(
-    app: Callable[..., Any],
-    config: Config,
-    stopping: trio.Event,
-    *,
-    task_status: Any,
-) -> None:
-    await serve(
-        cast(Any, app),
-        config,
-        shutdown_trigger=stopping.wait,
-        mode="asgi",
-        task_status=task_status,
-    )
+class _Server:
+    """The connections to the API, in the order in which they were last heard of."""
+
+    def __init__(self, app: Callable[..., Any], config: Config) -> None:
+        self.context = WorkerContext(None)
+        self._app = wrap_app(cast(Any, app), config.wsgi_max_body_size, "asgi")
+        self._config = config
+        self._connections: dict[_Connection, None] = {}
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Serve one connection, unless all places are taken by requests under way."""
+        if len(self._connections) >= MAX_CONNECTIONS and not await self._make_room():
+            return  # trio closes it
+        connection = _Connection(self, self._app, self._config, self.context, stream)
+        self.touch(connection)
+        try:
+            await connection.run()
+        finally:
+            self._connections.pop(connection, None)
+
+    def touch(self, connection: _Connection) -> None:
+        """Something whole came or went on ``connection``."""
+        self._connections.pop(connection, None)
+        self._connections[connection] = None
+
+    async def _make_room(self) -> bool:
+        for connection in self._connections:
+            if connection.is_idle:
+                del self._connections[connection]
+                with suppress(trio.BusyResourceError):
+                    await connection.stream.aclose()
+                return True
+        return False
+
+
+class _Connection(TCPServer):
+    def __init__(
+        self,
+        server: _Server,
+        app: Any,
+        config: Config,
+        context: WorkerContext,
+        stream: trio.SocketStream,
+    ) -> None:
+        super().__init__(app, config, context, ConnectionState({}), cast(Any, stream))
+        self.is_idle = True
+        self._server = server
+        self._head_until = inf
+
+    async def protocol_send(self, event: Event) -> None:
+        if isinstance(event, Updated):
+            self.is_idle = event.idle
+            self._head_until = inf
+            self._server.touch(self)
+        await super().protocol_send(event)
+
+    async def _read_data(self) -> None:
+        """As hypercorn's, with a limit on the time that a request's head takes."""
+        data = b"..."
+        while data:
+            try:
+                with trio.fail_at(self._head_until):
+                    data = bytes(await self.stream.receive_some(MAX_RECV))
+            except (trio.ClosedResourceError, trio.BrokenResourceError, trio.TooSlowError):
+                break
+            if self.is_idle and self._head_until == inf:
+                self._head_until = trio.current_time() + HEAD_S
+            await self.protocol.handle(RawData(data))
+        await self.protocol.handle(Closed())
+        await self.idle_task.stop()  # it would hold the socket for as long as one may be idle

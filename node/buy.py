@@ -29,6 +29,7 @@ from p2pflop.market.records import NONCE_BYTES
 from p2pflop.node import messages as m
 from p2pflop.node.experience import Experience
 from p2pflop.node.feeding import open_feed
+from p2pflop.node.guard import survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.letters import LETTER_ROW, Letter, leave_word
@@ -168,7 +169,7 @@ class Buyer:
             for row in self.runs.rows(run_id):
                 if row.kind == LETTER_ROW:
                     letter = msgspec.msgpack.decode(row.body, type=Letter)
-                    self.nursery.start_soon(self.deliver, letter)
+                    self.nursery.start_soon(survive, self.deliver, letter)
 
     async def lend(self, order: Order, provider: bytes) -> list[bytes]:
         """Let a provider's node read the inputs of an order; their addresses. Raises StoreError."""

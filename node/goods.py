@@ -213,10 +213,14 @@ class Goods:
         except StoreError:
             # Its disk, or the provider's manifest? What was begun tells.
             begun = await store.resume(blob.address)
-            if begun is not None and begun.manifest.size_bytes > bound:
-                await store.delete(blob.address)
-                raise ProtocolError("a delivered tensor is not of its size") from None
-            raise
+            if begun is None:
+                raise
+            async with begun:
+                is_too_large = begun.manifest.size_bytes > bound
+            if not is_too_large:
+                raise
+            await store.delete(blob.address)
+            raise ProtocolError("a delivered tensor is not of its size") from None
 
 
 def check_inline(blobs: Sequence[tuple[bytes, bytes]], named: set[bytes]) -> None:

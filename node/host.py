@@ -33,6 +33,8 @@ from p2pflop.dht.planes import FrameStream, Stream
 from p2pflop.errors import ConfigError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.keys import PrivateKey, peer_id, public_key_of
 from p2pflop.node import multistream
+from p2pflop.node.guard import keep_going
+from p2pflop.node.inbound import Inbound, Place
 from p2pflop.node.libp2p_addresses import (
     MAX_ADDRESSES_PER_PEER,
     check_port_free,
@@ -46,13 +48,12 @@ from p2pflop.node.libp2p_gossip import Gossip
 from p2pflop.node.libp2p_streams import MuxedConnection, build_host
 from p2pflop.node.mux import MuxStream
 from p2pflop.node.network import Handler, HostConfig, HostStatistics, Peer, Sink, Validator
+from p2pflop.node.printable import printable
 
 CONNECT_S: Final = 10.0
 OPEN_S: Final = 10.0
 NEGOTIATE_S: Final = 10.0
 SHUTDOWN_S: Final = 1.0
-MAX_INBOUND_STREAMS: Final = 1024
-MAX_INBOUND_STREAMS_PER_PEER: Final = 64
 MAX_KNOWN_PEERS: Final = 4096
 RETRY_S: Final = 0.05
 MIN_RETRY_S: Final = 0.5
@@ -75,7 +76,7 @@ class Host:
         self._connections: dict[str, list[MuxedConnection]] = {}
         self._dialling: dict[str, trio.Lock] = {}
         self._known: OrderedDict[str, tuple[str, ...]] = OrderedDict()
-        self._inbound: Counter[str] = Counter()
+        self._inbound = Inbound()
         self._counts: Counter[str] = Counter()
         self._connect_callbacks: list[Callable[[str], None]] = []
         self._disconnect_callbacks: list[Callable[[str], None]] = []
@@ -96,21 +97,28 @@ class Host:
 
     async def open(self, peer: str, protocol: str) -> Stream:
         """See Network."""
-        name = self._protocol(protocol)
-        with trio.move_on_after(OPEN_S):
-            connection = self._live(peer) or await self._find_and_dial(peer)
-            stream = connection.mux.open()
-            proposed = multistream.ProposedStream(stream, peer, name)
-            if name not in connection.answered:
-                try:
-                    await proposed.confirm()
-                except BaseException:
-                    stream.reset()
-                    raise
-                connection.answered.add(name)
-            self._counts["streams_opened"] += 1
-            return FrameStream(proposed, peer)
+        try:
+            with trio.move_on_after(OPEN_S):
+                return await self._open(peer, self._protocol(protocol))
+        except P2PFlopError:
+            raise
+        except Exception as error:  # libp2p's errors have no common base
+            raise ProviderError(f"cannot open {protocol} to {peer}: {printable(error)}") from error
         raise ProviderError(f"{peer} did not answer {protocol} within {OPEN_S:.0f} s")
+
+    async def _open(self, peer: str, name: str) -> Stream:
+        connection = self._live(peer) or await self._find_and_dial(peer)
+        stream = connection.mux.open()
+        proposed = multistream.ProposedStream(stream, peer, name)
+        if name not in connection.answered:
+            try:
+                await proposed.confirm()
+            except BaseException:
+                stream.reset()
+                raise
+            connection.answered.add(name)
+        self._counts["streams_opened"] += 1
+        return FrameStream(proposed, peer)
 
     def _protocol(self, protocol: str) -> str:
         """``/p2pflop/job/1`` as it is named on this network."""
@@ -118,27 +126,24 @@ class Host:
 
     def stream_opened(self, connection: MuxedConnection, stream: MuxStream) -> None:
         """See Owner."""
-        peer = connection.peer
-        if (
-            self._inbound.total() >= MAX_INBOUND_STREAMS
-            or self._inbound[peer] >= MAX_INBOUND_STREAMS_PER_PEER
-        ):
+        address = (connection.get_remote_address() or ("", 0))[0]
+        place = self._inbound.take(connection.peer, address, stream)
+        if place is None:
             self._counts["streams_refused"] += 1
             stream.reset()
             return
-        self._inbound[peer] += 1
         self._counts["streams_accepted"] += 1
-        self._nursery.start_soon(self._serve, connection, stream)
+        self._nursery.start_soon(self._serve, connection, place)
 
-    async def _serve(self, connection: MuxedConnection, stream: MuxStream) -> None:
+    async def _serve(self, connection: MuxedConnection, place: Place) -> None:
         try:
-            await self._negotiate_and_serve(connection, stream)
+            with place.scope:
+                await self._negotiate_and_serve(connection, place)
         finally:
-            self._inbound[connection.peer] -= 1
-            if not self._inbound[connection.peer]:
-                del self._inbound[connection.peer]
+            self._inbound.give_back(place)
 
-    async def _negotiate_and_serve(self, connection: MuxedConnection, stream: MuxStream) -> None:
+    async def _negotiate_and_serve(self, connection: MuxedConnection, place: Place) -> None:
+        stream = place.stream
         libp2p = self._libp2p.multiselect.handlers
         try:
             with trio.fail_after(NEGOTIATE_S):
@@ -151,6 +156,7 @@ class Host:
         if protocol is None:
             await stream.close()
             return
+        place.agreed()
         handler = self._handlers.get(protocol)
         if handler is None:
             stream.protocol = protocol
@@ -159,8 +165,10 @@ class Host:
         framed = FrameStream(stream, connection.peer)
         try:
             await handler(framed)
-        except (ProtocolError, ProviderError) as error:
-            _log.info("%s with %s ended: %s", protocol, connection.peer, error)
+        except (P2PFlopError, trio.TooSlowError) as error:
+            # What a peer sends, or fails to send, is no fault of this node: one line says so.
+            told = error if isinstance(error, P2PFlopError) else "it took too long"
+            _log.info("%s with %s ended: %s", protocol, connection.peer, printable(told))
             stream.reset()
         except Exception:  # noqa: BLE001 - a bug in one stream's handler must not end the node
             _log.exception("the handler of %s failed", protocol)
@@ -226,7 +234,7 @@ class Host:
         """See Network."""
         return HostStatistics(
             len(self._connections),
-            self._inbound.total(),
+            len(self._inbound),
             self._directory.size,
             dict(self._counts),
         )
@@ -293,8 +301,8 @@ class Host:
             # libp2p dials one address of a kind and remembers failures for a minute.
             network._negative_peer_cache.evict(str(target))
             network.peerstore.clear_addrs(target)
-            transport = Multiaddr(address).decapsulate(Multiaddr(f"/p2p/{peer}"))
             try:
+                transport = Multiaddr(address).decapsulate(Multiaddr(f"/p2p/{peer}"))
                 with trio.fail_after(limit_s):
                     return await self._dial_until_live(peer, Libp2pPeerInfo(target, [transport]))
             except trio.TooSlowError:
@@ -386,10 +394,10 @@ class Host:
         self.addresses = tuple(
             f"{address}/p2p/{self.peer}" for address in concrete_addresses(listening)
         )
-        self._nursery.start_soon(self._directory.keep_addresses)
+        self._nursery.start_soon(keep_going, self._directory.keep_addresses)
         for address in self._config.bootstrap:
             if peer_of(address) != self.peer:
-                self._nursery.start_soon(self._stay_connected, address)
+                self._nursery.start_soon(keep_going, self._stay_connected, address)
 
     async def _close(self) -> None:
         with trio.CancelScope(deadline=trio.current_time() + SHUTDOWN_S, shield=True):

@@ -47,6 +47,10 @@ class LedgerBook:
         """The provider's entry for a countersigned receipt; raises as ``delivered``."""
         await self._book(buyer, lambda: self._ledger.book_earned(receipt, buyer, at_ns))
 
+    def has_bought_from(self, provider: bytes) -> bool:
+        """Whether that account has ever delivered something to this one."""
+        return self._ledger.balance_nusd(provider, Kind.EXPENSE) > 0
+
     def due_nusd(self, counterparty: bytes) -> int:
         """What that account owes this one in nano-dollars; negative if this one owes it."""
         return self._ledger.due_nusd(counterparty)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -16,6 +17,8 @@ from p2pflop.keys import public_key_of
 MAX_ADDRESSES_PER_PEER: Final = 8
 _NAMED: Final = ("dns", "dns4", "dns6")
 _NUMBERED: Final = ("ip4", "ip6")
+
+_log = logging.getLogger(__name__)
 
 
 def listen_address(text: str) -> Multiaddr:
@@ -85,6 +88,21 @@ def peer_of(address: str) -> str:
     peer = str(parsed.value_for_protocol("p2p"))
     public_key_of(peer)
     return peer
+
+
+def texts(addresses: Iterable[object]) -> tuple[str, ...]:
+    """Multiaddrs that others gave, as text.
+
+    Made from bytes, a multiaddr is parsed only when it is printed, and raises then: such are left
+    out. ``Exception``, since the parsers of its parts raise what they like.
+    """
+    kept: list[str] = []
+    for address in addresses:
+        try:
+            kept.append(str(address))
+        except Exception:  # noqa: BLE001 - see above
+            _log.debug("left out an address that cannot be parsed")
+    return tuple(kept)
 
 
 def dialable(peer: str, addresses: Iterable[str]) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ from libp2p.tools.anyio_service import background_trio_service
 
 from p2pflop.errors import ProviderError
 from p2pflop.ids import content_hash
+from p2pflop.node.libp2p_addresses import texts
+from p2pflop.node.printable import printable
 from p2pflop.node.rates import Rates
 
 LOOKUP_S: Final = 10.0
@@ -135,7 +137,7 @@ class KadDirectory:
             try:
                 taken = await self._dht.provider_store.provide(self._key(key))
             except Exception as error:  # libp2p's errors have no common base
-                raise ProviderError(f"the announcement failed: {error}") from error
+                raise _failed("the announcement", error) from error
         if not taken:
             raise ProviderError("no peer took the announcement")
 
@@ -143,32 +145,34 @@ class KadDirectory:
         """Providers but this host, with addresses; those that the network names now come first."""
         store, name = self._dht.provider_store, self._key(key)
         # libp2p answers from its own records alone if it has any, even a stale or our own one.
-        local = store.get_providers(name)
-        kept = store.providers.pop(name, {})
+        kept: dict[str, Any] = {}
+        local: list[Any] = []
         found: list[Any] = []
         try:
+            local = store.get_providers(name)
+            kept = store.providers.pop(name, {})
             with trio.move_on_after(LOOKUP_S):
                 found = await store.find_providers(name, MAX_FOUND)
         except Exception as error:  # likewise
-            raise ProviderError(f"the lookup failed: {error}") from error
+            raise _failed("the lookup", error) from error
         finally:
-            store.providers[name] = {**store.providers.get(name, {}), **kept}
-            if not store.providers[name]:
-                del store.providers[name]
+            if kept:
+                store.providers[name] = {**store.providers.get(name, {}), **kept}
         addresses: dict[str, tuple[str, ...]] = {}
         for info in [*found, *local]:
             if info.peer_id != self._host.get_id():
-                addresses.setdefault(
-                    info.peer_id.to_base58(), tuple(str(address) for address in info.addrs)
-                )
+                addresses.setdefault(info.peer_id.to_base58(), texts(info.addrs))
         return list(addresses.items())
 
     async def find_addresses(self, peer: str) -> tuple[str, ...]:
-        """Where ``peer`` can be reached, as far as the network knows."""
+        """Where ``peer`` can be reached, as far as the network knows. Raises ProviderError."""
         with trio.move_on_after(LOOKUP_S):
-            info = await self._dht.find_peer(ID.from_base58(peer))
+            try:
+                info = await self._dht.find_peer(ID.from_base58(peer))
+            except Exception as error:  # likewise
+                raise _failed("the lookup", error) from error
             if info is not None:
-                return tuple(str(address) for address in info.addrs)
+                return texts(info.addrs)
         return ()
 
     async def introduce(self, peer: str) -> None:
@@ -208,3 +212,7 @@ class KadDirectory:
             for target in self._host.get_connected_peers():
                 peerstore.add_addrs(target, [], ADDRESS_TTL_S)
             await trio.sleep(REFRESH_S)
+
+
+def _failed(what: str, error: Exception) -> ProviderError:
+    return ProviderError(f"{what} failed: {printable(error)}")

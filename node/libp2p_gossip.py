@@ -92,7 +92,9 @@ class Gossip:
         if name in self._pubsub.topic_validators:
             raise ValueError(f"the topic {topic!r} has a subscriber already")
         self._pubsub.set_topic_validator(
-            name, lambda _, message: self._valid(validator, message), False
+            name,
+            lambda forwarder, message: self._valid(validator, message, forwarder.to_base58()),
+            False,
         )
         subscription = await self._pubsub.subscribe(name)
         nursery.start_soon(self._deliver, name, subscription, sink)
@@ -133,7 +135,7 @@ class Gossip:
             self._counts["gossip_refused_form"] += 1
             _log.debug("a gossip message from %s failed", peer, exc_info=True)
 
-    def _valid(self, validator: Validator, message: Any) -> bool:
+    def _valid(self, validator: Validator, message: Any, forwarder: str) -> bool:
         origin = ID(message.from_id).to_base58()
         if origin == self._peer:
             return True
@@ -141,7 +143,7 @@ class Gossip:
             self._counts["gossip_refused_origin"] += 1
             return False
         try:
-            valid = bool(validator(origin, bytes(message.data)))
+            valid = bool(validator(origin, bytes(message.data), forwarder))
         except Exception:  # noqa: BLE001 - likewise
             _log.exception("a gossip validator failed")
             valid = False

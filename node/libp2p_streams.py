@@ -51,7 +51,7 @@ from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
 from p2pflop.errors import ConfigError
-from p2pflop.node.libp2p_addresses import concrete_addresses
+from p2pflop.node.libp2p_addresses import concrete_addresses, texts
 from p2pflop.node.mux import Mux, MuxStream, StreamBroken
 from p2pflop.node.sealed_socket import SealedSocket, Violation
 
@@ -341,6 +341,16 @@ def _unfit(what: str) -> ConfigError:
     )
 
 
+def _keep_out_unparsable(peerstore: Any) -> None:
+    """Refuse addresses that raise when printed: libp2p prints them in tasks of its own."""
+    add = peerstore.add_addrs
+
+    def add_parsable(peer_id: ID, addresses: Sequence[Multiaddr], ttl: int = 0) -> None:
+        add(peer_id, [address for address in addresses if texts([address])], ttl)
+
+    peerstore.add_addrs = add_parsable
+
+
 async def _do_nothing() -> None:
     """In place of libp2p's dialling of peers that nobody asked for."""
     await trio.lowlevel.checkpoint()
@@ -382,5 +392,6 @@ def build_host(
     network.upgrader.muxer_multistream = _Muxers(owner)
     network.auto_connector.maybe_connect = _do_nothing
     network.retry_config = RetryConfig(max_retries=0)
+    _keep_out_unparsable(host.get_peerstore())
     network.set_resource_manager(None)  # its limits are by rate and would refuse honest bursts
     return host

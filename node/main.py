@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import secrets
 import signal
 import sys
@@ -24,12 +25,13 @@ from p2pflop.dht.announce import Announcer
 from p2pflop.dht.fetch import BlobServer
 from p2pflop.dht.store import FileStore
 from p2pflop.dht.transfer import BLOB_PROTOCOL
-from p2pflop.errors import first_error
+from p2pflop.errors import ConfigError, first_error
 from p2pflop.keys import public_key_of
 from p2pflop.market.book import SECRET_BYTES, Book
 from p2pflop.market.records import Ask
 from p2pflop.market.sheets import make_ask
 from p2pflop.node import sheets as sheets_module
+from p2pflop.node.acquaintances import Acquaintances
 from p2pflop.node.api import create_app
 from p2pflop.node.api_guard import Activity
 from p2pflop.node.api_server import bind_api, serve_api
@@ -37,6 +39,7 @@ from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
 from p2pflop.node.daemon import Daemon
 from p2pflop.node.dialing import NodeDialer
+from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.home import Home, open_home
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
@@ -58,6 +61,7 @@ CLAIMED_FLOP_PER_S: Final = 5 * 10**9
 """What an ask says of its speed before anything was measured. It ranks nothing."""
 
 MAX_GOSSIP_WAITING: Final = 64
+MAX_OPEN_FILES: Final = 65_536
 
 _log = logging.getLogger("p2pflop.node")
 
@@ -72,6 +76,7 @@ _ClosableT = TypeVar("_ClosableT", bound=_Closable)
 def run_node(settings: Settings) -> int:
     """Run a node until it is told to stop; its exit code. Raises P2PFlopError if it cannot."""
     _set_up_logging(settings)
+    _allow_open_files()
     with open_home(settings.home) as home:
         try:
             trio.run(_run, settings, home)
@@ -164,7 +169,17 @@ def _assemble(
     nursery: trio.Nursery,
 ) -> Daemon:
     dialer = NodeDialer(network, nursery)
-    book = Book(secrets.token_bytes(SECRET_BYTES), network=settings.network)
+    known = Acquaintances(ledger_book)
+    network.on_connect(known.met)
+    network.on_disconnect(known.left)
+    for connected in network.peers():
+        known.met(connected.peer)
+    book = Book(
+        secrets.token_bytes(SECRET_BYTES),
+        network=settings.network,
+        own=identity.node.public_key,
+        is_known=known.is_known,
+    )
     sheets = SheetService(identity, book, network, time.time_ns)
     runs = Runs(journal)
     buyer = Buyer(
@@ -216,7 +231,11 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
 
     async def authorise(peer: str, token: bytes, address: bytes) -> bool:
         del token  # What may be read depends on the peer, whose key the connection has proven.
-        return await daemon.may_read(address, public_key_of(peer))
+        try:
+            reader = public_key_of(peer)
+        except ConfigError:
+            return False  # Its key is not Ed25519: no lease is with it.
+        return await daemon.may_read(address, reader)
 
     blobs = BlobServer(daemon.store, authorise)
     daemon.dialer.handle(BLOB_PROTOCOL, blobs.handle)
@@ -225,11 +244,13 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     sink, source = trio.open_memory_channel[tuple[str, bytes]](MAX_GOSSIP_WAITING)
     nursery.start_soon(_drain, source)
     await daemon.network.subscribe(
-        sheets_module.TOPIC, lambda _author, data: daemon.sheets.take(data), sink
+        sheets_module.TOPIC, lambda _, data, source: daemon.sheets.take(data, source), sink
     )
-    daemon.network.on_connect(lambda peer: nursery.start_soon(daemon.sheets.on_connect, peer))
+    daemon.network.on_connect(
+        lambda peer: nursery.start_soon(survive, daemon.sheets.on_connect, peer)
+    )
     nursery.start_soon(daemon.sheets.run)
-    nursery.start_soon(daemon.announcer.run)
+    nursery.start_soon(keep_going, daemon.announcer.run)
 
 
 async def _drain(source: trio.MemoryReceiveChannel[tuple[str, bytes]]) -> None:
@@ -295,6 +316,17 @@ async def _listen_to_signals(stop: trio.Event, scope: trio.CancelScope) -> None:
 async def _closing(stack: AsyncExitStack, thing: _ClosableT) -> _ClosableT:
     stack.push_async_callback(thing.aclose)
     return thing
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit on open files, often 1,024, to the hard one: peers and blobs need some.
+
+    Not beyond ``MAX_OPEN_FILES``: where there is no limit, some programs close each in turn.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _set_up_logging(settings: Settings) -> None:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import trio
 
 from p2pflop.dht.planes import MAX_FRAME_BYTES, MemoryStream, Stream, memory_stream_pair
-from p2pflop.errors import ConfigError, ProtocolError, ProviderError
+from p2pflop.errors import ConfigError, P2PFlopError, ProviderError
 from p2pflop.keys import PrivateKey, peer_id, public_key_of
 from p2pflop.node.network import (
     MAX_MESSAGE_BYTES,
@@ -140,7 +140,7 @@ class MemoryHost:
     async def _serve(self, handler: Handler, stream: _LinkStream, far_end: _LinkStream) -> None:
         try:
             await handler(stream)
-        except (ProtocolError, ProviderError) as error:
+        except (P2PFlopError, trio.TooSlowError) as error:
             far_end.break_off(f"the handler ended: {error}")
         except Exception:  # noqa: BLE001 - a bug in one stream's handler must not end the node
             _log.exception("a handler failed")
@@ -225,17 +225,18 @@ class MemoryHost:
         self._counts["gossip_published"] += 1
         seen, frontier = {self.peer}, [self]
         while frontier:
-            for peer in frontier.pop().neighbours(topic):
+            forwarder = frontier.pop()
+            for peer in forwarder.neighbours(topic):
                 if peer not in seen:
                     seen.add(peer)
                     host = self._hosts.hosts[peer]
-                    if host._accept(topic, self.peer, data):
+                    if host._accept(topic, self.peer, data, forwarder.peer):
                         frontier.append(host)
 
-    def _accept(self, topic: str, author: str, data: bytes) -> bool:
+    def _accept(self, topic: str, author: str, data: bytes, forwarder: str) -> bool:
         validator, sink = self._topics[topic]
         try:
-            if not validator(author, data):
+            if not validator(author, data, forwarder):
                 self._counts["gossip_refused_validator"] += 1
                 return False
             sink.send_nowait((author, data))

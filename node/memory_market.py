@@ -163,7 +163,7 @@ class MemoryNode:
         for other in others:
             newest = other.sheets.newest
             if newest is not None:
-                self.sheets.take(newest.sealed.wire)
+                self.sheets.take(newest.sealed.wire, "")
 
     async def sell(self) -> OpenSheet:
         """Publish the sheet."""

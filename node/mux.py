@@ -13,6 +13,11 @@ its buffers have no bound. How it gets by with little:
 
 Nothing that a peer sends can make it use more than ``MAX_STREAMS`` windows of ``WINDOW_BYTES`` and
 ``MAX_QUEUED_BYTES`` of answers; who goes beyond its credit, or breaks the format, is cut off.
+
+Nor can it take all of the node's time. Reading gives way to other tasks after ``FRAMES_A_TURN``.
+What costs this end much and moves little (packets, small frames, new streams, bytes for streams
+that are not there) is counted as **work**; who causes more than ``WORK_PER_S`` is read more slowly,
+so that TCP slows it down. Useful bytes are paced by credit. Pings beyond ``PINGS_PER_S`` cut off.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from typing import Final
 import trio
 
 from p2pflop.errors import ProviderError
+from p2pflop.node.rates import Pace
 from p2pflop.node.sealed_socket import READY_BYTES, SealedSocket, Violation
 from p2pflop.units import KIB, MIB
 
@@ -46,6 +52,16 @@ LINGER_S: Final = 30.0
 PING_S: Final = 15.0
 SILENCE_S: Final = 45.0
 """A connection on which nothing at all came for so long is dead."""
+FRAMES_A_TURN: Final = 128
+WORK_PER_S: Final = 4_000
+"""Twice what the updates and packets of 200 MiB/s come to."""
+WORK_BURST: Final = 8_000
+SMALL_FRAME_BYTES: Final = KIB
+"""A frame on an open stream with fewer is one of work; so is each KiB for a stream not there."""
+NEW_STREAM_WORK: Final = 16
+"""It starts a task, which agrees on a protocol and looks for a handler: some 150 us."""
+PINGS_PER_S: Final = 2
+PING_BURST: Final = 16
 FAREWELL_S: Final = 0.5
 """How long a closing connection waits for the peer to take what was sent."""
 
@@ -61,6 +77,7 @@ class MuxStream:
         self.mux = mux
         self.number = number
         self.protocol = ""
+        self.received_bytes = 0
         self.finished_at: float | None = None
         self._flag = first_flag
         self._buffer = bytearray()
@@ -177,6 +194,7 @@ class MuxStream:
             self._writable.set()
         if body:
             self._credit_bytes -= len(body)
+            self.received_bytes += len(body)
             if self._credit_bytes < 0 or self._ended:
                 raise Violation("data beyond the credit or after the end of a stream")
             self._take(body)
@@ -223,6 +241,10 @@ class Mux:
         self._heard_at = 0.0
         self._ping_sent_at = 0.0
         self._pings = 0
+        self._work = 0
+        now_s = trio.current_time()
+        self._pace = Pace(WORK_PER_S, WORK_BURST, now_s)
+        self._ping_pace = Pace(PINGS_PER_S, PING_BURST, now_s)
 
     def open(self) -> MuxStream:
         """A new stream. Raises StreamBroken if the connection ended or has too many."""
@@ -279,16 +301,31 @@ class Mux:
 
     async def _read(self) -> None:
         while True:
-            self._take_frames()
+            while self._take_frames():
+                await self._rest()
+            if self._work:
+                await self._rest(only_if_due=True)
             data = await self.wire.receive()
             if not data:
                 return
             self._heard_at = trio.current_time()
+            self._work += self.wire.take_count()
             self._inbox += data
 
-    def _take_frames(self) -> None:
-        start, size = 0, len(self._inbox)
-        while size - start >= HEADER.size and not self.why_closed:
+    async def _rest(self, *, only_if_due: bool = False) -> None:
+        """Give way to other tasks, for as long as the work done calls for."""
+        rest_s = self._pace.spend(self._work, trio.current_time())
+        self._work = 0
+        if rest_s or not only_if_due:
+            await trio.sleep(rest_s)
+            self._heard_at = trio.current_time()
+
+    def _take_frames(self) -> bool:
+        """Serve what has come, at most ``FRAMES_A_TURN``. Whether there is more."""
+        start, size, is_more = 0, len(self._inbox), False
+        for _ in range(FRAMES_A_TURN):
+            if size - start < HEADER.size or self.why_closed:
+                break
             version, kind, flags, number, length = HEADER.unpack_from(self._inbox, start)
             if version or kind > GO_AWAY:
                 raise Violation("not a yamux frame")
@@ -305,13 +342,21 @@ class Mux:
                 body = bytes(self._inbox[start + HEADER.size : end])
                 self._on_stream_frame(flags, number, 0 if kind == DATA else length, body)
             start = end
+        else:
+            is_more = True
         del self._inbox[:start]
         if self.wire.queued_bytes > MAX_QUEUED_BYTES:
             raise Violation("the peer asks without reading the answers")
+        return is_more
 
     def _on_stream_frame(self, flags: int, number: int, increment: int, body: bytes) -> None:
         stream = self._streams.get(number)
+        if stream is None:
+            self._work += 1 + len(body) // KIB
+        elif len(body) < SMALL_FRAME_BYTES:
+            self._work += 1
         if flags & SYN:
+            self._work += NEW_STREAM_WORK
             # Numbers need not rise: a stream is announced by its first frame, not when it is made.
             if number % 2 != self._peer_parity or stream is not None:
                 raise Violation(f"a new stream with the number {number}")
@@ -325,7 +370,10 @@ class Mux:
             stream.on_frame(flags, increment, body)
 
     def _on_ping(self, flags: int, value: int) -> None:
+        self._work += 1
         if flags & SYN:
+            if self._ping_pace.spend(1, trio.current_time()):
+                raise Violation("too many pings")
             self.wire.send(HEADER.pack(0, PING, ACK, 0, value))
         elif value == self._pings and self._ping_sent_at:
             self.rtt_ns = int((trio.current_time() - self._ping_sent_at) * 1e9)

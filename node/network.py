@@ -20,7 +20,8 @@ MAX_CONNECTIONS: Final = 300
 MAX_MESSAGE_BYTES: Final = 64 * KIB
 
 Handler = Callable[[Stream], Awaitable[None]]
-Validator = Callable[[str, bytes], bool]
+Validator = Callable[[str, bytes, str], bool]
+"""``(author, data, forwarder)``: whether a message is delivered and forwarded."""
 Sink = trio.MemorySendChannel[tuple[str, bytes]]
 
 
@@ -119,8 +120,9 @@ class Network(Protocol):
     async def subscribe(self, topic: str, validator: Validator, sink: Sink) -> None:
         """Put ``(author, data)`` of every message on ``topic`` into ``sink``; dropped if full.
 
-        ``validator(author, data)`` decides what is delivered and forwarded, and must be quick. The
-        author's signature was checked. Closing the other end of ``sink`` ends the subscription.
+        ``validator(author, data, forwarder)`` decides what is delivered and forwarded, and must be
+        quick. The author's signature was checked; the forwarder is the peer that it came from, who
+        may have made the author up. Closing the other end of ``sink`` ends the subscription.
         Raises ValueError if the topic has a subscriber.
         """
 

@@ -55,6 +55,7 @@ from p2pflop.node.bidding import Bidding
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.driver import LIFE_ROW, Driver
 from p2pflop.node.goods import Goods
+from p2pflop.node.guard import survive
 from p2pflop.node.journal import KnownState
 from p2pflop.node.letters import FAREWELL_S, JOB_PROTOCOL, LETTER_ROW, Letter, leave_word
 from p2pflop.node.orders import Order, describe_ranking
@@ -280,7 +281,9 @@ class Purchase:
         """Said before the next provider is asked, so that the last one stops."""
         if self._conversation is None:
             provider = peer_id(self._lent_to) if self._lent_to else self._peer
-            self._buyer.nursery.start_soon(leave_word, self._buyer.dialer, provider, message)
+            self._buyer.nursery.start_soon(
+                survive, leave_word, self._buyer.dialer, provider, message
+            )
         else:
             self._conversation.tell(message)
 
@@ -541,7 +544,7 @@ class Purchase:
             with trio.move_on_after(FAREWELL_S):
                 await conversation.over.wait()
         if self._lifecycle.side.countersigned and not self._acknowledged:
-            self._buyer.nursery.start_soon(self._buyer.deliver, self._letter())
+            self._buyer.nursery.start_soon(survive, self._buyer.deliver, self._letter())
 
     def _letter(self) -> Letter:
         return Letter(self._peer, self._lifecycle.side.countersigned)

@@ -34,6 +34,7 @@ from p2pflop.node import messages as m
 from p2pflop.node.allocator import Allocator
 from p2pflop.node.config import Settings
 from p2pflop.node.conversation import Conversation
+from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import PROVIDER, Head, JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
@@ -119,7 +120,7 @@ class Seller:
 
     def resume(self) -> None:
         """Bring every sale that a restart found unfinished to its end, and sweep old blobs."""
-        self.nursery.start_soon(self._take_all_up)
+        self.nursery.start_soon(survive, self._take_all_up)
 
     async def stop(self) -> None:
         """Take no more bids and give running leases back."""
@@ -280,7 +281,7 @@ class Seller:
         async with trio.open_nursery() as nursery:
             for head in self.journal.unfinished(PROVIDER):
                 nursery.start_soon(self._take_up, bytes.fromhex(head.job))
-        await self.blobs.run()  # only now is everything held that is still needed
+        await keep_going(self.blobs.run)  # only now is everything held that is still needed
 
     async def _take_up(self, bid_id: bytes) -> None:
         try:

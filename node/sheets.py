@@ -5,10 +5,13 @@ gossip lost is mended by comparing: on every new connection, and with one neighb
 ``COMPARE_S``, the two books exchange summaries and then what each lacks::
 
     dialler                          listener
-    Compare(summaries)         ->
-                               <-    Compare(summaries), Sheets(what the dialler lacks)...
+    Summaries...               ->
+                               <-    Summaries..., Sheets(what the dialler lacks)...
     Sheets(what the other lacks)... ->
                                <-    (end)
+
+Sheets are sent in any order, so that where one side stops listening, other ones are next the next
+time. Who brings more nodes that are new here than the book takes from one peer is heard no further.
 
 Own sheets live for an hour and are issued anew every ``REISSUE_S``, so that a node that vanished
 leaves the book by itself.
@@ -26,9 +29,17 @@ import trio
 
 from p2pflop.dht.planes import Dialer, Stream
 from p2pflop.errors import ProtocolError, ProviderError
-from p2pflop.market.book import Applied, Book, Equivocation, Summaries
+from p2pflop.market.book import (
+    MAX_SHEETS,
+    Applied,
+    Book,
+    Equivocation,
+    Summaries,
+    Summary,
+)
 from p2pflop.market.records import MAX_SHEET_BYTES, Ask, Rejected, Sheet
 from p2pflop.market.sheets import OpenSheet, check_sheet, make_sheet
+from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.printable import printable
 from p2pflop.units import KIB
@@ -46,6 +57,8 @@ HONOURED_SHEETS: Final = 4
 """Superseded own sheets on which bids that were under way are still taken."""
 MAX_SHEETS_A_FRAME: Final = 64
 MAX_FRAMES_AN_EXCHANGE: Final = 512
+MAX_REFUSED_SHEETS: Final = 1_024
+"""In one exchange: checked, but the book has no place for them. More are not looked at."""
 MAX_BAD_SHEETS: Final = 64
 """In one exchange; honest books differ by clocks, and a sheet may expire on its way."""
 MAX_EXCHANGES: Final = 16
@@ -134,7 +147,7 @@ class SheetService:
         await self.issue()
         async with trio.open_nursery() as nursery:
             for peer in self._host.peers()[:MAX_TOLD_OF_WITHDRAWAL]:
-                nursery.start_soon(self._compare_quietly, peer.peer)
+                nursery.start_soon(survive, self._compare_quietly, peer.peer)
 
     async def issue(self) -> OpenSheet:
         """Sign a new sheet, put it into the book and gossip it."""
@@ -161,10 +174,16 @@ class SheetService:
         await self._publish(sheet.sealed.wire)
         return sheet
 
-    def take(self, wire: bytes) -> bool:
-        """Check a sheet from anywhere and put it into the book; whether it is worth passing on."""
+    def take(self, wire: bytes, source: str) -> bool:
+        """Check a sheet that peer ``source`` brought and put it into the book.
+
+        Gives whether it is worth passing on.
+        """
         sheet = self._check(wire)
-        return sheet is not None and self._apply(sheet)
+        if sheet is None:
+            return False
+        outcome = self._apply(sheet, source)
+        return isinstance(outcome, Equivocation) or outcome == Applied(changed=True)
 
     def _check(self, wire: bytes) -> OpenSheet | None:
         sheet = check_sheet(wire, self._identity.network, self._now_ns())
@@ -173,27 +192,25 @@ class SheetService:
             return None
         return sheet
 
-    def _apply(self, sheet: OpenSheet) -> bool:
-        outcome = self.book.apply(sheet, self._now_ns())
+    def _apply(self, sheet: OpenSheet, source: str) -> Applied | Equivocation | Rejected:
+        outcome = self.book.apply(sheet, self._now_ns(), source)
         if isinstance(outcome, Equivocation):
             _log.warning("%s signed two sheets under one number; both are dropped", sheet.peer)
-            return True
-        return isinstance(outcome, Applied) and outcome.changed
+        return outcome
 
     async def run(self) -> None:
         """Reissue, expire and compare, until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._reissue)
-            nursery.start_soon(self._expire)
-            nursery.start_soon(self._compare_in_turn)
+            for task in (self._reissue, self._expire, self._compare_in_turn):
+                nursery.start_soon(keep_going, task)
 
     async def compare(self, peer: str) -> None:
         """Make both books whole, as the dialler. Raises ProviderError, ProtocolError."""
         with trio.move_on_after(EXCHANGE_S) as scope:
             stream = await self._host.open(peer, PROTOCOL)
             try:
-                await stream.send(encode(self.book.summaries(self._now_ns())))
-                theirs = decode(Summaries, await stream.receive())
+                await self._send_summaries(stream)
+                theirs = await _receive_summaries(stream)
                 await self._receive_sheets(stream)
                 await self._send_sheets(stream, theirs)
             finally:
@@ -210,8 +227,8 @@ class SheetService:
         self._answering.add(peer)
         try:
             with trio.move_on_after(EXCHANGE_S) as scope:
-                theirs = decode(Summaries, await stream.receive())
-                await stream.send(encode(self.book.summaries(self._now_ns())))
+                theirs = await _receive_summaries(stream)
+                await self._send_summaries(stream)
                 await self._send_sheets(stream, theirs)
                 await self._receive_sheets(stream)
         finally:
@@ -219,9 +236,13 @@ class SheetService:
         if scope.cancelled_caught:
             raise ProviderError(f"{peer} took over {EXCHANGE_S:.0f} s to compare books")
 
-    async def _send_sheets(self, stream: Stream, theirs: Summaries) -> None:
+    async def _send_summaries(self, stream: Stream) -> None:
+        for page in self.book.summaries(self._now_ns()):
+            await stream.send(encode(page))
+
+    async def _send_sheets(self, stream: Stream, theirs: Sequence[Summary]) -> None:
         now_ns = self._now_ns()
-        held = {entry.node: entry for entry in theirs.entries}
+        held = {entry.node: entry for entry in theirs}
         wires = [
             sheet.sealed.wire
             for sheet in self.book.view(now_ns).sheets
@@ -229,19 +250,23 @@ class SheetService:
             or entry.number < sheet.sheet.number
             or (entry.number == sheet.sheet.number and entry.id != sheet.sealed.id)
         ]
+        secrets.SystemRandom().shuffle(wires)
         for start in range(0, len(wires), MAX_SHEETS_A_FRAME):
             batch = tuple(wires[start : start + MAX_SHEETS_A_FRAME])
             await stream.send(encode(Sheets(batch, last=False)))
         await stream.send(encode(Sheets((), last=True)))
 
     async def _receive_sheets(self, stream: Stream) -> None:
-        bad = 0
+        bad = refused = 0
         for _ in range(MAX_FRAMES_AN_EXCHANGE):
             series = decode(Sheets, await stream.receive())
             for wire in series.wires:
                 sheet = self._check(wire)
                 if sheet is not None:
-                    self._apply(sheet)
+                    outcome = self._apply(sheet, stream.peer)
+                    refused += isinstance(outcome, Rejected)
+                    if refused > MAX_REFUSED_SHEETS:
+                        raise ProviderError(f"{stream.peer} has more sheets than there is room for")
                 elif (bad := bad + 1) > MAX_BAD_SHEETS:
                     raise ProtocolError(f"{stream.peer} sends bad sheets", peer=stream.peer)
                 await trio.lowlevel.checkpoint()
@@ -289,3 +314,14 @@ class SheetService:
     async def on_connect(self, peer: str) -> None:
         """Compare books with a peer that is new here; never raises for what the peer does."""
         await self._compare_quietly(peer)
+
+
+async def _receive_summaries(stream: Stream) -> list[Summary]:
+    entries: list[Summary] = []
+    while len(entries) <= MAX_SHEETS:
+        page = decode(Summaries, await stream.receive())
+        entries += page.entries
+        if page.last:
+            return entries
+        await trio.lowlevel.checkpoint()
+    raise ProtocolError(f"{stream.peer} says that it has too many sheets", peer=stream.peer)

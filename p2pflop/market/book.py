@@ -12,6 +12,15 @@ at most ``max_strangers``. Each account may fill ``max_per_account`` places. Whe
 those with the lowest hash of (account, node) stay, keyed with this book's own secret, so that
 nobody can search for an identity that always wins, and each stranger's chance is the same.
 
+Identities are free, so chances alone would give the book to whoever makes the most of them:
+
+- The node's **own** sheet always has its place.
+- **Known** strangers keep theirs: those for whom ``is_known`` speaks (connected, bought from), and
+  those whose sheets have been here for ``KNOWN_AFTER_NS``, first come first kept. They may fill
+  ``max_known`` places; the rest is for newcomers, who compete by hash.
+- A **source**, the peer that brings sheets, may bring ``max_per_source`` nodes that are new to the
+  book within ``SOURCE_WINDOW_NS``; what it renews does not count.
+
 ``view(now_ns)`` is what a buyer ranks and commits to: its digest names exactly its sheets.
 """
 
@@ -30,6 +39,7 @@ from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.ids import content_hash
 from p2pflop.market.records import MAX_SHEET_LIFETIME_NS, Ask, Rejected, Sheet
 from p2pflop.market.sheets import OpenSheet, open_sheet
+from p2pflop.units import NS_PER_S
 from p2pflop.wire import DEFAULT_NETWORK, U63, Hash, Key, Record, open_sealed
 
 MAX_SHEETS: Final = 16_384
@@ -37,8 +47,20 @@ MAX_STRANGERS: Final = 4_096
 MAX_SHEETS_PER_ACCOUNT: Final = 64
 MAX_PROOFS: Final = 256
 SECRET_BYTES: Final = 32
+MAX_KNOWN: Final = 3_072
+KNOWN_AFTER_NS: Final = 900 * NS_PER_S
+MAX_NEW_PER_SOURCE: Final = 1_024
+SOURCE_WINDOW_NS: Final = 3_600 * NS_PER_S
+"""As long as a sheet lives: what a source brought is gone when it may bring as much again."""
+MAX_SOURCES: Final = 4_096
+"""Remembered; more than can be connected within a window of ordinary life."""
+MAX_SUMMARIES_A_PAGE: Final = 8_192
+
+Place = tuple[bytes, bytes]
+"""The keyed hash that orders a group, and the node."""
 
 IsAttested = Callable[[bytes, int], bool]
+IsKnown = Callable[[OpenSheet], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +97,19 @@ class Summary(Record, frozen=True):
 
 
 class Summaries(Record, frozen=True):
-    """All that a book holds, nodes rising: two books compare these and exchange what differs."""
+    """A page of what a book holds, nodes rising: two books compare and exchange what differs.
 
-    MAX_BYTES: ClassVar[int] = 1024 * 1024 * 2
+    A full page is followed by another one, which may be empty. One page fits a frame.
+    """
 
-    entries: Annotated[tuple[Summary, ...], msgspec.Meta(max_length=MAX_SHEETS)]
+    MAX_BYTES: ClassVar[int] = 1024 * 1024
+
+    entries: Annotated[tuple[Summary, ...], msgspec.Meta(max_length=MAX_SUMMARIES_A_PAGE)]
+
+    @property
+    def last(self) -> bool:
+        """Whether no page follows."""
+        return len(self.entries) < MAX_SUMMARIES_A_PAGE
 
 
 @dataclass(frozen=True)
@@ -114,8 +144,9 @@ class BookView:
 @dataclass(slots=True)
 class _Entry:
     sheet: OpenSheet
-    place: tuple[bytes, bytes]
-    attested: bool
+    place: Place
+    group: list[Place]
+    since_ns: int
 
 
 def nobody(_account: bytes, _now_ns: int) -> bool:
@@ -123,31 +154,50 @@ def nobody(_account: bytes, _now_ns: int) -> bool:
     return False
 
 
+def nobody_known(_sheet: OpenSheet) -> bool:
+    """No node is known but by how long its sheets have been here."""
+    return False
+
+
 class Book:
-    """``secret`` is 32 random bytes of this node; ``is_attested(account, now_ns)`` ranks space."""
+    """``secret`` is 32 random bytes of this node; ``own`` is its key, if it has sheets of its own.
+
+    ``is_attested(account, now_ns)`` and ``is_known(sheet)`` rank space.
+    """
 
     def __init__(
         self,
         secret: bytes,
         *,
         network: str = DEFAULT_NETWORK,
+        own: bytes = b"",
         is_attested: IsAttested = nobody,
+        is_known: IsKnown = nobody_known,
         max_sheets: int = MAX_SHEETS,
         max_strangers: int = MAX_STRANGERS,
+        max_known: int = MAX_KNOWN,
         max_per_account: int = MAX_SHEETS_PER_ACCOUNT,
+        max_per_source: int = MAX_NEW_PER_SOURCE,
     ) -> None:
         if len(secret) != SECRET_BYTES:
             raise ValueError(f"a book's secret has {SECRET_BYTES} bytes, not {len(secret)}")
         self._secret = secret
         self._network = network
+        self._own = own
         self._is_attested = is_attested
+        self._is_known = is_known
         self._max_sheets = max_sheets
         self._max_strangers = max_strangers
+        self._max_known = min(max_known, max_strangers)
         self._max_per_account = max_per_account
+        self._max_per_source = max_per_source
         self._entries: dict[bytes, _Entry] = {}
-        self._attested: list[tuple[bytes, bytes]] = []
-        self._strangers: list[tuple[bytes, bytes]] = []
-        self._accounts: dict[bytes, list[tuple[bytes, bytes]]] = {}
+        self._attested: list[Place] = []
+        self._known: list[Place] = []
+        self._new: list[Place] = []
+        self._ours: list[Place] = []
+        self._accounts: dict[bytes, list[Place]] = {}
+        self._sources: dict[str, tuple[int, int]] = {}
         self._proofs: dict[bytes, tuple[Equivocation, int]] = {}
         self._view: BookView | None = None
         self._view_until_ns = 0
@@ -155,11 +205,16 @@ class Book:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def apply(self, sheet: OpenSheet, now_ns: int) -> Applied | Equivocation | Rejected:
-        """Take in a checked sheet. An Equivocation is new proof, to be passed on."""
+    def apply(
+        self, sheet: OpenSheet, now_ns: int, source: str = ""
+    ) -> Applied | Equivocation | Rejected:
+        """Take in a checked sheet. An Equivocation is new proof, to be passed on.
+
+        ``source`` is the peer that brought it; without one, how many are new is not limited.
+        """
         if sheet.sheet.expires_ns <= now_ns:
             return Rejected("sheet has expired")
-        return self._take(sheet, now_ns)
+        return self._take(sheet, now_ns, source)
 
     def apply_equivocation(
         self, first: bytes, second: bytes, now_ns: int
@@ -187,13 +242,17 @@ class Book:
         return found
 
     def expire(self, now_ns: int) -> None:
-        """Forget what no replay can bring back, and see again who is attested."""
+        """Forget what no replay can bring back, and see again who is attested or known."""
         for node, entry in list(self._entries.items()):
             if _kept_until_ns(entry.sheet.sheet) <= now_ns:
                 self._remove(node)
-            elif self._is_attested(entry.sheet.account, now_ns) != entry.attested:
-                self._remove(node)
-                self._place(entry.sheet, not entry.attested)
+        # The longest here first: places for the known are theirs.
+        for entry in sorted(self._entries.values(), key=lambda entry: entry.since_ns):
+            if self._entries.get(entry.sheet.node) is entry:
+                self._regroup(entry, now_ns)
+        for source, (_, since_ns) in list(self._sources.items()):
+            if since_ns + SOURCE_WINDOW_NS <= now_ns:
+                del self._sources[source]
         for node, (_, until_ns) in list(self._proofs.items()):
             if until_ns <= now_ns:
                 del self._proofs[node]
@@ -228,19 +287,21 @@ class Book:
         """The kept equivocations, at most ``MAX_PROOFS``, oldest first."""
         return tuple(proof for proof, _ in self._proofs.values())
 
-    def summaries(self, now_ns: int) -> Summaries:
-        """What to tell a peer so that it can say what it lacks."""
-        return Summaries(
-            tuple(
-                Summary(sheet.node, sheet.sheet.number, sheet.sealed.id)
-                for sheet in self.view(now_ns).sheets
-            )
+    def summaries(self, now_ns: int) -> tuple[Summaries, ...]:
+        """What to tell a peer so that it can say what it lacks: pages, of which one is last."""
+        entries = tuple(
+            Summary(sheet.node, sheet.sheet.number, sheet.sealed.id)
+            for sheet in self.view(now_ns).sheets
+        )
+        return tuple(
+            Summaries(entries[start : start + MAX_SUMMARIES_A_PAGE])
+            for start in range(0, len(entries) + 1, MAX_SUMMARIES_A_PAGE)
         )
 
-    def missing(self, theirs: Summaries) -> tuple[bytes, ...]:
+    def missing(self, theirs: Iterable[Summaries]) -> tuple[bytes, ...]:
         """The nodes whose sheets are worth asking that peer for."""
         wanted = []
-        for entry in theirs.entries:
+        for entry in (entry for page in theirs for entry in page.entries):
             proof = self._proofs.get(entry.node)
             if proof is not None and entry.number <= proof[0].number:
                 continue
@@ -272,9 +333,11 @@ class Book:
         for wire in dump.sheets:
             sheet = open_sheet(wire, self._network)
             if isinstance(sheet, OpenSheet) and _kept_until_ns(sheet.sheet) > now_ns:
-                self._take(sheet, now_ns)
+                self._take(sheet, now_ns, "")
 
-    def _take(self, sheet: OpenSheet, now_ns: int) -> Applied | Equivocation | Rejected:
+    def _take(
+        self, sheet: OpenSheet, now_ns: int, source: str
+    ) -> Applied | Equivocation | Rejected:
         record, node = sheet.sheet, sheet.node
         proof = self._proofs.get(node)
         if proof is not None and record.number <= proof[0].number:
@@ -287,26 +350,79 @@ class Book:
                 return Rejected(f"sheet {record.number} is older than {known.sheet.sheet.number}")
             if known.sheet.sheet.number == record.number:
                 return self._convict(known.sheet, sheet)
-        attested = self._is_attested(sheet.account, now_ns)
-        return self._place(sheet, attested)
+        elif source and not self._may_bring(source, sheet, now_ns):
+            return Rejected("its source has brought too many new nodes")
+        return self._place(sheet, now_ns, now_ns if known is None else known.since_ns)
 
-    def _place(self, sheet: OpenSheet, attested: bool) -> Applied | Rejected:
+    def _may_bring(self, source: str, sheet: OpenSheet, now_ns: int) -> bool:
+        """Whether ``source`` may bring one more node; if so, it is counted."""
+        if self._is_known(sheet) or self._is_attested(sheet.account, now_ns):
+            return True
+        count, since_ns = self._sources.pop(source, (0, now_ns))
+        if since_ns + SOURCE_WINDOW_NS <= now_ns:
+            count, since_ns = 0, now_ns
+        allowed = count < self._max_per_source
+        self._sources[source] = (count + allowed, since_ns)
+        if len(self._sources) > MAX_SOURCES:
+            del self._sources[next(iter(self._sources))]
+        return allowed
+
+    def _place(self, sheet: OpenSheet, now_ns: int, since_ns: int) -> Applied | Rejected:
         node, account = sheet.node, sheet.account
+        before = self._entries.get(node)
+        was_known = before is not None and before.group is self._known
         self._remove(node)
         key = blake3(account + node, key=self._secret).digest()
-        entry = _Entry(sheet, (key, node), attested)
+        entry = _Entry(sheet, (key, node), self._new, since_ns)
+        entry.group = self._known if was_known else self._group(entry, now_ns)
         self._entries[node] = entry
-        insort(self._attested if attested else self._strangers, entry.place)
+        insort(entry.group, entry.place)
         insort(self._accounts.setdefault(account, []), entry.place)
-        if len(self._accounts[account]) > self._max_per_account:
-            self._remove(self._accounts[account][-1][1])
-        if len(self._strangers) > self._max_strangers:
-            self._remove(self._strangers[-1][1])
-        if len(self._entries) > self._max_sheets:
-            self._remove((self._strangers or self._attested)[-1][1])
+        self._make_space(account)
         if node not in self._entries:
             return Rejected("the book has no space for this account")
         return Applied(changed=True)
+
+    def _regroup(self, entry: _Entry, now_ns: int) -> None:
+        group = self._group(entry, now_ns)
+        if group is not entry.group:
+            del entry.group[bisect_left(entry.group, entry.place)]
+            entry.group = group
+            insort(group, entry.place)
+            self._make_space(entry.sheet.account)
+
+    def _group(self, entry: _Entry, now_ns: int) -> list[Place]:
+        """Where an entry belongs now. Makes room among the known for whom ``is_known`` speaks."""
+        if entry.sheet.node == self._own:
+            return self._ours
+        if self._is_attested(entry.sheet.account, now_ns):
+            return self._attested
+        room = self._max_known - len(self._known) + (entry.group is self._known)
+        if self._is_known(entry.sheet):
+            return self._known if room > 0 or self._displace() else self._new
+        is_old = now_ns - entry.since_ns >= KNOWN_AFTER_NS
+        return self._known if is_old and room > 0 else self._new
+
+    def _displace(self) -> bool:
+        """Turn the shortest here of the known, of whom nobody speaks, into a newcomer."""
+        found = [self._entries[node] for _, node in self._known]
+        found = [entry for entry in found if not self._is_known(entry.sheet)]
+        if not found:
+            return False
+        last = max(found, key=lambda entry: (entry.since_ns, entry.place))
+        del self._known[bisect_left(self._known, last.place)]
+        last.group = self._new
+        insort(self._new, last.place)
+        return True
+
+    def _make_space(self, account: bytes) -> None:
+        places = self._accounts[account]
+        if len(places) > self._max_per_account:
+            self._remove(next(node for _, node in reversed(places) if node != self._own))
+        if len(self._known) + len(self._new) > self._max_strangers:
+            self._remove((self._new or self._known)[-1][1])
+        if len(self._entries) > self._max_sheets + len(self._ours):
+            self._remove((self._new or self._known or self._attested)[-1][1])
 
     def _remove(self, node: bytes) -> None:
         self._view = None
@@ -314,7 +430,7 @@ class Book:
         if entry is None:
             return
         places = self._accounts[entry.sheet.account]
-        for group in (self._attested if entry.attested else self._strangers, places):
+        for group in (entry.group, places):
             del group[bisect_left(group, entry.place)]
         if not places:
             del self._accounts[entry.sheet.account]

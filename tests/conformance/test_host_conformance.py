@@ -14,7 +14,7 @@ from p2pflop.dht.planes import MAX_FRAME_BYTES, EndOfStream, Stream
 from p2pflop.errors import ConfigError, ProtocolError, ProviderError
 from p2pflop.keys import PrivateKey, peer_id
 from p2pflop.node.memory_host import MemoryNetwork
-from p2pflop.node.network import MAX_MESSAGE_BYTES, HostConfig, Network, Sink
+from p2pflop.node.network import MAX_MESSAGE_BYTES, HostConfig, Network, Sink, Validator
 
 PROTOCOL = "/p2pflop/test/1"
 LIMIT_S = 10.0
@@ -334,7 +334,7 @@ async def test_open_reconnects_to_a_peer_once_known(opener: Opener) -> None:
 
 
 async def subscribe_all(
-    line: list[Network], validator: Callable[[str, bytes], bool], capacity: int = 100
+    line: list[Network], validator: Validator, capacity: int = 100
 ) -> list[trio.MemoryReceiveChannel[tuple[str, bytes]]]:
     channels = []
     for host in line:
@@ -362,7 +362,7 @@ async def deliver(
 
 async def test_gossip_reaches_who_is_not_a_neighbour_and_names_the_author(opener: Opener) -> None:
     async with hosts(opener, 3) as line:
-        sources = await subscribe_all(line, lambda peer, data: True)
+        sources = await subscribe_all(line, lambda *_: True)
         assert await deliver(line[0], b"sheet", sources[2]) == (line[0].peer, b"sheet")
         with pytest.raises(trio.WouldBlock):
             sources[0].receive_nowait()
@@ -371,7 +371,10 @@ async def test_gossip_reaches_who_is_not_a_neighbour_and_names_the_author(opener
 async def test_gossip_that_does_not_validate_is_neither_delivered_nor_forwarded(
     opener: Opener,
 ) -> None:
-    def validator(peer: str, data: bytes) -> bool:
+    heard: set[tuple[str, str]] = set()
+
+    def validator(peer: str, data: bytes, forwarder: str) -> bool:
+        heard.add((peer, forwarder))
         if data == b"crash":
             raise RuntimeError("a bug")
         return data.startswith(b"good")
@@ -384,11 +387,13 @@ async def test_gossip_that_does_not_validate_is_neither_delivered_nor_forwarded(
         assert (await deliver(line[0], b"good 2", sources[2]))[1] == b"good 2"
         assert line[1].statistics().counts["gossip_refused_validator"] >= 2
         assert "gossip_refused_validator" not in line[2].statistics().counts
+        author, middle = line[0].peer, line[1].peer
+        assert heard >= {(author, author), (author, middle)}
 
 
 async def test_a_full_sink_drops_and_counts(opener: Opener) -> None:
     async with hosts(opener, 2) as line:
-        sources = await subscribe_all(line, lambda peer, data: True, capacity=1)
+        sources = await subscribe_all(line, lambda *_: True, capacity=1)
         with trio.fail_after(LIMIT_S):
             while not line[1].statistics().counts.get("gossip_dropped"):
                 await line[0].publish("orders", b"more")
@@ -404,9 +409,9 @@ async def test_gossip_limits(opener: Opener) -> None:
         await host.publish("orders", bytes(MAX_MESSAGE_BYTES))
         with pytest.raises(ValueError, match="bytes"):
             await host.publish("orders", bytes(MAX_MESSAGE_BYTES + 1))
-        await host.subscribe("orders", lambda peer, data: True, sink())
+        await host.subscribe("orders", lambda *_: True, sink())
         with pytest.raises(ValueError, match="subscriber"):
-            await host.subscribe("orders", lambda peer, data: True, sink())
+            await host.subscribe("orders", lambda *_: True, sink())
 
 
 async def test_a_key_is_found_from_afar_and_its_provider_can_be_reached(opener: Opener) -> None:

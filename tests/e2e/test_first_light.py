@@ -243,11 +243,17 @@ def test_a_public_blob_is_found_from_the_far_end_of_a_line(
     wait_until(lambda: len(middle.get("/v1/peers")["peers"]) == 2)
 
     def got() -> bool:
-        answer = httpx.get(f"{right.url}/blob/{public.address.hex()}", timeout=60)
+        answer = httpx.get(url, headers=user, timeout=60)
         return answer.status_code == 200 and answer.content == data
 
+    url = f"{right.url}/blob/{public.address.hex()}"
+    user = {"authorization": f"Bearer {(right.home / 'token').read_text()}"}
+    assert httpx.get(url, timeout=60).status_code == 404, "nobody but its user makes a node fetch"
+    assert right.get("/v1/blobs")["blobs"] == []
     wait_until(got, timeout_s=60)
-    assert httpx.get(f"{right.url}/blob/{hidden.address.hex()}", timeout=60).status_code == 404
+    assert httpx.get(url, timeout=60).content == data, "what is here needs no token"
+    elsewhere = f"{right.url}/blob/{hidden.address.hex()}"
+    assert httpx.get(elsewhere, headers=user, timeout=60).status_code == 404
 
 
 def test_ctrl_c_on_a_busy_provider_ends_it_in_order(start_node: StartNode, wait_until: Any) -> None:

@@ -27,7 +27,7 @@ from p2pflop.dht.planes import EndOfStream, Stream
 from p2pflop.errors import ConfigError, ProviderError
 from p2pflop.keys import PrivateKey, peer_id
 from p2pflop.node import host as hosting
-from p2pflop.node import libp2p_directory, libp2p_streams
+from p2pflop.node import inbound, libp2p_directory, libp2p_streams
 from p2pflop.node.host import Host, open_host
 from p2pflop.node.libp2p_gossip import ORIGIN_BURST, ORIGIN_PER_S
 from p2pflop.node.libp2p_streams import MAX_HANDSHAKES_PER_ADDRESS
@@ -57,7 +57,7 @@ async def main():
     async with open_host(HostConfig(seed, bootstrap=bootstrap)) as host:
         host.handle("/p2pflop/echo/1", echo)
         sink, source = trio.open_memory_channel(100)
-        await host.subscribe("orders", lambda peer, data: True, sink)
+        await host.subscribe("orders", lambda *_: True, sink)
         print(host.addresses[0], flush=True)
         async with trio.open_nursery() as nursery:
             @nursery.start_soon
@@ -165,7 +165,7 @@ async def test_three_processes_in_a_line_find_hear_and_reach_each_other(
     second = start(2, first.address)
     async with open_host(config(3, bootstrap=(second.address,))) as host:
         sink, source = trio.open_memory_channel[tuple[str, bytes]](100)
-        await host.subscribe("orders", lambda peer, data: True, sink)
+        await host.subscribe("orders", lambda *_: True, sink)
         first.tell("provide some key")
         assert await first.line() == "provided"
         with trio.fail_after(LIMIT_S):
@@ -415,7 +415,7 @@ async def test_streams_beyond_the_limit_of_a_peer_are_refused(
 ) -> None:
     async with pair() as (left, right):
         await until(lambda: right.statistics().inbound_streams == 0)
-        monkeypatch.setattr(hosting, "MAX_INBOUND_STREAMS_PER_PEER", 5)
+        monkeypatch.setattr(inbound, "MAX_INBOUND_STREAMS_PER_PEER", 5)
         streams = [await left.open(right.peer, PROTOCOL) for _ in range(5)]
         for stream in streams:
             await stream.send(b"x")
@@ -446,9 +446,9 @@ async def test_a_silent_answerer_does_not_hold_the_opener(
 async def hear(left: Host, right: Host) -> trio.MemoryReceiveChannel[tuple[str, bytes]]:
     """What ``right`` hears, once ``left`` knows that it listens."""
     sink, source = trio.open_memory_channel[tuple[str, bytes]](1000)
-    await right.subscribe("orders", lambda peer, data: True, sink)
+    await right.subscribe("orders", lambda *_: True, sink)
     mine, _ = trio.open_memory_channel[tuple[str, bytes]](1)
-    await left.subscribe("orders", lambda peer, data: True, mine)
+    await left.subscribe("orders", lambda *_: True, mine)
     await until(lambda: left.neighbours("orders") == [right.peer])
     return source
 

@@ -114,3 +114,69 @@ class BookMachine(RuleBasedStateMachine):
 
 BookMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30)
 TestBook = BookMachine.TestCase
+
+
+class CrowdMachine(RuleBasedStateMachine):
+    """A tight book among strangers, its own node and friends; time goes by."""
+
+    OWN, FRIENDS = party(100), [party(101), party(102)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_ns = NOW_NS
+        self.number = 0
+        self.friends = {friend.node.public_key for friend in self.FRIENDS}
+        self.published: dict[bytes, OpenSheet] = {}
+        self.book = Book(
+            bytes(32),
+            own=self.OWN.node.public_key,
+            is_known=lambda sheet: sheet.node in self.friends,
+            max_strangers=MAX_STRANGERS,
+            max_known=3,
+            max_per_source=5,
+        )
+
+    @rule(member=st.sampled_from([0, 1, 2]))
+    def publish(self, member: int) -> None:
+        """Its own sheet, or that of a friend, always goes in."""
+        maker = (self.OWN, *self.FRIENDS)[member]
+        self.number += 1
+        sheet = maker.sheet(
+            ask(valid_until_ns=self.now_ns + NS_PER_S), number=self.number, now_ns=self.now_ns
+        )
+        assert self.book.apply(sheet, self.now_ns, "anybody") == Applied(changed=True)
+        self.published[sheet.node] = sheet
+
+    @rule(first=st.integers(0, 40), count=st.integers(1, 12), source=st.sampled_from("ab"))
+    def flood(self, first: int, count: int, source: str) -> None:
+        before = {sheet.node for sheet in self.book.view(self.now_ns).sheets}
+        new = 0
+        for number in range(first, first + count):
+            self.number += 1
+            sheet = party(number).sheet(number=self.number, now_ns=self.now_ns)
+            outcome = self.book.apply(sheet, self.now_ns, source)
+            new += outcome == Applied(changed=True) and sheet.node not in before
+        assert new <= 5
+
+    @rule(seconds=st.sampled_from([1, 901, 1801]))
+    def wait(self, seconds: int) -> None:
+        self.now_ns += seconds * NS_PER_S
+        self.book.expire(self.now_ns)
+
+    @invariant()
+    def own_and_friends_have_their_places(self) -> None:
+        for node, sheet in self.published.items():
+            if sheet.sheet.expires_ns > self.now_ns:
+                assert self.book.get(node, self.now_ns) == sheet
+
+    @invariant()
+    def the_book_stays_tight(self) -> None:
+        assert len(self.book) <= MAX_STRANGERS + 1
+        assert len(self.book._known) <= 3
+        groups = [self.book._ours, self.book._attested, self.book._known, self.book._new]
+        assert sum(map(len, groups)) == len(self.book)
+        assert all(group == sorted(group) for group in groups)
+
+
+CrowdMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
+TestCrowd = CrowdMachine.TestCase

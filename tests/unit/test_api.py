@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
@@ -15,6 +15,7 @@ import trio.testing
 
 from p2pflop.dht.manifest import CHUNK_BYTES, address_of
 from p2pflop.errors import ConfigError, StoreError, VerificationError
+from p2pflop.node import api_server
 from p2pflop.node.api import ApiLimits, create_app
 from p2pflop.node.api_guard import Activity, dump_json
 from p2pflop.node.api_server import bind_api, serve_api
@@ -87,6 +88,46 @@ async def raw(port: int, request: bytes) -> bytes:
             async for piece in stream:
                 answer += piece
     return answer
+
+
+class TestConnections:
+    HALF = b"GET /v1/status HTTP/1.1\r\nHost: 127.0.0.1"
+
+    async def test_half_a_head_is_not_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(api_server, "HEAD_S", 0.2)
+        async with serving() as server:
+            with trio.fail_after(5):
+                assert await raw(server.port, self.HALF) == b""
+
+    async def test_bytes_that_trickle_in_do_not_prolong_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(api_server, "HEAD_S", 0.3)
+        async with (
+            serving() as server,
+            await trio.open_tcp_stream("127.0.0.1", server.port) as stream,
+        ):
+
+            async def trickle() -> None:
+                while True:
+                    await stream.send_all(b"G")
+                    await trio.sleep(0.05)
+
+            with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
+                await trickle()
+
+    async def test_idle_connections_give_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(api_server, "MAX_CONNECTIONS", 4)
+        async with serving() as server, AsyncExitStack() as stack:
+            held = []
+            for _ in range(10):
+                stream = await trio.open_tcp_stream("127.0.0.1", server.port)
+                held.append(await stack.enter_async_context(stream))
+                await stream.send_all(self.HALF)
+            for _ in range(3):
+                assert (await server.get("/v1/status")).status_code == 200
+            with trio.fail_after(5):
+                assert await held[0].receive_some() == b""
 
 
 class TestGate:
@@ -315,6 +356,20 @@ class TestBlobs:
             assert (await server.get(path)).content == far
             head = await server.client.head(path)
             assert (head.status_code, head.headers["content-length"]) == (200, str(len(far)))
+
+    async def test_only_the_nodes_user_makes_it_fetch(self) -> None:
+        far = b"only elsewhere"
+        service = MemoryService(elsewhere={address_of(far): far})
+        async with serving(service) as server:
+            path = f"/blob/{address_of(far).hex()}"
+            link = {"sec-fetch-site": "cross-site", "sec-fetch-dest": "document"}
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as anyone:
+                refused = await anyone.get(path, headers=link)
+                assert refused.status_code == 404
+                assert "p2pflop get" in error_of(refused)["hint"]
+                assert not await service.store.list()
+                assert (await server.get(path)).content == far
+                assert (await anyone.get(path)).content == far
 
     async def test_unknown_and_misnamed_blobs(self) -> None:
         async with serving() as server:

@@ -8,8 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from p2pflop.dht import fetch as fetching
-from p2pflop.dht import transfer
+from p2pflop.dht import slots, transfer
 from p2pflop.dht.fetch import (
     FRAME_TIMEOUT_S,
     MAX_SOURCES,
@@ -479,10 +478,57 @@ async def test_a_server_bounds_the_streams_of_one_peer(autojump_clock: object) -
 
 
 async def test_a_server_bounds_all_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "MAX_STREAMS", 0)
+    monkeypatch.setattr(slots, "MAX_STREAMS", 0)
+    store = MemoryStore()
+    await store.put(b"x", public=True)
     ours, theirs = memory_stream_pair("me", "server")
-    await BlobServer(MemoryStore()).handle(theirs)
+    await ours.send(_request(address_of(b"x")))
+    await BlobServer(store).handle(theirs)
     assert decode(Answer, await ours.receive()).status == 2
+
+
+async def test_peers_that_hold_all_slots_keep_out_neither_strangers_nor_lessees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slots, "MAX_STREAMS", 6)
+    monkeypatch.setattr(slots, "MAX_PUBLIC_STREAMS", 4)
+    store = MemoryStore()
+    private = b"private" * 1000
+    await store.put(DATA * 4, public=True)
+    await store.put(private)
+
+    async def lessee(peer: str, token: bytes, address: bytes) -> bool:
+        await trio.lowlevel.checkpoint()
+        return peer == "lessee"
+
+    server = BlobServer(store, lessee)
+    ended: list[str] = []
+
+    async def handle(stream: Stream) -> None:
+        try:
+            await server.handle(stream)
+        except ProviderError as error:
+            ended.append(error.message)
+
+    async with trio.open_nursery() as nursery:
+
+        async def ask(peer: str, address: bytes) -> int:
+            ours, theirs = memory_stream_pair(peer, "server")
+            held.append(ours)
+            await ours.send(_request(address))
+            nursery.start_soon(handle, theirs)
+            return decode(Answer, await ours.receive()).status
+
+        held: list[Stream] = []
+        for _ in range(4):
+            assert await ask("hoarder", address_of(DATA * 4)) == 0
+        assert await ask("stranger", address_of(DATA * 4)) == 0
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(ended) == 1
+        assert "hoarder" in ended[0]
+        for _ in range(2):
+            assert await ask("lessee", address_of(private)) == 0
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_busy_source_is_passed_over(world: World) -> None:

@@ -207,7 +207,7 @@ def test_two_books_exchange_what_differs_and_no_more() -> None:
     common, mine, theirs = (party(number).sheet(ask()) for number in range(3))
     newer = SELLER.sheet(ask(), number=2)
     here, there = book(common, mine), book(common, theirs, newer)
-    told = decode(Summaries, encode(there.summaries(NOW_NS)))
+    told = [decode(Summaries, encode(page)) for page in there.summaries(NOW_NS)]
     wanted = here.missing(told)
     assert set(wanted) == {theirs.node, newer.node}
     tell(here, there.wires(wanted, NOW_NS))

@@ -15,10 +15,12 @@ from p2pflop.node.mux import (
     ACK,
     DATA,
     FIN,
+    FRAMES_A_TURN,
     GO_AWAY,
     HEADER,
     MAX_STREAMS,
     PING,
+    PING_BURST,
     RST,
     SYN,
     WINDOW_BYTES,
@@ -27,7 +29,13 @@ from p2pflop.node.mux import (
     MuxStream,
     StreamBroken,
 )
-from p2pflop.node.sealed_socket import MAX_PACKET_BYTES, SealedSocket
+from p2pflop.node.sealed_socket import (
+    MAX_PACKET_BYTES,
+    PACKETS_A_TURN,
+    SealedSocket,
+    Violation,
+)
+from p2pflop.units import KIB
 
 LIMIT_S = 5.0
 
@@ -345,13 +353,88 @@ async def test_go_away_ends_it() -> None:
 
 async def test_asking_without_reading_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(muxing, "MAX_QUEUED_BYTES", 4096)
+    monkeypatch.setattr(muxing, "MAX_STREAMS", 0)
+    monkeypatch.setattr(muxing, "WORK_BURST", 10**9)
     async with against_raw() as (raw, mux):
-        pings = HEADER.pack(0, PING, SYN, 0, 1) * 5000
+        streams = HEADER.pack(0, WINDOW_UPDATE, SYN, 1, 0) * 5000
         with trio.move_on_after(LIMIT_S):
             while not mux.why_closed:
-                raw.send_bytes(pings)
+                raw.send_bytes(streams)
                 await trio.testing.wait_all_tasks_blocked(0.001)
         assert "without reading" in mux.why_closed
+
+
+async def test_a_few_pings_are_answered_and_many_cut_off() -> None:
+    async with against_raw() as (raw, mux):
+        for value in range(PING_BURST):
+            raw.send(PING, SYN, 0, value)
+            assert await raw.frame() == (PING, ACK, 0, value)
+        raw.send_bytes(HEADER.pack(0, PING, SYN, 0, 7) * 5000)
+        while not mux.why_closed:
+            await trio.testing.wait_all_tasks_blocked(0.001)
+        assert "pings" in mux.why_closed
+
+
+FLOODS = {
+    "updates of no stream": HEADER.pack(0, WINDOW_UPDATE, 0, 77777, 1),
+    "resets of no stream": HEADER.pack(0, WINDOW_UPDATE, RST, 77777, 0),
+    "updates of a stream": HEADER.pack(0, WINDOW_UPDATE, 0, 1, 1),
+    "answers that nobody asked for": HEADER.pack(0, PING, ACK, 0, 10**6),
+    "a byte at a time for no stream": HEADER.pack(0, DATA, 0, 77777, 1) + b"x",
+    "much for no stream": HEADER.pack(0, DATA, 0, 77777, 64 * KIB) + bytes(64 * KIB),
+    "streams that begin and end": HEADER.pack(0, WINDOW_UPDATE, SYN | RST, 3, 0),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
+async def test_a_flood_of_what_moves_nothing_is_paced(
+    flood: bytes, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    monkeypatch.setattr(muxing, "PING_S", 10**6)
+    here, _ = socket.socketpair()
+    wire = plain(here)
+    turns = 0
+
+    async def receive() -> bytes:
+        nonlocal turns
+        turns += 1
+        await trio.lowlevel.checkpoint()
+        return flood * 100 if turns > 1 else HEADER.pack(0, WINDOW_UPDATE, SYN, 1, 0)
+
+    monkeypatch.setattr(wire, "receive", receive)
+    mux = Mux(wire, initiator=False, on_stream=lambda stream: None)
+    with trio.move_on_after(10):
+        await mux.run()
+    assert turns * 100 <= muxing.WORK_BURST + 10 * muxing.WORK_PER_S + 200
+
+
+async def test_a_flood_gives_way_to_other_tasks() -> None:
+    """All that came with one packet is not served in one go."""
+    async with against_raw() as (raw, mux):
+        turns = 0
+        raw.send_bytes(HEADER.pack(0, WINDOW_UPDATE, 0, 77777, 1) * (50 * FRAMES_A_TURN))
+        while not mux._inbox:
+            await trio.lowlevel.checkpoint()
+        while mux._inbox:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+        assert turns >= 40
+
+
+async def test_smallest_packets_are_opened_some_at_a_time() -> None:
+    here, there = socket.socketpair()
+    wire = plain(here)
+    there.send((b"\x00\x01x") * 1000)
+    assert len(await wire.receive()) == PACKETS_A_TURN == wire.take_count()
+    assert wire.take_count() == 0
+    there.send(b"\x00\x00")
+
+    async def read_all() -> None:
+        while True:
+            await wire.receive()
+
+    with pytest.raises(Violation, match="empty"):
+        await read_all()
 
 
 async def test_packets_larger_than_one_are_split_and_joined() -> None:
