@@ -37,6 +37,8 @@ from p2pflop.kernels.plan import (
 )
 
 DEVICE: Final = "CPU"
+# How tinygrad begins to tell that it cannot order reads and writes of buffers.
+_CYCLE: Final = "cycle detected"
 _UNSUPPORTED_HINT: Final = "Split the step into smaller phases, or file the graph as a bug."
 
 
@@ -50,10 +52,7 @@ def lower(checked: Checked, progress: Callable[[int, int], None] | None = None) 
     # Lowering makes millions of small objects that live to its end: a quarter of the time.
     gc.disable()
     try:
-        built = _build(checked)
-        linear, variables = Tensor.linear_with_vars(*built.tensors)
-        if variables:
-            raise JobError("graph has symbolic variables, which no graph of ours can have")
+        built, linear = _schedule(checked)
         compiled = _compile(linear, progress)
         return encode_plan(_Flattener(built).flatten(compiled))
     except P2PFlopError:
@@ -80,9 +79,33 @@ class _Built:
     fresh: list[Tensor]
 
 
-def _build(checked: Checked) -> _Built:
+def _schedule(checked: Checked) -> tuple[_Built, UOp]:
+    """The graph built, and the kernels that compute it in their order."""
+    built = _build(checked, in_place=True)
+    try:
+        linear, variables = Tensor.linear_with_vars(*built.tensors)
+    except RuntimeError as error:
+        if not str(error).startswith(_CYCLE):
+            raise
+        built = _build(checked, in_place=False)
+        linear, variables = Tensor.linear_with_vars(*built.tensors)
+    if variables:
+        raise JobError("graph has symbolic variables, which no graph of ours can have")
+    return built, linear
+
+
+def _build(checked: Checked, *, in_place: bool) -> _Built:
+    """The graph as tensors to realize.
+
+    With ``in_place`` a new value of a slot is computed into the slot, and what uses that value
+    reads it there: the kernels, and so the bytes, are those of a native run, in which an assigned
+    tensor is read back from its buffer. Two states that each need the other's old value cannot be
+    ordered like that (tinygrad finds a cycle); without it every new value gets a buffer of its own
+    and is copied when nobody needs the old ones any more.
+    """
     graph = checked.graph
     slots, params = _param_buffers(graph)
+    targets = {out.node: out.slot for out in reversed(graph.outputs) if out.slot is not None}
     nodes: list[UOp] = []
     for number, node in enumerate(graph.nodes):
         built = _build_node(node, nodes, params)
@@ -92,7 +115,8 @@ def _build(checked: Checked) -> _Built:
                 f"node {number} ({node.op.name}) is {built.dtype} {built.shape} to tinygrad, "
                 f"{dtype} {shape} by the rules"
             )
-        nodes.append(built)
+        slot = targets.get(number) if in_place else None
+        nodes.append(built if slot is None else _stored(params[slot], built))
     tensors: list[Tensor] = []
     fresh: list[Tensor] = []
     for output in graph.outputs:
@@ -101,11 +125,19 @@ def _build(checked: Checked) -> _Built:
             # A buffer of its own even for a param or for a value that is also state.
             tensor = Tensor(value.clone(DEVICE))
             fresh.append(tensor)
+        elif in_place and targets[output.node] == output.slot:
+            tensor = Tensor(value)
         else:
-            target = params[output.slot]
-            tensor = Tensor(target.after(target.store(value)))
+            tensor = Tensor(
+                _stored(params[output.slot], value if in_place else value.clone(DEVICE))
+            )
         tensors.append(tensor)
     return _Built(slots, tensors, fresh)
+
+
+def _stored(target: UOp, value: UOp) -> UOp:
+    """``target`` once ``value`` is written to it."""
+    return target.after(target.store(value))
 
 
 def _param_buffers(graph: Graph) -> tuple[dict[int, UOp], dict[int, UOp]]:
