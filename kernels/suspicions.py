@@ -44,16 +44,22 @@ _KEPT_GRADIENT: Final = (
 )
 
 
-def warn_of(recording: Recording, held: Sequence[Held], names: Names, places: Places) -> None:
-    """Give all warnings that one phase deserves. ``names`` are those of its tensors by ``id``."""
-    _warn_of_late_reads(recording, held, names, places)
-    for numbers, message in (
-        (recording.old_gradients, _OLD_GRADIENT),
-        (recording.gradients, _KEPT_GRADIENT),
-    ):
-        # The weights first: a step that updates them means them.
-        for number in sorted(numbers, key=lambda number: number not in recording.changed)[:1]:
-            warn(recording.place, message.format(names.get(id(held[number].tensor), "a tensor")))
+def warn_of(
+    recordings: Sequence[Recording], held: Sequence[Held], names: Names, places: Places
+) -> None:
+    """Give all warnings that the phases deserve. ``names`` are those of their tensors by ``id``."""
+    states = {number for recording in recordings for number in recording.changed}
+    for recording in recordings:
+        _warn_of_late_reads(recording, held, names, places)
+        # Data has gradients as well, which nobody reads.
+        kept = [number for number in recording.gradients if number in states]
+        for numbers, message in (
+            (recording.old_gradients, _OLD_GRADIENT),
+            (kept, _KEPT_GRADIENT),
+        ):
+            for number in numbers[:1]:
+                name = names.get(id(held[number].tensor), "a tensor")
+                warn(recording.place, message.format(name))
 
 
 def _warn_of_late_reads(

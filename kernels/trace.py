@@ -140,8 +140,7 @@ def trace(
             raise JobError(f"collect={min(unknown)!r} is not an output")
         recordings = drop_unread_gradients(recordings, stage.held)
         names = first_names(tensors)
-        for recording in recordings:
-            warn_of(recording, stage.held, names, stage.places)
+        warn_of(recordings, stage.held, names, stage.places)
         warn_of_new_tensors(tensors, find_tensors(functions), stage.places)
         slots = Slots(stage, recordings, args or {}, names)
         builder = _Builder(stage, recordings, slots, address_of, frozenset(collect))
