@@ -20,7 +20,7 @@ from tinygrad.engine.realize import compile_linear, estimate_uop, get_call_arg_u
 from tinygrad.uop.ops import Ops, UOp, shape_to_shape_arg
 
 from p2pflop.errors import JobError, P2PFlopError
-from p2pflop.job.graph import Dtype, Graph, Node, Op
+from p2pflop.job.graph import MOVEMENT, Dtype, Graph, Node, Op
 from p2pflop.job.validate import Checked
 from p2pflop.kernels.dialect import DTYPES, OPS, REDUCTIONS, gather_rows, iota
 from p2pflop.kernels.plan import (
@@ -39,6 +39,7 @@ from p2pflop.kernels.plan import (
 DEVICE: Final = "CPU"
 # How tinygrad begins to tell that it cannot order reads and writes of buffers.
 _CYCLE: Final = "cycle detected"
+_LEAVES: Final = frozenset({Op.PARAM, Op.CONST, Op.IOTA})
 _UNSUPPORTED_HINT: Final = "Split the step into smaller phases, or file the graph as a bug."
 
 
@@ -97,15 +98,16 @@ def _schedule(checked: Checked) -> tuple[_Built, UOp]:
 def _build(checked: Checked, *, in_place: bool) -> _Built:
     """The graph as tensors to realize.
 
-    With ``in_place`` a new value of a slot is computed into the slot, and what uses that value
-    reads it there: the kernels, and so the bytes, are those of a native run, in which an assigned
-    tensor is read back from its buffer. Two states that each need the other's old value cannot be
-    ordered like that (tinygrad finds a cycle); without it every new value gets a buffer of its own
-    and is copied when nobody needs the old ones any more.
+    With ``in_place`` a new value of a slot is computed into the slot and a fresh output into its
+    buffer, and what uses that value reads it there: the kernels, and so the bytes, are those of a
+    native run that realizes them together. Two states that each need the other's old value cannot
+    be ordered like that (tinygrad finds a cycle); without it every new value gets a buffer of its
+    own and is copied when nobody needs the old ones any more.
     """
     graph = checked.graph
     slots, params = _param_buffers(graph)
     targets = {out.node: out.slot for out in reversed(graph.outputs) if out.slot is not None}
+    kept = _bases(graph) - set(targets) if in_place else set()
     nodes: list[UOp] = []
     for number, node in enumerate(graph.nodes):
         built = _build_node(node, nodes, params)
@@ -115,15 +117,20 @@ def _build(checked: Checked, *, in_place: bool) -> _Built:
                 f"node {number} ({node.op.name}) is {built.dtype} {built.shape} to tinygrad, "
                 f"{dtype} {shape} by the rules"
             )
-        slot = targets.get(number) if in_place else None
-        nodes.append(built if slot is None else _stored(params[slot], built))
+        if number in kept:
+            built = built.clone(DEVICE)
+        elif in_place and number in targets:
+            built = _stored(params[targets[number]], built)
+        nodes.append(built)
     tensors: list[Tensor] = []
     fresh: list[Tensor] = []
     for output in graph.outputs:
         value = nodes[output.node]
         if output.slot is None:
             # A buffer of its own even for a param or for a value that is also state.
-            tensor = Tensor(value.clone(DEVICE))
+            alone = output.node in kept
+            kept.discard(output.node)
+            tensor = Tensor(value if alone else value.clone(DEVICE))
             fresh.append(tensor)
         elif in_place and targets[output.node] == output.slot:
             tensor = Tensor(value)
@@ -133,6 +140,18 @@ def _build(checked: Checked, *, in_place: bool) -> _Built:
             )
         tensors.append(tensor)
     return _Built(slots, tensors, fresh)
+
+
+def _bases(graph: Graph) -> set[int]:
+    """The nodes that fresh outputs are, or are views of: realized whole in a native run."""
+    found = set()
+    for output in graph.outputs:
+        number = output.node
+        while output.slot is None and graph.nodes[number].op in MOVEMENT:
+            number = graph.nodes[number].refs[0]
+        if output.slot is None and graph.nodes[number].op not in _LEAVES:
+            found.add(number)
+    return found
 
 
 def _stored(target: UOp, value: UOp) -> UOp:
