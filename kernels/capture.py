@@ -19,6 +19,7 @@ Whatever happens, the user's tensors and the random state are as before when it 
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -101,9 +102,13 @@ class Stage:
     _saved: list[tuple[Any, str, Any]] = field(default_factory=list)
     _realized: list[tuple[UOp, ...]] = field(default_factory=list)
     _zeroed: bool = False
+    _collecting: bool = False
     _stand_ins: set[UOp] = field(default_factory=set)
 
     def __enter__(self) -> Stage:
+        # Nodes live to the end of the trace: looking for garbage among them is a tenth of it.
+        self._collecting = gc.isenabled()
+        gc.disable()
         self._save(Tensor, "_device_seeds", dict(Tensor._device_seeds))
         self._save(Tensor, "_device_rng_counters", dict(Tensor._device_rng_counters))
         if Device.DEFAULT not in Tensor._device_seeds:
@@ -139,6 +144,8 @@ class Stage:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
+        if self._collecting:
+            gc.enable()
 
     def record(
         self, function: Callable[..., object], arguments: Mapping[str, Tensor], *, training: bool
