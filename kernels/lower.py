@@ -20,7 +20,7 @@ from tinygrad.engine.realize import compile_linear, estimate_uop, get_call_arg_u
 from tinygrad.uop.ops import Ops, UOp, shape_to_shape_arg
 
 from p2pflop.errors import JobError, P2PFlopError
-from p2pflop.job.graph import Dtype, Graph, Node, Op
+from p2pflop.job.graph import MOVEMENT, Dtype, Graph, Node, Op
 from p2pflop.job.validate import Checked
 from p2pflop.kernels.dialect import DTYPES, OPS, REDUCTIONS, gather_rows, iota
 from p2pflop.kernels.plan import (
@@ -37,6 +37,9 @@ from p2pflop.kernels.plan import (
 )
 
 DEVICE: Final = "CPU"
+# How tinygrad begins to tell that it cannot order reads and writes of buffers.
+_CYCLE: Final = "cycle detected"
+_LEAVES: Final = frozenset({Op.PARAM, Op.CONST, Op.IOTA})
 _UNSUPPORTED_HINT: Final = "Split the step into smaller phases, or file the graph as a bug."
 
 
@@ -50,10 +53,7 @@ def lower(checked: Checked, progress: Callable[[int, int], None] | None = None) 
     # Lowering makes millions of small objects that live to its end: a quarter of the time.
     gc.disable()
     try:
-        built = _build(checked)
-        linear, variables = Tensor.linear_with_vars(*built.tensors)
-        if variables:
-            raise JobError("graph has symbolic variables, which no graph of ours can have")
+        built, linear = _schedule(checked)
         compiled = _compile(linear, progress)
         return encode_plan(_Flattener(built).flatten(compiled))
     except P2PFlopError:
@@ -80,9 +80,34 @@ class _Built:
     fresh: list[Tensor]
 
 
-def _build(checked: Checked) -> _Built:
+def _schedule(checked: Checked) -> tuple[_Built, UOp]:
+    """The graph built, and the kernels that compute it in their order."""
+    built = _build(checked, in_place=True)
+    try:
+        linear, variables = Tensor.linear_with_vars(*built.tensors)
+    except RuntimeError as error:
+        if not str(error).startswith(_CYCLE):
+            raise
+        built = _build(checked, in_place=False)
+        linear, variables = Tensor.linear_with_vars(*built.tensors)
+    if variables:
+        raise JobError("graph has symbolic variables, which no graph of ours can have")
+    return built, linear
+
+
+def _build(checked: Checked, *, in_place: bool) -> _Built:
+    """The graph as tensors to realize.
+
+    With ``in_place`` a new value of a slot is computed into the slot and a fresh output into its
+    buffer, and what uses that value reads it there: the kernels, and so the bytes, are those of a
+    native run that realizes them together. Two states that each need the other's old value cannot
+    be ordered like that (tinygrad finds a cycle); without it every new value gets a buffer of its
+    own and is copied when nobody needs the old ones any more.
+    """
     graph = checked.graph
     slots, params = _param_buffers(graph)
+    targets = {out.node: out.slot for out in reversed(graph.outputs) if out.slot is not None}
+    kept = _bases(graph) - set(targets) if in_place else set()
     nodes: list[UOp] = []
     for number, node in enumerate(graph.nodes):
         built = _build_node(node, nodes, params)
@@ -92,6 +117,10 @@ def _build(checked: Checked) -> _Built:
                 f"node {number} ({node.op.name}) is {built.dtype} {built.shape} to tinygrad, "
                 f"{dtype} {shape} by the rules"
             )
+        if number in kept:
+            built = built.clone(DEVICE)
+        elif in_place and number in targets:
+            built = _stored(params[targets[number]], built)
         nodes.append(built)
     tensors: list[Tensor] = []
     fresh: list[Tensor] = []
@@ -99,13 +128,35 @@ def _build(checked: Checked) -> _Built:
         value = nodes[output.node]
         if output.slot is None:
             # A buffer of its own even for a param or for a value that is also state.
-            tensor = Tensor(value.clone(DEVICE))
+            alone = output.node in kept
+            kept.discard(output.node)
+            tensor = Tensor(value if alone else value.clone(DEVICE))
             fresh.append(tensor)
+        elif in_place and targets[output.node] == output.slot:
+            tensor = Tensor(value)
         else:
-            target = params[output.slot]
-            tensor = Tensor(target.after(target.store(value)))
+            tensor = Tensor(
+                _stored(params[output.slot], value if in_place else value.clone(DEVICE))
+            )
         tensors.append(tensor)
     return _Built(slots, tensors, fresh)
+
+
+def _bases(graph: Graph) -> set[int]:
+    """The nodes that fresh outputs are, or are views of: realized whole in a native run."""
+    found = set()
+    for output in graph.outputs:
+        number = output.node
+        while output.slot is None and graph.nodes[number].op in MOVEMENT:
+            number = graph.nodes[number].refs[0]
+        if output.slot is None and graph.nodes[number].op not in _LEAVES:
+            found.add(number)
+    return found
+
+
+def _stored(target: UOp, value: UOp) -> UOp:
+    """``target`` once ``value`` is written to it."""
+    return target.after(target.store(value))
 
 
 def _param_buffers(graph: Graph) -> tuple[dict[int, UOp], dict[int, UOp]]:

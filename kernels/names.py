@@ -6,7 +6,7 @@ They are labels for people: nothing that is computed or hashed depends on them.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from tinygrad import Tensor
@@ -20,15 +20,15 @@ MAX_HELPER_DEPTH: Final = 4
 _OPAQUE: Final = (types.ModuleType, type, str, bytes, int, float, types.BuiltinFunctionType)
 
 
-def name_tensors(functions: Iterable[Callable[..., object]]) -> dict[int, str]:
-    """``id`` of a tensor to a name such as ``net.l1.weight``, for all that ``functions`` reach.
+def find_tensors(functions: Iterable[Callable[..., object]]) -> dict[str, Tensor]:
+    """All tensors that ``functions`` reach, by names such as ``net.l1.weight``.
 
-    A model's name for a weight goes before the optimizer's.
+    A model's names for its weights go before the optimizer's.
     """
     found: dict[str, object] = {}
     for function in functions:
         _collect(function, found, MAX_HELPER_DEPTH)
-    names: dict[int, str] = {}
+    named: dict[str, Tensor] = {}
     ordered = sorted(found.items(), key=lambda item: isinstance(item[1], Optimizer))
     for variable, value in ordered:
         try:
@@ -37,8 +37,23 @@ def name_tensors(functions: Iterable[Callable[..., object]]) -> dict[int, str]:
             # An object of the user's that refers to itself or resists being looked at has no names.
             continue
         for name, tensor in tensors.items():
-            names.setdefault(id(tensor), name)
+            named.setdefault(name, tensor)
+    return named
+
+
+def first_names(tensors: Mapping[str, Tensor]) -> dict[int, str]:
+    """The first name of each tensor, by its ``id``."""
+    names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), name)
     return names
+
+
+def mentions(function: Callable[..., object], name: str) -> bool:
+    """Whether the text of ``function`` has ``name`` as a variable or an attribute."""
+    plain = getattr(function, "__func__", function)
+    code = getattr(plain, "__code__", None)
+    return isinstance(code, types.CodeType) and name in _global_names(code)
 
 
 def _collect(function: object, found: dict[str, object], depth: int) -> None:

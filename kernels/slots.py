@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from tinygrad.dtype import dtypes
 from tinygrad.uop.ops import Ops, UOp
 
 from p2pflop.errors import JobError
@@ -20,9 +21,17 @@ from p2pflop.job.spec import ROLE_FEED, ROLE_INPUT, ROLE_SEED, ROLE_STATE, ROLE_
 from p2pflop.kernels.capture import Held, Recording, Stage, is_host_copy, is_literal, is_realized
 from p2pflop.kernels.dialect import OUR_DTYPES
 from p2pflop.kernels.feeds import Feed, feed_of
+from p2pflop.kernels.places import at
+from p2pflop.kernels.refusals import read_order
+from p2pflop.kernels.steps import is_step
 from p2pflop.kernels.weights import DiskLeaves, Stored, stored_in
 
 STEP_ARGUMENT: Final = "step"
+_STEP_HINT: Final = "It is the number of the step; count in a tensor of your own."
+_GRADIENT_HINT: Final = (
+    "Call zero_grad() first thing in the step, or before trace; to add up gradients over several "
+    "steps, give them zeros before trace: p.grad = Tensor.zeros_like(p)."
+)
 REALIZE_HINT: Final = "Call .realize() on it before trace, so that it starts from a blob."
 
 Number = bool | int | float
@@ -68,7 +77,7 @@ class Slots:
             if leaf is not None:
                 self._own(leaf, held)
             if number in changed:
-                self._add_state(held, changed)
+                self._add_state(number, changed)
         for held in self.stage.held:
             if held.stand_in is None or held.buffer in self._states:
                 continue
@@ -112,7 +121,10 @@ class Slots:
         if id(held.tensor) in self.names and id(owner.tensor) not in self.names:
             self._owner[buffer] = owner if feed_of(owner.tensor) else held
 
-    def _add_state(self, held: Held, changed: set[int]) -> None:
+    def _add_state(self, number: int, changed: set[int]) -> None:
+        held = self.stage.held[number]
+        if is_step(held.tensor):
+            raise JobError(self._at(number, "pf.step is assigned to"), hint=_STEP_HINT)
         if held.buffer is not None:
             self._states.add(held.buffer)
             return
@@ -120,11 +132,31 @@ class Slots:
         bases = set(held.uop.toposort())
         if any(self.stage.held[number].buffer in bases for number in changed):
             return
+        name = self.name(held, "a tensor")
+        if held.uop.dtype in dtypes.weaks or held.uop.device is None:
+            raise JobError(
+                self._at(number, f"{name} is assigned to but is a constant of open dtype"),
+                hint="Give it a dtype: Tensor([0.0]), or Tensor.zeros(dtype='int').",
+            )
+        for other in self.stage.held:
+            if other.grad is held.tensor:
+                message = (
+                    f"{self.name(other, 'a tensor')} has a gradient from before, and more is added"
+                )
+                raise JobError(self._at(number, message), hint=_GRADIENT_HINT)
         raise JobError(
-            f"{self._name(held, 'a tensor')} is assigned to but has no storage of its own: it is "
-            "computed from data, or its dtype is open",
+            self._at(
+                number,
+                f"{name} is assigned to but has no storage of its own: it is computed from data",
+            ),
             hint=REALIZE_HINT,
         )
+
+    def _at(self, number: int, message: str) -> str:
+        """``message`` with the line where a held tensor is changed."""
+        changes = (recording.changed.get(number) for recording in self.recordings)
+        change = next(uop for uop in changes if uop is not None)
+        return at(self.stage.places.of(change, reversed(read_order([change]))), message)
 
     def _new(self, buffer: UOp, shape: tuple[int, ...]) -> Slot:
         number = len(self._rows)
@@ -136,10 +168,12 @@ class Slots:
         param = GraphParam(number, OUR_DTYPES[buffer.dtype], shape)
         if buffer in self.stage.seeds:
             return Slot(number, param, ROLE_SEED, "seed")
+        if buffer in self.stage.steps:
+            return Slot(number, GraphParam(number, param.dtype, ()), ROLE_STEP, STEP_ARGUMENT)
         for argument, argument_buffer in self.stage.arguments.items():
             if argument_buffer is buffer:
                 return self._argument(param, argument)
-        name = self._name(held, f"tensor{number}")
+        name = self.name(held, f"tensor{number}")
         feed = None if held is None else feed_of(held.tensor)
         if feed is not None:
             if buffer in self._states:
@@ -164,7 +198,7 @@ class Slots:
             return Slot(param.slot, param, role, name, origin=buffer)
         if not is_realized(buffer):
             raise JobError(
-                f"{self._name(held, 'a tensor')} {param.shape} is used but was never given a value",
+                f"{self.name(held, 'a tensor')} {param.shape} is used but was never given a value",
                 hint="Tensor.empty has no content: use Tensor.zeros, or assign before trace.",
             )
         stored = stored_in(buffer)
@@ -173,12 +207,11 @@ class Slots:
         return Slot(param.slot, param, role, name, data=lambda: read_buffer(buffer))
 
     def _argument(self, param: GraphParam, name: str) -> Slot:
-        if name == STEP_ARGUMENT:
-            return Slot(param.slot, param, ROLE_STEP, name)
         value = self.args[name]
         return Slot(param.slot, param, ROLE_INPUT, name, data=lambda: pack_argument(name, value))
 
-    def _name(self, held: Held | None, otherwise: str) -> str:
+    def name(self, held: Held | None, otherwise: str) -> str:
+        """What the program calls a held tensor."""
         if held is None:
             return otherwise
         if held.tensor is self.stage.counter:

@@ -13,14 +13,15 @@ state.**
 A trap: a captured step has one moment of reading. ``opt.step(); return {"loss": loss}`` gives the
 loss *before* the update here, as ``loss.realize(*opt.schedule_step())`` does everywhere; native
 tinygrad would compute a still lazy loss after the update. Gradients start from what they were when
-``trace`` was called, so zero them inside the step.
+``trace`` was called, so zero them inside the step. Both are warned of (``suspicions``); what cannot
+be traced is told with its line (``refusals``).
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -64,7 +65,10 @@ from p2pflop.kernels.capture import (
 )
 from p2pflop.kernels.export import Exporter, purify
 from p2pflop.kernels.feeds import Feed
-from p2pflop.kernels.names import name_tensors
+from p2pflop.kernels.gradients import drop_unread_gradients
+from p2pflop.kernels.names import find_tensors, first_names, mentions
+from p2pflop.kernels.places import at
+from p2pflop.kernels.refusals import check_nodes
 from p2pflop.kernels.slots import (
     REALIZE_HINT,
     STEP_ARGUMENT,
@@ -74,6 +78,8 @@ from p2pflop.kernels.slots import (
     pack_argument,
     read_buffer,
 )
+from p2pflop.kernels.steps import step_tensor
+from p2pflop.kernels.suspicions import warn_of, warn_of_new_tensors
 from p2pflop.kernels.weights import Stored
 from p2pflop.wire import encode
 
@@ -128,19 +134,43 @@ def trace(
         raise JobError("a phase cannot be due every 0 steps", hint="every={100: test}")
     with Stage() as stage:
         arguments = _stand_in_arguments(stage, functions, args or {})
+        tensors = find_tensors(functions)
         recordings = [
-            stage.record(function, arguments, training=number == 0)
+            _record(stage, function, arguments, training=number == 0)
             for number, function in enumerate(functions)
         ]
         unknown = set(collect).difference(*(recording.outputs for recording in recordings))
         if unknown:
             raise JobError(f"collect={min(unknown)!r} is not an output")
-        slots = Slots(stage, recordings, args or {}, name_tensors(functions))
+        recordings = drop_unread_gradients(recordings, stage.held)
+        names = first_names(tensors)
+        warn_of(recordings, stage.held, names, stage.places)
+        warn_of_new_tensors(tensors, find_tensors(functions), stage.places)
+        slots = Slots(stage, recordings, args or {}, names)
         builder = _Builder(stage, recordings, slots, address_of, frozenset(collect))
         graphs = [builder.phase(recording) for recording in recordings]
         return builder.finish(
             graphs, periods, steps, seed, _find_stop(graphs, periods, stop), title
         )
+
+
+def _record(
+    stage: Stage,
+    function: Callable[..., object],
+    arguments: Mapping[str, Tensor],
+    *,
+    training: bool,
+) -> Recording:
+    recording = stage.record(function, arguments, training=training)
+    roots = [*recording.outputs.values(), *recording.changed.values()]
+    if not roots:
+        raise JobError(
+            at(recording.place, f"{recording.name} returns nothing and assigns to nothing"),
+            hint="Return a dict of names to tensors, such as {'loss': loss}.",
+        )
+    check_nodes(roots, stage.places, stage.is_known)
+    # Who writes p.grad = None looks after gradients without zero_grad().
+    return replace(recording, gradients=[]) if mentions(function, "grad") else recording
 
 
 def _stand_in_arguments(
@@ -159,8 +189,10 @@ def _stand_in_arguments(
         pack_argument(name, value)
     tensors = {}
     for name in sorted(names & (set(args) | {STEP_ARGUMENT})):
-        dtype = dtypes.int32 if name == STEP_ARGUMENT else dtypes.from_py(args[name])
-        buffer = UOp.new_buffer(Device.DEFAULT, 1, strong_dtype(dtype))
+        if name == STEP_ARGUMENT:
+            tensors[name] = step_tensor()
+            continue
+        buffer = UOp.new_buffer(Device.DEFAULT, 1, strong_dtype(dtypes.from_py(args[name])))
         stage.arguments[name] = buffer
         tensors[name] = Tensor(buffer.reshape(()))
     return tensors

@@ -32,12 +32,15 @@ if TYPE_CHECKING:
         ProtocolError,
         ProviderError,
         StoreError,
+        TraceWarning,
         VerificationError,
     )
     from p2pflop.models import load_safetensors, trace_onnx
     from p2pflop.results import Result
     from p2pflop.runs import Row, Run
     from p2pflop.sdk import Job, attach, feed, get, load, put, submit, trace
+
+    step: Any
 
 __version__ = "0.1.0"
 
@@ -57,6 +60,7 @@ __all__ = [
     "Row",
     "Run",
     "StoreError",
+    "TraceWarning",
     "VerificationError",
     "__version__",
     "attach",
@@ -65,6 +69,7 @@ __all__ = [
     "load",
     "load_safetensors",
     "put",
+    "step",
     "submit",
     "trace",
     "trace_onnx",
@@ -91,6 +96,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'p2pflop' has no attribute {name!r}")
+    if name == "step":
+        # Not kept: it is another tensor for another default device.
+        return importlib.import_module("p2pflop.kernels.steps").step_tensor()
     module = importlib.import_module(f"p2pflop.{_HOMES.get(name, 'errors')}")
     value = globals()[name] = getattr(module, name)
     return value

@@ -14,6 +14,8 @@
     ├── VerificationError             exit 10  a hash or a signature does not match its bytes
     └── ProtocolError                 exit 11  a peer sent what the protocol does not allow
 
+``TraceWarning`` is a warning, given by ``trace`` for what is allowed and looks like a mistake.
+
 Expected outcomes are values (``Rejected``, ``Refusal``, ``Miss``), not exceptions. A message says
 what happened and to what; ``hint`` says what to do next, and is a note of the exception, so that
 a traceback shows it too.
@@ -101,6 +103,10 @@ class ProtocolError(P2PFlopError):
     def __init__(self, message: str, *, hint: str = "", peer: str = "") -> None:
         super().__init__(message, hint=hint)
         self.peer = peer
+
+
+class TraceWarning(UserWarning):
+    """What a traced function does may not mean what its author thinks; it names the line."""
 
 
 def first_error(group: BaseExceptionGroup[ErrorT]) -> ErrorT:

@@ -31,7 +31,7 @@ from p2pflop.wire import encode
 KERNEL = Kernel("add", b"\x7fELF", 2, threaded=False)
 BUFFERS = (PlanBuffer(3, 64), PlanBuffer(SCRATCH, 100), PlanBuffer(FRESH, 4))
 CALL = Call(0, (Region(2, 0, 4), Region(0, 60, 4)), 1)
-PLAN = Plan(1, (KERNEL,), BUFFERS, (CALL,), (Region(2, 0, 4),), 10, 20)
+PLAN = Plan(2, (KERNEL,), BUFFERS, (CALL,), (Region(2, 0, 4),), 10, 20)
 
 
 def replaced(**changes: object) -> bytes:
@@ -53,7 +53,7 @@ def test_scratch_is_rounded_up_and_counts_nothing_else() -> None:
         b"\xc1",
         encode(PLAN)[:-1],
         encode(PLAN) + b"\0",
-        replaced(version=2),
+        replaced(version=1),
         replaced(calls=(Call(1, CALL.regions, 1),)),
         replaced(calls=(Call(0, CALL.regions[:1], 1),)),
         replaced(calls=(Call(0, CALL.regions, 2),)),
