@@ -173,7 +173,7 @@ def _buffer_fault(node: UOp, is_known: Callable[[UOp], bool]) -> tuple[str, str]
         return None
     if node.is_variable:
         return "a Variable cannot travel", _STEP_HINT
-    if str(node.device).startswith(("DISK", "TINYFS")):
+    if str(node.device).startswith("TINYFS"):
         return (
             f"a tensor on {str(node.device)[:80]} is not in memory",
             "Load it before trace: tensor.to('CPU').realize().",

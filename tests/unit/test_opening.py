@@ -61,8 +61,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Opening a body waits until the gate is set."""
     gate = threading.Event()
 
-    def slow(_bid: Bid, _data: bytes) -> Rejected:
-        gate.wait(10)
+    def slow(_bid: Bid, data: bytes) -> Rejected:
+        if len(data) > SMALL_BODY_BYTES:
+            gate.wait(10)
         return Rejected("not what the bid said")
 
     monkeypatch.setattr(opening, "_open", slow)
