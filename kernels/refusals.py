@@ -15,6 +15,7 @@ from tinygrad.uop.ops import Ops, UOp
 from p2pflop.errors import JobError
 from p2pflop.kernels.dialect import OUR_DTYPES, OUR_OPS
 from p2pflop.kernels.places import Places, at, find_place, warn
+from p2pflop.kernels.weights import is_disk
 
 HOST_DEVICES: Final = ("PYTHON", "NPY")
 
@@ -178,6 +179,8 @@ def _buffer_fault(node: UOp, is_known: Callable[[UOp], bool]) -> tuple[str, str]
             f"a tensor on {str(node.device)[:80]} is not in memory",
             "Load it before trace: tensor.to('CPU').realize().",
         )
+    if is_disk(node):
+        return None  # its slices travel as blobs
     if node.realized is None and not is_known(node):
         return (
             f"a tensor of {node.numel()} elements is used but was never given a value",

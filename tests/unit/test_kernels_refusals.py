@@ -6,7 +6,6 @@ import inspect
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,10 +113,6 @@ def use_function() -> Any:
     return {"a": function(lambda x: x + 1)(W)}
 
 
-def use_disk() -> Any:
-    return {"a": Tensor(Path(__file__))[:4].to("CPU")}
-
-
 def use_eight_bits() -> Any:
     return {"a": X.cast(dtypes.fp8e4m3)}
 
@@ -158,7 +153,6 @@ CASES = [
     (use_devices, "several devices", "shard"),
     (use_kernel, "custom kernel", "ordinary tensor operations"),
     (use_function, "precompiled function", "ordinary tensor operations"),
-    (use_disk, "not in memory", "realize"),
     (use_eight_bits, "fp8e4m3 cannot travel", "bfloat16"),
     (use_no_gradient, "has no gradient", "backward"),
     (write_the_step, r"pf\.step is assigned to", "tensor of your own"),
