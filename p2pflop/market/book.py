@@ -96,6 +96,10 @@ class Summary(Record, frozen=True):
     id: Hash
 
 
+# Not inside the class: msgspec evaluates its annotations at the first use, not now.
+SummaryPage = Annotated[tuple[Summary, ...], msgspec.Meta(max_length=MAX_SUMMARIES_A_PAGE)]
+
+
 class Summaries(Record, frozen=True):
     """A page of what a book holds, nodes rising: two books compare and exchange what differs.
 
@@ -104,7 +108,7 @@ class Summaries(Record, frozen=True):
 
     MAX_BYTES: ClassVar[int] = 1024 * 1024
 
-    entries: Annotated[tuple[Summary, ...], msgspec.Meta(max_length=MAX_SUMMARIES_A_PAGE)]
+    entries: SummaryPage
 
     @property
     def last(self) -> bool:
