@@ -150,11 +150,20 @@ class Index:
         """A whole copy, which takes the place of an older one and of its owner's partial."""
         return await self._database.write(lambda connection: _keep_row(connection, copy))
 
-    async def own(self, address: bytes, public: bool, owner: bytes) -> BlobInfo | None:
-        """One more owner for a whole blob; None if there is none."""
+    async def own(self, address: bytes, public: bool, owner: bytes) -> Change:
+        """One more owner for a whole blob, which needs its partial no more; nothing if there is no
+        such blob."""
 
-        def operation(connection: sqlite3.Connection) -> BlobInfo | None:
-            return _own_row(connection, address, public, owner)
+        def operation(connection: sqlite3.Connection) -> Change:
+            info = _own_row(connection, address, public, owner)
+            if info is None:
+                return Change(None)
+            partial = _delete_rows(
+                connection,
+                "address = ? AND owner = ? AND bitmap IS NOT NULL",
+                (address, owner),
+            )
+            return Change(info, partial.unused, partial.freed_bytes)
 
         return await self._database.write(operation)
 

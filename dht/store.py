@@ -123,9 +123,10 @@ class FileStore:
         manifest = await self.in_thread(manifest_of, data)
         old = self.index.whole(manifest.address)
         if old is not None and old.file and await self._is_sound(old, manifest):
-            info = await self.index.own(manifest.address, public, owner)
-            if info is not None:
-                return info
+            change = await self.index.own(manifest.address, public, owner)
+            await self.settle(change)
+            if change.info is not None:
+                return change.info
         self.quota.reserve(manifest.size_bytes)
         try:
             name = await self.in_thread(files.write_new, self.folder, data)
@@ -172,10 +173,11 @@ class FileStore:
         address = manifest.address
 
         async def own() -> BlobInfo:
-            info = await self.index.own(address, public, owner)
-            if info is None:
+            change = await self.index.own(address, public, owner)
+            await self.settle(change)
+            if change.info is None:
                 raise not_found(address)
-            return info
+            return change.info
 
         async def keep(chunks: Mapping[int, bytes]) -> BlobInfo:
             return await self.put(chunks.get(0, b""), public=public, owner=owner)

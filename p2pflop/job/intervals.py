@@ -140,6 +140,7 @@ def _bitwise(op: Op, whole: Bounds, left: Bounds, right: Bounds) -> Bounds:
     if op is Op.AND:
         highs = [each.high for each in (left, right) if each.low >= 0]
         return Bounds(0, min(highs), bits) if highs else whole._replace(bits=bits)
+    bits += 1  # the widest negative number of a signed width has one bit more than the others
     if left.low >= 0 and right.low >= 0:
         width = max(left.high, right.high).bit_length()
         return Bounds(0, 2**width - 1, bits)

@@ -183,7 +183,7 @@ def check_bounds(
         small = exponent is not None and exponent.low >= 0 and exponent.high <= MAX_POWER
         require(small, f"of integers by what may be outside 0 to {MAX_POWER}")
     weak = dtype is Dtype.WEAKINT
-    require(not weak or op not in (Op.POW, Op.SHL), "on weak integers")
+    require(not weak or op not in (Op.POW, Op.SHL, Op.MULACC), "on weak integers")
     found = integer_bounds(node, dtype, operands)
     if found is not None:
         if found.bits > limits.interval_bits:

@@ -8,8 +8,8 @@ that work out, values in range, and a named limit on everything that grows.
 What is refused although tinygrad would take it, and why:
 
 - a constant without a value (tinygrad's Invalid): what it leaves in memory is not determined;
-- POW and SHL of weak integers, weak integers outside 64 bits, integers whose folded bounds grow
-  past ``Limits.interval_bits``: they hang the compiler (``intervals``);
+- POW, SHL and MULACC of weak integers, weak integers outside 64 bits, integers whose folded bounds
+  grow past ``Limits.interval_bits``: they hang the compiler (``intervals``);
 - shifts by amounts that are not provably less than the width: undefined in C. ``amount & 31``
   makes them provable;
 - BITCAST from or to a bool or weak dtype, or of a 0-d tensor to another width; THREEFRY on
