@@ -93,9 +93,10 @@ class Journal:
         rows: Sequence[tuple[int, str, bytes]],
         states: Sequence[KnownState] = (),
         fills: Sequence[bytes] = (),
+        forget: Sequence[str] = (),
     ) -> None:
-        """Add rows ``(at_ns, kind, body)``, states and ids of fills of the job, and make ``head``
-        the job's head, in one transaction."""
+        """Add rows ``(at_ns, kind, body)``, states and ids of fills of the job, make ``head`` the
+        job's head, and forget its rows of some kinds, in one transaction."""
 
         def change(connection: sqlite3.Connection) -> None:
             connection.execute(
@@ -117,14 +118,11 @@ class Journal:
             connection.executemany(
                 "INSERT OR REPLACE INTO fills VALUES (?, ?)", [(fill, head.job) for fill in fills]
             )
+            connection.executemany(
+                "DELETE FROM rows WHERE job = ? AND kind = ?", [(head.job, kind) for kind in forget]
+            )
 
         await self._database.write(change)
-
-    async def drop(self, job: str, kinds: Sequence[str]) -> None:
-        """Forget a job's rows of some kinds."""
-        values = [(job, kind) for kind in kinds]
-        query = "DELETE FROM rows WHERE job = ? AND kind = ?"
-        await self._database.write(lambda connection: connection.executemany(query, values))
 
     def state(self, work: bytes, class_id: bytes, step: int) -> bytes | None:
         """The joined addresses of the state after ``step`` steps, or None if it is not known."""
@@ -179,6 +177,7 @@ class JobRows:
         self._pending: list[tuple[int, str, bytes]] = []
         self._states: list[KnownState] = []
         self._fills: list[bytes] = []
+        self._to_forget: tuple[str, ...] = ()
         self._changed = False
         self._flushing = trio.Lock()
         self._flushed = trio.Event()
@@ -196,6 +195,11 @@ class JobRows:
         """The id of a fill of this job; written with the next flush."""
         self._fills.append(fill)
 
+    def forget(self, *kinds: str) -> None:
+        """Rows of these kinds are of no more use; gone with the next flush."""
+        self._to_forget = kinds
+        self._changed = True
+
     def set_head(self, *, summary: bytes, end_state: str = "") -> None:
         """A new summary and, at the end, the end state; written with the next flush."""
         job, side, opened_ns = self.head.job, self.head.side, self.head.opened_ns
@@ -210,7 +214,7 @@ class JobRows:
             rows, states, head = list(self._pending), list(self._states), self.head
             fills = list(self._fills)
             try:
-                await self._journal.append(head, rows, states, fills)
+                await self._journal.append(head, rows, states, fills, self._to_forget)
             except StoreError as fault:
                 self._fault = fault
                 self._flushed.set()
@@ -222,10 +226,6 @@ class JobRows:
             self._changed = self.head is not head
             self._fault = None
             self._flushed.set()
-
-    async def drop(self, *kinds: str) -> None:
-        """Forget rows of some kinds that are on disk."""
-        await self._journal.drop(self.head.job, kinds)
 
     async def wait_flushed(self) -> None:
         """Return once there has been a flush: the job is in the journal. Raises StoreError."""

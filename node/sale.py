@@ -308,10 +308,10 @@ class Sale:
             if side.fill and not side.confirm and action.blame is Blame.BUYER:
                 allocator.note_lapse(self.account, at_ns)
         self.rows.set_head(summary=action.reason.encode(), end_state=action.state)
-        await self.rows.flush()
         # Nobody can ask for these any more; of what was never confirmed, not even for the job.
         kinds = [SaleRow.RESULT, SaleRow.CHECKPOINT, *([] if side.confirm else [SaleRow.BODY])]
-        await self.rows.drop(*kinds)
+        self.rows.forget(*kinds)
+        await self.rows.flush()
         if not self.over and action.state is not State.SETTLED:
             self._finish_talk()  # what is signed is acknowledged first
         _log.info("sale %s: %s %s", self.rows.head.job[:12], action.state, action.reason)

@@ -73,6 +73,22 @@ async def test_states_are_found_by_work_class_and_step_after_a_restart(tmp_path:
     await again.aclose()
 
 
+async def test_fills_are_found_and_rows_of_no_use_are_gone_with_the_end(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    rows = JobRows(journal, head("sale-1", PROVIDER), now_ns=lambda: 6)
+    rows.add("body", b"large")
+    rows.add("bid", b"small")
+    rows.add_fill(b"f" * 32)
+    await rows.flush()
+    assert journal.job_of_fill(b"f" * 32) == "sale-1"
+    assert journal.job_of_fill(b"g" * 32) is None
+    rows.forget("body", "absent")
+    rows.set_head(summary=b"", end_state="settled")
+    await rows.flush()
+    assert [row.kind for row in journal.rows("sale-1")] == ["bid"]
+    await journal.aclose()
+
+
 def test_a_file_that_is_no_database_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "journal.db").write_bytes(b"not a database, not at all" * 100)
     with pytest.raises(StoreError, match=r"journal\.db is damaged") as caught:
