@@ -94,11 +94,15 @@ class Buyer:
         """Called by a purchase that waits for room."""
         self._waiting[run_id] = purchase
 
+    def wait_no_more(self, run_id: str) -> None:
+        """Called by a purchase that goes on or is over."""
+        self._waiting.pop(run_id, None)
+
     def room_freed(self) -> None:
         """This node itself has room again: let the purchase try that has waited longest."""
         if self._waiting:
             run_id = next(iter(self._waiting))
-            self.nursery.start_soon(self._waiting.pop(run_id).try_again)
+            self.nursery.start_soon(survive, self._waiting.pop(run_id).try_again)
 
     async def submit(self, body: bytes, options: SubmitOptions) -> str:
         """Check, journal and start. Raises JobError, BlobNotFoundError, ConfigError."""

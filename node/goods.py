@@ -56,6 +56,24 @@ class Goods:
         self._inline: dict[bytes, bytes] = {}
         self._last_row = (checked.job.first_step, -1, -1)
         self._told_to = checked.job.first_step
+        self._progress: dict[int, int] = {}
+
+    def is_progress(self, message: m.Message) -> bool:
+        """Whether it tells of more than was told before, and not of the same again."""
+        match message:
+            case m.Fetching(done_bytes, _):
+                measure = (0, done_bytes)
+            case m.Lowering(done, _):
+                measure = (1, done)
+            case m.Rows():
+                measure = (2, message.last_step)
+            case m.Checkpoint(step, _, _):
+                measure = (3, step)
+            case _:
+                return True  # the result, with the last receipt
+        further = measure[1] > self._progress.get(measure[0], -1)
+        self._progress[measure[0]] = max(measure[1], self._progress.get(measure[0], -1))
+        return further
 
     def note_rows(self, message: m.Rows) -> list[ToldValue]:
         """The values told, as numbers."""

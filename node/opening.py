@@ -63,6 +63,12 @@ class Opener:
             self.penalise(peer)
         return found
 
+    async def reopen(self, data: bytes) -> Opened:
+        """A body that was opened before. Raises ProtocolError if it is damaged."""
+        if len(data) <= SMALL_BODY_BYTES:
+            return open_known(data)
+        return await trio.to_thread.run_sync(open_known, data, limiter=self._thread)
+
     def penalise(self, peer: str) -> None:
         """Nothing of this peer's is looked at for a while."""
         self._penalties[peer] = self._now_ns() + PENALTY_NS

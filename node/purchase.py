@@ -75,6 +75,7 @@ RETURN_S: Final = 0.25
 MAX_RETURNS: Final = 5
 """Streams opened in the place of broken ones, with growing pauses, until one is ``STEADY_S``."""
 STEADY_S: Final = 30.0
+UNCONFIRMED: Final = frozenset({State.RANKING, State.WAITING, State.BIDDING})
 CONFIRMED: Final = frozenset({State.CONFIRMING, State.RUNNING})
 
 _log = logging.getLogger(__name__)
@@ -117,6 +118,8 @@ class Purchase:
                 nursery.cancel_scope.cancel()
         except* P2PFlopError as group:
             self._failure = self._failure or first_error(group)
+        finally:
+            self._buyer.wait_no_more(self._run.id)
         self._take_back()
         if self._failure is not None:
             raise self._failure
@@ -165,9 +168,11 @@ class Purchase:
         if task == "verify":
             self._to_verify.set()
         elif task == "wait":
+            self._note_failure()
             self._buyer.wait(self._run.id, self)
             self._nursery.start_soon(self._tell_state)
         else:
+            self._buyer.wait_no_more(self._run.id)
             self._nursery.start_soon(self._rank)
 
     async def try_again(self) -> None:
@@ -382,9 +387,9 @@ class Purchase:
         goods = self._goods
         if self._lifecycle.ended:
             return ""
-        if goods is None or self._lifecycle.state in (State.RANKING, State.BIDDING):
+        if goods is None or self._lifecycle.state in UNCONFIRMED:
             return "it worked before it was confirmed"
-        event: Event = Alive(worked=True)
+        event: Event = Alive(worked=goods.is_progress(message))
         if isinstance(message, m.Delivered):
             event = Received(message.receipt, message.salt)
         try:
@@ -444,7 +449,7 @@ class Purchase:
             try:
                 state = await goods.check(receipt, self._bid().record.class_id)
             except (ProtocolError, VerificationError) as error:
-                await self._driver.on(Refuted(printable(error.message)))
+                await self._driver.on(Refuted(printable(error.message), wire))
                 return True
             except (ProviderError, BlobNotFoundError) as error:
                 if first:
@@ -452,6 +457,8 @@ class Purchase:
                 return False
             if self._run.over:
                 return True
+            if self._lifecycle.side.unsigned.get(number) != wire:
+                continue  # it was of a provider that was given up meanwhile
             self._note_state(receipt.to_step, state)
             if receipt.result == ZERO_HASH:
                 root = receipt.root_to.hex()
@@ -459,7 +466,7 @@ class Purchase:
                 await self._buyer.runs.emit(self._run, "checkpoint", **fields)
             fields = {"number": number, "amount_nusd": receipt.amount_nusd}
             await self._buyer.runs.emit(self._run, "receipt", to_step=receipt.to_step, **fields)
-            await self._driver.on(Verified(number))
+            await self._driver.on(Verified(number, wire))
         return True
 
     def _note_state(self, step: int, state: tuple[bytes, ...]) -> None:

@@ -115,6 +115,7 @@ class Sale:
         self.account = account
         self.rows = rows
         self.body_bytes = 0
+        self._had_ended = bool(rows.head.end_state)
         self._seller = seller
         self._body = body
         self._checked = checked
@@ -301,7 +302,7 @@ class Sale:
         side = self._lifecycle.side
         if side.countersigned:
             await self._book(side.countersigned)
-        if not self.over:
+        if not self.over and not self._had_ended:
             allocator, at_ns = self._seller.allocator, self._seller.now_ns()
             unpaid_nusd = self._shown_nusd(action.blame) - self.signed_nusd
             allocator.note_unpaid(self.account, unpaid_nusd, at_ns)

@@ -39,7 +39,7 @@ from p2pflop.node.identity import Identity
 from p2pflop.node.journal import PROVIDER, Head, JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.ledger_book import LedgerBook
-from p2pflop.node.opening import Opener, open_known
+from p2pflop.node.opening import Opener
 from p2pflop.node.sale import Sale, SaleRow, first_row
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.warm import WarmWorkers
@@ -80,6 +80,7 @@ class Seller:
     _sales: OrderedDict[bytes, Sale] = field(default_factory=OrderedDict)
     _by_fill: dict[bytes, Sale] = field(default_factory=dict)
     _refusals: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
+    _reviving: trio.Lock = field(default_factory=trio.Lock)
     _deciding: trio.Lock = field(default_factory=trio.Lock)
 
     def __post_init__(self) -> None:
@@ -302,7 +303,12 @@ class Seller:
             await rows.flush()
 
     async def _revive(self, bid_id: bytes) -> Sale | None:
-        """A sale that only the journal remembers."""
+        """A sale that only the journal remembers; one at a time, since each costs a look at it."""
+        async with self._reviving:
+            known = self._sales.get(bid_id)
+            return known if known is not None else await self._revive_alone(bid_id)
+
+    async def _revive_alone(self, bid_id: bytes) -> Sale | None:
         head = self.journal.head(bid_id.hex())
         if head is None or head.side != PROVIDER:
             return None
@@ -312,7 +318,7 @@ class Seller:
         bid = open_sealed(Bid, first_row(rows, SaleRow.BID), self.identity.network)
         account = first_row(rows, SaleRow.ACCOUNT)
         encoded = first_row(rows, SaleRow.BODY)
-        body, checked = open_known(encoded)
+        body, checked = await self.opener.reopen(encoded)
         sale = self._remember(bid, account, body, checked, head)
         sale.body_bytes = len(encoded)
         # Work that was under way died with the node: only what was not begun needs room.

@@ -84,8 +84,11 @@ class Run:
         )
 
     def __iter__(self) -> Iterator[Row]:
-        last = -1
+        last, provider = -1, ""
         for event in self.events():
+            if event["kind"] == "filled" and event["provider"] != provider:
+                # Another one does it all, and what the one before told may be wrong.
+                last, provider = -1, event["provider"]
             if event["kind"] == "rows":
                 for row in event["rows"]:
                     # A run that was taken up again at a checkpoint tells some steps twice.

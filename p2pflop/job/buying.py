@@ -42,6 +42,7 @@ from p2pflop.units import NS_PER_S
 MAX_ATTEMPTS: Final = 64
 MAX_UNSIGNED_RECEIPTS: Final = 64
 JOB_FAULT_PREFIX: Final = "job: "
+GAVE_BACK: Final = "the provider gave the lease back: "
 BUSY_PREFIX: Final = "busy: "
 """How a provider's reason begins that holds now and may not hold later."""
 
@@ -81,6 +82,10 @@ class BuyerDesk(Protocol):
 
     def confirm(self, fill: bytes) -> bytes: ...
 
+    def provider_of(self, bid: bytes) -> bytes:
+        """The key of the provider's node that a bid is for."""
+        ...
+
     def check_commit(self, wire: bytes, fill: bytes) -> None: ...
 
     def receipt_number(self, wire: bytes, fill: bytes) -> int:
@@ -115,7 +120,7 @@ class Buying:
         self.desk = desk
         self.attempt = 0
         self.rounds = 0
-        self.job_faults = 0
+        self.faulted_by: set[bytes] = set()
         self.bid = b""
         self.fill = b""
         self.confirm = b""
@@ -175,9 +180,10 @@ class Buying:
     def _leave(self, reason: str, bid: bytes) -> None:
         """A provider is of no use; ``bid`` is for the next one, empty to wait for another round."""
         self.attempt += 1
+        if reason.startswith(GAVE_BACK + JOB_FAULT_PREFIX):
+            self.faulted_by.add(self.desk.provider_of(self.bid))
         self.bid, self._reason = bid, reason
         self._busy = self._busy or BUSY_PREFIX in reason
-        self.job_faults += JOB_FAULT_PREFIX in reason
         if not bid:
             self._first_attempt, self._busy = self.attempt, False
             self.rounds += 1
@@ -262,7 +268,7 @@ class Buying:
             raise ProtocolError("an abandon without a fill")
         reason = self.desk.check_abandon(wire, self.bid, self.fill)
         job_fault = reason.startswith(JOB_FAULT_PREFIX)
-        reason = f"the provider gave the lease back: {reason}"
+        reason = GAVE_BACK + reason
         if state is State.VERIFYING:
             blame = Blame.JOB if job_fault else Blame.PROVIDER
             return self._end(Edge.GIVEN_UP, reason, blame, fence=False)
@@ -274,18 +280,21 @@ class Buying:
 
     def _on_job_fault(self, reason: str, now_ns: int) -> Move:
         """One provider says that the job itself is to blame: believed when a second one says so,
-        or when there is no other to ask."""
-        if self.job_faults:
+        or when there is no other to ask, not even one that has no room now."""
+        if self.faulted_by - {self.desk.provider_of(self.bid)}:
             return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
         return self._start_over(reason, now_ns, Edge.JOB_FAULT, Blame.JOB, fence=False)
 
     def _start_over(
         self, reason: str, now_ns: int, edge: Edge, blame: Blame, *, fence: bool = True
     ) -> Move:
-        """Have another provider do it all, if nothing is owed yet and there is one; else end."""
+        """Have another provider do it all, if nothing is owed yet and there is one, now or, if one
+        was busy, later; else end."""
         attempt = self.attempt + 1
         few = not self.countersigned and attempt - self._first_attempt < MAX_ATTEMPTS
         bid = self.desk.bid(attempt, now_ns) if few else None
+        if bid is None and self._busy and not self.countersigned:
+            return self._wait(reason, fence=fence)
         if bid is None:
             return self._end(edge, reason, blame, fence)
         abandon = self._fence(reason) if fence else []
@@ -343,9 +352,9 @@ class Buying:
                 return Move(Edge.RANKED, (bid,), [Send("bid", bid)])
             case Again() if state is State.WAITING:
                 return Move(Edge.AGAIN, (), [Start("rank")])
-            case Verified(number):
+            case Verified(number, wire) if self.unsigned.get(number) == wire:
                 return self._on_verified(number)
-            case Refuted(reason) if self.unsigned:
+            case Refuted(reason, wire) if wire in self.unsigned.values():
                 return self._end(Edge.REFUTED, f"wrong delivery: {reason}", Blame.PROVIDER)
             case Cancel(reason):
                 return self._end(Edge.CANCEL, reason, Blame.BUYER)
@@ -353,10 +362,7 @@ class Buying:
                 return Move(Edge.QUIET)
 
     def _on_verified(self, number: int) -> Move:
-        receipt = self.unsigned.get(number)
-        if receipt is None:
-            return Move(Edge.QUIET)
-        signed = self.desk.countersign(receipt)
+        signed = self.desk.countersign(self.unsigned[number])
         edge = Edge.VERIFIED if number == self.last_number else Edge.COUNTERSIGN
         return Move(edge, (signed, number.to_bytes(4, "big")), [Send("countersign", signed)])
 
@@ -371,15 +377,18 @@ class Buying:
         few = attempt - self._first_attempt < MAX_ATTEMPTS
         bid = self.desk.bid(attempt, now_ns) if few else None
         if bid is None and (self._busy or BUSY_PREFIX in reason):
-            abandon = self._fence(reason) if fence else []
-            parts = (reason.encode(), b"", abandon[0].wire if abandon else b"")
-            return Move(Edge.WAIT, parts, [*abandon, Start("wait")])
+            return self._wait(reason, fence=fence)
         if bid is None:
             message = f"no provider took the job; the last one: {reason}"
             return self._end(Edge.EXHAUSTED, message, Blame.MARKET, fence)
         abandon = self._fence(reason) if fence else []
         parts = (reason.encode(), bid, abandon[0].wire if abandon else b"")
         return Move(Edge.NEXT, parts, [*abandon, Send("bid", bid)])
+
+    def _wait(self, reason: str, *, fence: bool) -> Move:
+        abandon = self._fence(reason) if fence else []
+        parts = (reason.encode(), b"", abandon[0].wire if abandon else b"")
+        return Move(Edge.WAIT, parts, [*abandon, Start("wait")])
 
     def _end(self, edge: Edge, reason: str, blame: Blame, fence: bool = True) -> Move:
         abandon = self._fence(reason) if fence else []

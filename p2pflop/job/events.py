@@ -95,16 +95,21 @@ class Again:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """Buyer: everything that receipt ``number`` is about is held and verified."""
+    """Buyer: everything that receipt ``number`` is about is held and verified.
+
+    ``wire`` is that receipt: the check may have outlived the provider that it was of.
+    """
 
     number: int
+    wire: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Refuted:
-    """Buyer: what was delivered is not what was bought."""
+    """Buyer: what was delivered is not what was bought; ``wire`` is the receipt about it."""
 
     reason: str
+    wire: bytes
 
 
 @dataclass(frozen=True, slots=True)

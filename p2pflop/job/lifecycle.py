@@ -164,6 +164,7 @@ BUYER: Final[Table] = {
         Edge.DEADLINE: State.FAILED,
         Edge.CANCEL: State.CANCELLED,
         Edge.REPEAT: State.CONFIRMING,
+        Edge.QUIET: State.CONFIRMING,
     },
     State.RUNNING: {
         Edge.RECEIPT: State.RUNNING,
@@ -171,6 +172,7 @@ BUYER: Final[Table] = {
         Edge.COMMIT: State.RUNNING,
         Edge.LAST_RECEIPT: State.VERIFYING,
         Edge.NEXT: State.BIDDING,
+        Edge.WAIT: State.WAITING,
         Edge.REFUTED: State.FAILED,
         Edge.LOST: State.FAILED,
         Edge.SILENT: State.FAILED,

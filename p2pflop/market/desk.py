@@ -88,6 +88,10 @@ class BuyerDesk:
         """See the protocol."""
         return make_confirm(self._key, self._records.get(Fill, fill), self._network).wire
 
+    def provider_of(self, bid: bytes) -> bytes:
+        """See the protocol."""
+        return self._records.get(Bid, bid).record.provider
+
     def check_commit(self, wire: bytes, fill: bytes) -> None:
         """See the protocol."""
         opened = self._records.get(Fill, fill)

@@ -210,8 +210,8 @@ class Link:
             self.buyer.tasks.clear()
             side = self.buyer.life.side
             assert isinstance(side, Buying)
-            for number in sorted(side.unsigned):
-                self.feed(self.buyer, Verified(number))
+            for number, wire in sorted(side.unsigned.items()):
+                self.feed(self.buyer, Verified(number, wire))
             return True
         return False
 

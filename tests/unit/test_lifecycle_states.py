@@ -105,6 +105,11 @@ class Pair:
         ]
 
 
+def verified(life: Lifecycle[Buying], number: int) -> Verified:
+    """That receipt ``number``, which waits at the buyer, is verified."""
+    return Verified(number, life.side.unsigned.get(number, b""))
+
+
 def pair(until: State) -> Pair:
     """``until`` is the buyer's or the provider's state at which to stop."""
     seller = party(1)
@@ -123,7 +128,7 @@ def pair(until: State) -> Pair:
         lambda: (sale.on(Ready(), NOW_NS), made.on(Alive(), NOW_NS)),
         lambda: both.to_buyer(sale.on(Done(STEPS, ROOT, RESULT, SALT), NOW_NS)),
         lambda: both.to_buyer(sale.on(Reveal(), NOW_NS)),
-        lambda: both.to_provider(made.on(Verified(1), NOW_NS)),
+        lambda: both.to_provider(made.on(verified(made, 1), NOW_NS)),
     ]
     for step in steps:
         if until in (made.state, sale.state):
@@ -166,6 +171,55 @@ def test_a_buyer_comes_back_to_those_that_had_no_room() -> None:
     assert made.state is State.FAILED, "a no that is not for want of room is final"
 
 
+def test_a_check_of_a_receipt_counts_for_that_receipt_alone() -> None:
+    """One may end after its provider was given up and the next one has billed."""
+    both = pair(State.VERIFYING)
+    assert both.buyer.on(Verified(1, b"another receipt"), NOW_NS) == []
+    assert both.buyer.on(Refuted("wrong", b"another receipt"), NOW_NS) == []
+    assert both.buyer.state is State.VERIFYING
+    assert pair(State.CONFIRMING).buyer.on(Verified(1, b"another receipt"), NOW_NS) == []
+
+
+def job_fault(seller: Party, made: Lifecycle[Buying]) -> None:
+    """The provider that is asked now fills and then says that the job is at fault."""
+    sale = provider(provider_desk(seller), made.side.bid, DEADLINE_NS)
+    sale.start(NOW_NS)
+    both = Pair(made, sale, seller)
+    both.to_provider(both.to_buyer(sale.on(Grant(), NOW_NS)))
+    both.to_buyer(sale.on(Fault("it faulted", job_fault=True), NOW_NS))
+
+
+def test_a_job_fault_is_believed_when_a_second_provider_says_so() -> None:
+    sellers = [party(number) for number in (1, 2, 3)]
+    found = [deal for seller in sellers for deal in deals(seller.sheet(ask()))]
+    made = buyer(buyer_desk(SHOPPER, found), DEADLINE_NS)
+    made.start(NOW_NS)
+    made.on(Ranked(), NOW_NS)
+    states = []
+    for seller in sellers[:2]:
+        job_fault(seller, made)
+        states.append(made.state)
+    assert states == [State.BIDDING, State.FAILED], "another one is asked first"
+    assert made.side.outcome()[1] is Blame.JOB
+
+
+def test_a_job_fault_of_one_provider_twice_is_one_opinion() -> None:
+    busy, liar = party(1), party(2)
+    (first,), (second,) = deals(busy.sheet(ask())), deals(liar.sheet(ask()))
+    found = [first, second]
+    made = buyer(buyer_desk(SHOPPER, found), DEADLINE_NS)
+    made.start(NOW_NS)
+    for _ in range(3):
+        made.on(Ranked(), NOW_NS)
+        sale = provider(provider_desk(busy), made.side.bid, DEADLINE_NS)
+        sale.start(NOW_NS)
+        Pair(made, sale, busy).to_buyer(sale.on(Deny(BUSY_PREFIX + "full"), NOW_NS))
+        job_fault(liar, made)
+        assert made.state is State.WAITING, "the other one may have room later"
+        found += [first, second]
+        made.on(Again(), NOW_NS)
+
+
 def test_a_confirm_must_come_within_two_seconds() -> None:
     both = pair(State.LEASED)
     late = NOW_NS + CONFIRM_WITHIN_NS
@@ -184,7 +238,7 @@ def test_a_confirm_must_come_within_two_seconds() -> None:
 def test_what_is_countersigned_is_owed_even_after_the_providers_end(end: Event) -> None:
     both = pair(State.RUNNING)
     both.to_buyer(both.provider.on(Checkpointed(STEPS // 2, HALF), NOW_NS))
-    signed = both.buyer.on(Verified(1), NOW_NS)
+    signed = both.buyer.on(verified(both.buyer, 1), NOW_NS)
     both.provider.on(end, NOW_NS)
     state = both.provider.state
     assert state in ENDS
@@ -231,7 +285,9 @@ def test_the_deadline_ends_what_is_not_delivered_and_spares_what_is() -> None:
         assert "deadline" in actions[-1].reason
     delivered = pair(State.VERIFYING)
     assert not [
-        a for a in delivered.buyer.on(Verified(1), DEADLINE_NS + 1) if isinstance(a, SetTimer)
+        a
+        for a in delivered.buyer.on(verified(delivered.buyer, 1), DEADLINE_NS + 1)
+        if isinstance(a, SetTimer)
     ]
     assert delivered.buyer.state is State.SETTLED
 
@@ -250,7 +306,7 @@ def test_cancelling_fences_and_releases_the_provider() -> None:
 def test_an_abandon_is_fenced_at_the_last_countersigned_step() -> None:
     both = pair(State.RUNNING)
     both.to_buyer(both.provider.on(Checkpointed(STEPS // 2, HALF), NOW_NS))
-    both.to_provider(both.buyer.on(Verified(1), NOW_NS))
+    both.to_provider(both.buyer.on(verified(both.buyer, 1), NOW_NS))
     (abandon,) = [a for a in both.buyer.on(Cancel(), NOW_NS) if isinstance(a, Send)]
     record = open_sealed(Abandon, abandon.wire).record
     assert (record.from_step, record.root) == (STEPS // 2, HALF)
@@ -261,7 +317,7 @@ def test_an_abandon_is_fenced_at_the_last_countersigned_step() -> None:
 
 def test_a_wrong_delivery_is_not_countersigned() -> None:
     both = pair(State.VERIFYING)
-    actions = both.buyer.on(Refuted("chunk 3 is missing"), NOW_NS)
+    actions = both.buyer.on(Refuted("chunk 3 is missing", both.buyer.side.unsigned[1]), NOW_NS)
     assert both.buyer.state is State.FAILED
     assert not both.buyer.side.countersigned
     both.to_provider(actions)
@@ -376,7 +432,7 @@ def test_unsigned_receipts_are_bounded_on_both_sides() -> None:
         both.to_buyer(both.provider.on(Checkpointed(step, root), NOW_NS))
     assert len(both.buyer.side.unsigned) == MAX_UNSIGNED_RECEIPTS
     assert both.provider.on(Checkpointed(STEPS - 1, ROOT), NOW_NS) == []
-    both.to_provider(both.buyer.on(Verified(MAX_UNSIGNED_RECEIPTS), NOW_NS))
+    both.to_provider(both.buyer.on(verified(both.buyer, MAX_UNSIGNED_RECEIPTS), NOW_NS))
     assert both.buyer.side.unsigned == both.provider.side.unsigned == {}
     assert both.to_buyer(both.provider.on(Checkpointed(STEPS - 1, ROOT), NOW_NS))
 
@@ -386,8 +442,8 @@ ALL_EVENTS: list[Event] = [
     Lost("x"),
     Fault("x"),
     Ranked(),
-    Verified(1),
-    Refuted("x"),
+    Verified(1, b""),
+    Refuted("x", b""),
     Cancel(),
     Grant(),
     Deny("x"),
