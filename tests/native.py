@@ -31,8 +31,8 @@ class Program:
 
 
 @dataclass
-class Replayed:
-    """What a provider has before it starts a worker."""
+class Lowered:
+    """A job with its plans: what a provider has before it starts a worker."""
 
     traced: Traced
     job: CheckedJob
@@ -48,6 +48,10 @@ class Replayed:
             raise AssertionError(f"slot {slot} is a feed of {source.shards} shards")
         return session
 
+    def slot(self, name: str) -> int:
+        """The slot of a traced name."""
+        return self.traced.labels.params.index(name)
+
 
 def tensors_of(**owners: object) -> dict[str, Tensor]:
     """Tensors of models, optimizers and variables, by the names that a trace gives them."""
@@ -60,19 +64,27 @@ def tensors_of(**owners: object) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if ".params." not in name}
 
 
-def replay(program: Program, steps: int) -> Replayed:
+def prepare(
+    fn: Step,
+    every: Mapping[int, Step] | None = None,
+    args: Mapping[str, float] | None = None,
+    steps: int = 8,
+) -> Lowered:
     """Trace and lower."""
-    traced = trace(
-        program.step, steps=steps, every=program.every, seed=SEED, address_of=content_hash
-    )
+    traced = trace(fn, steps=steps, every=every, args=args, seed=SEED, address_of=content_hash)
     job = open_job(traced.body)
     assert isinstance(job, CheckedJob), job
-    return Replayed(traced, job, {name: lower(graph) for name, graph in job.graphs.items()})
+    return Lowered(traced, job, {name: lower(graph) for name, graph in job.graphs.items()})
+
+
+def replay(program: Program, steps: int) -> Lowered:
+    """``prepare`` for a program."""
+    return prepare(program.step, program.every, steps=steps)
 
 
 def assert_equal_to_native(
     make: Callable[[], Program], steps: int = 3, step_tensor: Tensor | None = None
-) -> Replayed:
+) -> Lowered:
     """``steps`` steps of ``make()`` give, bit for bit, the scalars and tensors of a native run.
 
     ``step_tensor`` is given the number of the step in the native run.
@@ -93,7 +105,7 @@ def assert_equal_to_native(
         assert rows[number] == _native_step(program, number), f"step {number}"
     compared = 0
     for name, tensor in program.tensors.items():
-        slot = replayed.traced.labels.params.index(name)
+        slot = replayed.slot(name)
         assert bytes(session.read(slot)) == raw_bytes(tensor), name
         compared += replayed.job.work.params[slot].role == ROLE_STATE
     assert compared

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -13,48 +12,15 @@ from tinygrad import Tensor, dtypes, nn
 from tinygrad.helpers import Context
 
 from p2pflop.errors import JobError, ProtocolError
-from p2pflop.ids import content_hash
-from p2pflop.job.file import CheckedJob, open_job
 from p2pflop.job.spec import MODE_TRACE, Stop, Work
 from p2pflop.kernels.lower import lower
 from p2pflop.kernels.plan import decode_plan, encode_plan
 from p2pflop.kernels.run import Session
-from p2pflop.kernels.trace import Traced, trace
+from tests.native import SEED, Lowered, prepare
 
 RNG = np.random.default_rng(7)
 PIXELS = RNG.standard_normal((40, 36)).astype(np.float32)
 LABELS = RNG.integers(0, 4, 40).astype(np.uint8)
-SEED = 11
-
-
-@dataclass
-class Lowered:
-    """A job with its plans: what a provider has before it starts a worker."""
-
-    traced: Traced
-    job: CheckedJob
-    plans: dict[bytes, bytes]
-
-    def session(self) -> Session:
-        session = Session(self.job.work, self.plans)
-        session.initialise()
-        for slot, data in self.traced.inputs.items():
-            session.write(slot, 0, data)
-        return session
-
-    def slot(self, name: str) -> int:
-        return self.traced.labels.params.index(name)
-
-
-def prepare(
-    fn: Callable[..., object],
-    every: Mapping[int, Callable[..., object]] | None = None,
-    args: Mapping[str, float] | None = None,
-) -> Lowered:
-    traced = trace(fn, steps=8, every=every, args=args, seed=SEED, address_of=content_hash)
-    job = open_job(traced.body)
-    assert isinstance(job, CheckedJob)
-    return Lowered(traced, job, {name: lower(graph) for name, graph in job.graphs.items()})
 
 
 class Layer:
