@@ -26,6 +26,8 @@ from p2pflop.node.api_guard import dump_json, error_body
 READ_AHEAD_CHUNKS: Final = 1
 MAX_WAITING_EVENTS: Final = 64
 HEARTBEAT: Final = b": still here\n\n"
+GATHER_S: Final = 0.01
+"""How long an event waits for others to leave with it, unless it is the last."""
 
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 _log = logging.getLogger(__name__)
@@ -123,12 +125,14 @@ class EventStream(Response):
         self._heartbeat_s = heartbeat_s
         self._wait_s = wait_s
         self._stopping = stopping
+        self._all_pumped: trio.Event
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         async def write(frame: bytes) -> None:
             await send({"type": "http.response.body", "body": frame, "more_body": True})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        self._all_pumped = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.cancel_scope.deadline = trio.current_time() + self._wait_s
             nursery.start_soon(_until_gone, receive, nursery.cancel_scope)
@@ -142,27 +146,37 @@ class EventStream(Response):
     async def _forward(
         self, take: trio.MemoryReceiveChannel[bytes], write: Callable[[bytes], Awaitable[None]]
     ) -> None:
-        await write(HEARTBEAT)
+        wait_s = GATHER_S  # at first for the headers, which leave with it
         async with take:
             while True:
                 frame = HEARTBEAT
-                with trio.move_on_after(self._heartbeat_s):
+                with trio.move_on_after(wait_s):
                     try:
                         frame = await take.receive()
                     except trio.EndOfChannel:
                         return
+                    else:
+                        with trio.move_on_after(GATHER_S):
+                            await self._all_pumped.wait()
                 await write(_with_what_waits(frame, take))
+                wait_s = self._heartbeat_s
 
     async def _pump(self, put: trio.MemorySendChannel[bytes]) -> None:
         async with put:
             try:
                 async for event in self._events:
                     head = f"id: {event['seq']}\nevent: {event['kind']}\ndata: ".encode()
-                    await put.send(head + dump_json(event) + b"\n\n")
+                    frame = head + dump_json(event) + b"\n\n"
+                    try:
+                        # Not a pause between events that were told together: they leave together.
+                        put.send_nowait(frame)
+                    except trio.WouldBlock:
+                        await put.send(frame)
             except P2PFlopError as error:
                 data = dump_json({"error": error_body(error)})
                 await put.send(b"event: error\ndata: " + data + b"\n\n")
             finally:
+                self._all_pumped.set()
                 if isinstance(self._events, AsyncGenerator):
                     with trio.CancelScope(shield=True):
                         await self._events.aclose()

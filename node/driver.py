@@ -48,6 +48,9 @@ class Hands(Protocol):
     async def send(self, action: Send) -> None:
         """Send a signed record to the other side; a failure is told as ``Lost``."""
 
+    def keep(self, edge: str) -> None:
+        """Add to the job's rows what goes to disk together with this edge's row."""
+
     def start(self, task: str) -> None:
         """Begin a task in the background."""
 
@@ -159,6 +162,7 @@ class Driver:
         for action in actions:
             if isinstance(action, Persist):
                 self._rows.add(LIFE_ROW + action.kind, action.body)
+                self._hands.keep(action.kind)
         for action in actions:
             match action:
                 case Send():

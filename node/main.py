@@ -8,6 +8,7 @@ at once. A node that was killed finds all of it in its journal.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import resource
@@ -140,6 +141,7 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
         await _sell(daemon)
         if settings.embedded:
             nursery.start_soon(_end_when_idle, daemon, activity, stop)
+        _spare_the_collector()
         home.write_note(listener.url, network.peer, embedded=settings.embedded)
         yield daemon
 
@@ -327,6 +329,12 @@ def _allow_open_files() -> None:
     wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _spare_the_collector() -> None:
+    """What was imported lives as long as the process: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _set_up_logging(settings: Settings) -> None:

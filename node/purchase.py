@@ -163,6 +163,9 @@ class Purchase:
         if not self._lifecycle.ended and self._run.card["state"] != state:
             await self._buyer.runs.emit(self._run, "state", state=state.value)
 
+    def keep(self, edge: str) -> None:
+        """See Hands. Nothing more."""
+
     def start(self, task: str) -> None:
         """See Hands."""
         if task == "verify":

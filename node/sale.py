@@ -42,6 +42,7 @@ from p2pflop.job.events import (
     Withdraw,
 )
 from p2pflop.job.file import CheckedJob, JobBody
+from p2pflop.job.lifecycle import Edge
 from p2pflop.job.selling import provider as provider_lifecycle
 from p2pflop.job.spec import BlobSource, Result, state_root
 from p2pflop.keys import peer_id
@@ -115,6 +116,7 @@ class Sale:
         self.account = account
         self.rows = rows
         self.body_bytes = 0
+        self.fill_id = b""
         self._had_ended = bool(rows.head.end_state)
         self._seller = seller
         self._body = body
@@ -271,7 +273,6 @@ class Sale:
         wire = action.wire
         match action.kind:
             case "fill":
-                self._bind()
                 self._say(m.Filled(wire))
             case "reject":
                 self._say(m.Refused(wire))
@@ -285,6 +286,11 @@ class Sale:
                 self._finish_talk()
             case _:
                 raise AssertionError(f"a provider does not send a {action.kind}")
+
+    def keep(self, edge: str) -> None:
+        """See Hands. A buyer who comes back with the fill must find the sale."""
+        if edge == Edge.GRANT:
+            self._bind()
 
     def start(self, task: str) -> None:
         """See Hands."""

@@ -45,7 +45,7 @@ from p2pflop.node.sheets import SheetService
 from p2pflop.node.warm import WarmWorkers
 from p2pflop.node.worker_types import Workers
 from p2pflop.units import KIB
-from p2pflop.wire import Sealed, envelope_kind, open_sealed
+from p2pflop.wire import Sealed, envelope_kind, reopen
 
 OFFER_S: Final = 10.0
 MAX_REMEMBERED: Final = 256
@@ -77,7 +77,9 @@ class Seller:
     allocator: Allocator = field(init=False)
     blobs: LeaseBlobs = field(init=False)
     opener: Opener = field(init=False)
-    _sales: OrderedDict[bytes, Sale] = field(default_factory=OrderedDict)
+    _sales: dict[bytes, Sale] = field(default_factory=dict)
+    _over: OrderedDict[bytes, Sale] = field(default_factory=OrderedDict)
+    _over_bytes: int = 0
     _by_fill: dict[bytes, Sale] = field(default_factory=dict)
     _refusals: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
     _reviving: trio.Lock = field(default_factory=trio.Lock)
@@ -135,6 +137,8 @@ class Seller:
         """Called by a sale that has ended, once its worker has too."""
         self.allocator.close(sale)
         self.blobs.let_go(sale.bid.id)
+        self._over[sale.bid.id] = sale
+        self._over_bytes += sale.body_bytes
         self._forget()
 
     async def shows(self, address: bytes, reader: bytes) -> bool:
@@ -156,14 +160,14 @@ class Seller:
 
     def bind_fill(self, fill: bytes, sale: Sale) -> bytes:
         """Called by a sale that has a fill, so that a buyer who comes back finds it; its id."""
-        fill_id = open_sealed(Fill, fill, self.identity.network).id
-        self._by_fill[fill_id] = sale
-        return fill_id
+        sale.fill_id = reopen(Fill, fill, self.identity.network).id
+        self._by_fill[sale.fill_id] = sale
+        return sale.fill_id
 
     # Bids
 
     async def _offered(self, offer: m.Offer, stream: Stream) -> Sale | None:
-        bid = open_sealed(Bid, offer.bid, self.identity.network)
+        bid = reopen(Bid, offer.bid, self.identity.network)
         if peer_id(bid.signer) != stream.peer:
             raise ProtocolError("a bid that another peer signed", peer=stream.peer)
         known = self._sales.get(bid.id) or await self._revive(bid.id)
@@ -251,24 +255,23 @@ class Seller:
 
     def _forget(self) -> None:
         """Leave sales that are over to the journal, but for the latest and small ones."""
-        over = [(key, sale) for key, sale in self._sales.items() if sale.over]
-        count, size_bytes = len(self._sales), sum(sale.body_bytes for _, sale in over)
-        for key, sale in over:
-            if count <= MAX_REMEMBERED and size_bytes <= MAX_REMEMBERED_BYTES:
-                return
-            count, size_bytes = count - 1, size_bytes - sale.body_bytes
-            del self._sales[key]
-            self._by_fill = {k: s for k, s in self._by_fill.items() if s is not sale}
+        while self._over and (
+            len(self._sales) > MAX_REMEMBERED or self._over_bytes > MAX_REMEMBERED_BYTES
+        ):
+            bid_id, sale = self._over.popitem(last=False)
+            self._over_bytes -= sale.body_bytes
+            del self._sales[bid_id]
+            self._by_fill.pop(sale.fill_id, None)
 
     async def _find(self, wire: bytes) -> Sale:
         record: Confirm | Receipt | Abandon
         match envelope_kind(wire):
             case Confirm.KIND:
-                record = open_sealed(Confirm, wire, self.identity.network).record
+                record = reopen(Confirm, wire, self.identity.network).record
             case Receipt.KIND:
-                record = open_sealed(Receipt, wire, self.identity.network).record
+                record = reopen(Receipt, wire, self.identity.network).record
             case _:
-                record = open_sealed(Abandon, wire, self.identity.network).record
+                record = reopen(Abandon, wire, self.identity.network).record
         sale = self._by_fill.get(record.fill)
         if sale is None:
             job = self.journal.job_of_fill(record.fill)
@@ -315,7 +318,7 @@ class Seller:
         rows = self.journal.rows(head.job)
         if head.end_state and not any(row.kind == SaleRow.BODY for row in rows):
             raise ProviderError("that bid was granted, not confirmed, and is over")
-        bid = open_sealed(Bid, first_row(rows, SaleRow.BID), self.identity.network)
+        bid = reopen(Bid, first_row(rows, SaleRow.BID), self.identity.network)
         account = first_row(rows, SaleRow.ACCOUNT)
         encoded = first_row(rows, SaleRow.BODY)
         body, checked = await self.opener.reopen(encoded)

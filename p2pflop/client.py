@@ -151,7 +151,7 @@ class Client:
         a row; then NodeUnreachableError. TimeoutError after ``timeout_s``.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        failures = 0
+        failures, over = 0, False
         while True:
             left_s = None if deadline is None else deadline - time.monotonic()
             if left_s is not None and left_s <= 0:
@@ -160,13 +160,16 @@ class Client:
                 for event in self._event_stream(run_id, after, left_s):
                     failures = 0
                     after = int(event["seq"])
+                    over = event["kind"] in LAST_EVENT_KINDS
                     yield event
-                    if event["kind"] in LAST_EVENT_KINDS:
-                        return
+                if over:
+                    return  # the response is read to its end, so the connection serves again
                 if deadline is not None and time.monotonic() >= deadline:
                     continue
                 reason = "it ended the connection"
             except (httpx.TransportError, NodeUnreachableError) as error:
+                if over:
+                    return
                 reason = str(error)
             failures += 1
             if failures > MAX_RECONNECTS:

@@ -35,7 +35,7 @@ from p2pflop.market.records import (
     Receipt,
     Rejected,
 )
-from p2pflop.wire import DEFAULT_NETWORK, Sealed, SignedRecord, open_sealed
+from p2pflop.wire import DEFAULT_NETWORK, Sealed, SignedRecord, reopen
 
 MAX_KEPT_RECORDS: Final = 256
 
@@ -240,7 +240,7 @@ class _Records:
         if known is not None and isinstance(known.record, kind):
             return Sealed(known.record, known.signer, known.id, known.wire)
         try:
-            return open_sealed(kind, wire, self._network)
+            return reopen(kind, wire, self._network)
         except VerificationError as error:
             raise ProtocolError(error.message) from error
 

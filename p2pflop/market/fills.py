@@ -39,7 +39,7 @@ from p2pflop.market.records import (
 )
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, check_delegation
 from p2pflop.units import MAX_NUSD, NS_PER_S
-from p2pflop.wire import DEFAULT_NETWORK, Sealed, SignedRecord, open_sealed, seal
+from p2pflop.wire import DEFAULT_NETWORK, Sealed, SignedRecord, reopen, seal
 
 MAX_BID_AGE_NS: Final = 60 * NS_PER_S
 SALT_BYTES: Final = 32
@@ -382,6 +382,6 @@ def check_trade(
 
 def _open(kind: type[S], data: bytes, network: str) -> Sealed[S] | Rejected:
     try:
-        return open_sealed(kind, data, network)
+        return reopen(kind, data, network)
     except (ProtocolError, VerificationError) as error:
         return Rejected(error.message)

@@ -25,7 +25,7 @@ from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.job.spec import InitSource, Work, times_due
 from p2pflop.keys import PrivateKey
 from p2pflop.market.records import ZERO_HASH, Bid, CostLine, Fill, Receipt, Rejected
-from p2pflop.wire import DEFAULT_NETWORK, Sealed, open_sealed, seal
+from p2pflop.wire import DEFAULT_NETWORK, Sealed, reopen, seal
 
 
 def amount_nusd(bid: Bid, work: Work, steps_done: int) -> int:
@@ -88,7 +88,7 @@ def check_receipt(
 ) -> Sealed[Receipt] | Rejected:
     """The buyer's check. ``previous`` is the last one accepted, countersigned or not."""
     try:
-        sealed = open_sealed(Receipt, data, network)
+        sealed = reopen(Receipt, data, network)
     except (ProtocolError, VerificationError) as error:
         return Rejected(error.message)
     if sealed.signer != fill.signer:
@@ -139,7 +139,7 @@ def check_countersigned(
 ) -> Sealed[Receipt] | Rejected:
     """The provider's check. ``buyer`` is the node key that signed the bid."""
     try:
-        sealed = open_sealed(Receipt, data, network)
+        sealed = reopen(Receipt, data, network)
     except (ProtocolError, VerificationError) as error:
         return Rejected(error.message)
     if sealed.signer != buyer:

@@ -14,6 +14,7 @@ from p2pflop.errors import ConfigError, ProviderError
 from p2pflop.job.events import State
 from p2pflop.market.fills import MAX_BID_AGE_NS
 from p2pflop.node import messages as m
+from p2pflop.node import sell
 from p2pflop.node.execute import MIN_DEAR_FLOP
 from p2pflop.node.journal import PROVIDER
 from p2pflop.node.letters import JOB_PROTOCOL
@@ -94,6 +95,19 @@ async def test_a_job_is_run_and_both_ledgers_say_what_it_cost(
     assert sum(isinstance(message, m.Countersigned) for message in sent.seen) == 4
     assert heard.kinds()[-1] == "Settled"
     assert sales(provider) == ["settled"]
+    market.check()
+
+
+async def test_of_sales_that_are_over_memory_keeps_the_latest(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sell, "MAX_REMEMBERED", 2)
+    provider, buyer = await market.provider(), await market.buyer()
+    for _ in range(4):
+        await market.end_of(buyer, await buyer.submit(sample_file(1)))
+    await market.settle_down()
+    assert sales(provider) == ["settled"] * 4
+    assert len(provider.seller._sales) == len(provider.seller._by_fill) == 2
     market.check()
 
 

@@ -489,6 +489,19 @@ class TestRuns:
             assert events[1]["rows"][0]["values"]["loss"] == "NaN"
             assert "id: 3\nevent: result\n" in text
 
+    async def test_events_that_come_together_leave_together(self) -> None:
+        async with serving() as server:
+            run = await _submit(server)
+            story = server.service.runs[run]
+            async with server.client.stream("GET", f"/v1/jobs/{run}/events") as response:
+                pieces = response.aiter_raw()
+                assert await anext(pieces) == b": still here\n\n"  # with the headers
+                for step in range(3):
+                    await story.tell("progress", step=step, steps=3)
+                assert (await anext(pieces)).count(b"data: ") == 3
+                await story.tell("cancelled")
+                assert (await anext(pieces)).count(b"data: ") == 1
+
     async def test_events_resume_after_what_was_seen(self) -> None:
         async with serving() as server:
             run = await _submit(server)

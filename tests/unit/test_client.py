@@ -223,6 +223,27 @@ class TestRun:
         with pytest.raises(AttributeError, match="step, loss, no 'acc'"):
             _ = rows[0].acc
 
+    def test_a_run_followed_to_its_end_leaves_its_connection_to_the_next(
+        self, start_node: StartNode
+    ) -> None:
+        start_node(script=[("cancelled", {})])
+        opened: list[str] = []
+
+        def trace(name: str, _: object) -> None:
+            if name == "connection.connect_tcp.started":
+                opened.append(name)
+
+        with Client() as client:
+            client.status()
+            assert client._http is not None
+            client._http.event_hooks["request"].append(
+                lambda request: request.extensions.update(trace=trace)
+            )
+            for _ in range(3):
+                run_id = client.submit(b"job")
+                assert [event["kind"] for event in client.events(run_id)] == ["cancelled"]
+        assert not opened
+
     def test_steps_told_again_after_a_checkpoint_come_once(self, start_node: StartNode) -> None:
         again = {"rows": [{"step": step, "values": {"loss": 1}} for step in (0, 1, 2)]}
         start_node(script=[*ROWS, ("rows", again), ("result", {"hash": "", "cost_nusd": 0})])
