@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
@@ -16,66 +16,10 @@ import trio.testing
 from p2pflop.dht.manifest import CHUNK_BYTES, address_of
 from p2pflop.errors import ConfigError, StoreError, VerificationError
 from p2pflop.node import api_server
-from p2pflop.node.api import ApiLimits, create_app
 from p2pflop.node.api_guard import Activity, dump_json
-from p2pflop.node.api_server import bind_api, serve_api
+from p2pflop.node.api_server import bind_api
 from p2pflop.node.memory_service import MemoryService
-
-TOKEN = "s3cret-token"
-LIMITS = ApiLimits(
-    max_blob_bytes=3 * CHUNK_BYTES,
-    max_job_bytes=1000,
-    max_command_bytes=200,
-    max_open_requests=4,
-    heartbeat_s=0.05,
-)
-
-
-class Server:
-    """A served API and a client for it that knows the token."""
-
-    def __init__(self, service: MemoryService, port: int, client: httpx.AsyncClient) -> None:
-        self.service = service
-        self.port = port
-        self.client = client
-        self.activity = Activity()
-        self.stopping = trio.Event()
-
-    async def get(self, path: str, **headers: str) -> httpx.Response:
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return await self.client.get(path, headers=named)
-
-
-@asynccontextmanager
-async def serving(service: MemoryService | None = None) -> AsyncIterator[Server]:
-    service = service or MemoryService()
-    listener = bind_api(0)
-    async with (
-        trio.open_nursery() as nursery,
-        httpx.AsyncClient(
-            base_url=listener.url,
-            headers={"authorization": f"Bearer {TOKEN}"},
-            trust_env=False,
-            timeout=10,
-        ) as client,
-    ):
-        server = Server(service, listener.port, client)
-        app = create_app(
-            service,
-            TOKEN,
-            listener.port,
-            activity=server.activity,
-            limits=LIMITS,
-            stopping=server.stopping,
-        )
-        await nursery.start(serve_api, app, listener, server.stopping)
-        yield server
-        nursery.cancel_scope.cancel()
-
-
-def error_of(response: httpx.Response) -> dict[str, Any]:
-    error: dict[str, Any] = response.json()["error"]
-    return error
+from tests.serving import LIMITS, TOKEN, Server, error_of, serving, submit
 
 
 async def raw(port: int, request: bytes) -> bytes:
@@ -192,7 +136,7 @@ class TestGate:
 
     async def test_more_open_requests_than_the_limit_are_turned_away(self) -> None:
         async with serving() as server:
-            run = await _submit(server)
+            run = await submit(server)
             async with trio.open_nursery() as nursery:
                 half = LIMITS.max_open_requests // 2
                 await _open_streams(server, run, nursery, half, total=half)
@@ -236,11 +180,6 @@ async def _until(condition: Callable[[], bool]) -> None:
     with trio.fail_after(5):
         while not condition():  # noqa: ASYNC110  the server tells nobody of an end
             await trio.sleep(0.001)
-
-
-async def _submit(server: Server) -> str:
-    run: str = (await server.client.post("/v1/jobs", content=b"job")).json()["id"]
-    return run
 
 
 async def _hold(server: Server, run: str) -> None:
@@ -429,122 +368,6 @@ class TestBlobs:
                 await anext(response.aiter_raw())
             await _until(lambda: not server.activity.open_requests)
             assert reads < 1000
-
-
-class TestRuns:
-    async def test_submit_passes_the_options_on(self) -> None:
-        async with serving() as server:
-            reply = await server.client.post("/v1/jobs?max_nusd=5&deadline_s=60", content=b"job")
-            assert reply.status_code == 201
-            run = server.service.runs[reply.json()["id"]]
-            assert run.body == b"job"
-            assert (run.options.max_nusd, run.options.deadline_s) == (5, 60)
-            assert run.options.checkpoint_steps is None
-            listed = (await server.get("/v1/jobs")).json()["jobs"]
-            assert [job["id"] for job in listed] == [run.id]
-            path = f"/v1/jobs/{run.id}"
-            assert (await server.get(path)).json()["id"] == run.id
-            assert (await server.get(f"{path}/file")).content == b"job"
-            assert error_of(await server.get(f"{path}/record"))["kind"] == "ConfigError"
-
-    @pytest.mark.parametrize(
-        "query", ["max_nusd=-1", "max_nusd=1.5", "deadline_s=x", "max_nusd=" + "9" * 20]
-    )
-    async def test_bad_options_are_named(self, query: str) -> None:
-        async with serving() as server:
-            reply = await server.client.post(f"/v1/jobs?{query}", content=b"job")
-            assert reply.status_code == 400
-            assert query.split("=")[0] in error_of(reply)["message"]
-            assert not server.service.runs
-
-    async def test_job_files_are_bounded(self) -> None:
-        async with serving() as server:
-            for path in ("/v1/jobs", "/v1/quote"):
-                at_limit = await server.client.post(path, content=bytes(LIMITS.max_job_bytes))
-                assert at_limit.is_success
-                over = await server.client.post(path, content=bytes(LIMITS.max_job_bytes + 1))
-                assert over.status_code == 413
-                assert error_of(over)["kind"] == "JobError"
-            assert error_of(await server.client.post("/v1/jobs"))["exit_code"] == 5
-
-    async def test_events_stream_until_the_last(self) -> None:
-        async with serving() as server:
-            run = await _submit(server)
-            story = server.service.runs[run]
-            await story.tell("state", state="ranking")
-
-            async def go_on() -> None:
-                await story.tell("rows", rows=[{"step": 0, "values": {"loss": float("nan")}}])
-                await story.tell("result", hash="ab", cost_nusd=1)
-
-            async with server.client.stream("GET", f"/v1/jobs/{run}/events") as response:
-                assert response.headers["content-type"].startswith("text/event-stream")
-                text = ""
-                async for piece in response.aiter_text():
-                    if "ranking" in piece:
-                        await go_on()
-                    text += piece
-            events = [json.loads(line[6:]) for line in text.splitlines() if line[:6] == "data: "]
-            assert [event["seq"] for event in events] == [1, 2, 3]
-            assert events[1]["rows"][0]["values"]["loss"] == "NaN"
-            assert "id: 3\nevent: result\n" in text
-
-    async def test_events_that_come_together_leave_together(self) -> None:
-        async with serving() as server:
-            run = await _submit(server)
-            story = server.service.runs[run]
-            async with server.client.stream("GET", f"/v1/jobs/{run}/events") as response:
-                pieces = response.aiter_raw()
-                assert await anext(pieces) == b": still here\n\n"  # with the headers
-                for step in range(3):
-                    await story.tell("progress", step=step, steps=3)
-                assert (await anext(pieces)).count(b"data: ") == 3
-                await story.tell("cancelled")
-                assert (await anext(pieces)).count(b"data: ") == 1
-
-    async def test_events_resume_after_what_was_seen(self) -> None:
-        async with serving() as server:
-            run = await _submit(server)
-            for step in range(3):
-                await server.service.runs[run].tell("progress", step=step, steps=3)
-            await server.service.runs[run].tell("cancelled")
-            path = f"/v1/jobs/{run}/events"
-            for text in (
-                (await server.get(f"{path}?after=2")).text,
-                (await server.get(path, last_event_id="2")).text,
-            ):
-                assert "id: 3\n" in text
-                assert "id: 2\n" not in text
-            assert (await server.get(f"{path}?after=x")).status_code == 400
-
-    async def test_a_silent_stream_has_heartbeats_and_an_end(self) -> None:
-        async with serving() as server:
-            run = await _submit(server)
-            text = (await server.get(f"/v1/jobs/{run}/events?wait_ms=200")).text
-            assert text.count(": still here") >= 2
-            assert "data:" not in text
-
-    async def test_a_stopping_node_ends_its_streams(self) -> None:
-        async with serving() as server:
-            run = await _submit(server)
-            async with server.client.stream("GET", f"/v1/jobs/{run}/events") as response:
-                with trio.fail_after(2):
-                    async for _ in response.aiter_raw():
-                        server.stopping.set()
-
-    async def test_cancel(self) -> None:
-        async with serving() as server:
-            run = await _submit(server)
-            reply = await server.client.post(f"/v1/jobs/{run}/cancel")
-            assert reply.json()["state"] == "cancelled"
-
-    @pytest.mark.parametrize("run", ["r-404", "..", "a b", "x" * 65])
-    async def test_unknown_runs(self, run: str) -> None:
-        async with serving() as server:
-            for path in (f"/v1/jobs/{run}", f"/v1/jobs/{run}/events"):
-                reply = await server.get(path)
-                assert reply.status_code in (400, 404)
-                assert error_of(reply)["kind"] == "ConfigError"
 
 
 class TestNode:
