@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import gc
 import os
+import platform
 import re
 import select
 import socket
@@ -56,7 +57,11 @@ COMPILER_MEMORY_BYTES: Final = 2 * GIB
 
 _COMPILED, _REFUSED = 0, 1
 _CHUNK_BYTES: Final = 64 * 1024
-_DEVICE = re.compile(r"CPU:CLANG:(x86_64|arm64),([a-z0-9-]+)((?:,[+-]?[a-z0-9.]+)*)")
+# Whatever renders a job's kernels, tinygrad has clang compile four small programs of its own.
+_DEVICE = re.compile(r"CPU:(?:CLANG|LLVM|X86):(x86_64|arm64),([a-z0-9-]+)((?:,[+-]?[a-z0-9.]+)*)")
+
+
+_MACHINES: Final = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": "arm64"}
 
 
 def arguments(device: str) -> tuple[str, ...]:
@@ -64,6 +69,9 @@ def arguments(device: str) -> tuple[str, ...]:
 
     Raises ProtocolError.
     """
+    if not device.startswith("CPU:"):
+        # Another device: whoever opens the CPU beside it, for copies, gets tinygrad's default.
+        device = f"CPU:CLANG:{_MACHINES.get(platform.machine().lower(), '')},native"
     found = _DEVICE.fullmatch(device)
     if found is None:
         raise ProtocolError(f"no compiler arguments for device {device[:80]!r}")

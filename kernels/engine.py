@@ -39,6 +39,16 @@ class Engine(Protocol):
     def use_compiler(self, client: CompileClient) -> None:
         """Compile by asking ``client`` from now on."""
 
+    @property
+    def lockable(self) -> bool:
+        """Whether a child can be locked. If not, it must open a driver that needs what a lock takes
+        away: then only limits bind it, and only jobs of the node's own account may run in it.
+        """
+        ...
+
+    def open(self) -> None:
+        """In a child that is not locked: open what a fork would not survive."""
+
     def warm(self) -> str:
         """Import and try out all that a locked child will need, which can read hardly any file.
 

@@ -22,7 +22,7 @@ from p2pflop.errors import JobError, P2PFlopError, ProviderError
 from p2pflop.job.collection import Collection, numbered
 from p2pflop.job.delivery import output_bytes
 from p2pflop.job.file import CheckedJob, JobBody, JobFile, open_job
-from p2pflop.job.graph import Dtype
+from p2pflop.job.graph import Dtype, graph_hash
 from p2pflop.job.results import Scalar, TraceLog, build_result, scalar
 from p2pflop.job.spec import (
     MODE_LAST,
@@ -36,7 +36,7 @@ from p2pflop.job.spec import (
     shard_at,
 )
 from p2pflop.job.validate import Refusal
-from p2pflop.kernels.classes import descriptor, environment
+from p2pflop.kernels.classes import CLASS_NAME, descriptor, environment
 from p2pflop.units import MIB
 from p2pflop.wire import decode, encode
 
@@ -66,12 +66,14 @@ def run_local(
     address_of: Callable[[bytes], bytes],
     on_row: OnRow | None = None,
     on_lowering: OnLowering | None = None,
+    class_name: str = CLASS_NAME,
 ) -> tuple[Result, dict[bytes, bytes]]:
     """Run the job to its end; the record of its result, and the blobs it names by address.
 
     ``blobs`` has everything that the job names, by address. ``on_row(step, values by name)`` is
-    called for each step that gave values, ``on_lowering(done, total)`` after each kernel. Raises
-    JobError, ConfigError, and ProviderError if the process dies.
+    called for each step that gave values, ``on_lowering(done, total)`` after each kernel.
+    ``class_name`` is one of ``classes``. Raises JobError, ConfigError, and ProviderError if the
+    process dies.
     """
     job = open_job(file.body)
     if isinstance(job, Refusal):
@@ -91,12 +93,13 @@ def run_local(
         slot: decode(Collection, blobs[source.collection]).entries for slot, source in job.feeds
     }
     gathered = _Gathered(file, job, on_row, on_lowering)
+    result_class = class_id(descriptor(class_name))
     # The command is this interpreter and a module of ours.
     process = subprocess.Popen(
         [sys.executable, "-m", "p2pflop.kernels.local"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, **environment()},
+        env={**os.environ, **environment(class_name)},
     )
     requests, answers = process.stdin, process.stdout
     if requests is None or answers is None:
@@ -118,7 +121,7 @@ def run_local(
         process.kill()
         process.wait()
         answers.close()
-    return gathered.finish(address_of, process.returncode)
+    return gathered.finish(address_of, result_class, process.returncode)
 
 
 class _Gathered:
@@ -159,7 +162,7 @@ class _Gathered:
             raise JobError(rest[0], hint=rest[1])
 
     def finish(
-        self, address_of: Callable[[bytes], bytes], exit_code: int
+        self, address_of: Callable[[bytes], bytes], result_class: bytes, exit_code: int
     ) -> tuple[Result, dict[bytes, bytes]]:
         if self._steps_done is None:
             raise ProviderError(
@@ -188,7 +191,7 @@ class _Gathered:
         result = build_result(
             self._job.work,
             self._job.job,
-            class_id=class_id(descriptor()),
+            class_id=result_class,
             steps_done=self._steps_done,
             outputs=outputs,
             trace=keep(self._trace.encode()),
@@ -240,8 +243,7 @@ def _serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
 
 def _run(body: JobBody, requests: Iterator[list[Any]], stdout: BinaryIO) -> None:
     # Imported here so that the parent, which may have tinygrad in another class, needs neither.
-    from p2pflop.kernels.lower import lower
-    from p2pflop.kernels.run import Session
+    from p2pflop.kernels.tinygrad_engine import create
 
     job = open_job(body)
     if isinstance(job, Refusal):
@@ -250,8 +252,9 @@ def _run(body: JobBody, requests: Iterator[list[Any]], stdout: BinaryIO) -> None
     def progress(done: int, total: int) -> None:
         _send(stdout, [_LOWERING, done, total])
 
-    plans = {graph: lower(checked, progress) for graph, checked in job.graphs.items()}
-    session = Session(job.work, plans)
+    engine = create()
+    plans = {graph_hash(graph): engine.lower(graph, progress) for graph in body.graphs}
+    session = engine.session(job.work, plans)
     session.initialise()
     for slot, _ in job.inputs:
         _send(stdout, [_INPUT, slot])

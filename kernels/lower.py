@@ -36,15 +36,19 @@ from p2pflop.kernels.plan import (
     encode_plan,
 )
 
-DEVICE: Final = "CPU"
+CPU: Final = "CPU"
 # How tinygrad begins to tell that it cannot order reads and writes of buffers.
 _CYCLE: Final = "cycle detected"
 _LEAVES: Final = frozenset({Op.PARAM, Op.CONST, Op.IOTA})
 _UNSUPPORTED_HINT: Final = "Split the step into smaller phases, or file the graph as a bug."
 
 
-def lower(checked: Checked, progress: Callable[[int, int], None] | None = None) -> bytes:
-    """The encoded plan of ``checked`` for this process's class.
+def lower(
+    checked: Checked,
+    progress: Callable[[int, int], None] | None = None,
+    device: str = CPU,
+) -> bytes:
+    """The encoded plan of ``checked`` for this process's class, whose device is ``device``.
 
     ``progress(done, total)`` is called after every kernel. Raises JobError if tinygrad cannot
     schedule or compile the graph, or sees another shape or dtype in it than we do.
@@ -53,9 +57,9 @@ def lower(checked: Checked, progress: Callable[[int, int], None] | None = None) 
     # Lowering makes millions of small objects that live to its end: a quarter of the time.
     gc.disable()
     try:
-        built, linear = _schedule(checked)
-        compiled = _compile(linear, progress)
-        return encode_plan(_Flattener(built).flatten(compiled))
+        built, linear = _schedule(checked, device)
+        compiled = _compile(linear, device, progress)
+        return encode_plan(_Flattener(built, on_cpu=device == CPU).flatten(compiled))
     except P2PFlopError:
         raise
     except RecursionError as error:
@@ -80,22 +84,22 @@ class _Built:
     fresh: list[Tensor]
 
 
-def _schedule(checked: Checked) -> tuple[_Built, UOp]:
+def _schedule(checked: Checked, device: str) -> tuple[_Built, UOp]:
     """The graph built, and the kernels that compute it in their order."""
-    built = _build(checked, in_place=True)
+    built = _build(checked, device, in_place=True)
     try:
         linear, variables = Tensor.linear_with_vars(*built.tensors)
     except RuntimeError as error:
         if not str(error).startswith(_CYCLE):
             raise
-        built = _build(checked, in_place=False)
+        built = _build(checked, device, in_place=False)
         linear, variables = Tensor.linear_with_vars(*built.tensors)
     if variables:
         raise JobError("graph has symbolic variables, which no graph of ours can have")
     return built, linear
 
 
-def _build(checked: Checked, *, in_place: bool) -> _Built:
+def _build(checked: Checked, device: str, *, in_place: bool) -> _Built:
     """The graph as tensors to realize.
 
     With ``in_place`` a new value of a slot is computed into the slot and a fresh output into its
@@ -105,7 +109,7 @@ def _build(checked: Checked, *, in_place: bool) -> _Built:
     own and is copied when nobody needs the old ones any more.
     """
     graph = checked.graph
-    slots, params = _param_buffers(graph)
+    slots, params = _param_buffers(graph, device)
     targets = {out.node: out.slot for out in reversed(graph.outputs) if out.slot is not None}
     kept = _bases(graph) - set(targets) if in_place else set()
     nodes: list[UOp] = []
@@ -118,7 +122,7 @@ def _build(checked: Checked, *, in_place: bool) -> _Built:
                 f"{dtype} {shape} by the rules"
             )
         if number in kept:
-            built = built.clone(DEVICE)
+            built = built.clone(device)
         elif in_place and number in targets:
             built = _stored(params[targets[number]], built)
         nodes.append(built)
@@ -130,13 +134,13 @@ def _build(checked: Checked, *, in_place: bool) -> _Built:
             # A buffer of its own even for a param or for a value that is also state.
             alone = output.node in kept
             kept.discard(output.node)
-            tensor = Tensor(value if alone else value.clone(DEVICE))
+            tensor = Tensor(value if alone else value.clone(device))
             fresh.append(tensor)
         elif in_place and targets[output.node] == output.slot:
             tensor = Tensor(value)
         else:
             tensor = Tensor(
-                _stored(params[output.slot], value if in_place else value.clone(DEVICE))
+                _stored(params[output.slot], value if in_place else value.clone(device))
             )
         tensors.append(tensor)
     return _Built(slots, tensors, fresh)
@@ -159,14 +163,14 @@ def _stored(target: UOp, value: UOp) -> UOp:
     return target.after(target.store(value))
 
 
-def _param_buffers(graph: Graph) -> tuple[dict[int, UOp], dict[int, UOp]]:
+def _param_buffers(graph: Graph, device: str) -> tuple[dict[int, UOp], dict[int, UOp]]:
     """For each slot its flat buffer, and the buffer in the shape of the param."""
     slots, shaped = {}, {}
     for param in graph.params:
         count = 1
         for dim in param.shape:
             count *= dim
-        slots[param.slot] = UOp.new_buffer(DEVICE, count, DTYPES[param.dtype])
+        slots[param.slot] = UOp.new_buffer(device, count, DTYPES[param.dtype])
         shaped[param.slot] = slots[param.slot].reshape(param.shape)
     return slots, shaped
 
@@ -219,9 +223,9 @@ def _integers(node: Node) -> tuple[int, ...]:
     return tuple(_integer(value) for value in node.attrs)
 
 
-def _compile(linear: UOp, progress: Callable[[int, int], None] | None) -> UOp:
+def _compile(linear: UOp, device: str, progress: Callable[[int, int], None] | None) -> UOp:
     """``linear`` with every kernel compiled. Equal kernels are compiled once."""
-    renderer = Device[DEVICE].renderer
+    renderer = Device[device].renderer
     kernels = {call.src[0].key: call.src[0] for call in linear.src if call.src[0].op is Ops.SINK}
     for done, kernel in enumerate(kernels.values(), start=1):
         to_program(kernel, renderer)
@@ -233,7 +237,8 @@ def _compile(linear: UOp, progress: Callable[[int, int], None] | None) -> UOp:
 class _Flattener:
     """Numbers kernels and buffers in the order in which the calls first use them."""
 
-    def __init__(self, built: _Built) -> None:
+    def __init__(self, built: _Built, *, on_cpu: bool) -> None:
+        self._on_cpu = on_cpu
         self._slot_of = {id(uop.buffer): slot for slot, uop in built.slots.items()}
         self._fresh = [tensor.uop.base.buffer for tensor in built.fresh]
         self._fresh_ids = {id(buffer.base) for buffer in self._fresh}
@@ -262,7 +267,11 @@ class _Flattener:
         threads = self._threads(program)
         arguments = get_call_arg_uops(call)
         regions = tuple(self._region(arguments[i].buffer) for i in program.arg.globals)
-        return Call(self._kernel(program, len(regions), threads), regions, threads or 1)
+        kernel = self._kernel(program, len(regions), threads)
+        if self._on_cpu:
+            return Call(kernel, regions, threads or 1)
+        grid, block = program.arg.launch_dims({})
+        return Call(kernel, regions, 1, _three(grid), _three(block or ()))
 
     @staticmethod
     def _threads(program: UOp) -> int:
@@ -296,3 +305,8 @@ class _Flattener:
             found = len(self._buffers), PlanBuffer(kind, base.nbytes)
             self._buffers[id(base)] = found
         return Region(found[0], buffer.offset, buffer.nbytes)
+
+
+def _three(dims: tuple[int, ...]) -> tuple[int, ...]:
+    """``dims`` as a plan has them: none, or three."""
+    return (*dims, 1, 1)[:3] if dims else ()

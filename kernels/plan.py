@@ -8,6 +8,7 @@ checks every number that is not machine code; the code itself is trusted only in
 
 from __future__ import annotations
 
+from math import prod
 from typing import Annotated, ClassVar, Final, Literal
 
 import msgspec
@@ -16,7 +17,7 @@ from p2pflop.errors import ProtocolError
 from p2pflop.units import MIB
 from p2pflop.wire import U63, Record, decode, encode
 
-PLAN_VERSION: Final = 2
+PLAN_VERSION: Final = 3
 MAX_PLAN_BYTES: Final = 256 * MIB
 MAX_KERNELS: Final = 16_384
 MAX_KERNEL_BYTES: Final = 16 * MIB
@@ -24,19 +25,23 @@ MAX_ARGUMENTS: Final = 62
 MAX_BUFFERS: Final = 16_384
 MAX_CALLS: Final = 65_536
 MAX_THREADS: Final = 1_024
+MAX_GRID: Final = 2**31 - 1
+MAX_BLOCK: Final = 1_024
 MAX_BUFFER_BYTES: Final = 2**40
 
 SCRATCH: Final = -1
 FRESH: Final = -2
 
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Extent = Annotated[int, msgspec.Meta(ge=1, le=MAX_GRID)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_BUFFER_BYTES)]
 
 
 class Kernel(Record, frozen=True):
-    """One relocatable ELF object with a single function of ``arguments`` pointers.
+    """One binary of the plan's device with a single function of ``arguments`` pointers.
 
-    A ``threaded`` one takes the number of the thread as a last argument.
+    For a CPU a relocatable ELF object, or machine code that can run anywhere. A ``threaded`` one
+    takes the number of the thread as a last argument.
     """
 
     name: Annotated[str, msgspec.Meta(max_length=1024)]
@@ -61,11 +66,17 @@ class Region(Record, frozen=True):
 
 
 class Call(Record, frozen=True):
-    """Kernel number ``kernel`` on these regions, once for each of ``threads`` (in any order)."""
+    """Kernel number ``kernel`` on these regions, once for each of ``threads`` (in any order).
+
+    On a device that is no CPU: on a ``grid`` of three dimensions of blocks of ``block`` threads
+    each, if it has blocks.
+    """
 
     kernel: Index
     regions: Annotated[tuple[Region, ...], msgspec.Meta(max_length=MAX_ARGUMENTS)]
-    threads: Annotated[int, msgspec.Meta(ge=1, le=MAX_THREADS)]
+    threads: Annotated[int, msgspec.Meta(ge=1, le=MAX_THREADS)] = 1
+    grid: Annotated[tuple[Extent, ...], msgspec.Meta(max_length=3)] = ()
+    block: Annotated[tuple[Extent, ...], msgspec.Meta(max_length=3)] = ()
 
 
 class Plan(Record, frozen=True):
@@ -74,7 +85,7 @@ class Plan(Record, frozen=True):
 
     MAX_BYTES: ClassVar[int] = MAX_PLAN_BYTES
 
-    version: Literal[2]
+    version: Literal[3]
     kernels: Annotated[tuple[Kernel, ...], msgspec.Meta(max_length=MAX_KERNELS)]
     buffers: Annotated[tuple[PlanBuffer, ...], msgspec.Meta(max_length=MAX_BUFFERS)]
     calls: Annotated[tuple[Call, ...], msgspec.Meta(max_length=MAX_CALLS)]
@@ -114,19 +125,27 @@ def _check(plan: Plan) -> None:
     if len(slots) != len(set(slots)):
         raise ProtocolError("plan names a slot twice")
     for number, call in enumerate(plan.calls):
-        if call.kernel >= len(plan.kernels):
-            raise ProtocolError(f"call {number} names kernel {call.kernel}, which is not there")
-        kernel = plan.kernels[call.kernel]
-        if len(call.regions) != kernel.arguments:
-            raise ProtocolError(f"call {number} gives {len(call.regions)} of {kernel.arguments}")
-        if call.threads > 1 and not kernel.threaded:
-            raise ProtocolError(f"call {number} runs a kernel of one thread {call.threads} times")
-        for region in call.regions:
-            _check_region(plan, region)
+        _check_call(plan, number, call)
     for region in plan.outputs:
         _check_region(plan, region)
         if plan.buffers[region.buffer].slot == SCRATCH:
             raise ProtocolError("plan leaves an output in scratch memory")
+
+
+def _check_call(plan: Plan, number: int, call: Call) -> None:
+    if call.kernel >= len(plan.kernels):
+        raise ProtocolError(f"call {number} names kernel {call.kernel}, which is not there")
+    kernel = plan.kernels[call.kernel]
+    if len(call.regions) != kernel.arguments:
+        raise ProtocolError(f"call {number} gives {len(call.regions)} of {kernel.arguments}")
+    if call.threads > 1 and not kernel.threaded:
+        raise ProtocolError(f"call {number} runs a kernel of one thread {call.threads} times")
+    if len(call.grid) not in (0, 3) or len(call.block) not in (0, len(call.grid)):
+        raise ProtocolError(f"call {number} has a grid of {len(call.grid)} dimensions")
+    if prod(call.block) > MAX_BLOCK:
+        raise ProtocolError(f"call {number} has blocks of over {MAX_BLOCK} threads")
+    for region in call.regions:
+        _check_region(plan, region)
 
 
 def _check_region(plan: Plan, region: Region) -> None:

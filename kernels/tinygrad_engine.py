@@ -8,6 +8,8 @@ import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tinygrad import Device
+from tinygrad.renderer.isa.x86 import X86Renderer
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
 from p2pflop.errors import JobError, ProviderError
@@ -27,13 +29,18 @@ from p2pflop.job.spec import MODE_LAST, ROLE_STATE, NoSource, Phase, Work, WorkP
 from p2pflop.job.validate import Refusal, validate
 from p2pflop.kernels import compiler
 from p2pflop.kernels.compiler import CompileClient
-from p2pflop.kernels.lower import lower
+from p2pflop.kernels.cpu import CpuMachine
+from p2pflop.kernels.device import DeviceMachine
+from p2pflop.kernels.lower import CPU, lower
 from p2pflop.kernels.plan import PLAN_VERSION
 from p2pflop.kernels.run import Session
 
 
 class TinygradEngine:
-    """``engine.Engine`` by tinygrad's CPU device and clang."""
+    """``engine.Engine`` by the device of tinygrad that ``DEV`` names."""
+
+    def __init__(self) -> None:
+        self._device = Device.DEFAULT
 
     def use_compiler(self, client: CompileClient) -> None:
         """Replace tinygrad's call of clang, for this process."""
@@ -47,7 +54,23 @@ class TinygradEngine:
 
         ClangCompiler.compile = compile_by_helper
 
+    @property
+    def lockable(self) -> bool:
+        """See Engine: all that computes on the processor is."""
+        return bool(self._device == CPU)
+
+    def open(self) -> None:
+        """See Engine."""
+        _ = Device[self._device].renderer
+
     def warm(self) -> str:
+        """See Engine. Raises JobError."""
+        if self.lockable:
+            self.rehearse()  # a driver that is open here would not survive the forks
+        version = importlib.metadata.version("p2pflop")
+        return f"p2pflop {version}, plan {PLAN_VERSION}, processor {_processor().hex()}"
+
+    def rehearse(self) -> None:
         """Lower and run a small graph of many kinds of operations. Raises JobError."""
         graph = encode_graph(_rehearsal())
         plan = self.lower(graph, lambda _done, _total: None)
@@ -55,19 +78,20 @@ class TinygradEngine:
         session.initialise()
         session.step(0)
         session.scalars()
-        version = importlib.metadata.version("p2pflop")
-        return f"p2pflop {version}, plan {PLAN_VERSION}, processor {_processor().hex()}"
 
     def lower(self, graph: bytes, progress: Callable[[int, int], None]) -> bytes:
         """The plan of an encoded graph. Raises JobError."""
         checked = validate(decode_graph(graph))
         if isinstance(checked, Refusal):
             raise JobError(f"invalid graph: {checked.reason}")
-        return lower(checked, progress)
+        return lower(checked, progress, self._device)
 
     def session(self, work: Work, plans: Mapping[bytes, bytes]) -> Session:
         """``work`` in memory. Raises JobError, ProtocolError."""
-        return Session(work, plans)
+        if self._device != CPU:
+            return Session(work, plans, DeviceMachine(self._device))
+        assembled = isinstance(Device[CPU].renderer, X86Renderer)
+        return Session(work, plans, CpuMachine(assembled=assembled))
 
 
 def create() -> TinygradEngine:

@@ -55,6 +55,7 @@ MAX_CHILDREN: Final = 256
 WORKER_DESCRIPTORS: Final = 2
 LOWERER_DESCRIPTORS: Final = 4
 _FAILED_FORK: Final = 255
+NO_LOCK: Final = Mechanisms(notes=("a device's driver needs what a lock takes away",))
 
 
 @dataclass(slots=True)
@@ -148,7 +149,11 @@ class Zygote:
             lockdown.die_with_parent(parent)
             lockdown.die_first()
             calls = syscalls.COMPUTE
-            allowance = Allowance(message.memory_bytes, message.cpu_seconds, calls)
+            memory_bytes = message.memory_bytes
+            if not self._engine.lockable:
+                memory_bytes = lockdown.MAX_MEMORY_BYTES  # drivers map more than there is
+                self._engine.open()
+            allowance = Allowance(memory_bytes, message.cpu_seconds, calls)
             lockdown.lock(allowance, self._mechanisms)
             if message.kind == LOWERER:
                 self._engine.use_compiler(CompileClient(*own[2:]))
@@ -199,8 +204,8 @@ def main(command: list[str]) -> None:
 
 
 def _live(control: socket.socket, compile_pipe: list[int], engine_name: str) -> None:
-    mechanisms = lockdown.probe()
     engine: Engine = importlib.import_module(engine_name).create()
+    mechanisms = lockdown.probe() if engine.lockable else NO_LOCK
     engine.use_compiler(CompileClient(*compile_pipe))
     version = engine.warm()
     for descriptor in compile_pipe:

@@ -5,7 +5,7 @@
 ``HEAD /blob/<hash>``                  whether this node itself holds them; no token
 ``PUT /blob?public=0|1``               keep the request's body
 ``DELETE /blob/<hash>``                forget a blob of this node's own
-``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=``  submit the job file in the body
+``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=&class=``  submit the job file in the body
 ``POST /v1/quote?...``                 what a submission would choose from
 ``GET /v1/jobs``, ``/v1/jobs/<id>``    runs of this node
 ``GET /v1/jobs/<id>/events?after=&wait_ms=``  server-sent events after ``after`` or
@@ -54,6 +54,7 @@ from p2pflop.node.api_guard import IS_USER, Activity, Guard, json_response
 from p2pflop.node.api_streams import BlobStream, EventStream, parse_range
 from p2pflop.node.service import (
     DEFAULT_FIND_TIMEOUT_S,
+    MAX_CLASSES,
     MAX_FIND_TIMEOUT_S,
     Json,
     NodeService,
@@ -320,7 +321,15 @@ def _options(request: Request) -> SubmitOptions:
         max_nusd=_number(request, "max_nusd", MAX_NUSD),
         deadline_s=_number(request, "deadline_s", MAX_DEADLINE_S),
         checkpoint_steps=_number(request, "checkpoint_steps", MAX_STEPS),
+        classes=_classes(request),
     )
+
+
+def _classes(request: Request) -> tuple[str, ...]:
+    names = tuple(request.query_params.getlist("class"))
+    if len(names) > MAX_CLASSES:
+        raise ConfigError(f"at most {MAX_CLASSES} classes")
+    return names
 
 
 def _number(request: Request, name: str, highest: int) -> int | None:

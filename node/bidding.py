@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from p2pflop.node.buy import Buyer
 
 DEAL_ROW: Final = "deal"
+CLASS_ROW: Final = "class"
 KEY_BYTES: Final = 32
 
 
@@ -33,6 +34,18 @@ class Bidding:
         self._first_attempt = 0
         self._accounts: dict[bytes, bytes] = {}
         self._tried: set[bytes] = set()
+        self._classes = order.classes
+
+    def fix_class(self, class_id: bytes) -> None:
+        """Somebody has filled in that class: whoever else runs the job does it in the same."""
+        if self._classes != {class_id}:
+            self._classes = frozenset({class_id})
+            self._rows.add(CLASS_ROW, class_id)
+            self._deals = [
+                deal
+                for deal in self._deals
+                if deal.node in self._tried or deal.ask.class_id == class_id
+            ]
 
     def rank(self, attempt: int) -> Ranking:
         """Begin a round with the book as it is now; its best deal is for ``attempt``."""
@@ -74,6 +87,8 @@ class Bidding:
         if row.kind == DEAL_ROW:
             self._accounts[row.body[:KEY_BYTES]] = row.body[KEY_BYTES:]
             self._tried.add(row.body[:KEY_BYTES])
+        elif row.kind == CLASS_ROW:
+            self._classes = frozenset({row.body})
         elif row.kind == LIFE_ROW + Edge.WAIT:
             self._tried.clear()
 
@@ -82,7 +97,7 @@ class Bidding:
 
         A restart looks anew: what was ranked before it is not kept.
         """
-        ranking = self._ranking = self._buyer.rank(self._order)
+        ranking = self._ranking = self._buyer.rank(self._order, self._classes)
         self._deals = [deal for deal in ranking.deals if deal.node not in self._tried]
         self._first_attempt = attempt
         return ranking

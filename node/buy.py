@@ -7,6 +7,7 @@ provider has filled is ranked again; one that was filled takes its conversation 
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ from p2pflop.job.collection import numbered_bytes
 from p2pflop.job.events import State
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.lifecycle import PROVIDER_LIMITS
-from p2pflop.job.spec import FeedSource
+from p2pflop.job.spec import FeedSource, class_id
+from p2pflop.kernels.classes import descriptor, family
 from p2pflop.market.ranking import Deal, Need, Policy, rank
 from p2pflop.market.records import NONCE_BYTES
 from p2pflop.node import messages as m
@@ -49,12 +51,14 @@ from p2pflop.node.sheets import SheetService
 from p2pflop.units import NS_PER_S
 
 JOB_ROW: Final = "job"
+ANY_CLASS: Final = "any"
 MAX_RUNS_UNDER_WAY: Final = 256
 DELIVER_WITHIN_NS: Final = 24 * 3600 * NS_PER_S
 REMIND_WITHIN_NS: Final = PROVIDER_LIMITS[State.RECEIPTED].after_ns
 """After a restart, whatever ended so recently is told again: acknowledgements are not kept."""
 DELIVER_AGAIN_S: Final = 1.0
 MAX_DELIVER_AGAIN_S: Final = 300.0
+_CLASS_ID: Final = re.compile("[0-9a-f]{64}")
 SMALL_FILE_BYTES: Final = 1024
 """Up to here a job file is opened on the event loop: the hop to a thread would cost more."""
 
@@ -68,6 +72,7 @@ class _JobRow(msgspec.Struct, array_like=True, frozen=True):
     max_nusd: int
     deadline_ns: int
     checkpoint_steps: int
+    classes: tuple[bytes, ...] = ()
 
 
 @dataclass(slots=True)
@@ -110,31 +115,47 @@ class Buyer:
             raise ConfigError(
                 f"{MAX_RUNS_UNDER_WAY} jobs are under way", hint="Wait for some, or cancel them."
             )
+        classes = await self.classes_named(options.classes)
         if len(body) <= SMALL_FILE_BYTES:
-            order = open_order(body, options, self.now_ns())
+            order = open_order(body, options, classes, self.now_ns())
         else:
-            order = await trio.to_thread.run_sync(open_order, body, options, self.now_ns())
+            order = await trio.to_thread.run_sync(open_order, body, options, classes, self.now_ns())
         order = self._with_start(order)
         await self._check_inputs(order)
-        row = _JobRow(body, order.max_nusd, order.deadline_ns, order.checkpoint_steps)
+        row = _JobRow(
+            body,
+            order.max_nusd,
+            order.deadline_ns,
+            order.checkpoint_steps,
+            tuple(sorted(order.classes)),
+        )
         run = self.runs.create(order_card(order))
         run.rows.add(JOB_ROW, msgspec.msgpack.encode(row))
         self.nursery.start_soon(self._buy, run, order)
         await run.rows.wait_flushed()
         return run.id
 
-    def quote(self, body: bytes, options: SubmitOptions) -> Json:
+    async def quote(self, body: bytes, options: SubmitOptions) -> Json:
         """What ``submit`` would choose from now."""
-        order = self._with_start(open_order(body, options, self.now_ns()))
-        return describe_ranking(self.rank(order)) | describe_order(order)
+        classes = await self.classes_named(options.classes)
+        order = self._with_start(open_order(body, options, classes, self.now_ns()))
+        return describe_ranking(self.rank(order, order.classes)) | describe_order(order)
 
-    def rank(self, order: Order) -> Ranking:
-        """Rank the book as it is now."""
+    async def classes_named(self, names: Sequence[str]) -> frozenset[bytes]:
+        """The classes that a submission's names stand for; empty for any. Raises ConfigError."""
+        if not names:
+            return frozenset({self.class_id})
+        if tuple(names) == (ANY_CLASS,):
+            return frozenset()
+        return frozenset({await _class_named(name) for name in names})
+
+    def rank(self, order: Order, classes: frozenset[bytes]) -> Ranking:
+        """Rank the book as it is now, of these classes or, if there are none, of all."""
         now_ns = self.now_ns()
         nonce = secrets.token_bytes(NONCE_BYTES)
         view = self.sheets.book.view(now_ns)
         need = Need(
-            class_ids=frozenset({self.class_id}),
+            class_ids=classes or frozenset(view.by_price),
             flop=order.checked.cost.flop,
             touched_bytes=order.checked.cost.touched_bytes,
             moved_bytes=order.moved_bytes,
@@ -214,7 +235,12 @@ class Buyer:
             row = self._job_row(run)
             options = SubmitOptions(row.max_nusd, None, row.checkpoint_steps)
             order = await trio.to_thread.run_sync(
-                open_order, row.file, options, self.now_ns(), row.deadline_ns
+                open_order,
+                row.file,
+                options,
+                frozenset(row.classes),
+                self.now_ns(),
+                row.deadline_ns,
             )
             order = self._with_start(order)
         except P2PFlopError as error:
@@ -256,8 +282,8 @@ class Buyer:
         checked = order.checked
         if checked.starts:
             return order
-        state = self.runs.state(checked.work_id, self.class_id, checked.job.first_step)
-        return starting_from(order, state)
+        states = self.runs.states(checked.work_id, checked.job.first_step)
+        return starting_from(order, states, self.class_id)
 
     async def _check_inputs(self, order: Order) -> None:
         checked = order.checked
@@ -289,3 +315,12 @@ class Buyer:
         size_bytes = checked.slot_bytes(slot)
         data = await self.store.get(source.collection, numbered_bytes(source.shards, size_bytes))
         return open_feed(slot, source, size_bytes, data)
+
+
+async def _class_named(name: str) -> bytes:
+    """A class by its id in hex, or by the name of one of this machine's. Raises ConfigError."""
+    if _CLASS_ID.fullmatch(name):
+        return bytes.fromhex(name)
+    family(name)
+    # Asks compilers and drivers for their versions, the first time.
+    return class_id(await trio.to_thread.run_sync(descriptor, name))

@@ -13,6 +13,7 @@ from typing import Any, Final
 import platformdirs
 
 from p2pflop.errors import ConfigError
+from p2pflop.kernels.classes import CLASS_NAME, family
 from p2pflop.units import GIB, format_bytes, is_price, parse_bytes, parse_usd
 from p2pflop.wire import DEFAULT_NETWORK
 
@@ -25,6 +26,8 @@ CONFIG_NAME: Final = "config.toml"
 MIN_MEMORY_BYTES: Final = 256 * 1024**2
 
 _TEXTS: Final = ("listen", "connect")
+_NAMES: Final = {"class": "class_name"}
+_EMULATOR: Final = "PYTHON"
 _SWITCHES: Final = ("embedded", "log_json", "debug")
 _AMOUNTS: Final = {
     "ask": "ask_nusd",
@@ -45,7 +48,8 @@ class Settings:
     ``ask_nusd`` is nano-dollars per PFLOP, None sells nothing; ``byte_price_nusd`` nano-dollars per
     10^9 moved bytes; ``memory_bytes`` what all running jobs together may use, None for a half of
     the machine's; ``disk_bytes`` what inputs, checkpoints and results of strangers' jobs may take,
-    None for a half of what is free; ``credit_nusd`` what all unknown buyers together may owe in a
+    None for a half of what is free; ``class_name`` how it computes (``kernels.classes``);
+    ``credit_nusd`` what all unknown buyers together may owe in a
     day.
     """
 
@@ -57,6 +61,7 @@ class Settings:
     memory_bytes: int | None = None
     disk_bytes: int | None = None
     slots: int = 1
+    class_name: str = CLASS_NAME
     network: str = DEFAULT_NETWORK
     embedded: bool = False
     log_json: bool = False
@@ -114,7 +119,8 @@ def _with(settings: Settings, changes: Mapping[str, Any], source: str) -> Settin
     known = {field.name for field in fields(Settings)} - {"home"}
     unknown = sorted(set(changes) - known)
     if unknown:
-        names = sorted(known - set(_AMOUNTS.values()) | set(_AMOUNTS))
+        renamed = _AMOUNTS | _NAMES
+        names = sorted(known - set(renamed.values()) | set(renamed))
         raise ConfigError(
             f"{source}unknown setting {unknown[0]!r}", hint=f"Settings are {', '.join(names)}."
         )
@@ -146,7 +152,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             elif key in _AMOUNTS:
                 settings[_AMOUNTS[key]] = parse_usd(str(value))
             else:
-                settings[key] = tuple(value) if isinstance(value, list) else value
+                name = _NAMES.get(key, key)
+                settings[name] = tuple(value) if isinstance(value, list) else value
         except ConfigError as error:
             raise ConfigError(f"{path}: {key}: {error.message}", hint=error.hint) from error
     return settings
@@ -167,6 +174,12 @@ def _check(settings: Settings) -> None:
         texts = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
         require(texts, f"{name} is not a list of texts", f'Write it like {name} = ["..."].')
     require(isinstance(settings.network, str), "network is not a text")
+    require(isinstance(settings.class_name, str), "class is not a text")
+    chosen = family(settings.class_name)
+    require(
+        chosen.device.split(":", 1)[0] != _EMULATOR,
+        f"{chosen.name} is an emulator: it is for tests, too slow for a node",
+    )
     require(0 <= settings.http_port < 65536, f"no port {settings.http_port}", "Use 0 to 65535.")
     require(1 <= settings.slots <= MAX_SLOTS, f"slots must be 1 to {MAX_SLOTS}")
     require(len(settings.connect) <= MAX_CONNECT, f"at most {MAX_CONNECT} peers to connect to")

@@ -87,7 +87,7 @@ class Daemon:
 
     async def quote(self, body: bytes, options: SubmitOptions) -> Json:
         """See NodeService."""
-        return self.buyer.quote(body, options)
+        return await self.buyer.quote(body, options)
 
     async def jobs(self) -> list[Json]:
         """See NodeService."""

@@ -124,15 +124,12 @@ class Journal:
 
         await self._database.write(change)
 
-    def state(self, work: bytes, class_id: bytes, step: int) -> bytes | None:
-        """The joined addresses of the state after ``step`` steps, or None if it is not known."""
+    def states(self, work: bytes, step: int) -> dict[bytes, bytes]:
+        """The joined addresses of the state after ``step`` steps, by class, as far as known."""
         found = self._database.read(
-            "SELECT addresses FROM states WHERE work = ? AND class_id = ? AND step = ?",
-            work,
-            class_id,
-            step,
+            "SELECT class_id, addresses FROM states WHERE work = ? AND step = ?", work, step
         )
-        return bytes(found[0][0]) if found else None
+        return {bytes(class_id): bytes(addresses) for class_id, addresses in found}
 
     def job_of_fill(self, fill: bytes) -> str | None:
         """The sale that a fill is of, or None if there is none."""

@@ -115,7 +115,9 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
         stack.callback(listener.socket.close)
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
-        workers = WorkerPool(home.path / "plans", on_broken=stop.set)
+        workers = WorkerPool(
+            home.path / "plans", on_broken=stop.set, class_name=settings.class_name
+        )
         await workers.start(nursery)
         await _closing(stack, workers)
         network = await stack.enter_async_context(_open_network(settings, home))

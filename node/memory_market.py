@@ -34,6 +34,7 @@ from p2pflop.job.spec import (
     ROLE_STATE,
     ROLE_STEP,
     BlobSource,
+    ClassDescriptor,
     Job,
     NoSource,
     Phase,
@@ -54,7 +55,7 @@ from p2pflop.node.journal import Journal
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.letters import JOB_PROTOCOL
 from p2pflop.node.memory_host import MemoryHost, MemoryNetwork
-from p2pflop.node.memory_workers import MemoryWorkerPool
+from p2pflop.node.memory_workers import MEMORY_CLASS, CountingSession, MemoryWorkerPool
 from p2pflop.node.network import HostConfig
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
@@ -97,6 +98,7 @@ class MemoryNode:
         price_nusd: int | None = None,
         session: Callable[..., Any] | None = None,
         level: int = 3,
+        descriptor: ClassDescriptor = MEMORY_CLASS,
         account: str = "",
         **settings: Any,
     ) -> None:
@@ -112,8 +114,8 @@ class MemoryNode:
             PrivateKey(content_hash(b"node " + seed)),
             "main",
         )
-        self.workers = (
-            MemoryWorkerPool(level=level) if session is None else MemoryWorkerPool(session)
+        self.workers = MemoryWorkerPool(
+            session or CountingSession, level=level, descriptor=descriptor
         )
         self.tamper_sent: Tamper = unchanged
         self.tamper_heard: Tamper = unchanged
@@ -321,7 +323,7 @@ def sample_data(floats: int = 4) -> tuple[bytes, bytes]:
     return bytes(4 * floats), bytes(range(256))[: 4 * floats].ljust(4 * floats, b"\7")
 
 
-def sample_file(steps: int = 20, *, floats: int = 4, seed: int = 0) -> bytes:
+def sample_file(steps: int = 20, *, floats: int = 4, seed: int = 0, first_step: int = 0) -> bytes:
     """A job file with a state, an input, a traced scalar and a last output."""
     step = int(Dtype.INT32)
     graph = encode_graph(
@@ -353,6 +355,6 @@ def sample_file(steps: int = 20, *, floats: int = 4, seed: int = 0) -> bytes:
         ),
         seed=seed,
     )
-    body = JobBody(Job(work_id(work), 0, steps), encode(work), (graph,))
+    body = JobBody(Job(work_id(work), first_step, steps), encode(work), (graph,))
     labels = Labels("sample", ("weights", "data", "step"), ("train",), (("loss", "last"),))
     return encode_file(JobFile(1, body, labels))

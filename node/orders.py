@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -34,7 +35,10 @@ MAX_DEADLINE_S: Final = 30 * 24 * 3600
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A submission, decoded and checked: what is to be bought, and within which bounds."""
+    """A submission, decoded and checked: what is to be bought, and within which bounds.
+
+    ``classes`` are those that it may be computed in; empty for any.
+    """
 
     file: JobFile
     checked: CheckedJob
@@ -42,6 +46,7 @@ class Order:
     max_nusd: int
     deadline_ns: int
     checkpoint_steps: int
+    classes: frozenset[bytes]
 
     @property
     def costs(self) -> tuple[CostLine, ...]:
@@ -127,9 +132,15 @@ def cost_lines(checked: CheckedJob) -> tuple[CostLine, ...]:
 
 
 def open_order(
-    data: bytes, options: SubmitOptions, now_ns: int, deadline_ns: int | None = None
+    data: bytes,
+    options: SubmitOptions,
+    classes: frozenset[bytes],
+    now_ns: int,
+    deadline_ns: int | None = None,
 ) -> Order:
     """Decode and check a job file. Raises ProtocolError, JobError. Takes CPU time.
+
+    ``classes`` are what the options' stand for.
 
     An order whose job does not say from which state it starts is not complete: ``starting_from``.
     """
@@ -163,23 +174,34 @@ def open_order(
         MAX_NUSD if options.max_nusd is None else options.max_nusd,
         deadline_ns,
         every,
+        classes,
     )
 
 
-def starting_from(order: Order, state: tuple[bytes, ...] | None) -> Order:
-    """``order`` with the state that its job starts from. Raises JobError if there is none."""
-    if state is None:
+def starting_from(
+    order: Order, states: Mapping[bytes, tuple[bytes, ...]], own_class: bytes
+) -> Order:
+    """``order`` with the state that its job starts from, and in its class from then on.
+
+    ``states`` has what is known of it, by class; ``own_class`` is chosen first. Raises JobError if
+    there is none.
+    """
+    known = [name for name in sorted(states) if not order.classes or name in order.classes]
+    if not known:
         step = order.checked.job.first_step
         raise JobError(
             f"the state after step {step} of this work is not known to this node",
             hint="Run the steps before it here first, or say it: job.extend(steps, result).",
         )
+    chosen = own_class if own_class in known else known[0]
+    state = states[chosen]
     body = replace_fields(order.file.body, state=state)
     return replace(
         order,
         file=replace_fields(order.file, body=body),
         checked=replace(order.checked, state=state),
         body=encode_body(body),
+        classes=frozenset({chosen}),
     )
 
 

@@ -164,7 +164,9 @@ class Purchase:
             await self._buyer.runs.emit(self._run, "state", state=state.value)
 
     def keep(self, edge: str) -> None:
-        """See Hands. Nothing more."""
+        """See Hands. The first fill decides in which class the job is computed."""
+        if edge == Edge.FILL:
+            self._bidding.fix_class(self._bid().record.class_id)
 
     def start(self, task: str) -> None:
         """See Hands."""

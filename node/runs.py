@@ -137,13 +137,15 @@ class Runs:
         """What the journal has of a run."""
         return self._journal.rows(run_id)
 
-    def state(self, work: bytes, class_id: bytes, step: int) -> tuple[bytes, ...] | None:
-        """The addresses of the state of a work after ``step`` steps, if a run has brought it."""
-        joined = self._journal.state(work, class_id, step)
-        if joined is None:
-            return None
-        places = range(0, len(joined), HASH_BYTES)
-        return tuple(joined[place : place + HASH_BYTES] for place in places)
+    def states(self, work: bytes, step: int) -> dict[bytes, tuple[bytes, ...]]:
+        """The addresses of the state of a work after ``step`` steps that runs have brought, by
+        class."""
+        return {
+            class_id: tuple(
+                joined[place : place + HASH_BYTES] for place in range(0, len(joined), HASH_BYTES)
+            )
+            for class_id, joined in self._journal.states(work, step).items()
+        }
 
     def cards(self) -> list[Json]:
         """The card of every run, newest first."""

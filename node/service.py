@@ -48,16 +48,23 @@ Json = dict[str, Any]
 _RUN_ID: Final = re.compile(r"[0-9A-Za-z_-]{1,64}")
 
 
+MAX_CLASSES: Final = 16
+"""That one submission may name."""
+
+
 @dataclass(frozen=True, slots=True)
 class SubmitOptions:
     """What a purchase may cost and how long it may take; None leaves it to the node's policy.
 
-    ``checkpoint_steps`` is how many steps lie between two checkpoints.
+    ``checkpoint_steps`` is how many steps lie between two checkpoints. ``classes`` names the
+    classes that it may be computed in: ids in hex, names of this machine's, or ``any`` alone; none
+    are this node's own.
     """
 
     max_nusd: int | None = None
     deadline_s: int | None = None
     checkpoint_steps: int | None = None
+    classes: tuple[str, ...] = ()
 
 
 class NodeService(Protocol):

@@ -64,9 +64,11 @@ class WorkerPool:
         *,
         on_broken: Callable[[], None] | None = None,
         lowerers: int | None = None,
+        class_name: str = classes.CLASS_NAME,
         engine: str = DEFAULT_ENGINE,
         variables: Mapping[str, str] | None = None,
     ) -> None:
+        self._class_name = class_name
         self._plans = PlanCache(plans_dir)
         self._on_broken = on_broken
         self._slots = trio.CapacityLimiter(min(lowerers or os.cpu_count() or 1, MAX_LOWERERS))
@@ -114,7 +116,7 @@ class WorkerPool:
         Raises ConfigError if this machine cannot compute (no clang, no tinygrad, no class).
         """
         # Asks clang for its version: tens of milliseconds.
-        self._descriptor = await trio.to_thread.run_sync(classes.descriptor)
+        self._descriptor = await trio.to_thread.run_sync(classes.descriptor, self._class_name)
         if nursery is not None:
             nursery.start_soon(self._keep_crew)
         else:
@@ -276,7 +278,13 @@ class WorkerPool:
         fixed = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "HOME": "/nonexistent"}
         # glibc maps and unmaps every megabyte anew otherwise: half the cost of moving tensors.
         malloc = {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(32 * MIB)}
-        return {**kept, **fixed, **malloc, **classes.environment(), **self._variables}
+        return {
+            **kept,
+            **fixed,
+            **malloc,
+            **classes.environment(self._class_name),
+            **self._variables,
+        }
 
     async def _lower(self, lowering: _Lowering) -> None:
         try:

@@ -12,7 +12,7 @@ import json
 import os
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ FIRST_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 3.0
 
 Body = bytes | Callable[[], Iterator[bytes]]
+Params = Mapping[str, str | list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +323,7 @@ class Client:
         path: str,
         *,
         content: Body | None = None,
-        params: dict[str, str] | None = None,
+        params: Params | None = None,
         headers: dict[str, str] | None = None,
     ) -> Iterator[httpx.Response]:
         """One request, its response's body still to be read."""
@@ -396,9 +397,11 @@ def _run_path(run_id: str, part: str = "") -> str:
     return f"/v1/jobs/{check_run_id(run_id)}{part}"
 
 
-def _params(options: SubmitOptions | None) -> dict[str, str]:
+def _params(options: SubmitOptions | None) -> Params:
     fields = asdict(options) if options is not None else {}
-    return {name: str(value) for name, value in fields.items() if value is not None}
+    classes = list(fields.pop("classes", ()))
+    given = {name: str(value) for name, value in fields.items() if value is not None}
+    return {**given, "class": classes}
 
 
 def _blob(item: Json) -> BlobStat:

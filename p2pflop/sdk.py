@@ -44,6 +44,7 @@ from p2pflop.job.meter import JobCost
 from p2pflop.job.spec import MAX_STEPS, ROLE_INPUT, SPEC_VERSION, BlobSource, Work, work_id
 from p2pflop.job.spec import Job as JobRecord
 from p2pflop.job.validate import Refusal
+from p2pflop.kernels.classes import CLASS_NAME
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.runs import Row, Run
 from p2pflop.units import NS_PER_S, format_bytes, format_flop, parse_duration, parse_usd
@@ -108,10 +109,17 @@ class Job:
         """FLOP, touched bytes and peak bytes, metered: the bill depends on nothing else."""
         return self.checked.cost
 
-    def quote(self, *, max_usd: Usd | None = None, deadline: str | float | None = None) -> Json:
+    def quote(
+        self,
+        *,
+        max_usd: Usd | None = None,
+        deadline: str | float | None = None,
+        classes: Sequence[str] = (),
+    ) -> Json:
         """``deals`` (best first) and ``misses`` (with reasons) that a submission would see now."""
+        options = submit_options(max_usd, deadline, classes=classes)
         with Client(start=True) as client:
-            return client.quote(encode_file(self.file), submit_options(max_usd, deadline))
+            return client.quote(encode_file(self.file), options)
 
     def with_args(self, **args: Number) -> Job:
         """The same job with other values for ``trace``'s ``args``: same graphs, same plans."""
@@ -174,10 +182,12 @@ class Job:
         self,
         on_row: Callable[[Row], None] | None = None,
         on_lowering: Callable[[int, int], None] | None = None,
+        class_name: str = CLASS_NAME,
     ) -> Result:
         """Run it in a process of its own on this machine, without a node.
 
-        The result has the same hash as that of any honest provider of this machine's class.
+        The result has the same hash as that of any honest provider of the class, which is this
+        machine's own in ``class_name`` (``p2pflop doctor`` lists them; a device such as ``CUDA``).
         ``on_lowering`` is told how many kernels of how many are compiled, before the first row.
         """
         from p2pflop.kernels.local import run_local
@@ -188,7 +198,7 @@ class Job:
                 on_row(Row(step, values))
 
         _check_inputs(self)
-        record, blobs = run_local(self.file, self.inputs, address_of, tell, on_lowering)
+        record, blobs = run_local(self.file, self.inputs, address_of, tell, on_lowering, class_name)
         return Result(record, self.file, blobs.__getitem__, 0)
 
     def save(self, path: str | Path) -> Path:
@@ -261,13 +271,17 @@ def submit(
     max_usd: Usd | None = None,
     deadline: str | float | None = None,
     checkpoint_steps: int | None = None,
+    classes: Sequence[str] = (),
     client: Client | None = None,
 ) -> Run:
     """Buy the run of a job on the best deal; returns as soon as the node has it in its journal.
 
     ``max_usd`` is the most it may cost, ``deadline`` how long it may take: seconds, or ``"90s"``,
     ``"2h"``. Its state comes every ``checkpoint_steps`` steps (0: only at the end; by default four
-    times). Inputs that the node lacks are put into its store first, privately.
+    times). ``classes`` are the determinism classes that it may be computed in: names, ids, or
+    ``["any"]``; the first provider fixes it. By default it is that of this machine, so that
+    ``run_local`` gives the same hash. Inputs that the node lacks are put into its store first,
+    privately.
 
     Raises ConfigError for what is no job, BlobNotFoundError or VerificationError for an input that
     neither the job nor the node has whole.
@@ -276,7 +290,7 @@ def submit(
         raise ConfigError(
             f"submit takes a Job, not {job!r:.80}", hint="Make one with pf.trace or pf.load."
         )
-    options = submit_options(max_usd, deadline, checkpoint_steps)
+    options = submit_options(max_usd, deadline, checkpoint_steps, classes)
     client = client or Client(start=True)
     _check_inputs(job, client.has)
     for address in job.inputs:
@@ -336,7 +350,10 @@ def get(address: str, out: str | Path | None = None) -> bytes | Path:
 
 
 def submit_options(
-    max_usd: Usd | None, deadline: str | float | None, checkpoint_steps: int | None = None
+    max_usd: Usd | None,
+    deadline: str | float | None,
+    checkpoint_steps: int | None = None,
+    classes: Sequence[str] = (),
 ) -> SubmitOptions:
     """Options in the node's units. Raises ConfigError."""
     seconds = None
@@ -351,6 +368,7 @@ def submit_options(
         max_nusd=None if max_usd is None else parse_usd(str(max_usd)),
         deadline_s=seconds,
         checkpoint_steps=checkpoint_steps,
+        classes=tuple(classes),
     )
 
 

@@ -12,13 +12,16 @@ from tinygrad.helpers import Context
 
 from p2pflop.ids import content_hash
 from p2pflop.job.file import CheckedJob, open_job
+from p2pflop.job.graph import graph_hash
 from p2pflop.job.spec import ROLE_STATE
-from p2pflop.kernels.lower import lower
 from p2pflop.kernels.run import Session
+from p2pflop.kernels.tinygrad_engine import TinygradEngine
 from p2pflop.kernels.trace import Traced, trace
 
 Step = Callable[..., Mapping[str, Tensor] | None]
 SEED = 11
+ENGINE = TinygradEngine()
+"""Of the class that this process is in."""
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Lowered:
 
     def session(self) -> Session:
         """A session before step 0."""
-        session = Session(self.job.work, self.plans)
+        session = ENGINE.session(self.job.work, self.plans)
         session.initialise()
         for slot, data in self.traced.inputs.items():
             session.write(slot, 0, data)
@@ -74,7 +77,8 @@ def prepare(
     traced = trace(fn, steps=steps, every=every, args=args, seed=SEED, address_of=content_hash)
     job = open_job(traced.body)
     assert isinstance(job, CheckedJob), job
-    return Lowered(traced, job, {name: lower(graph) for name, graph in job.graphs.items()})
+    plans = {graph_hash(g): ENGINE.lower(g, lambda _done, _total: None) for g in traced.body.graphs}
+    return Lowered(traced, job, plans)
 
 
 def replay(program: Program, steps: int) -> Lowered:

@@ -72,6 +72,8 @@ def _machine() -> list[Finding]:
             findings.append(Finding(name, name.startswith("karellen"), "not installed", hint))
     findings.append(_checked("clang", _clang))
     findings.append(_checked("class", _class))
+    findings.append(_checked("other classes", _other_classes))
+    findings.append(_checked("devices", _devices))
     findings.append(_checked("sandbox level", _sandbox))
     return findings
 
@@ -95,6 +97,26 @@ def _class() -> str:
 
     found = descriptor()
     return f"{found.name} ({class_id(found).hex()[:12]}), {found.compiler}"
+
+
+def _other_classes() -> str:
+    from p2pflop.job.spec import class_id
+    from p2pflop.kernels.classes import CLASS_NAME, probe
+
+    return "; ".join(
+        f"{found.name}: {found.reason}"
+        if found.descriptor is None
+        else f"{found.name} ({class_id(found.descriptor).hex()[:12]}), {found.descriptor.compiler}"
+        for found in probe()
+        if found.name != CLASS_NAME
+    )
+
+
+def _devices() -> str:
+    from p2pflop.kernels.classes import probe_devices
+
+    found = [name for name, reason in probe_devices().items() if not reason]
+    return ", ".join(found) if found else "none of a GPU's"
 
 
 def _sandbox() -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from p2pflop.cli.output import Flags, common_options, print_fields, print_json, print_table, short
+from p2pflop.kernels.classes import name_of
 from p2pflop.units import format_bytes, format_duration, format_flop, format_usd
 
 
@@ -34,7 +35,7 @@ def book_command(flags: Flags) -> None:
             format_usd(int(ask["price_nusd"])),
             format_bytes(int(ask["memory_bytes"])),
             f"{format_flop(int(ask.get('flop_per_s', 0)))}/s",
-            short(ask["class_id"]),
+            name_of(bytes.fromhex(ask["class_id"])) or short(ask["class_id"]),
         )
         for ask in sorted(asks, key=lambda ask: int(ask["price_nusd"]))
     )

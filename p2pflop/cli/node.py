@@ -24,6 +24,12 @@ PR_SET_PDEATHSIG: Final = 1
     "--disk", metavar="SIZE", help="Disk for others' jobs [default: half of what is free]."
 )
 @click.option("--slots", type=click.IntRange(1), help="Jobs at once [default: 1].")
+@click.option(
+    "--class",
+    "class_name",
+    metavar="NAME",
+    help="How to compute, of those that p2pflop doctor lists [default: cpu-clang-nofma].",
+)
 @click.option("--network", metavar="NAME", help="Network to take part in [default: main].")
 @click.option("--embedded", is_flag=True, hidden=True)
 @click.option("--tied", is_flag=True, hidden=True)
@@ -38,6 +44,7 @@ def node_command(
     memory: str | None,
     disk: str | None,
     slots: int | None,
+    class_name: str | None,
     network: str | None,
     embedded: bool,
     tied: bool,
@@ -68,6 +75,7 @@ def node_command(
         "memory_bytes": None if memory is None else parse_bytes(memory),
         "disk_bytes": None if disk is None else parse_bytes(disk),
         "slots": slots,
+        "class_name": class_name,
         "network": network,
         "embedded": embedded or None,
         "log_json": flags.json or None,

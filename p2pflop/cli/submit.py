@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     metavar="N",
     help="State every N steps; 0: none.",
 )
+@click.option(
+    "--class",
+    "classes",
+    metavar="NAME",
+    multiple=True,
+    help="Compute in this class, or any; repeatable.",
+)
 @click.option("--detach", is_flag=True, help="Print the run's id and leave it.")
 @click.option("--quote", is_flag=True, help="Show the ranked asks and buy nothing.")
 @common_options
@@ -45,6 +52,7 @@ def submit_command(
     max_usd: str | None,
     deadline: str | None,
     checkpoint_steps: int | None,
+    classes: tuple[str, ...],
     detach: bool,
     quote: bool,
 ) -> None:
@@ -65,7 +73,7 @@ def submit_command(
     from p2pflop.job.file import encode_file
     from p2pflop.sdk import submit, submit_options
 
-    options = submit_options(max_usd, deadline, checkpoint_steps)
+    options = submit_options(max_usd, deadline, checkpoint_steps, classes)
     job = open_file(file, arguments)
     client = flags.client(start=True)
     if not flags.json:
@@ -86,6 +94,7 @@ def submit_command(
         max_usd=max_usd,
         deadline=deadline,
         checkpoint_steps=checkpoint_steps,
+        classes=classes,
         client=client,
     )
     if detach:

@@ -145,6 +145,11 @@ class ScriptedEngine:
     def use_compiler(self, client: CompileClient) -> None:
         self._compiler = client
 
+    lockable = True
+
+    def open(self) -> None:
+        """See Engine. Never called."""
+
     def warm(self) -> str:
         if os.environ.get("SCRIPT_FAILS_TO_START"):
             raise RuntimeError("told not to start")

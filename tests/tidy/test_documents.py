@@ -192,7 +192,7 @@ def plain_signature(function: Any) -> str:
         value.replace(annotation=inspect.Parameter.empty) for value in signature.parameters.values()
     ]
     text = str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
-    return text.replace("''", '""')
+    return text.replace("'", '"')
 
 
 @pytest.mark.parametrize("path", RUNNING, ids=name_of)
@@ -274,7 +274,7 @@ def test_troubles_have_codes_that_exist() -> None:
 
 def test_every_setting_is_in_the_reference(tmp_path: Path) -> None:
     rows = table_rows(section("Settings"))
-    amounts = {field: key for key, field in config._AMOUNTS.items()}
+    amounts = {field: key for key, field in (config._AMOUNTS | config._NAMES).items()}
     fields = set(config.Settings.__dataclass_fields__) - {"home"}
     assert {row[0] for row in rows} == {amounts.get(field, field) for field in fields}
     node = cli.get_command(CONTEXT, "node")

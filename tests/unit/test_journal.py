@@ -61,15 +61,16 @@ async def test_states_are_found_by_work_class_and_step_after_a_restart(tmp_path:
     journal = Journal(tmp_path / "journal.db")
     rows = JobRows(journal, head("run-1"), now_ns=lambda: 6)
     rows.add_state(KnownState(b"work", b"class", 40, b"a" * 64))
-    assert journal.state(b"work", b"class", 40) is None
+    assert journal.states(b"work", 40) == {}
     await rows.flush()
     rows.add_state(KnownState(b"work", b"class", 40, b"b" * 64))
+    rows.add_state(KnownState(b"work", b"other", 40, b"c" * 64))
     await rows.flush()
     await journal.aclose()
     again = Journal(tmp_path / "journal.db")
-    assert again.state(b"work", b"class", 40) == b"b" * 64
-    assert again.state(b"work", b"class", 41) is None
-    assert again.state(b"work", b"other", 40) is None
+    assert again.states(b"work", 40) == {b"class": b"b" * 64, b"other": b"c" * 64}
+    assert again.states(b"work", 41) == {}
+    assert again.states(b"another", 40) == {}
     await again.aclose()
 
 

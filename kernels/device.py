@@ -1,0 +1,129 @@
+"""Plans on any device of tinygrad, through its own device API: allocate, copy, call a program.
+
+A device has queues: a call returns before it is done, and a read waits. Nothing here knows which
+device it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
+
+from tinygrad import Device, dtypes
+from tinygrad.device import Buffer, TinyELF
+
+from p2pflop.errors import ProtocolError
+from p2pflop.kernels.machine import Calls, Memory, no_memory, output_region, slot_memory
+from p2pflop.kernels.plan import SCRATCH, Kernel, Plan, Region, align, scratch_bytes
+
+
+class DeviceMemory:
+    """A buffer of the device. An empty tensor gets one byte."""
+
+    def __init__(self, device: str, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._device = device
+        try:
+            self.buffer = Buffer(device, max(size_bytes, 1), dtypes.uint8).allocate()
+            self.write(0, bytes(max(size_bytes, 1)))
+        # Each device has its own way to say that it is full.
+        except Exception as error:
+            raise no_memory(size_bytes, error) from error
+
+    def write(self, offset_bytes: int, data: bytes | memoryview) -> None:
+        """See Memory."""
+        if len(data):
+            part = self.opaque(offset_bytes, len(data))
+            self.buffer.allocator._copyin(part, memoryview(bytearray(data)))
+
+    def read(self, offset_bytes: int, size_bytes: int) -> memoryview:
+        """See Memory. A copy."""
+        if not size_bytes:
+            return memoryview(b"")
+        data = memoryview(bytearray(size_bytes))
+        self.buffer.allocator._copyout(data, self.opaque(offset_bytes, size_bytes))
+        return data
+
+    def opaque(self, offset_bytes: int, size_bytes: int) -> Any:
+        """What a program of the device takes for that part."""
+        whole = self.buffer.get_buf(self._device)
+        if offset_bytes == 0 and size_bytes == self.buffer.nbytes:
+            return whole
+        return self.buffer.allocator._offset(whole, size_bytes, offset_bytes)
+
+
+class DeviceMachine:
+    """See Machine."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def memory(self, size_bytes: int) -> DeviceMemory:
+        """See Machine."""
+        return DeviceMemory(self._device, size_bytes)
+
+    def scratch(self, plans: Sequence[Plan]) -> DeviceMemory:
+        """See Machine. All share one buffer."""
+        return self.memory(max(scratch_bytes(plan) for plan in plans))
+
+    def bind(self, plan: Plan, slots: Sequence[Memory], scratch: Memory) -> _Bound:
+        """See Machine."""
+        held = cast(Sequence[DeviceMemory], slots)
+        return _Bound(self._device, plan, held, cast(DeviceMemory, scratch))
+
+
+class _Bound:
+    def __init__(
+        self, device: str, plan: Plan, slots: Sequence[DeviceMemory], scratch: DeviceMemory
+    ) -> None:
+        self._places: list[tuple[DeviceMemory, int]] = []
+        used = 0
+        for buffer in plan.buffers:
+            if buffer.slot == SCRATCH:
+                self._places.append((scratch, used))
+                used += align(buffer.size_bytes)
+            elif buffer.slot >= 0:
+                self._places.append((slot_memory(slots, buffer.slot, buffer.size_bytes), 0))
+            else:
+                self._places.append((DeviceMemory(device, buffer.size_bytes), 0))
+        self._outputs = plan.outputs
+        programs = [_program(device, kernel) for kernel in plan.kernels]
+        self._calls: Calls = []
+        for call in plan.calls:
+            if not call.grid:
+                raise ProtocolError("the plan is for another kind of device")
+            opaque = [self._opaque(region) for region in call.regions]
+            self._calls.append(
+                functools.partial(
+                    programs[call.kernel],
+                    *opaque,
+                    global_size=call.grid,
+                    local_size=call.block or None,
+                )
+            )
+
+    def run(self) -> None:
+        for call in self._calls:
+            call()
+
+    def output(self, number: int) -> memoryview:
+        region = output_region(self._outputs, number)
+        memory, offset = self._places[region.buffer]
+        return memory.read(offset + region.offset_bytes, region.size_bytes)
+
+    def _opaque(self, region: Region) -> Any:
+        memory, offset = self._places[region.buffer]
+        return memory.opaque(offset + region.offset_bytes, region.size_bytes)
+
+
+def _program(device: str, kernel: Kernel) -> Any:
+    opened = Device[device]
+    signature = tuple((f"data{slot}", slot, dtypes.uint8, ()) for slot in range(kernel.arguments))
+    try:
+        return opened.runtime(
+            TinyELF(kernel.binary, kernel.name, opened.renderer.target, signature)
+        )
+    # Each driver has its own way to refuse a binary.
+    except Exception as error:
+        raise ProtocolError(f"kernel {kernel.name[:80]} does not load: {error}") from error
