@@ -69,7 +69,7 @@ def arguments(device: str) -> tuple[str, ...]:
 
     Raises ProtocolError.
     """
-    if not device.startswith("CPU:"):
+    if device and device.split(":", 1)[0] != "CPU":
         # Another device: whoever opens the CPU beside it, for copies, gets tinygrad's default.
         device = f"CPU:CLANG:{_MACHINES.get(platform.machine().lower(), '')},native"
     found = _DEVICE.fullmatch(device)
