@@ -12,7 +12,7 @@ To a lowerer::
     Lower, Part(graph)...           ->
                                     <-      Progress*, Part(plan)...  or  Fault
 
-To a worker, one exchange at a time; only ``Stop`` may come during a run::
+To a worker, one exchange at a time; only ``Stand`` and ``Stop`` may come during a run::
 
     node                                    worker
                                     <-      Ready
@@ -25,8 +25,9 @@ To a worker, one exchange at a time; only ``Stop`` may come during a run::
     Run(first_step, steps, every)   ->
                                     <-      Progressed* Paused
     Continue  or  anything else     ->      (while paused)
-    Read(slot) or ReadOutput        ->
+    Read(slots) or ReadOutput       ->
                                     <-      Part...
+    Stand                           ->      (running: Paused comes soon; else nothing)
     Stop                            ->      (running: Paused comes soon; paused: the run is over)
 
 A ``Fault`` may come in place of any answer, and is the last frame. The zygote and the compile
@@ -56,6 +57,7 @@ MAX_TEXT: Final = 500
 MAX_WORK_BYTES: Final = MIB
 MAX_GRAPH_BYTES: Final = 4 * MIB
 MAX_PLANS: Final = 4096
+MAX_READ_SLOTS: Final = 4096
 MAX_PROGRESS: Final = 2**31 - 1
 HEADER_BYTES: Final = 4
 
@@ -129,9 +131,9 @@ class Stop(Message, frozen=True, tag=8):
 
 
 class Read(Message, frozen=True, tag=9):
-    """Send the bytes of a slot."""
+    """Send the bytes of these slots, one after the other."""
 
-    slot: _U32
+    slots: Annotated[tuple[_U32, ...], msgspec.Meta(max_length=MAX_READ_SLOTS)]
 
 
 class ReadOutput(Message, frozen=True, tag=10):
@@ -141,9 +143,13 @@ class ReadOutput(Message, frozen=True, tag=10):
     output: _U32
 
 
+class Stand(Message, frozen=True, tag=11):
+    """Finish the current step, then pause. Ignored where nothing runs."""
+
+
 LowererCommand = Lower | Part
 WorkerCommand = (
-    Load | LoadPlan | Part | Write | Initialise | Run | Continue | Stop | Read | ReadOutput
+    Load | LoadPlan | Part | Write | Initialise | Run | Continue | Stop | Stand | Read | ReadOutput
 )
 
 # --- Lowerer and worker to node ------------------------------------------------------------------
@@ -306,12 +312,28 @@ def body_bytes(header: bytes | bytearray, max_bytes: int = MAX_FRAME_BYTES) -> i
     return size
 
 
-def parts(data: bytes | memoryview) -> Iterator[Part]:
-    """``data`` as parts; an empty one as a single empty part."""
-    view: Any = memoryview(data)
-    for offset in range(0, max(len(view), 1), PART_BYTES):
-        end = offset + PART_BYTES
-        yield Part(view[offset:end], end >= len(view))
+def parts(*pieces: bytes | memoryview) -> Iterator[Part]:
+    """``pieces``, joined, as parts; if there is nothing, a single empty part.
+
+    Small pieces share a part; what is larger than a part is not copied.
+    """
+    whole = sum(len(piece) for piece in pieces)
+    told, pending = 0, bytearray()
+    for piece in pieces:
+        view: Any = memoryview(piece)
+        while len(view):
+            taken = view[: PART_BYTES - len(pending)]
+            view = view[len(taken) :]
+            data: Any = taken if not pending and len(taken) == PART_BYTES else None
+            if data is None:
+                pending += taken
+                if len(pending) < PART_BYTES and told + len(pending) < whole:
+                    continue
+                data, pending = bytes(pending), bytearray()
+            told += len(data)
+            yield Part(data, told == whole)
+    if not whole:
+        yield Part(b"", True)
 
 
 def text(value: object) -> str:

@@ -1,8 +1,8 @@
 """A worker: a locked process that holds one work in memory and runs steps of it on command.
 
-It answers one exchange at a time (``frames``). While it runs it looks for a ``Stop`` between two
-steps, and tells rows at most every ``ROWS_INTERVAL_SECONDS``, or when a frame of them is full; a
-node that does not read them makes it wait on the pipe.
+It answers one exchange at a time (``frames``). While it runs it looks for a ``Stop`` or ``Stand``
+between two steps, and tells rows at most every ``ROWS_INTERVAL_SECONDS``, or when a frame of them
+is full; a node that does not read them makes it wait on the pipe.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from p2pflop.kernels.frames import (
     Ready,
     Run,
     Scalar,
+    Stand,
     Stop,
     WorkerCommand,
     Write,
@@ -87,10 +88,11 @@ class _Worker:
             case Run():
                 self._run(command)
             case Read():
-                self._send(self._session.read(command.slot))
+                self._send(*(self._session.read(slot) for slot in command.slots))
             case ReadOutput():
-                self._send(self._session.read_output(command.phase, command.output))
-            case Stop():
+                view = self._session.read_output(command.phase, command.output)
+                self._send(*(() if view is None else (view,)))
+            case Stop() | Stand():
                 pass  # it crossed the end of the run that it was meant for
             case _:
                 raise ProtocolError(f"{type(command).__name__} out of turn")
@@ -115,8 +117,8 @@ class _Worker:
         self._loaded = self._engine.session(self._work, plans)
         self._pipe.send(Done())
 
-    def _send(self, view: memoryview | None) -> None:
-        for part in parts(view if view is not None else b""):
+    def _send(self, *views: memoryview) -> None:
+        for part in parts(*views):
             self._pipe.send(part)
 
     def _run(self, command: Run) -> None:
@@ -128,8 +130,10 @@ class _Worker:
             rows.add(step, session.scalars())
             condition = session.should_stop(step)
             step += 1
-            stopped = self._pipe.waiting() and self._stop_came()
+            wanted = self._wanted() if self._pipe.waiting() else None
+            stopped = isinstance(wanted, Stop)
             boundary = command.pause_every and step % command.pause_every == 0
+            boundary = boundary or isinstance(wanted, Stand)
             boundary = boundary or (self._stands_still and stands_still(self._work, step))
             if boundary and step < end and not (stopped or condition):
                 rows.flush()
@@ -139,11 +143,11 @@ class _Worker:
         rows.flush()
         self._pipe.send(Paused(step, True, condition))
 
-    def _stop_came(self) -> bool:
+    def _wanted(self) -> Stop | Stand:
         command = self._pipe.receive(worker_command)
-        if not isinstance(command, Stop):
+        if not isinstance(command, Stop | Stand):
             raise ProtocolError(f"{type(command).__name__} during a run")
-        return True
+        return command
 
     def _given_up(self) -> bool:
         """Stand still and answer until told to go on (False) or to stop (True)."""

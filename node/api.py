@@ -5,7 +5,7 @@
 ``HEAD /blob/<hash>``                  whether this node itself holds them; no token
 ``PUT /blob?public=0|1``               keep the request's body
 ``DELETE /blob/<hash>``                forget a blob of this node's own
-``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=&class=``  submit the job file in the body
+``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=&checkpoint_s=&class=``
 ``POST /v1/quote?...``                 what a submission would choose from
 ``GET /v1/jobs``, ``/v1/jobs/<id>``    runs of this node
 ``GET /v1/jobs/<id>/events?after=&wait_ms=``  server-sent events after ``after`` or
@@ -321,6 +321,7 @@ def _options(request: Request) -> SubmitOptions:
         max_nusd=_number(request, "max_nusd", MAX_NUSD),
         deadline_s=_number(request, "deadline_s", MAX_DEADLINE_S),
         checkpoint_steps=_number(request, "checkpoint_steps", MAX_STEPS),
+        checkpoint_s=_number(request, "checkpoint_s", MAX_DEADLINE_S),
         classes=_classes(request),
     )
 

@@ -70,6 +70,7 @@ class Bidding:
             meter_id=METER_ID,
             costs=self._order.costs,
             terms=self._order.terms,
+            checkpoint_s=self._order.checkpoint_s,
             nonce=ranking.nonce,
             now_ns=now_ns,
             book_digest=ranking.view.digest,

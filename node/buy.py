@@ -72,7 +72,8 @@ class _JobRow(msgspec.Struct, array_like=True, frozen=True):
     max_nusd: int
     deadline_ns: int
     checkpoint_steps: int
-    classes: tuple[bytes, ...] = ()
+    checkpoint_s: int
+    classes: tuple[bytes, ...]
 
 
 @dataclass(slots=True)
@@ -127,6 +128,7 @@ class Buyer:
             order.max_nusd,
             order.deadline_ns,
             order.checkpoint_steps,
+            order.checkpoint_s,
             tuple(sorted(order.classes)),
         )
         run = self.runs.create(order_card(order))
@@ -233,7 +235,7 @@ class Buyer:
     async def _take_up(self, run: Run) -> None:
         try:
             row = self._job_row(run)
-            options = SubmitOptions(row.max_nusd, None, row.checkpoint_steps)
+            options = SubmitOptions(row.max_nusd, None, row.checkpoint_steps, row.checkpoint_s)
             order = await trio.to_thread.run_sync(
                 open_order,
                 row.file,

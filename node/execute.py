@@ -7,13 +7,14 @@ it reads it from the worker; what the worker says of itself is never believed.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
-from p2pflop.dht.blobs import Store
+from p2pflop.dht.blobs import BlobWriter, Store
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import JobError, ProviderError
 from p2pflop.job.collection import numbered
@@ -43,6 +44,8 @@ WORKER_BASE_BYTES: Final = 256 * MIB
 WORKER_SLACK_BYTES: Final = 64 * MIB
 """Of that, what the job's own limit allows for reading and writing tensors."""
 MAX_OPEN_LOWERERS: Final = 2
+ASK_AGAIN_S: Final = 1.0
+"""A worker that was asked to stand still does so after its step, which may be long."""
 MAX_STEP_SECONDS: Final = 600.0
 HOUR_NS: Final = 3600 * NS_PER_S
 MAX_COST_RATIO: Final = 4
@@ -52,9 +55,20 @@ MIN_DEAR_FLOP: Final = 10**10
 OnLowering = Callable[[int, int], Awaitable[None]]
 OnRows = Callable[[Rows], Awaitable[None]]
 
-KeepState = Callable[[], Awaitable[tuple["Kept", ...]]]
-OnCheckpoint = Callable[[int, KeepState], Awaitable[None]]
-"""Called with the step, and what keeps the state as it is there: not every checkpoint is wanted."""
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """When the state is kept, and who gets it.
+
+    Every ``steps`` steps (0: never), and after ``seconds`` without one (0: never), if it is
+    ``wanted`` then (told whether it is one of the latter); ``give`` takes the step and what was
+    kept.
+    """
+
+    steps: int
+    seconds: float
+    wanted: Callable[[bool], bool]
+    give: Callable[[int, tuple[Kept, ...]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +187,11 @@ class Execution:
         self._trace = TraceLog()
         self._done_to = checked.job.first_step
         self._states = state_slots(checked.work)
+        self._nursery: trio.Nursery
+        self._drained = trio.Event()
+        self._drained.set()
+        self._late = False
+        self._checkpointed_at = trio.current_time()
 
     async def load(self, plans: dict[bytes, bytes]) -> None:
         """Give the worker its plans and inputs, and let the weights be born."""
@@ -204,27 +223,61 @@ class Execution:
         for index in range(len(manifest.chunks)):
             yield await self._store.read_chunk(address, index)
 
-    async def run(
-        self, checkpoint_steps: int, on_rows: OnRows, on_checkpoint: OnCheckpoint
-    ) -> Outcome:
-        """Run to the end, or to the work's own stop. ``checkpoint_steps`` 0: only the end."""
+    async def run(self, checkpoints: Checkpoints, on_rows: OnRows) -> Outcome:
+        """Run to the end, or to the work's own stop.
+
+        The worker stands still while the state of a checkpoint is read, and no longer: it goes on
+        while that is brought to disk and told.
+        """
         job = self._checked.job
         end = job.first_step + job.steps
-        async for event in self._worker.run(job.first_step, job.steps, checkpoint_steps):
-            if isinstance(event, Rows):
-                self._note(event)
-                await on_rows(event)
-            elif isinstance(event, Paused):
-                self._done_to = event.step
-                await self._collect(event.step - 1)
-                if event.ended:
-                    continue
-                await self._feed(event.step)
-                if checkpoint_steps and event.step % checkpoint_steps == 0:
-                    await on_checkpoint(event.step, self._keep_checkpoint)
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            if checkpoints.seconds:
+                nursery.start_soon(self._run_clock, checkpoints.seconds)
+            async for event in self._worker.run(job.first_step, job.steps, checkpoints.steps):
+                if isinstance(event, Rows):
+                    self._note(event)
+                    await on_rows(event)
+                elif isinstance(event, Paused):
+                    await self._pause(event, checkpoints)
+            await self._drained.wait()
+            nursery.cancel_scope.cancel()
         if not job.first_step < self._done_to <= end:
             raise ProviderError(f"the worker stopped at step {self._done_to}")
         return await self._finish()
+
+    async def _pause(self, event: Paused, checkpoints: Checkpoints) -> None:
+        self._done_to = event.step
+        await self._collect(event.step - 1)
+        if event.ended:
+            return
+        await self._feed(event.step)
+        due = checkpoints.steps > 0 and event.step % checkpoints.steps == 0
+        if not (due or self._late):
+            return
+        await self._drained.wait()  # one at a time: the disk may be slower than the steps
+        if checkpoints.wanted(not due):
+            self._late, self._checkpointed_at = False, trio.current_time()
+            drafts = await self._draft_state(self._keeper())
+            self._drained = trio.Event()
+            self._nursery.start_soon(self._drain, event.step, drafts, checkpoints)
+
+    async def _drain(self, step: int, drafts: list[_Draft], checkpoints: Checkpoints) -> None:
+        await checkpoints.give(step, await _finished(drafts))
+        self._drained.set()
+
+    async def _run_clock(self, seconds: float) -> None:
+        """Have the worker stand still when the last checkpoint is too old."""
+        while True:
+            wait_s = self._checkpointed_at + seconds - trio.current_time()
+            if wait_s > 0:
+                await trio.sleep(wait_s)
+            elif self._late:
+                await trio.sleep(ASK_AGAIN_S)
+            else:
+                self._late = True
+                await self._worker.pause()
 
     def _note(self, rows: Rows) -> None:
         work = self._checked.work
@@ -249,7 +302,7 @@ class Execution:
         checked = self._checked
         keeper = self._keeper()
         trace = await keeper.keep(_once(self._trace.encode()))
-        state = await self._keep_state(keeper)
+        state = await _finished(await self._draft_state(keeper))
         outputs: list[NamedOutput] = []
         kept = [trace, *state]
         steps_done = self._done_to - checked.job.first_step
@@ -285,14 +338,19 @@ class Execution:
         size_bytes = output_bytes(self._checked, phase, output)
         return encode(numbered(sorted(values), [values[s] for s in sorted(values)], size_bytes))
 
-    async def _keep_checkpoint(self) -> tuple[Kept, ...]:
-        return await self._keep_state(self._keeper())
-
     def _keeper(self) -> _Keeper:
         return _Keeper(self._store, self._owner, self._hold)
 
-    async def _keep_state(self, keeper: _Keeper) -> tuple[Kept, ...]:
-        return tuple([await keeper.keep(self._worker.read(slot)) for slot in self._states])
+    async def _draft_state(self, keeper: _Keeper) -> list[_Draft]:
+        """The state as it is now, read in one go; to be finished."""
+        drafts = {slot: keeper.draft() for slot in self._states}
+        try:
+            async for slot, chunk in self._worker.read_slots(self._states):
+                await drafts[slot].add(chunk)
+        except BaseException:
+            await _drop(drafts.values())
+            raise
+        return list(drafts.values())
 
 
 class _Keeper:
@@ -309,25 +367,92 @@ class _Keeper:
         self._room_bytes = MAX_INLINE_BYTES
         self._room_blobs = MAX_INLINE_BLOBS
 
-    async def keep(self, parts: AsyncIterator[bytes]) -> Kept:
-        data = bytearray()
-        async for part in parts:
-            data += part
-            if len(data) > self._room_bytes or not self._room_blobs:
-                return await self.store(parts, data)
-        self._room_bytes -= len(data)
-        self._room_blobs -= 1
-        return Kept(address_of(data), len(data), bytes(data))
+    def draft(self) -> _Draft:
+        """A value that is still to come."""
+        return _Draft(self)
 
-    async def store(self, parts: AsyncIterator[bytes], begun: bytes | bytearray = b"") -> Kept:
-        """Keep ``begun`` and the rest in the store."""
-        async with self._store.writer(owner=self._owner) as writer:
-            await writer.write(bytes(begun))
+    def take_room(self, size_bytes: int) -> bool:
+        """Take room in memory, if there is any left."""
+        fits = size_bytes <= self._room_bytes and self._room_blobs > 0
+        if fits:
+            self._room_bytes -= size_bytes
+            self._room_blobs -= 1
+        return fits
+
+    async def keep(self, parts: AsyncIterator[bytes]) -> Kept:
+        draft = self.draft()
+        try:
+            async for part in parts:
+                await draft.add(part)
+            return await draft.finish()
+        finally:
+            await _drop([draft])
+
+    async def store(self, parts: AsyncIterator[bytes]) -> Kept:
+        """Keep it in the store, however small."""
+        async with self.writer() as writer:
             async for part in parts:
                 await writer.write(part)
-            info = await writer.finish()
+            return await self.stored(writer)
+
+    def writer(self) -> BlobWriter:
+        """For a value that goes to the store."""
+        return self._store.writer(owner=self._owner)
+
+    async def stored(self, writer: BlobWriter) -> Kept:
+        """What was written, on disk and held."""
+        info = await writer.finish()
         await self._hold([info.address])
         return Kept(info.address, info.size_bytes, None)
+
+
+class _Draft:
+    """A value on its way. Only ``finish`` waits for the disk to have it for good. Close it."""
+
+    def __init__(self, keeper: _Keeper) -> None:
+        self._keeper = keeper
+        self._stack = AsyncExitStack()
+        self._data = bytearray()
+        self._writer: BlobWriter | None = None
+
+    async def add(self, part: bytes) -> None:
+        """The next bytes."""
+        if self._writer is None:
+            self._data += part
+            if len(self._data) > MAX_INLINE_BYTES:
+                await self._begin_to_store()
+        else:
+            await self._writer.write(part)
+
+    async def finish(self) -> Kept:
+        """Keep it."""
+        if self._writer is None and self._keeper.take_room(len(self._data)):
+            return Kept(address_of(self._data), len(self._data), bytes(self._data))
+        writer = self._writer or await self._begin_to_store()
+        return await self._keeper.stored(writer)
+
+    async def aclose(self) -> None:
+        """Let go of what was begun and not finished."""
+        await self._stack.aclose()
+
+    async def _begin_to_store(self) -> BlobWriter:
+        writer = self._writer = await self._stack.enter_async_context(self._keeper.writer())
+        await writer.write(bytes(self._data))
+        self._data = bytearray()
+        return writer
+
+
+async def _finished(drafts: Sequence[_Draft]) -> tuple[Kept, ...]:
+    try:
+        return tuple([await draft.finish() for draft in drafts])
+    finally:
+        await _drop(drafts)
+
+
+async def _drop(drafts: Iterable[_Draft]) -> None:
+    with trio.CancelScope(shield=True):
+        for draft in drafts:
+            await draft.aclose()
 
 
 async def _once(data: bytes) -> AsyncIterator[bytes]:

@@ -41,6 +41,20 @@ class LeaseBlobs:
             self._held.setdefault(lease, set()).update(addresses)
             self._until_ns.pop(lease, None)
 
+    async def drop(self, lease: bytes, addresses: Iterable[bytes]) -> None:
+        """``lease`` goes on without these blobs; what nobody else holds is deleted now.
+
+        Raises StoreError.
+        """
+        self._held.get(lease, set()).difference_update(addresses)
+        for address in addresses:
+            info = await self._store.stat(address)
+            if info is None or not info.owner or info.public:
+                continue
+            async with self._deleting:
+                if not any(address in held for held in self._held.values()):
+                    await self._store.delete(address, owner=info.owner)
+
     def holds(self, lease: bytes, address: bytes) -> bool:
         """Whether ``lease`` needs that blob, or did until a while ago."""
         return address in self._held.get(lease, ())

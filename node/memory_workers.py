@@ -7,7 +7,7 @@ over both) but nothing is sandboxed, compiled or forked. What is computed is up 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -110,6 +110,7 @@ class MemoryWorkerPool:
         self.broken = False
         self.failure: P2PFlopError | None = None
         self.lowered_flop = 0
+        self.step_s = 0.0
         self._session = session
         self._plans: set[bytes] = set()
         self._workers = self._lowered = self._reused = 0
@@ -196,7 +197,7 @@ class MemoryWorker:
         self._limits = limits
         self._work: Work | None = None
         self._loaded: WorkSession | None = None
-        self._stopping = False
+        self._stopping = self._asked = False
 
     @property
     def alive(self) -> bool:
@@ -233,23 +234,26 @@ class MemoryWorker:
     ) -> AsyncIterator[WorkerEvent]:
         """See ``Worker``."""
         session = self._session
-        self._stopping = condition = False
+        self._stopping = self._asked = condition = False
         step, end = first_step, first_step + steps
         told = step
         values: list[tuple[int, int, int, bytes]] = []
         while step < end and not (self._stopping or condition):
             await self._answer()
+            if self._pool.step_s:
+                await trio.sleep(self._pool.step_s)
             session.step(step)
             values += [(step, *scalar) for scalar in session.scalars()]
             condition = session.should_stop(step)
             step += 1
             boundary = pause_every > 0 and step % pause_every == 0
-            boundary = boundary or stands_still(self._loaded_work, step)
+            boundary = boundary or stands_still(self._loaded_work, step) or self._asked
             over = step == end or condition or self._stopping
             if boundary or over or step - told >= ROWS_PER_EVENT:
                 yield Rows(told, step - 1, tuple(values))
                 told, values = step, []
             if boundary and not over and not self._stopping:
+                self._asked = False
                 yield Paused(step)
                 if self._stopping:
                     return
@@ -266,6 +270,17 @@ class MemoryWorker:
         """See ``Worker``."""
         async for chunk in self._chunks(self._session.read_output(phase, output)):
             yield chunk
+
+    async def read_slots(self, slots: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        """See ``Worker``."""
+        for slot in slots:
+            async for chunk in self.read(slot):
+                yield slot, chunk
+
+    async def pause(self) -> None:
+        """See ``Worker``."""
+        await trio.lowlevel.checkpoint()
+        self._asked = True
 
     async def stop(self) -> None:
         """See ``Worker``."""

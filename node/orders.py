@@ -18,7 +18,7 @@ from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, Work, shards_of, tim
 from p2pflop.job.validate import Refusal
 from p2pflop.market.book import BookView
 from p2pflop.market.ranking import Deal, Miss, Policy
-from p2pflop.market.records import CostLine, Terms
+from p2pflop.market.records import MIN_CHECKPOINT_SECONDS, CostLine, Terms
 from p2pflop.node.execute import memory_bytes, unsupported
 from p2pflop.node.messages import MAX_BODY_BYTES
 from p2pflop.node.service import Json, SubmitOptions
@@ -26,6 +26,7 @@ from p2pflop.units import MAX_NUSD, NS_PER_S
 
 DEFAULT_DEADLINE_S: Final = 24 * 3600
 DEFAULT_CHECKPOINTS: Final = 4
+DEFAULT_CHECKPOINT_S: Final = 600
 MIN_CHECKPOINT_STEPS: Final = 100
 MAX_RANKED_TOLD: Final = 32
 MAX_CHECKPOINTS: Final = 1000
@@ -46,6 +47,7 @@ class Order:
     max_nusd: int
     deadline_ns: int
     checkpoint_steps: int
+    checkpoint_s: int
     classes: frozenset[bytes]
 
     @property
@@ -174,6 +176,7 @@ def open_order(
         MAX_NUSD if options.max_nusd is None else options.max_nusd,
         deadline_ns,
         every,
+        _checkpoint_s(checked.work, options.checkpoint_s),
         classes,
     )
 
@@ -261,13 +264,29 @@ def order_card(order: Order) -> Json:
     }
 
 
+def _checkpoint_s(work: Work, wanted: int | None) -> int:
+    """After how many seconds without a checkpoint there should be one."""
+    if any(MODE_COLLECT in phase.modes for phase in work.phases):
+        if wanted:
+            raise _no_checkpoints()
+        return 0
+    if wanted and not MIN_CHECKPOINT_SECONDS <= wanted <= MAX_DEADLINE_S:
+        raise ConfigError(
+            f"a checkpoint every {wanted} s",
+            hint=f"Use {MIN_CHECKPOINT_SECONDS} s or more, or 0 for none.",
+        )
+    return DEFAULT_CHECKPOINT_S if wanted is None else wanted
+
+
+def _no_checkpoints() -> ConfigError:
+    return ConfigError("a job that collects has no checkpoints", hint="Split it into shorter jobs.")
+
+
 def _checkpoint_steps(work: Work, job: Job, wanted: int | None) -> int:
     """How many steps lie between checkpoints: as wanted, else a quarter, for jobs that are long."""
     if any(MODE_COLLECT in phase.modes for phase in work.phases):
         if wanted:
-            raise ConfigError(
-                "a job that collects has no checkpoints", hint="Split it into shorter jobs."
-            )
+            raise _no_checkpoints()
         return 0  # What was collected is delivered with the result: a checkpoint has the state.
     if wanted is not None:
         return wanted

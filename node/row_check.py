@@ -47,12 +47,14 @@ class RowCheck:
         self._step = last if missing else last + 1
         return Rows(first, last, values)
 
-    def pause(self, report: frames.Paused, pause_every: int, stopping: bool) -> Paused:
-        """A report's pause. Raises ProtocolError if none is due there."""
+    def pause(
+        self, report: frames.Paused, pause_every: int, stopping: bool, *, asked: bool = False
+    ) -> Paused:
+        """A report's pause. Raises ProtocolError if none is due there, or was ``asked`` for."""
         step, stop = report.step, self._work.stop
         condition = report.condition and stop is not None and step % stop.every == 0
         at_end = step == self._end or stopping or condition
-        boundary = pause_every > 0 and step % pause_every == 0
+        boundary = asked or (pause_every > 0 and step % pause_every == 0)
         boundary = boundary or stands_still(self._work, step)
         if step != self._step or self._told or not (at_end if report.ended else boundary):
             raise ProtocolError(f"a pause at step {step} where {self._step} was next")

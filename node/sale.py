@@ -49,13 +49,14 @@ from p2pflop.keys import peer_id
 from p2pflop.market.desk import ProviderDesk
 from p2pflop.market.fills import SALT_BYTES
 from p2pflop.market.receipts import amount_nusd
-from p2pflop.market.records import Bid, Receipt
+from p2pflop.market.records import Bid, Receipt, checkpoint_seconds
 from p2pflop.node import messages as m
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.driver import Driver
 from p2pflop.node.execute import (
+    Checkpoints,
     Execution,
-    KeepState,
+    Kept,
     inline_blobs,
     is_too_dear,
     lower_all,
@@ -246,7 +247,7 @@ class Sale:
                 await self._told(Received(wire))
                 if self._lifecycle.side.countersigned == wire:
                     await self._book(wire)
-                    self._forget_checkpoints(wire)
+                    await self._forget_checkpoints(wire)
                 if self._lifecycle.ended:
                     await self.rows.flush()
                     if self._lifecycle.side.countersigned == wire:
@@ -385,9 +386,7 @@ class Sale:
                 await execution.load(plans)
                 await self.driver.on(Ready())
                 await self._may_run.wait()
-                outcome = await execution.run(
-                    self.bid.record.terms.checkpoint_steps, self._tell_rows, self._keep_checkpoint
-                )
+                outcome = await execution.run(self._checkpoint_plan(), self._tell_rows)
             nursery.cancel_scope.cancel()
         self._delivery = _Delivery(encode(outcome.result), inline_blobs(outcome.kept))
         self.rows.add(SaleRow.RESULT, msgspec.msgpack.encode(self._delivery))
@@ -437,10 +436,24 @@ class Sale:
             self._shown_to = rows.last_step + 1
         self._offer(m.Rows(rows.first_step, rows.last_step, rows.values))
 
-    async def _keep_checkpoint(self, step: int, keep_state: KeepState) -> None:
-        if len(self._lifecycle.side.unsigned) >= MAX_UNSIGNED_RECEIPTS:
-            return  # The buyer lags behind: it is billed for more with a later one.
-        state = await keep_state()
+    def _checkpoint_plan(self) -> Checkpoints:
+        bid = self.bid.record
+        return Checkpoints(
+            bid.terms.checkpoint_steps,
+            checkpoint_seconds(bid),
+            self._wants_checkpoint,
+            self._keep_checkpoint,
+        )
+
+    def _wants_checkpoint(self, late: bool) -> bool:
+        """A buyer that lags behind is billed for more with a later one.
+
+        One that is not in the quote is not in the disk reserved either: one such at a time.
+        """
+        unsigned = len(self._lifecycle.side.unsigned)
+        return unsigned == 0 if late else unsigned < MAX_UNSIGNED_RECEIPTS
+
+    async def _keep_checkpoint(self, step: int, state: tuple[Kept, ...]) -> None:
         named = tuple((value.address, value.size_bytes) for value in state)
         checkpoint = m.Checkpoint(step, named, inline_blobs(state))
         self._checkpoints[step] = checkpoint
@@ -448,11 +461,17 @@ class Sale:
         root = state_root(tuple(value.address for value in state))
         await self.driver.on(Checkpointed(step, root))
 
-    def _forget_checkpoints(self, countersigned: bytes) -> None:
-        """The buyer has all up to here."""
+    async def _forget_checkpoints(self, countersigned: bytes) -> None:
+        """The buyer has all up to here: what only these needed makes room."""
         receipt = reopen(Receipt, countersigned, self._seller.identity.network).record
         kept = self._checkpoints.items()
+        past = [told for step, told in kept if step <= receipt.to_step]
         self._checkpoints = {step: told for step, told in kept if step > receipt.to_step}
+        needed = {source.address for source in self._inputs()}
+        needed |= {address for told in self._checkpoints.values() for address, _ in told.state}
+        of_past = {address for told in past for address, _ in told.state}
+        if self._delivery is None:  # else the result may name them too
+            await self._seller.blobs.drop(self.bid.id, of_past - needed)
 
     def _inputs(self) -> list[BlobSource]:
         """Each input once."""

@@ -56,7 +56,8 @@ MAX_CLASSES: Final = 16
 class SubmitOptions:
     """What a purchase may cost and how long it may take; None leaves it to the node's policy.
 
-    ``checkpoint_steps`` is how many steps lie between two checkpoints. ``classes`` names the
+    ``checkpoint_steps`` is how many steps lie between two checkpoints, ``checkpoint_s`` after how
+    many seconds without one there should be another (0: never). ``classes`` names the
     classes that it may be computed in: ids in hex, names of this machine's, or ``any`` alone; none
     are this node's own.
     """
@@ -64,6 +65,7 @@ class SubmitOptions:
     max_nusd: int | None = None
     deadline_s: int | None = None
     checkpoint_steps: int | None = None
+    checkpoint_s: int | None = None
     classes: tuple[str, ...] = ()
 
 

@@ -9,7 +9,7 @@ Silence is limited too: a step, a load and an answer each have their time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -49,6 +49,7 @@ class ProcessWorker:
         self._running = False
         self._standing = False
         self._stopping = False
+        self._asked = False
 
     @property
     def pid(self) -> int:
@@ -115,14 +116,38 @@ class ProcessWorker:
     async def read(self, slot: int) -> AsyncIterator[bytes]:
         """See ``Worker``."""
         size = self._slot_bytes(slot)
-        async for chunk in self._parts(frames.Read(slot), size, size):
+        async for chunk in self._parts(frames.Read((slot,)), size, size):
             yield chunk
+
+    async def read_slots(self, slots: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        """See ``Worker``."""
+        for first in range(0, len(slots), frames.MAX_READ_SLOTS):
+            some = slots[first : first + frames.MAX_READ_SLOTS]
+            sizes = [self._slot_bytes(slot) for slot in some]
+            whole = sum(sizes)
+            place, left = 0, sizes[0]
+            async for chunk in self._parts(frames.Read(tuple(some)), whole, whole):
+                data = memoryview(chunk)
+                while data:
+                    while not left:
+                        place += 1
+                        left = sizes[place]
+                    piece = data[:left]
+                    yield some[place], bytes(piece)
+                    data, left = data[len(piece) :], left - len(piece)
 
     async def read_output(self, phase: int, output: int) -> AsyncIterator[bytes]:
         """See ``Worker``."""
         request = frames.ReadOutput(phase, output)
         async for chunk in self._parts(request, 0, self._limits.memory_bytes):
             yield chunk
+
+    async def pause(self) -> None:
+        """See ``Worker``."""
+        if self._failure is None and self._running and not self._stopping:
+            self._asked = True
+            with contextlib.suppress(EndOfPipe):  # likewise
+                await self._child.pipe.send(frames.Stand())
 
     async def stop(self) -> None:
         """See ``Worker``."""
@@ -158,7 +183,8 @@ class ProcessWorker:
             return progress.rows(report)
         if not isinstance(report, frames.Paused):
             raise ProtocolError(f"{type(report).__name__} during a run")
-        return progress.pause(report, pause_every, self._stopping)
+        asked, self._asked = self._asked, False
+        return progress.pause(report, pause_every, self._stopping, asked=asked)
 
     async def _parts(
         self, request: frames.Message, min_bytes: int, max_bytes: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -94,6 +94,14 @@ class Worker(Protocol):
 
     def read_output(self, phase: int, output: int) -> AsyncIterator[bytes]:
         """The last value of a fresh output, likewise; nothing if its phase has not run."""
+
+    def read_slots(self, slots: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        """``(slot, chunk)`` of each of these slots in their order, in one exchange. Likewise. A
+        slot of no bytes has no chunk."""
+
+    async def pause(self) -> None:
+        """Stand still after the current step: a Paused comes that nothing else had due. Does
+        nothing where nothing runs."""
 
     async def stop(self) -> None:
         """End the run after the current step: its next Paused is the last."""

@@ -271,6 +271,7 @@ def submit(
     max_usd: Usd | None = None,
     deadline: str | float | None = None,
     checkpoint_steps: int | None = None,
+    checkpoint_every: str | float | None = None,
     classes: Sequence[str] = (),
     client: Client | None = None,
 ) -> Run:
@@ -278,7 +279,8 @@ def submit(
 
     ``max_usd`` is the most it may cost, ``deadline`` how long it may take: seconds, or ``"90s"``,
     ``"2h"``. Its state comes every ``checkpoint_steps`` steps (0: only at the end; by default four
-    times). ``classes`` are the determinism classes that it may be computed in: names, ids, or
+    times), and whenever it has not come for ``checkpoint_every`` (10 minutes; 0: for however long).
+    ``classes`` are the determinism classes that it may be computed in: names, ids, or
     ``["any"]``; the first provider fixes it. By default it is that of this machine, so that
     ``run_local`` gives the same hash. Inputs that the node lacks are put into its store first,
     privately.
@@ -290,7 +292,7 @@ def submit(
         raise ConfigError(
             f"submit takes a Job, not {job!r:.80}", hint="Make one with pf.trace or pf.load."
         )
-    options = submit_options(max_usd, deadline, checkpoint_steps, classes)
+    options = submit_options(max_usd, deadline, checkpoint_steps, checkpoint_every, classes)
     client = client or Client(start=True)
     _check_inputs(job, client.has)
     for address in job.inputs:
@@ -353,12 +355,13 @@ def submit_options(
     max_usd: Usd | None,
     deadline: str | float | None,
     checkpoint_steps: int | None = None,
+    checkpoint_every: str | float | None = None,
     classes: Sequence[str] = (),
 ) -> SubmitOptions:
     """Options in the node's units. Raises ConfigError."""
     seconds = None
     if deadline is not None:
-        seconds = math.ceil(parse_duration(str(deadline)) / NS_PER_S)
+        seconds = _seconds(deadline)
         if seconds < 1:
             raise ConfigError(
                 f"a deadline of {str(deadline)[:40]} leaves no time",
@@ -368,8 +371,13 @@ def submit_options(
         max_nusd=None if max_usd is None else parse_usd(str(max_usd)),
         deadline_s=seconds,
         checkpoint_steps=checkpoint_steps,
+        checkpoint_s=None if checkpoint_every is None else _seconds(checkpoint_every),
         classes=tuple(classes),
     )
+
+
+def _seconds(duration: str | float) -> int:
+    return math.ceil(parse_duration(str(duration)) / NS_PER_S)
 
 
 def _check_inputs(job: Job, is_elsewhere: Callable[[bytes], bool] = lambda _: False) -> None:

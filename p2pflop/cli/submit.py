@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     help="State every N steps; 0: none.",
 )
 @click.option(
+    "--checkpoint-every", metavar="TIME", help="State after so long without; default 10m, 0: never."
+)
+@click.option(
     "--class",
     "classes",
     metavar="NAME",
@@ -52,6 +55,7 @@ def submit_command(
     max_usd: str | None,
     deadline: str | None,
     checkpoint_steps: int | None,
+    checkpoint_every: str | None,
     classes: tuple[str, ...],
     detach: bool,
     quote: bool,
@@ -73,7 +77,7 @@ def submit_command(
     from p2pflop.job.file import encode_file
     from p2pflop.sdk import submit, submit_options
 
-    options = submit_options(max_usd, deadline, checkpoint_steps, classes)
+    options = submit_options(max_usd, deadline, checkpoint_steps, checkpoint_every, classes)
     job = open_file(file, arguments)
     client = flags.client(start=True)
     if not flags.json:
@@ -94,6 +98,7 @@ def submit_command(
         max_usd=max_usd,
         deadline=deadline,
         checkpoint_steps=checkpoint_steps,
+        checkpoint_every=checkpoint_every,
         classes=classes,
         client=client,
     )

@@ -36,6 +36,7 @@ from p2pflop.market.records import (
     Sheet,
     Terms,
     Trade,
+    checkpoint_ext,
 )
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, check_delegation
 from p2pflop.units import MAX_NUSD, NS_PER_S
@@ -83,6 +84,7 @@ def make_bid(
     policy_digest: bytes,
     delegation: bytes,
     root_from: bytes = ZERO_HASH,
+    checkpoint_s: int = 0,
     network: str = DEFAULT_NETWORK,
 ) -> Sealed[Bid]:
     """Sign a bid on ``deal``. ``nonce`` must be the one that the deal was ranked with.
@@ -109,6 +111,7 @@ def make_bid(
         book_digest=book_digest,
         policy_digest=policy_digest,
         delegation=delegation,
+        ext=checkpoint_ext(checkpoint_s),
     )
     return seal(bid, key, network)
 

@@ -143,6 +143,26 @@ class Bid(SignedRecord, frozen=True):
     ext: Ext = ()
 
 
+CHECKPOINT_EXT: Final = 2
+MIN_CHECKPOINT_SECONDS: Final = 30
+MAX_CHECKPOINT_SECONDS: Final = 2**32 - 1
+
+
+def checkpoint_ext(seconds: int) -> Ext:
+    """What a bid says that would like a checkpoint so long after the last one, too; none for 0.
+
+    Not critical, and not billed: a provider that does so is paid the sooner.
+    """
+    return ((CHECKPOINT_EXT, seconds.to_bytes(4, "big")),) if seconds else ()
+
+
+def checkpoint_seconds(bid: Bid) -> int:
+    """How long after the last checkpoint the buyer would like one, in seconds; 0 if it does not
+    say so. At least ``MIN_CHECKPOINT_SECONDS``."""
+    said = int.from_bytes(dict(bid.ext).get(CHECKPOINT_EXT, b"")[:4], "big")
+    return max(said, MIN_CHECKPOINT_SECONDS) if said else 0
+
+
 class Fill(SignedRecord, frozen=True):
     """The provider accepts bid ``bid`` and holds the capacity until ``confirm_by_ns``."""
 

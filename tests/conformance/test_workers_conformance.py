@@ -139,6 +139,48 @@ async def test_large_slots_travel_in_chunks(pool: Workers) -> None:
     assert content_hash(b"".join(chunks)) == content_hash(data)
 
 
+async def test_several_slots_are_read_in_one_exchange(pool: Workers) -> None:
+    sizes = (0, 3, MIB, 0, MIB + 7, 1)
+    params = tuple(WorkParam(int(Dtype.UINT8), (size,), ROLE_STATE, NoSource()) for size in sizes)
+    work = Work(1, WORK.phases, params, 0)
+    async with pool.worker(LIMITS) as worker:
+        await load(pool, worker, work)
+        for slot, size in enumerate(sizes):
+            await worker.write(slot, 0, bytes([slot + 1]) * size)
+        slots = [4, 0, 2, 1, 3, 5]
+        found = dict.fromkeys(slots, b"")
+        order = []
+        async for slot, chunk in worker.read_slots(slots):
+            assert 0 < len(chunk) <= MIB
+            found[slot] += chunk
+            order.append(slot)
+        assert list(dict.fromkeys(order)) == [4, 2, 1, 5]
+        assert found == {slot: bytes([slot + 1]) * sizes[slot] for slot in slots}
+        assert [item async for item in worker.read_slots([0, 3])] == []
+        assert await read(worker.read(1)) == b"\2" * 3
+
+
+async def test_it_stands_still_when_it_is_asked_to_and_goes_on(pool: Workers) -> None:
+    async with pool.worker(LIMITS) as worker:
+        await load(pool, worker)
+        await worker.pause()  # nothing runs: nothing comes of it
+        events: list[WorkerEvent] = []
+        pauses: list[int] = []
+        async for event in worker.run(0, 2**40):
+            events.append(event)
+            if isinstance(event, Paused) and not event.ended:
+                assert await read(worker.read(0)) == bytes([event.step % 256]) * 3
+                pauses.append(event.step)
+            if len(pauses) == 2:
+                await worker.stop()
+            elif len(events) % 2:
+                await worker.pause()
+        assert len(pauses) == 2
+        assert pauses[0] < pauses[1]
+        # A run that was stopped while it stood still ends without another word.
+        assert steps_of(events) == list(range(pauses[1]))
+
+
 async def test_init_slots_come_from_the_seed(pool: Workers) -> None:
     async with pool.worker(LIMITS) as worker:
         await load(pool, worker, Work(1, WORK.phases, WORK.params, seed=256))

@@ -155,3 +155,24 @@ async def test_a_blob_is_needed_while_a_lease_of_it_lasts() -> None:
     assert not blobs.needs(b"b")
     await blobs.hold(b"first", [b"a"])
     assert blobs.needs(b"a")
+
+
+async def test_what_a_lease_drops_goes_at_once_unless_somebody_needs_it(world: World) -> None:
+    old, shared, public, own = [
+        await world.put(b"old"),
+        await world.put(b"shared"),
+        await world.put(b"public", public=True),
+        await world.put(b"own", b""),
+    ]
+    await world.blobs.hold(LEASE, [old, shared, public, own])
+    await world.blobs.hold(NEXT_LEASE, [shared])
+    await world.blobs.drop(LEASE, [old, shared, public, own, b"?" * 32])
+    assert [await world.has(address) for address in (old, shared, public, own)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert not world.blobs.holds(LEASE, old)
+    await world.blobs.drop(NEXT_LEASE, [shared])
+    assert not await world.has(shared)

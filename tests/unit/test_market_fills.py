@@ -29,7 +29,18 @@ from p2pflop.market.fills import (
     make_trade,
     round_gflop,
 )
-from p2pflop.market.records import Bid, CostLine, Fill, Rejected, Terms
+from p2pflop.market.records import (
+    CHECKPOINT_EXT,
+    MAX_CHECKPOINT_SECONDS,
+    MIN_CHECKPOINT_SECONDS,
+    Bid,
+    CostLine,
+    Fill,
+    Rejected,
+    Terms,
+    checkpoint_ext,
+    checkpoint_seconds,
+)
 from p2pflop.market.samples import (
     ASK_LIFE_NS,
     COSTS,
@@ -98,6 +109,26 @@ def test_a_bid_opens_with_buyer_and_ask() -> None:
 )
 def test_a_provider_refuses_a_bid_that_is_not_right(values: dict[str, Any], why: str) -> None:
     assert why in refusal(checked(altered(**values)))
+
+
+@pytest.mark.parametrize(
+    ("ext", "seconds"),
+    [
+        ((), 0),
+        (checkpoint_ext(0), 0),
+        (checkpoint_ext(600), 600),
+        (checkpoint_ext(1), MIN_CHECKPOINT_SECONDS),
+        (checkpoint_ext(MAX_CHECKPOINT_SECONDS), MAX_CHECKPOINT_SECONDS),
+        (((CHECKPOINT_EXT, b""),), 0),
+        (((CHECKPOINT_EXT, bytes(3)),), 0),
+        (((CHECKPOINT_EXT, b"\xff" * 1024),), MAX_CHECKPOINT_SECONDS),
+        (((4, b"later"),), 0),
+    ],
+)
+def test_a_bid_may_say_how_often_it_would_like_a_checkpoint(ext: Any, seconds: int) -> None:
+    outcome = checked(altered(ext=ext))
+    assert isinstance(outcome, OpenBid)
+    assert checkpoint_seconds(outcome.bid) == seconds
 
 
 def test_a_bid_is_fresh_within_its_limits() -> None:
