@@ -10,6 +10,7 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -42,6 +43,7 @@ from p2pflop.node.orders import (
     order_card,
     starting_from,
 )
+from p2pflop.node.outcomes import what_is_left
 from p2pflop.node.purchase import RESULT_ROW, Purchase
 from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
@@ -238,7 +240,14 @@ class Buyer:
         """End a run with an error. Never raises: without a disk, only this process knows of it."""
         if run.over:
             return
-        told = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+        with suppress(StoreError):
+            await run.rows.flush()
+        work = bytes.fromhex(run.card["work"])
+        left = what_is_left(
+            run, lambda step: self.runs.state(work, self.class_id, step) is not None
+        )
+        hint = " ".join(filter(None, (error.hint, left)))
+        told = {"error": type(error).__name__, "message": error.message, "hint": hint}
         try:
             await self.runs.emit(run, "failed", **told)
         except StoreError as fault:

@@ -179,22 +179,25 @@ class Execution:
         await self._worker.load(encode(self._checked.work), plans)
         await self._worker.initialise()
         for slot, source in self._checked.inputs:
-            size_bytes = 0
-            async for chunk in self._read_input(source.address):
-                if size_bytes + len(chunk) > source.size_bytes:
-                    break
-                await self._worker.write(slot, size_bytes, chunk)
-                size_bytes += len(chunk)
-            if size_bytes != source.size_bytes:
-                raise JobError(f"the input of slot {slot} is not of the size that the job says")
+            await self._fill(slot, source.address, source.size_bytes, "input")
         await self._feed(self._checked.job.first_step, first=True)
 
     async def _feed(self, step: int, *, first: bool = False) -> None:
         async for slot, address in self._feeds.due(step, first=first):
-            offset_bytes = 0
-            async for chunk in self._read_input(address):
+            await self._fill(slot, address, self._checked.slot_bytes(slot), "shard")
+
+    async def _fill(self, slot: int, address: bytes, size_bytes: int, what: str) -> None:
+        """Raises JobError for a blob of another size: nothing of an earlier one may be left."""
+        offset_bytes = 0
+        async for chunk in self._read_input(address):
+            if offset_bytes + len(chunk) <= size_bytes:
                 await self._worker.write(slot, offset_bytes, chunk)
-                offset_bytes += len(chunk)
+            offset_bytes += len(chunk)
+        if offset_bytes != size_bytes:
+            raise JobError(
+                f"the {what} {address.hex()[:12]} of slot {slot} is of {offset_bytes} bytes, "
+                f"not of the {size_bytes} that the job says"
+            )
 
     async def _read_input(self, address: bytes) -> AsyncIterator[bytes]:
         if address in self._at_hand:

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     metavar="N",
     help="State every N steps; 0: none.",
 )
+@click.option(
+    "--from-step",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Go on from a checkpoint after N steps.",
+)
 @click.option("--detach", is_flag=True, help="Print the run's id and leave it.")
 @click.option("--quote", is_flag=True, help="Show the ranked asks and buy nothing.")
 @common_options
@@ -45,6 +51,7 @@ def submit_command(
     max_usd: str | None,
     deadline: str | None,
     checkpoint_steps: int | None,
+    from_step: int | None,
     detach: bool,
     quote: bool,
 ) -> None:
@@ -59,6 +66,7 @@ def submit_command(
       p2pflop submit digits.p2pj --max-usd 0.05
       p2pflop submit examples/digits.py --deadline 10m
       p2pflop submit digits.p2pj --quote
+      p2pflop submit digits.p2pj --from-step 500
       p2pflop submit digits.p2pj --json | jq -r 'select(.kind == "result") | .hash'
     """
     from p2pflop.cli.progress import follow, ranked_lines
@@ -67,6 +75,8 @@ def submit_command(
 
     options = submit_options(max_usd, deadline, checkpoint_steps)
     job = open_file(file, arguments)
+    if from_step is not None:
+        job = job.resume(from_step)
     client = flags.client(start=True)
     if not flags.json:
         cost = job.cost
