@@ -87,6 +87,7 @@ class Buyer:
     now_ns: Callable[[], int]
     experience: Experience = field(init=False)
     _waiting: dict[str, Purchase] = field(default_factory=dict)
+    _needed: dict[str, frozenset[bytes]] = field(default_factory=dict)
     _lent: Counter[tuple[bytes, bytes]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -179,10 +180,7 @@ class Buyer:
 
     async def lend(self, order: Order, provider: bytes) -> list[bytes]:
         """Let a provider's node read the inputs of an order; their addresses. Raises StoreError."""
-        checked = order.checked
-        addresses = [source.address for _, source in checked.inputs]
-        for slot, source in checked.feeds:
-            addresses += [source.collection, *await self._shards(checked, slot, source)]
+        addresses = await self._inputs(order)
         self._lent.update((address, provider) for address in addresses)
         return addresses
 
@@ -196,6 +194,10 @@ class Buyer:
     def lends(self, address: bytes, reader: bytes) -> bool:
         """Whether ``reader``, a provider's node, may read an input now."""
         return (address, reader) in self._lent
+
+    def needed_by(self, address: bytes) -> str:
+        """A run under way that has that blob as an input; empty if there is none."""
+        return next((run for run, needed in self._needed.items() if address in needed), "")
 
     async def deliver(self, letter: Letter) -> None:
         """Bring a countersignature to a provider that is away, for as long as a day.
@@ -229,12 +231,15 @@ class Buyer:
 
     async def _buy(self, run: Run, order: Order, *, resume: bool = False) -> None:
         try:
+            self._needed[run.id] = frozenset(await self._inputs(order))
             await Purchase(self, run, order).run(resume=resume)
         except P2PFlopError as error:
             await self.fail(run, error)
         except Exception as error:  # noqa: BLE001 - one job's bug must not end the node
             _log.exception("job %s", run.id)
             await self.fail(run, P2PFlopError(f"the node failed: {error!r}"))
+        finally:
+            self._needed.pop(run.id, None)
 
     async def fail(self, run: Run, error: P2PFlopError) -> None:
         """End a run with an error. Never raises: without a disk, only this process knows of it."""
@@ -267,6 +272,14 @@ class Buyer:
             return order
         state = self.runs.state(checked.work_id, self.class_id, checked.job.first_step)
         return starting_from(order, state)
+
+    async def _inputs(self, order: Order) -> list[bytes]:
+        """The blobs that a provider needs, those of feeds too."""
+        checked = order.checked
+        addresses = [source.address for _, source in checked.inputs]
+        for slot, source in checked.feeds:
+            addresses += [source.collection, *await self._shards(checked, slot, source)]
+        return addresses
 
     async def _check_inputs(self, order: Order) -> None:
         checked = order.checked

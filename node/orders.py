@@ -20,7 +20,7 @@ from p2pflop.market.ranking import Deal, Miss, Policy
 from p2pflop.market.records import CostLine, Terms
 from p2pflop.node.execute import memory_bytes, unsupported
 from p2pflop.node.messages import MAX_BODY_BYTES
-from p2pflop.node.service import Json, SubmitOptions
+from p2pflop.node.service import MAX_DEADLINE_S, Json, SubmitOptions
 from p2pflop.units import MAX_NUSD, NS_PER_S
 
 DEFAULT_DEADLINE_S: Final = 24 * 3600
@@ -29,7 +29,6 @@ MIN_CHECKPOINT_STEPS: Final = 100
 MAX_RANKED_TOLD: Final = 32
 MAX_CHECKPOINTS: Final = 1000
 """Of one job, each the size of its state."""
-MAX_DEADLINE_S: Final = 30 * 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
