@@ -95,7 +95,8 @@ def moved_bytes(checked: CheckedJob, checkpoint_steps: int) -> int:
     )
     deliveries = 1 + checkpoints(checked.job, checkpoint_steps)
     inputs = sum(source.size_bytes for _, source in checked.inputs)
-    return inputs + _fed_bytes(checked) + _collected_bytes(checked) + state * deliveries
+    kept = sum(collected_bytes(checked, phase) for phase in range(len(checked.work.phases)))
+    return inputs + _fed_bytes(checked) + kept + state * deliveries
 
 
 def _fed_bytes(checked: CheckedJob) -> int:
@@ -108,14 +109,14 @@ def _fed_bytes(checked: CheckedJob) -> int:
     return moved
 
 
-def _collected_bytes(checked: CheckedJob) -> int:
-    job, moved = checked.job, 0
-    for number, phase in enumerate(checked.work.phases):
-        times = times_due(phase, job.first_step, job.steps)
-        for output, mode in enumerate(phase.modes):
-            if mode == MODE_COLLECT and times:
-                size_bytes = output_bytes(checked, number, output)
-                moved += numbered_bytes(times, size_bytes) + times * size_bytes
+def collected_bytes(checked: CheckedJob, number: int) -> int:
+    """The values that a job collects of the outputs of one phase, and the lists of them."""
+    phase, moved = checked.work.phases[number], 0
+    times = times_due(phase, checked.job.first_step, checked.job.steps)
+    for output, mode in enumerate(phase.modes):
+        if mode == MODE_COLLECT and times:
+            size_bytes = output_bytes(checked, number, output)
+            moved += numbered_bytes(times, size_bytes) + times * size_bytes
     return moved
 
 
@@ -149,7 +150,7 @@ def open_order(
                 f"a deadline of {deadline_s} s", hint=f"Use 1 s to {MAX_DEADLINE_S // 86400} days."
             )
         deadline_ns = now_ns + deadline_s * NS_PER_S
-    every = _checkpoint_steps(checked.work, checked.job, options.checkpoint_steps)
+    every = checkpoint_steps(checked.work, checked.job, options.checkpoint_steps)
     if every < 0 or checkpoints(checked.job, every) > MAX_CHECKPOINTS:
         raise ConfigError(
             f"{every} steps between checkpoints are over {MAX_CHECKPOINTS} checkpoints",
@@ -238,7 +239,7 @@ def order_card(order: Order) -> Json:
     }
 
 
-def _checkpoint_steps(work: Work, job: Job, wanted: int | None) -> int:
+def checkpoint_steps(work: Work, job: Job, wanted: int | None) -> int:
     """How many steps lie between checkpoints: as wanted, else a quarter, for jobs that are long."""
     if any(MODE_COLLECT in phase.modes for phase in work.phases):
         if wanted:
