@@ -200,6 +200,7 @@ class Quota:
                 f"{size_bytes} bytes more would go over the store's quota of {self.quota_bytes};"
                 f" {self.used_bytes} are in use",
                 hint="Delete blobs that are not needed (p2pflop rm HASH), or raise the quota.",
+                is_full=True,
             )
         self.used_bytes += size_bytes
 

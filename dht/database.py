@@ -157,7 +157,8 @@ class Database:
             request.wake()
 
     def _fault(self, error: sqlite3.Error) -> StoreError:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code in _DAMAGED:
             return StoreError(
                 f"{self.path} is damaged: {error}",
                 hint="Restore it from a backup. If it is moved away, the node begins a new one "
@@ -166,4 +167,5 @@ class Database:
         return StoreError(
             f"{self.path.name}: {error}",
             hint=f"See that {self.path.parent} is writable and its disk has space and is sound.",
+            is_full=code == sqlite3.SQLITE_FULL,
         )

@@ -154,7 +154,8 @@ def disk_error(error: OSError, path: Path) -> StoreError:
         hint = "See that this user may write to the folder and that the disk is not read-only."
     else:
         hint = "The disk may be failing: look at the system's log."
-    return StoreError(f"the store at {path} failed: {error.strerror or error}", hint=hint)
+    message = f"the store at {path} failed: {error.strerror or error}"
+    return StoreError(message, hint=hint, is_full=error.errno in _FULL)
 
 
 def damage_error(address: bytes, damage: DamagedChunk) -> VerificationError:

@@ -43,6 +43,7 @@ from p2pflop.wire import decode
 
 ROWS_INTERVAL_SECONDS: Final = 0.05
 MAX_PLANS_BYTES: Final = 512 * MIB
+OUT_OF_MEMORY: Final = "the job ran out of memory. Make its tensors or its batch smaller."
 
 
 def serve(pipe: BlockingPipe, engine: Engine) -> None:
@@ -53,10 +54,10 @@ def serve(pipe: BlockingPipe, engine: Engine) -> None:
     except (EOFError, BrokenPipeError):
         raise
     except MemoryError:
-        pipe.send(Fault(True, "the job ran out of memory"))
+        pipe.send(Fault(True, OUT_OF_MEMORY))
     except OSError as error:
         job = error.errno == errno.ENOMEM
-        pipe.send(Fault(job, "the job ran out of memory" if job else text(repr(error))))
+        pipe.send(Fault(job, OUT_OF_MEMORY if job else text(repr(error))))
     except P2PFlopError as error:
         pipe.send(Fault(isinstance(error, JobError), text(error)))
     # The node must hear why, whatever it is, before this process ends.

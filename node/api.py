@@ -55,6 +55,7 @@ from p2pflop.node.api_streams import BlobStream, EventStream, parse_range
 from p2pflop.node.service import (
     DEFAULT_FIND_TIMEOUT_S,
     MAX_CLASSES,
+    MAX_DEADLINE_S,
     MAX_FIND_TIMEOUT_S,
     Json,
     NodeService,
@@ -64,7 +65,6 @@ from p2pflop.node.service import (
 from p2pflop.units import KIB, MAX_NUSD
 
 MAX_ITEMS: Final = 10_000
-MAX_DEADLINE_S: Final = 366 * 86400
 MAX_WAIT_MS: Final = 7 * 86400 * 1000
 MAX_STEPS: Final = 2**40
 
@@ -319,7 +319,7 @@ def _describe(info: BlobInfo) -> Json:
 def _options(request: Request) -> SubmitOptions:
     return SubmitOptions(
         max_nusd=_number(request, "max_nusd", MAX_NUSD),
-        deadline_s=_number(request, "deadline_s", MAX_DEADLINE_S),
+        deadline_s=_number(request, "deadline_s", MAX_DEADLINE_S, lowest=1),
         checkpoint_steps=_number(request, "checkpoint_steps", MAX_STEPS),
         checkpoint_s=_number(request, "checkpoint_s", MAX_DEADLINE_S),
         classes=_classes(request),
@@ -333,14 +333,15 @@ def _classes(request: Request) -> tuple[str, ...]:
     return names
 
 
-def _number(request: Request, name: str, highest: int) -> int | None:
+def _number(request: Request, name: str, highest: int, lowest: int = 0) -> int | None:
     text = request.query_params.get(name)
-    return None if text is None else _parse_number(text, name, highest)
+    return None if text is None else _parse_number(text, name, highest, lowest)
 
 
-def _parse_number(text: str, name: str, highest: int) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) <= highest):
-        raise ConfigError(f"{name} must be a whole number from 0 to {highest}")
+def _parse_number(text: str, name: str, highest: int, lowest: int = 0) -> int:
+    is_number = text.isascii() and text.isdecimal() and len(text) <= 19
+    if not (is_number and lowest <= int(text) <= highest):
+        raise ConfigError(f"{name} must be a whole number from {lowest} to {highest}")
     return int(text)
 
 

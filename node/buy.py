@@ -11,6 +11,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -44,6 +45,7 @@ from p2pflop.node.orders import (
     order_card,
     starting_from,
 )
+from p2pflop.node.outcomes import what_is_left
 from p2pflop.node.purchase import RESULT_ROW, Purchase
 from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
@@ -91,6 +93,7 @@ class Buyer:
     now_ns: Callable[[], int]
     experience: Experience = field(init=False)
     _waiting: dict[str, Purchase] = field(default_factory=dict)
+    _needed: dict[str, frozenset[bytes]] = field(default_factory=dict)
     _lent: Counter[tuple[bytes, bytes]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -200,10 +203,7 @@ class Buyer:
 
     async def lend(self, order: Order, provider: bytes) -> list[bytes]:
         """Let a provider's node read the inputs of an order; their addresses. Raises StoreError."""
-        checked = order.checked
-        addresses = [source.address for _, source in checked.inputs]
-        for slot, source in checked.feeds:
-            addresses += [source.collection, *await self._shards(checked, slot, source)]
+        addresses = await self._inputs(order)
         self._lent.update((address, provider) for address in addresses)
         return addresses
 
@@ -217,6 +217,10 @@ class Buyer:
     def lends(self, address: bytes, reader: bytes) -> bool:
         """Whether ``reader``, a provider's node, may read an input now."""
         return (address, reader) in self._lent
+
+    def needed_by(self, address: bytes) -> str:
+        """A run under way that has that blob as an input; empty if there is none."""
+        return next((run for run, needed in self._needed.items() if address in needed), "")
 
     async def deliver(self, letter: Letter) -> None:
         """Bring a countersignature to a provider that is away, for as long as a day.
@@ -255,18 +259,26 @@ class Buyer:
 
     async def _buy(self, run: Run, order: Order, *, resume: bool = False) -> None:
         try:
+            self._needed[run.id] = frozenset(await self._inputs(order))
             await Purchase(self, run, order).run(resume=resume)
         except P2PFlopError as error:
             await self.fail(run, error)
         except Exception as error:  # noqa: BLE001 - one job's bug must not end the node
             _log.exception("job %s", run.id)
             await self.fail(run, P2PFlopError(f"the node failed: {error!r}"))
+        finally:
+            self._needed.pop(run.id, None)
 
     async def fail(self, run: Run, error: P2PFlopError) -> None:
         """End a run with an error. Never raises: without a disk, only this process knows of it."""
         if run.over:
             return
-        told = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+        with suppress(StoreError):
+            await run.rows.flush()
+        work = bytes.fromhex(run.card["work"])
+        left = what_is_left(run, lambda step: self.class_id in self.runs.states(work, step))
+        hint = " ".join(filter(None, (error.hint, left)))
+        told = {"error": type(error).__name__, "message": error.message, "hint": hint}
         try:
             await self.runs.emit(run, "failed", **told)
         except StoreError as fault:
@@ -286,6 +298,14 @@ class Buyer:
             return order
         states = self.runs.states(checked.work_id, checked.job.first_step)
         return starting_from(order, states, self.class_id)
+
+    async def _inputs(self, order: Order) -> list[bytes]:
+        """The blobs that a provider needs, those of feeds too."""
+        checked = order.checked
+        addresses = [source.address for _, source in checked.inputs]
+        for slot, source in checked.feeds:
+            addresses += [source.collection, *await self._shards(checked, slot, source)]
+        return addresses
 
     async def _check_inputs(self, order: Order) -> None:
         checked = order.checked

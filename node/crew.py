@@ -42,6 +42,11 @@ MAX_LAST_FRAMES: Final = 64
 _JOB_SIGNALS: Final = frozenset(
     {signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP}
 )
+SMALLER: Final = "Make its tensors or its batch smaller."
+_SIGNAL_HINTS: Final = {
+    int(signal.SIGFPE): "Does it divide an integer by zero?",
+    int(signal.SIGILL): "The processor lacks an instruction: another provider may have it.",
+}
 
 
 class Child:
@@ -64,17 +69,16 @@ class Child:
         if self.exit is None:
             return ProviderError(f"the {what} was lost with the sandbox it ran in")
         if self.exit.out_of_memory:
-            return JobError(
-                "the job used more memory than it asked for",
-                hint="Ask for more memory, or make the tensors smaller.",
-            )
+            return JobError("the job used more memory than it was metered for", hint=SMALLER)
         if self.exit.code == OUT_OF_MEMORY_CODE:
-            return JobError(f"the {what} ran out of memory")
+            return JobError(f"the {what} ran out of memory", hint=SMALLER)
         ended_by = self.exit.signal
         if ended_by == signal.SIGXCPU:
-            return JobError(f"the {what} used up its CPU time")
+            return JobError(f"the {what} used up its CPU time", hint="Have fewer steps in a job.")
         if ended_by in _JOB_SIGNALS:
-            return JobError(f"the job's code faulted ({signal.Signals(ended_by).name})")
+            name = signal.Signals(ended_by).name
+            hint = _SIGNAL_HINTS.get(ended_by, "See whether it does so here: job.run_local().")
+            return JobError(f"the job's code faulted ({name})", hint=hint)
         if ended_by:
             return ProviderError(f"the {what} was killed by signal {ended_by}")
         return ProviderError(f"the {what} ended by itself with code {self.exit.code}")

@@ -201,6 +201,12 @@ class Daemon:
                 f"a job that runs here needs blob {address.hex()}",
                 hint="Try again when it is over.",
             )
+        run = self.buyer.needed_by(address)
+        if run:
+            raise StoreError(
+                f"run {run} needs blob {address.hex()} as an input",
+                hint=f"Try again when it is over, or end it: p2pflop cancel {run}.",
+            )
         return await delete_own(self.store, address)
 
     async def doctor(self) -> Json:

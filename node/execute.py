@@ -16,7 +16,7 @@ import trio
 
 from p2pflop.dht.blobs import BlobWriter, Store
 from p2pflop.dht.manifest import address_of
-from p2pflop.errors import JobError, ProviderError
+from p2pflop.errors import JobError, P2PFlopError, ProviderError
 from p2pflop.job.collection import numbered
 from p2pflop.job.delivery import check_result, output_bytes, output_dtype
 from p2pflop.job.file import CheckedJob
@@ -44,6 +44,8 @@ WORKER_BASE_BYTES: Final = 256 * MIB
 WORKER_SLACK_BYTES: Final = 64 * MIB
 """Of that, what the job's own limit allows for reading and writing tensors."""
 MAX_OPEN_LOWERERS: Final = 2
+DRAIN_S: Final = 30.0
+"""How long a run that has failed may take to bring its last checkpoint to disk."""
 ASK_AGAIN_S: Final = 1.0
 """A worker that was asked to stand still does so after its step, which may be long."""
 MAX_STEP_SECONDS: Final = 600.0
@@ -198,22 +200,25 @@ class Execution:
         await self._worker.load(encode(self._checked.work), plans)
         await self._worker.initialise()
         for slot, source in self._checked.inputs:
-            size_bytes = 0
-            async for chunk in self._read_input(source.address):
-                if size_bytes + len(chunk) > source.size_bytes:
-                    break
-                await self._worker.write(slot, size_bytes, chunk)
-                size_bytes += len(chunk)
-            if size_bytes != source.size_bytes:
-                raise JobError(f"the input of slot {slot} is not of the size that the job says")
+            await self._fill(slot, source.address, source.size_bytes, "input")
         await self._feed(self._checked.job.first_step, first=True)
 
     async def _feed(self, step: int, *, first: bool = False) -> None:
         async for slot, address in self._feeds.due(step, first=first):
-            offset_bytes = 0
-            async for chunk in self._read_input(address):
+            await self._fill(slot, address, self._checked.slot_bytes(slot), "shard")
+
+    async def _fill(self, slot: int, address: bytes, size_bytes: int, what: str) -> None:
+        """Raises JobError for a blob of another size: nothing of an earlier one may be left."""
+        offset_bytes = 0
+        async for chunk in self._read_input(address):
+            if offset_bytes + len(chunk) <= size_bytes:
                 await self._worker.write(slot, offset_bytes, chunk)
-                offset_bytes += len(chunk)
+            offset_bytes += len(chunk)
+        if offset_bytes != size_bytes:
+            raise JobError(
+                f"the {what} {address.hex()[:12]} of slot {slot} is of {offset_bytes} bytes, "
+                f"not of the {size_bytes} that the job says"
+            )
 
     async def _read_input(self, address: bytes) -> AsyncIterator[bytes]:
         if address in self._at_hand:
@@ -235,12 +240,17 @@ class Execution:
             self._nursery = nursery
             if checkpoints.seconds:
                 nursery.start_soon(self._run_clock, checkpoints.seconds)
-            async for event in self._worker.run(job.first_step, job.steps, checkpoints.steps):
-                if isinstance(event, Rows):
-                    self._note(event)
-                    await on_rows(event)
-                elif isinstance(event, Paused):
-                    await self._pause(event, checkpoints)
+            try:
+                async for event in self._worker.run(job.first_step, job.steps, checkpoints.steps):
+                    if isinstance(event, Rows):
+                        self._note(event)
+                        await on_rows(event)
+                    elif isinstance(event, Paused):
+                        await self._pause(event, checkpoints)
+            except P2PFlopError:
+                with trio.move_on_after(DRAIN_S):
+                    await self._drained.wait()  # the buyer may go on from there
+                raise
             await self._drained.wait()
             nursery.cancel_scope.cancel()
         if not job.first_step < self._done_to <= end:
@@ -252,16 +262,18 @@ class Execution:
         await self._collect(event.step - 1)
         if event.ended:
             return
-        await self._feed(event.step)
         due = checkpoints.steps > 0 and event.step % checkpoints.steps == 0
-        if not (due or self._late):
-            return
+        if due or self._late:
+            await self._checkpoint(event.step, checkpoints, late=not due)
+        await self._feed(event.step)
+
+    async def _checkpoint(self, step: int, checkpoints: Checkpoints, *, late: bool) -> None:
         await self._drained.wait()  # one at a time: the disk may be slower than the steps
-        if checkpoints.wanted(not due):
+        if checkpoints.wanted(late):
             self._late, self._checkpointed_at = False, trio.current_time()
             drafts = await self._draft_state(self._keeper())
             self._drained = trio.Event()
-            self._nursery.start_soon(self._drain, event.step, drafts, checkpoints)
+            self._nursery.start_soon(self._drain, step, drafts, checkpoints)
 
     async def _drain(self, step: int, drafts: list[_Draft], checkpoints: Checkpoints) -> None:
         await checkpoints.give(step, await _finished(drafts))

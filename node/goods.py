@@ -17,7 +17,14 @@ from p2pflop.dht.blobs import BlobInfo, Store
 from p2pflop.dht.fetch import fetch
 from p2pflop.dht.manifest import address_of
 from p2pflop.dht.planes import Dialer
-from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError, StoreError
+from p2pflop.errors import (
+    BlobNotFoundError,
+    P2PFlopError,
+    ProtocolError,
+    ProviderError,
+    StoreError,
+    VerificationError,
+)
 from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS
 from p2pflop.job.delivery import (
     WantedBlob,
@@ -105,7 +112,7 @@ class Goods:
         wanted_state(self._checked, addresses)
         if not job.first_step < message.step < job.first_step + job.steps:
             raise ProtocolError("it told of a checkpoint outside the job")
-        check_inline(message.blobs, set(addresses))
+        check_inline(f"the checkpoint after step {message.step}", message.blobs, set(addresses))
         self._states[message.step] = message
         if len(self._states) > MAX_KEPT_CHECKPOINTS:
             del self._states[min(self._states)]
@@ -117,7 +124,7 @@ class Goods:
             if result != self.result:
                 raise ProtocolError("it delivered a second result")
             known = True
-        check_inline(blobs, {b.address for b in wanted_result(self._checked, result)})
+        check_inline("the result", blobs, {b.address for b in wanted_result(self._checked, result)})
         # Of one that the journal remembers, what came along is lost and comes again.
         self.result, self._inline = result, dict(blobs)
         return not known
@@ -226,8 +233,20 @@ class Goods:
 
     async def _fetch_new(self, blob: WantedBlob) -> BlobInfo:
         store, bound = self._store, blob.size_bytes
+        wrong: list[str] = []
+
+        def note(_peer: str, error: P2PFlopError) -> None:
+            if isinstance(error, VerificationError):
+                wrong.append(error.message)
+
         try:
-            return await fetch(store, blob.address, [self.peer], self._dialer, max_bytes=bound)
+            return await fetch(
+                store, blob.address, [self.peer], self._dialer, max_bytes=bound, on_fault=note
+            )
+        except (BlobNotFoundError, ProviderError) as error:
+            if wrong:
+                raise ProtocolError(f"it does not verify: {wrong[0]}") from error
+            raise
         except StoreError:
             # Its disk, or the provider's manifest? What was begun tells.
             begun = await store.resume(blob.address)
@@ -241,10 +260,13 @@ class Goods:
             raise ProtocolError("a delivered tensor is not of its size") from None
 
 
-def check_inline(blobs: Sequence[tuple[bytes, bytes]], named: set[bytes]) -> None:
+def check_inline(what: str, blobs: Sequence[tuple[bytes, bytes]], named: set[bytes]) -> None:
     """Raises ProtocolError unless what came along is named, and is what its address says."""
     for address, data in blobs:
         if address not in named:
-            raise ProtocolError("a blob came along that nothing names")
+            raise ProtocolError(f"with {what} a blob came along that nothing names")
         if address_of(data) != address:
-            raise ProtocolError(f"{address.hex()} is not the address of its bytes")
+            address_hex = address.hex()
+            raise ProtocolError(
+                f"{what} does not verify: {address_hex} is not the address of its bytes"
+            )

@@ -21,7 +21,7 @@ from p2pflop.market.ranking import Deal, Miss, Policy
 from p2pflop.market.records import MIN_CHECKPOINT_SECONDS, CostLine, Terms
 from p2pflop.node.execute import memory_bytes, unsupported
 from p2pflop.node.messages import MAX_BODY_BYTES
-from p2pflop.node.service import Json, SubmitOptions
+from p2pflop.node.service import MAX_DEADLINE_S, Json, SubmitOptions
 from p2pflop.units import MAX_NUSD, NS_PER_S
 
 DEFAULT_DEADLINE_S: Final = 24 * 3600
@@ -31,7 +31,6 @@ MIN_CHECKPOINT_STEPS: Final = 100
 MAX_RANKED_TOLD: Final = 32
 MAX_CHECKPOINTS: Final = 1000
 """Of one job, each the size of its state."""
-MAX_DEADLINE_S: Final = 30 * 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,8 @@ def moved_bytes(checked: CheckedJob, checkpoint_steps: int) -> int:
     )
     deliveries = 1 + checkpoints(checked.job, checkpoint_steps)
     inputs = sum(source.size_bytes for _, source in checked.inputs)
-    return inputs + _fed_bytes(checked) + _collected_bytes(checked) + state * deliveries
+    kept = sum(collected_bytes(checked, phase) for phase in range(len(checked.work.phases)))
+    return inputs + _fed_bytes(checked) + kept + state * deliveries
 
 
 def _fed_bytes(checked: CheckedJob) -> int:
@@ -116,14 +116,14 @@ def _fed_bytes(checked: CheckedJob) -> int:
     return moved
 
 
-def _collected_bytes(checked: CheckedJob) -> int:
-    job, moved = checked.job, 0
-    for number, phase in enumerate(checked.work.phases):
-        times = times_due(phase, job.first_step, job.steps)
-        for output, mode in enumerate(phase.modes):
-            if mode == MODE_COLLECT and times:
-                size_bytes = output_bytes(checked, number, output)
-                moved += numbered_bytes(times, size_bytes) + times * size_bytes
+def collected_bytes(checked: CheckedJob, number: int) -> int:
+    """The values that a job collects of the outputs of one phase, and the lists of them."""
+    phase, moved = checked.work.phases[number], 0
+    times = times_due(phase, checked.job.first_step, checked.job.steps)
+    for output, mode in enumerate(phase.modes):
+        if mode == MODE_COLLECT and times:
+            size_bytes = output_bytes(checked, number, output)
+            moved += numbered_bytes(times, size_bytes) + times * size_bytes
     return moved
 
 
@@ -163,7 +163,7 @@ def open_order(
                 f"a deadline of {deadline_s} s", hint=f"Use 1 s to {MAX_DEADLINE_S // 86400} days."
             )
         deadline_ns = now_ns + deadline_s * NS_PER_S
-    every = _checkpoint_steps(checked.work, checked.job, options.checkpoint_steps)
+    every = checkpoint_steps(checked.work, checked.job, options.checkpoint_steps)
     if every < 0 or checkpoints(checked.job, every) > MAX_CHECKPOINTS:
         raise ConfigError(
             f"{every} steps between checkpoints are over {MAX_CHECKPOINTS} checkpoints",
@@ -282,7 +282,7 @@ def _no_checkpoints() -> ConfigError:
     return ConfigError("a job that collects has no checkpoints", hint="Split it into shorter jobs.")
 
 
-def _checkpoint_steps(work: Work, job: Job, wanted: int | None) -> int:
+def checkpoint_steps(work: Work, job: Job, wanted: int | None) -> int:
     """How many steps lie between checkpoints: as wanted, else a quarter, for jobs that are long."""
     if any(MODE_COLLECT in phase.modes for phase in work.phases):
         if wanted:

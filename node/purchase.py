@@ -16,8 +16,6 @@ import trio
 
 from p2pflop.errors import (
     BlobNotFoundError,
-    JobError,
-    MarketError,
     P2PFlopError,
     ProtocolError,
     ProviderError,
@@ -41,11 +39,9 @@ from p2pflop.job.events import (
     State,
     Verified,
 )
-from p2pflop.job.graph import Dtype
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.naming import output_names
 from p2pflop.job.results import result_hash
-from p2pflop.job.spec import ROLE_STATE, Result
 from p2pflop.keys import peer_id
 from p2pflop.market.desk import BuyerDesk
 from p2pflop.market.ranking import no_deal
@@ -59,9 +55,9 @@ from p2pflop.node.guard import survive
 from p2pflop.node.journal import KnownState
 from p2pflop.node.letters import FAREWELL_S, JOB_PROTOCOL, LETTER_ROW, Letter, leave_word
 from p2pflop.node.orders import Order, describe_ranking
+from p2pflop.node.outcomes import describe_result, error_of
 from p2pflop.node.printable import printable
 from p2pflop.node.runs import Run
-from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed, reopen
 
 if TYPE_CHECKING:
@@ -75,6 +71,9 @@ RETURN_S: Final = 0.25
 MAX_RETURNS: Final = 5
 """Streams opened in the place of broken ones, with growing pauses, until one is ``STEADY_S``."""
 STEADY_S: Final = 30.0
+LAST_VERIFY_S: Final = 5.0
+"""For what was billed before the provider gave the lease back; shorter than its silence may be."""
+
 UNCONFIRMED: Final = frozenset({State.RANKING, State.WAITING, State.BIDDING})
 CONFIRMED: Final = frozenset({State.CONFIRMING, State.RUNNING})
 
@@ -97,6 +96,7 @@ class Purchase:
         self._acknowledged = False
         self._failure: P2PFlopError | None = None
         self._to_verify = trio.Event()
+        self._looked = trio.Event()
         self._names = output_names(order.file.labels)
         self._nursery: trio.Nursery
         desk = BuyerDesk(
@@ -199,12 +199,12 @@ class Purchase:
             account = self._bidding.account_of(self._lent_to)
             self._buyer.experience.note_success(account or b"")
             await self._tell_result()
-        elif action.state is State.CANCELLED:
+        elif action.state is State.CANCELLED and self._failure is None:
             await self._buyer.runs.emit(self._run, "cancelled")
-        else:
+        elif action.state is not State.CANCELLED:
             if action.blame is Blame.PROVIDER:
                 self._note_failure()
-            self._failure = _error(action)
+            self._failure = error_of(action)
 
     # Bidding
 
@@ -363,7 +363,10 @@ class Purchase:
     async def _heard(self, message: m.Message) -> str:
         """Take a message in; what was wrong with it, or nothing."""
         match message:
-            case m.Filled(wire) | m.Committed(wire) | m.Receipted(wire) | m.Abandoned(wire):
+            case m.Filled(wire) | m.Committed(wire) | m.Receipted(wire):
+                return await self._driver.hear(Received(wire))
+            case m.Abandoned(wire):
+                await self._verify_the_last()
                 return await self._driver.hear(Received(wire))
             case m.Refused(wire):
                 return await self._hear_refusal(wire)
@@ -439,10 +442,19 @@ class Purchase:
             self._to_verify = trio.Event()
             wait_s = RETRY_S
             while not await self._verify_waiting(first=wait_s == RETRY_S):
+                self._looked.set()
                 with trio.move_on_after(wait_s):
                     await self._to_verify.wait()
                 self._to_verify = trio.Event()
                 wait_s = min(2 * wait_s, MAX_RETRY_S)
+            self._looked.set()
+
+    async def _verify_the_last(self) -> None:
+        """A checkpoint that came before the provider gave up is not to be lost."""
+        with trio.move_on_after(LAST_VERIFY_S):
+            while self._lifecycle.side.unsigned and not self._lifecycle.ended:
+                self._looked = trio.Event()
+                await self._looked.wait()
 
     async def _verify_waiting(self, *, first: bool) -> bool:
         """Fetch and check what the receipts that wait are about, oldest first. False: not all."""
@@ -460,6 +472,11 @@ class Purchase:
                 if first:
                     _log.info("job %s: delivery not fetched yet: %s", self._run.id, error)
                 return False
+            except StoreError as error:
+                message = f"what was delivered cannot be kept: {error.message}"
+                self._failure = StoreError(message, hint=error.hint, is_full=error.is_full)
+                await self._driver.on(Cancel("the buyer's disk failed, or is full"))
+                return True
             if self._run.over:
                 return True
             if self._lifecycle.side.unsigned.get(number) != wire:
@@ -498,34 +515,8 @@ class Purchase:
             "cost_nusd": receipt.amount_nusd,
             "step": result.first_step + result.steps_done,
         }
-        await self._buyer.runs.emit(
-            self._run, "result", **self._describe(result, receipt.amount_nusd)
-        )
-
-    def _describe(self, result: Result, cost_nusd: int) -> dict[str, Any]:
-        labels, work = self._order.file.labels, self._order.checked.work
-        names = self._names
-        slots = [slot for slot, param in enumerate(work.params) if param.role == ROLE_STATE]
-        return {
-            "hash": result_hash(result).hex(),
-            "provider": peer_id(self._bid().record.provider),
-            "outputs": {
-                names[output.phase][output.output]: output.address.hex()
-                for output in result.outputs
-            },
-            "state": {
-                labels.params[slot]: {
-                    "address": address.hex(),
-                    "dtype": Dtype(work.params[slot].dtype).name.lower(),
-                    "shape": list(work.params[slot].shape),
-                }
-                for slot, address in zip(slots, result.state, strict=True)
-            },
-            "trace": result.trace.hex(),
-            "steps_done": result.steps_done,
-            "cost_nusd": cost_nusd,
-            "cost_usd": cost_nusd / NS_PER_S,
-        }
+        told = describe_result(self._order, result, receipt.amount_nusd)
+        await self._buyer.runs.emit(self._run, "result", provider=self._peer, **told)
 
     # Beginning again, and the end
 
@@ -560,14 +551,3 @@ class Purchase:
 
     def _letter(self) -> Letter:
         return Letter(self._peer, self._lifecycle.side.countersigned)
-
-
-def _error(action: Finish) -> P2PFlopError:
-    reason = printable(action.reason)
-    match action.blame:
-        case Blame.JOB:
-            return JobError(reason, hint="The job itself failed; change it, then submit.")
-        case Blame.MARKET:
-            return MarketError(reason, hint="See p2pflop book, and p2pflop quote.")
-        case _:
-            return ProviderError(reason, hint="Nothing more is owed. Submit it again.")

@@ -17,6 +17,7 @@ import trio
 
 from p2pflop.dht.fetch import fetch, held_for
 from p2pflop.errors import (
+    BlobNotFoundError,
     JobError,
     P2PFlopError,
     ProtocolError,
@@ -158,6 +159,7 @@ class Sale:
 
     async def live(self) -> None:
         """Run timers and tasks until the end. Never raises."""
+        failure: Exception | None = None
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.driver.run_timers)
@@ -165,10 +167,12 @@ class Sale:
                 await self.driver.over.wait()
                 nursery.cancel_scope.cancel()
         except* Exception as group:  # noqa: BLE001 - one sale's bug must not end the node
-            self._log_fault(first_error(group))
-            if self._conversation is not None:
-                self._conversation.cut("this node failed")
+            failure = first_error(group)
+            self._log_fault(failure)
         finally:
+            failure = self.driver.failure or failure
+            if failure is not None:
+                self._break_off(failure)
             self._seller.release(self)
 
     async def tell(self, event: Event) -> None:
@@ -228,6 +232,9 @@ class Sale:
             raise failure
 
     async def _begin(self, first: m.Message) -> None:
+        if self.driver.failure is not None:
+            self._break_off(self.driver.failure)
+            return
         if isinstance(first, m.Offer):
             await self._told(Received(self.bid.wire))
         else:
@@ -238,7 +245,7 @@ class Sale:
     async def _hear(self, message: m.Message) -> None:
         match message:
             case m.Confirmed(wire, blobs):
-                check_inline(blobs, {source.address for source in self._inputs()})
+                check_inline("the confirm", blobs, {source.address for source in self._inputs()})
                 self._at_hand |= dict(blobs)
                 await self._told(Received(wire))
             case m.Abandoned(wire):
@@ -257,6 +264,15 @@ class Sale:
                 await self._told(Alive())
             case _:
                 self._cut("a buyer does not send that")
+
+    def _break_off(self, failure: Exception) -> None:
+        """Give the lease back without a journal; after a restart it is given back once more."""
+        side = self._lifecycle.side
+        if side.confirm:
+            reason = _reason(failure)
+            wire = side.desk.abandon(self.bid.wire, side.fill, side.countersigned, reason)
+            self._say(m.Abandoned(wire))
+        self._finish_talk()
 
     async def _told(self, event: Event) -> None:
         why = await self.driver.hear(event)
@@ -340,12 +356,13 @@ class Sale:
             try:
                 await self._compute()
             except* JobError as group:
-                await self._fault(first_error(group).message, job_fault=True)
-            except* Exception as group:  # noqa: BLE001 - likewise
                 error = first_error(group)
-                self._log_fault(error)
-                reason = error.message if isinstance(error, P2PFlopError) else "the node failed"
-                await self._fault(reason, job_fault=False)
+                hint = f". {error.hint}" if error.hint else ""
+                await self._fault(error.message + hint, job_fault=True)
+            except* Exception as group:  # noqa: BLE001 - likewise
+                failure = first_error(group)
+                self._log_fault(failure)
+                await self._fault(_reason(failure), job_fault=False)
         self._seller.allocator.free(self)
 
     def _log_fault(self, error: Exception) -> None:
@@ -416,17 +433,22 @@ class Sale:
     async def _bring(self, address: bytes, max_bytes: int) -> None:
         """Have an input of the buyer's in the store. Raises ProviderError if it comes too slow."""
         limit_s = INPUT_S + max_bytes / MIN_INPUT_BYTES_PER_S
-        with trio.move_on_after(limit_s):
-            await fetch(
-                self._seller.store,
-                address,
-                [peer_id(self.bid.signer)],
-                self._seller.dialer,
-                max_bytes=max_bytes,
-                owner=self._owner,
-            )
-            return
-        raise ProviderError(f"input {address.hex()[:12]} did not come within {limit_s:.0f} s")
+        what = f"input {address.hex()[:12]} of the job"
+        try:
+            with trio.fail_after(limit_s):
+                await fetch(
+                    self._seller.store,
+                    address,
+                    [peer_id(self.bid.signer)],
+                    self._seller.dialer,
+                    max_bytes=max_bytes,
+                    owner=self._owner,
+                )
+        except trio.TooSlowError as error:
+            raise ProviderError(f"{what} did not come within {limit_s:.0f} s") from error
+        except (BlobNotFoundError, ProviderError) as error:
+            _log.info("sale %s: %s", self.rows.head.job[:12], error)
+            raise ProviderError(f"{what} is not to be had whole from the buyer's node") from error
 
     async def _tell_lowering(self, done: int, total: int) -> None:
         self._offer(m.Lowering(done, total))
@@ -539,6 +561,13 @@ class Sale:
     def _finish_talk(self) -> None:
         if self._conversation is not None:
             self._conversation.finish()
+
+
+def _reason(failure: Exception) -> str:
+    """What a buyer is told: nothing of this machine's folders."""
+    if isinstance(failure, StoreError):
+        return "the provider's disk is full" if failure.is_full else "the provider's disk failed"
+    return failure.message if isinstance(failure, P2PFlopError) else "the node failed"
 
 
 def first_row(rows: list[Row], kind: str) -> bytes:

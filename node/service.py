@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # the client needs this module, and must not wait for trio
 
 DEFAULT_FIND_TIMEOUT_S: Final = 30.0
 MAX_FIND_TIMEOUT_S: Final = 600.0
+MAX_DEADLINE_S: Final = 30 * 24 * 3600
 LAST_EVENT_KINDS: Final = frozenset({"result", "failed", "cancelled"})
 
 Json = dict[str, Any]
@@ -124,7 +125,8 @@ class NodeService(Protocol):
     async def delete_blob(self, address: bytes) -> BlobInfo:
         """Forget a blob of this node's own, public or not; what it was.
 
-        Raises BlobNotFoundError; StoreError if it is a stranger's or a job that runs here needs it.
+        Raises BlobNotFoundError; StoreError if it is a stranger's, or a job that
+        runs here or a run under way needs it.
         """
 
     async def doctor(self) -> Json:

@@ -239,8 +239,9 @@ class ProcessWorker:
             with trio.fail_after(limit_seconds):
                 yield
         except trio.TooSlowError as error:
-            late = JobError if what in _JOB_WORK else ProviderError
-            self._failure = late(f"{what} took longer than {limit_seconds:.0f} s")
+            message = f"{what} took longer than {limit_seconds:.0f} s"
+            late = JobError(message, hint="Have it do less at a time.")
+            self._failure = late if what in _JOB_WORK else ProviderError(message)
             await self._kill(self._child)
             raise _again(self._failure) from error
         except EndOfPipe as error:

@@ -78,9 +78,13 @@ class MarketError(P2PFlopError):
 
 
 class StoreError(P2PFlopError):
-    """The blob store cannot keep, read or find something."""
+    """The blob store cannot keep, read or find something. ``is_full``: for want of room."""
 
     exit_code = 8
+
+    def __init__(self, message: str, *, hint: str = "", is_full: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.is_full = is_full
 
 
 class BlobNotFoundError(StoreError):

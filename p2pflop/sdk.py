@@ -178,6 +178,18 @@ class Job:
         body = JobBody(job, old.work, old.graphs, state)
         return replace(self, file=JobFile(self.file.version, body, self.file.labels), inputs=inputs)
 
+    def resume(self, step: int) -> Job:
+        """The rest of this job from ``step`` on, a checkpoint that the node has of a run of it.
+
+        A run that fails names its last one. Raises JobError for a step that is not inside the job.
+        """
+        old = self.file.body
+        end = old.job.first_step + old.job.steps
+        if not old.job.first_step < step < end:
+            raise JobError(f"step {step} is not between {old.job.first_step} and {end}")
+        body = JobBody(JobRecord(old.job.work, step, end - step), old.work, old.graphs)
+        return replace(self, file=JobFile(self.file.version, body, self.file.labels))
+
     def run_local(
         self,
         on_row: Callable[[Row], None] | None = None,

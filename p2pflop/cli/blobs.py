@@ -112,8 +112,9 @@ def ls_command(flags: Flags) -> None:
 def rm_command(flags: Flags, hashes: tuple[str, ...]) -> None:
     """Delete blobs from this node.
 
-    They are gone at once; others may have copies of public ones. Blobs that are here for a buyer's
-    lease are not yours to delete: the node does so itself, an hour after the lease.
+    They are gone at once; others may have copies of public ones. Inputs of a run under way stay
+    until it is over. Blobs that are here for a buyer's lease are not yours to delete: the node does
+    so itself, an hour after the lease.
 
     \b
     Examples:

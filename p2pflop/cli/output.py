@@ -126,10 +126,15 @@ def _is_number(cell: str) -> bool:
 
 def print_fields(fields: Iterable[tuple[str, object]]) -> None:
     """``name  value`` lines, aligned."""
+    for line in field_lines(fields):
+        click.echo(line)
+
+
+def field_lines(fields: Iterable[tuple[str, object]]) -> list[str]:
+    """The lines of ``print_fields``."""
     pairs = [(name, clean(value)) for name, value in fields]
     width = max((len(name) for name, _ in pairs), default=0)
-    for name, value in pairs:
-        click.echo(f"{name.ljust(width)}  {value}")
+    return [f"{name.ljust(width)}  {value}" for name, value in pairs]
 
 
 def say(text: str) -> None:

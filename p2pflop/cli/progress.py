@@ -89,7 +89,9 @@ class RunView:
         self._console.print(Text(clean(text)), soft_wrap=True)
 
     def _progress(self, what: str, done: int, total: int, unit: str = "") -> None:
-        values = "  ".join(f"{clean(name)} {value:.4g}" for name, value in self._values.items())
+        values = "  ".join(
+            f"{clean(name)} {_number(value, 4)}" for name, value in self._values.items()
+        )
         self._bar.update(
             self._task,
             description=what,
@@ -143,7 +145,7 @@ class RunView:
         self._bar.stop()
         click.echo(clean(event["hash"]))
         fields = [("cost", format_usd(int(event["cost_nusd"])))]
-        fields += [(name, f"{value:.6g}") for name, value in self._values.items()]
+        fields += [(name, _number(value, 6)) for name, value in self._values.items()]
         for name, value in fields:
             self._say(f"{name}  {value}")
 
@@ -171,6 +173,11 @@ def ranked_lines(event: Mapping[str, Any]) -> list[str]:
     if len(misses) > MAX_SHOWN:
         lines.append(f"... and {len(misses) - MAX_SHOWN} more that cannot")
     return lines
+
+
+def _number(value: float, digits: int) -> str:
+    """As JSON has it, where it is not a number."""
+    return "NaN" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def _time(minutes: float | None) -> str:

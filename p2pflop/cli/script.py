@@ -18,7 +18,7 @@ import click
 
 from p2pflop.cli.output import Flags, common_options, print_json, say
 from p2pflop.errors import ConfigError, JobError, P2PFlopError
-from p2pflop.units import format_bytes, format_flop
+from p2pflop.units import format_bytes
 
 if TYPE_CHECKING:
     from p2pflop.sdk import Job
@@ -38,7 +38,8 @@ def trace_command(flags: Flags, script: Path, arguments: tuple[str, ...], out: P
 
     The script is imported, not run as __main__, and offers its job as a function make_job() that
     takes nothing and returns pf.trace(...), or as a variable named job. ARGUMENTS are its sys.argv.
-    Input data goes into the folder OUT.inputs beside the file.
+    Input data goes into the folder OUT.inputs beside the file. What the job costs is told, and, if
+    a node runs, its quote by the book of now; none is started for that.
 
     \b
     Examples:
@@ -46,13 +47,18 @@ def trace_command(flags: Flags, script: Path, arguments: tuple[str, ...], out: P
       p2pflop trace train.py -- --lr 0.001
       p2pflop show digits.p2pj
     """
+    from p2pflop.cli.describe import describe_meter, describe_quote, meter_lines, quote_lines
+
     job = job_from_script(script, arguments)
     target = job.save(out or script.with_suffix(".p2pj"))
+    about, quote = describe_meter(job), describe_quote(flags, job)
     if flags.json:
-        print_json({"path": str(target), "bytes": job.size_bytes, "flop": job.cost.flop})
+        print_json({"path": str(target), "bytes": job.size_bytes, **about, **quote})
         return
     click.echo(str(target))
-    say(f"{format_bytes(job.size_bytes)}, {job.steps} steps, {format_flop(job.cost.flop)}")
+    say(f"{format_bytes(job.size_bytes)}, {job.steps} steps")
+    for line in [*meter_lines(about), "", *quote_lines(quote)]:
+        say(line)
 
 
 @click.command(

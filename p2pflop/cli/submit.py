@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from p2pflop.cli.output import (
-    Flags,
-    clean,
-    common_options,
-    print_fields,
-    print_json,
-    print_table,
-    say,
-)
+from p2pflop.cli.output import Flags, clean, common_options, print_fields, print_json, say
 from p2pflop.errors import ConfigError
 from p2pflop.units import format_bytes, format_flop
 
@@ -44,6 +36,12 @@ if TYPE_CHECKING:
     multiple=True,
     help="Compute in this class, or any; repeatable.",
 )
+@click.option(
+    "--from-step",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Go on from a checkpoint after N steps.",
+)
 @click.option("--detach", is_flag=True, help="Print the run's id and leave it.")
 @click.option("--quote", is_flag=True, help="Show the ranked asks and buy nothing.")
 @common_options
@@ -57,6 +55,7 @@ def submit_command(
     checkpoint_steps: int | None,
     checkpoint_every: str | None,
     classes: tuple[str, ...],
+    from_step: int | None,
     detach: bool,
     quote: bool,
 ) -> None:
@@ -71,6 +70,7 @@ def submit_command(
       p2pflop submit digits.p2pj --max-usd 0.05
       p2pflop submit examples/digits.py --deadline 10m
       p2pflop submit digits.p2pj --quote
+      p2pflop submit digits.p2pj --from-step 500
       p2pflop submit digits.p2pj --json | jq -r 'select(.kind == "result") | .hash'
     """
     from p2pflop.cli.progress import follow, ranked_lines
@@ -79,6 +79,8 @@ def submit_command(
 
     options = submit_options(max_usd, deadline, checkpoint_steps, checkpoint_every, classes)
     job = open_file(file, arguments)
+    if from_step is not None:
+        job = job.resume(from_step)
     client = flags.client(start=True)
     if not flags.json:
         cost = job.cost
@@ -126,11 +128,13 @@ def show_command(flags: Flags, what: str) -> None:
     """
     path = Path(what)
     if path.suffix in (".p2pj", ".py") or path.is_file():
+        from p2pflop.cli.describe import describe, job_lines
+
         about = describe(open_file(path))
         if flags.json:
             print_json(about)
-        else:
-            _print_job(about)
+        for line in [] if flags.json else job_lines(about):
+            click.echo(line)
         return
     run = flags.client(start=True).job(what)
     if flags.json:
@@ -152,81 +156,3 @@ def open_file(path: Path, arguments: tuple[str, ...] = ()) -> Job:
     from p2pflop.sdk import load
 
     return load(path)
-
-
-def describe(job: Job) -> dict[str, Any]:
-    """What a job is, as JSON in Python."""
-    from p2pflop.job.graph import Dtype
-    from p2pflop.job.spec import BlobSource, InitSource, times_due
-
-    opened, labels = job.checked, job.file.labels
-    stretch = opened.job
-    tensors = []
-    for name, param in zip(labels.params, opened.work.params, strict=True):
-        source = param.source
-        tensors.append(
-            {
-                "name": name,
-                "role": ("input", "state", "feed", "step", "seed")[param.role],
-                "dtype": Dtype(param.dtype).name.lower(),
-                "shape": list(param.shape),
-                "from": "blob"
-                if isinstance(source, BlobSource)
-                else "the seed"
-                if isinstance(source, InitSource)
-                else "the run",
-                "address": source.address.hex() if isinstance(source, BlobSource) else None,
-                "size_bytes": source.size_bytes if isinstance(source, BlobSource) else 0,
-            }
-        )
-    return {
-        "title": labels.title,
-        "work": opened.work_id.hex(),
-        "first_step": stretch.first_step,
-        "steps": stretch.steps,
-        "seed": opened.work.seed,
-        "size_bytes": job.size_bytes,
-        "flop": opened.cost.flop,
-        "touched_bytes": opened.cost.touched_bytes,
-        "peak_bytes": opened.cost.peak_bytes,
-        "phases": [
-            {
-                "name": name,
-                "every": phase.every,
-                "times": times_due(phase, stretch.first_step, stretch.steps),
-                "outputs": list(outputs),
-            }
-            for name, outputs, phase in zip(
-                labels.phases, labels.outputs, opened.work.phases, strict=True
-            )
-        ],
-        "tensors": tensors,
-    }
-
-
-def _print_job(about: dict[str, Any]) -> None:
-    moved_bytes = sum(tensor["size_bytes"] for tensor in about["tensors"])
-    print_fields(
-        [
-            ("title", about["title"]),
-            ("work", about["work"]),
-            ("steps", f"{about['steps']} from {about['first_step']}"),
-            ("seed", about["seed"]),
-            ("size", f"{about['size_bytes']:,} bytes, and {format_bytes(moved_bytes)} of inputs"),
-            ("cost", format_flop(about["flop"])),
-            ("touches", format_bytes(about["touched_bytes"])),
-            ("memory", f"up to {format_bytes(about['peak_bytes'])}"),
-        ]
-    )
-    click.echo()
-    phases = (
-        (phase["name"], phase["every"], phase["times"], ", ".join(phase["outputs"]))
-        for phase in about["phases"]
-    )
-    print_table(("PHASE", "EVERY", "TIMES", "OUTPUTS"), phases, "")
-    click.echo()
-    tensors = (
-        (tensor["name"], tensor["role"], f"{tensor['dtype']}{tensor['shape']}", tensor["from"])
-        for tensor in about["tensors"]
-    )
-    print_table(("TENSOR", "ROLE", "TYPE", "FROM"), tensors, "It has no tensors.")

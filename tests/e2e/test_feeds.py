@@ -95,3 +95,22 @@ def test_a_feed_that_is_not_in_the_store_is_told_at_once(start_node: Any, missin
         client.put(job.inputs[address])
     with pytest.raises(pf.BlobNotFoundError, match="the input 'rows'"):
         client.submit(encode_file(job.file))
+
+
+def test_what_a_run_elsewhere_needs_is_not_deleted(start_node: Any, wait_until: Any) -> None:
+    seller = start_node("seller", "--ask", "90000")
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    wait_until(lambda: len(buyer.get("/v1/book")["book"]) == 1)
+    client = Client(buyer.home)
+    rows = pf.feed(ROWS, batch=4)
+    job = pf.trace(lambda: {"sum": rows.sum()}, steps=1_000_000)
+    run = pf.submit(job, client=client)
+    wait_until(lambda: run.status == "running")
+    for address in job.inputs:
+        with pytest.raises(pf.StoreError, match=f"run {run.id} needs blob {address.hex()}"):
+            client.delete(address)
+    run.cancel()
+    wait_until(lambda: run.status == "cancelled")
+    for address in job.inputs:
+        client.delete(address)
+        assert not client.has(address)

@@ -152,7 +152,7 @@ class TestFaultsOfAJob:
             (script.SEGFAULT, "SIGSEGV"),
             (script.DIVIDE_BY_ZERO, "SIGFPE"),
             (script.EAT_ALL_MEMORY, "memory"),
-            (script.EAT_RESIDENT_MEMORY, "more memory than it asked for"),
+            (script.EAT_RESIDENT_MEMORY, "more memory than it was metered for"),
             (script.EXIT_WITHOUT_MEMORY, "ran out of memory"),
         ],
     )

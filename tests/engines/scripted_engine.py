@@ -49,7 +49,8 @@ AT_STEP = 3
     ESCAPE,
     SLOW,
     EXIT_WITHOUT_MEMORY,
-) = range(21)
+    ILLEGAL_INSTRUCTION,
+) = range(22)
 SLOW_STEP_SECONDS = 0.02
 
 
@@ -67,8 +68,7 @@ def _frame(message: msgspec.Struct) -> None:
     _to_node(struct.pack(">I", len(body)) + body)
 
 
-def _divide_by_zero() -> None:
-    code = bytes.fromhex("31c931d231c0f7f9c3")  # xor ecx,ecx; xor edx,edx; xor eax,eax; idiv ecx
+def _run_code(code: bytes) -> None:
     protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
     page = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, protection)
     page.write(code)
@@ -117,7 +117,9 @@ class ScriptedSession(CountingSession):
 
 _DEEDS: dict[int, Callable[[], object]] = {
     SEGFAULT: lambda: ctypes.string_at(0),
-    DIVIDE_BY_ZERO: _divide_by_zero,
+    # xor ecx,ecx; xor edx,edx; xor eax,eax; idiv ecx
+    DIVIDE_BY_ZERO: lambda: _run_code(bytes.fromhex("31c931d231c0f7f9c3")),
+    ILLEGAL_INSTRUCTION: lambda: _run_code(bytes.fromhex("0f0b")),
     SPIN: _spin,
     EAT_ALL_MEMORY: lambda: _eat(2**40),
     EAT_RESIDENT_MEMORY: lambda: _eat(300 * MIB),

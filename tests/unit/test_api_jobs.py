@@ -27,13 +27,23 @@ class TestRuns:
             assert error_of(await server.get(f"{path}/record"))["kind"] == "ConfigError"
 
     @pytest.mark.parametrize(
-        "query", ["max_nusd=-1", "max_nusd=1.5", "deadline_s=x", "max_nusd=" + "9" * 20]
+        "query",
+        [
+            "max_nusd=-1",
+            "max_nusd=1.5",
+            "max_nusd=" + "9" * 20,
+            "deadline_s=x",
+            "deadline_s=0",
+            f"deadline_s={30 * 86400 + 1}",
+        ],
     )
     async def test_bad_options_are_named(self, query: str) -> None:
         async with serving() as server:
-            reply = await server.client.post(f"/v1/jobs?{query}", content=b"job")
-            assert reply.status_code == 400
-            assert query.split("=")[0] in error_of(reply)["message"]
+            for path in ("/v1/jobs", "/v1/quote"):
+                reply = await server.client.post(f"{path}?{query}", content=b"job")
+                assert reply.status_code == 400
+                assert error_of(reply)["kind"] == "ConfigError"
+                assert query.split("=")[0] in error_of(reply)["message"]
             assert not server.service.runs
 
     async def test_job_files_are_bounded(self) -> None:
