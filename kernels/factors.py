@@ -13,7 +13,8 @@ tinygrad's own kernel:
 - the loops, and so the order of every sum, are those that tinygrad chose for the whole kernel;
 - elementwise operations give the same bytes wherever they run;
 - tinygrad simplifies and renders across operations (``a * (b * c)`` becomes ``a * b * c``), so a
-  cut is made only at an operation that no such rule looks through.
+  cut is made only at an operation that no such rule looks through, and that none takes away where
+  a loop is unrolled and a padded place becomes a zero.
 
 CONTIGUOUS in the graph would be simpler. It changes what tinygrad fuses elsewhere, and with it the
 last bits: of the examples, the VAE, the LSTM and the GPT differed.
@@ -21,6 +22,7 @@ last bits: of the examples, the VAE, the LSTM and the GPT differed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Final
@@ -43,6 +45,7 @@ from p2pflop.kernels.plan import MAX_ARGUMENTS
 
 MIN_SAVED_FLOP: Final = 16_384
 MAX_WEIGHT: Final = 10_000
+MAX_LANES: Final = 64
 
 _WEIGHTS: Final = {Ops.EXP2: 36, Ops.LOG2: 38, Ops.SIN: 142, Ops.THREEFRY: 127, Ops.POW: 93}
 _OPAQUE: Final = frozenset({Ops.EXP2, Ops.LOG2, Ops.SIN})
@@ -126,12 +129,15 @@ class _Search:
         self._kernel = kernel
         self._weights: dict[UOp, int] = {}
         self._bound: set[UOp] = set()  # what depends on one of _INNER
+        self._loading: set[UOp] = set()  # what depends on memory
         self._users: dict[UOp, list[UOp]] = {}
         for node in kernel.toposort():
             weight = _WEIGHTS.get(node.op, 0) + sum(self._weights[each] for each in node.src)
             self._weights[node] = min(weight, MAX_WEIGHT)
             if node.op in _INNER or any(each in self._bound for each in node.src):
                 self._bound.add(node)
+            if node.op is Ops.INDEX or any(each in self._loading for each in node.src):
+                self._loading.add(node)
             for each in node.src:
                 self._users.setdefault(each, []).append(node)
 
@@ -166,10 +172,27 @@ class _Search:
 
     def _is_safe(self, node: UOp) -> bool:
         """Whether nothing that is done to ``node`` and a reader of it together changes bytes."""
+        if any(self._folds(each) for each in node.backward_slice_with_self):
+            return False
         if node.op in _OPAQUE:
             return True
         return node.op in (Ops.ADD, Ops.WHERE) and all(
             user.op is Ops.MUL and self._is_foreign(user, node) for user in self._users[node]
+        )
+
+    def _folds(self, node: UOp) -> bool:
+        """Whether ``node`` becomes a constant in some lane: unrolled, a padded place is a zero that
+        vanishes from a sum, and ``a * (0 + b * c)`` is ``a * b * c`` again."""
+        lanes = [loop for loop in node.ranges if loop.arg[1] in _LANES]
+        if not lanes or node.dtype == dtypes.weakint or node in self._loading:
+            return False
+        if node.dtype != dtypes.bool or _size(lanes) > MAX_LANES:
+            return True
+        sizes = [range(int(loop.src[0].val)) for loop in lanes]
+        return any(
+            node.substitute(dict(zip(lanes, map(UOp.const, places), strict=True))).simplify().op
+            is Ops.CONST
+            for places in itertools.product(*sizes)
         )
 
     @staticmethod

@@ -46,15 +46,30 @@ def plan_of(job: Lowered) -> tuple[Plan, int]:
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_a_product_gives_the_bytes_of_native_tinygrad_for_what_the_meter_counts(name: str) -> None:
-    job = lowered(FACTORS[name])
+    plan, metered = plan_of(assert_native_bytes(FACTORS[name]))
+    assert plan.flop <= 2 * metered
+
+
+def assert_native_bytes(function: Function) -> Lowered:
+    job = lowered(function)
     session = job.session()
     session.step(0)
     output = session.read_output(0, 0)
     assert output is not None
     a, b, c = (Tensor(array).realize() for array in (LEFT, OTHER, RIGHT))
-    assert bytes(output) == raw_bytes(FACTORS[name](a, b, c))
-    plan, metered = plan_of(job)
-    assert plan.flop <= 2 * metered
+    assert bytes(output) == raw_bytes(function(a, b, c))
+    return job
+
+
+def test_padded_places_of_an_unrolled_sum_stay_where_they_vanish() -> None:
+    """Without the zeros, ``c * (0 + a * b)`` is ``c * a * b`` to tinygrad, in another order."""
+
+    def padded(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        left = a[:8, :4] * b[:8, :4].exp2() * a[:8, 4:8].exp2()
+        right = b[:8, :4] * a[:8, :4].sin() * b[:8, 4:8]
+        return c[:8].T @ (left.pad(((0, 0), (0, 4))) + right.pad(((0, 0), (4, 0)))).T
+
+    assert_native_bytes(padded)
 
 
 def test_a_costly_factor_is_a_kernel_of_its_own() -> None:
