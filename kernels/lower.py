@@ -1,9 +1,9 @@
 """Lowering: a checked graph becomes a plan for this process's class.
 
 The graph is built node by node as tinygrad tensors over unallocated buffers, with tinygrad's shape
-and dtype compared to ours at every node, scheduled once, compiled kernel by kernel, and written
-down flat. No kernel runs and no input data is seen. All of it is Python work of seconds, which is
-why plans are cached.
+and dtype compared to ours at every node, scheduled once, split where a product would repeat costly
+work (``factors``), compiled kernel by kernel, and written down flat. No kernel runs and no input
+data is seen. All of it is Python work of seconds, which is why plans are cached.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from tinygrad import Device, Tensor
 from tinygrad.codegen import to_program
 from tinygrad.device import Buffer
 from tinygrad.engine.realize import compile_linear, estimate_uop, get_call_arg_uops
+from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import Ops, UOp, shape_to_shape_arg
 
 from p2pflop.errors import JobError, P2PFlopError
 from p2pflop.job.graph import MOVEMENT, Dtype, Graph, Node, Op
 from p2pflop.job.validate import Checked
 from p2pflop.kernels.dialect import DTYPES, OPS, REDUCTIONS, gather_rows, iota
+from p2pflop.kernels.factors import Splitter
 from p2pflop.kernels.plan import (
     FRESH,
     MAX_ARGUMENTS,
@@ -224,8 +226,10 @@ def _integers(node: Node) -> tuple[int, ...]:
 
 
 def _compile(linear: UOp, device: str, progress: Callable[[int, int], None] | None) -> UOp:
-    """``linear`` with every kernel compiled. Equal kernels are compiled once."""
+    """``linear`` split and with every kernel compiled. Equal kernels are compiled once."""
     renderer = Device[device].renderer
+    if isinstance(renderer, ClangRenderer):  # others contract sums over what would be cut apart
+        linear = Splitter(device, renderer).split(linear)
     kernels = {call.src[0].key: call.src[0] for call in linear.src if call.src[0].op is Ops.SINK}
     for done, kernel in enumerate(kernels.values(), start=1):
         to_program(kernel, renderer)

@@ -20,7 +20,7 @@ errs upwards: 1.7 (MLP), 2.3 (transformer) and 5.0 times (convolutions) what tin
 planner gave for a training step.
 
 **Known under-count.** A compiler that fuses an elementwise result into several readers computes it
-anew for each: a convolution step ran 1.35 times its count, a contrived chain of shifts 60 times.
+anew for each: an LSTM's step runs 3.3 times its count, a contrived chain of shifts 60 times.
 Hence the rule that a provider may give a lease back when the lowered cost is over four times the
 meter. A change of any number here is a new ``METER_ID``.
 """
