@@ -10,19 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Final
 
 from p2pflop.errors import JobError
 
 MAX_ONNX_DEPTH: Final = 8
 """Graphs inside of nodes of graphs."""
+MAX_ONNX_VALUES: Final = 2**15
+"""Tensors, nodes and their outputs: tinygrad takes half a millisecond for each."""
 MAX_EXTERNAL_TEXT_BYTES: Final = 4096
 _MAX_VARINT_BYTES: Final = 10
 
 # Numbers of fields, as onnx.proto has them.
 _MODEL_GRAPH, _MODEL_OPSET = 7, 8
 _GRAPH_NODE, _GRAPH_TENSOR = 1, 5
-_NODE_ATTRIBUTE = 5
+_NODE_OUTPUT, _NODE_ATTRIBUTE = 2, 5
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH = 5, 6
 _TENSOR_OUTSIDE, _TENSOR_PLACE = 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
@@ -60,7 +63,7 @@ def check_onnx(data: bytes | memoryview, what: str) -> list[ExternalData]:
         opsets = [field for field in fields if field.number == _MODEL_OPSET]
         if len(graphs) != 1 or not opsets:
             raise ValueError(f"it has {len(graphs)} graphs and {len(opsets)} sets of operators")
-        return list(_walk_graph(data, graphs[0], MAX_ONNX_DEPTH))
+        return list(_walk_graph(data, graphs[0], MAX_ONNX_DEPTH, count(1)))
     except ValueError as error:
         raise JobError(
             f"{what} is not a whole ONNX model: {error}",
@@ -68,26 +71,37 @@ def check_onnx(data: bytes | memoryview, what: str) -> list[ExternalData]:
         ) from error
 
 
-def _walk_graph(data: bytes | memoryview, graph: _Field, depth: int) -> Iterator[ExternalData]:
+def _walk_graph(
+    data: bytes | memoryview, graph: _Field, depth: int, values: Iterator[int]
+) -> Iterator[ExternalData]:
     if depth == 0:
         raise ValueError(f"its graphs are over {MAX_ONNX_DEPTH} deep")
     for field in _inside(data, graph):
         if field.number == _GRAPH_TENSOR:
+            _count(values)
             yield from _walk_tensor(data, field)
         elif field.number == _GRAPH_NODE:
-            for attribute in _inside(data, field):
-                if attribute.number == _NODE_ATTRIBUTE:
-                    yield from _walk_attribute(data, attribute, depth)
+            _count(values)
+            for inner in _inside(data, field):
+                if inner.number == _NODE_OUTPUT:
+                    _count(values)
+                elif inner.number == _NODE_ATTRIBUTE:
+                    yield from _walk_attribute(data, inner, depth, values)
 
 
 def _walk_attribute(
-    data: bytes | memoryview, attribute: _Field, depth: int
+    data: bytes | memoryview, attribute: _Field, depth: int, values: Iterator[int]
 ) -> Iterator[ExternalData]:
     for field in _inside(data, attribute):
         if field.number == _ATTRIBUTE_TENSOR:
             yield from _walk_tensor(data, field)
         elif field.number == _ATTRIBUTE_GRAPH:
-            yield from _walk_graph(data, field, depth - 1)
+            yield from _walk_graph(data, field, depth - 1, values)
+
+
+def _count(values: Iterator[int]) -> None:
+    if next(values) > MAX_ONNX_VALUES:
+        raise ValueError(f"over {MAX_ONNX_VALUES} tensors, nodes and outputs of nodes")
 
 
 def _walk_tensor(data: bytes | memoryview, tensor: _Field) -> Iterator[ExternalData]:
