@@ -233,6 +233,14 @@ def test_values_of_a_model_are_bounded() -> None:
         check_onnx(wide(MAX_ONNX_VALUES), "it")
 
 
+def test_fields_of_a_model_are_bounded(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = linear.read_bytes()
+    monkeypatch.setattr("p2pflop.job.onnx.MAX_ONNX_FIELDS", 100)
+    assert check_onnx(whole, "it") == []
+    with pytest.raises(JobError, match="over 100 fields"):
+        check_onnx(whole + b"\x08\x00" * 100, "it")
+
+
 def test_shapes_that_do_not_fit_are_one_error(tmp_path: Path) -> None:
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[0, 2**62])
     node = helper.make_node("Add", ["x", "w"], ["y"])
