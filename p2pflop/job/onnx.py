@@ -19,7 +19,8 @@ MAX_ONNX_DEPTH: Final = 8
 MAX_ONNX_VALUES: Final = 2**15
 """Tensors, nodes and their outputs: tinygrad takes half a millisecond for each."""
 MAX_ONNX_FIELDS: Final = 2**21
-"""Of all messages that are walked, at some microseconds each."""
+"""Of all messages that are walked, and bytes of integers that stand one after the other in a field:
+some microseconds each."""
 MAX_EXTERNAL_TEXT_BYTES: Final = 4096
 _MAX_VARINT_BYTES: Final = 10
 
@@ -29,6 +30,8 @@ _GRAPH_NODE, _GRAPH_TENSOR = 1, 5
 _NODE_OUTPUT, _NODE_ATTRIBUTE = 2, 5
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH = 5, 6
 _TENSOR_OUTSIDE, _TENSOR_PLACE = 13, 14
+_TENSOR_INTEGERS = (1, 5, 7, 11)
+_ATTRIBUTE_INTEGERS = (8,)
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _IS_OUTSIDE = 1
 
@@ -99,6 +102,7 @@ class _Walk:
 
     def _attribute(self, attribute: _Field, depth: int) -> Iterator[ExternalData]:
         for field in self._inside(attribute):
+            self._count_integers(field, _ATTRIBUTE_INTEGERS)
             if field.number == _ATTRIBUTE_TENSOR:
                 yield from self._tensor(field)
             elif field.number == _ATTRIBUTE_GRAPH:
@@ -108,6 +112,7 @@ class _Walk:
         told: dict[str, str] = {}
         is_outside = False
         for field in self._inside(tensor):
+            self._count_integers(field, _TENSOR_INTEGERS)
             if field.number == _TENSOR_PLACE:
                 is_outside = field.value == _IS_OUTSIDE
             elif field.number == _TENSOR_OUTSIDE:
@@ -123,6 +128,15 @@ class _Walk:
         if self._seen_values > MAX_ONNX_VALUES:
             raise ValueError(f"over {MAX_ONNX_VALUES} tensors, nodes and outputs of nodes")
 
+    def _count_integers(self, field: _Field, numbers: tuple[int, ...]) -> None:
+        if field.number in numbers and field.wire == _DELIMITED:
+            self._count_fields(field.stop - field.start)
+
+    def _count_fields(self, more: int) -> None:
+        self._seen_fields += more
+        if self._seen_fields > MAX_ONNX_FIELDS:
+            raise ValueError(f"over {MAX_ONNX_FIELDS} fields and bytes of integers")
+
     def _inside(self, field: _Field) -> Iterator[_Field]:
         if field.wire != _DELIMITED:
             raise ValueError(f"field {field.number} at byte {field.start} is not a message")
@@ -131,9 +145,7 @@ class _Walk:
     def fields(self, at: int, end: int) -> Iterator[_Field]:
         data = self._data
         while at < end:
-            self._seen_fields += 1
-            if self._seen_fields > MAX_ONNX_FIELDS:
-                raise ValueError(f"over {MAX_ONNX_FIELDS} fields")
+            self._count_fields(1)
             tag, at = _varint(data, at, end)
             number, wire, value, start = tag >> 3, tag & 7, 0, at
             if wire == _VARINT:

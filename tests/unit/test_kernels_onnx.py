@@ -241,6 +241,23 @@ def test_fields_of_a_model_are_bounded(linear: Path, monkeypatch: pytest.MonkeyP
         check_onnx(whole + b"\x08\x00" * 100, "it")
 
 
+@pytest.mark.parametrize("field", ["dims", "int32_data", "int64_data", "uint64_data", "ints"])
+def test_integers_of_a_model_are_bounded(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = helper.make_node("Relu", ["x"], ["y"])
+    graph = helper.make_graph([node], "g", [], [], [TensorProto(name="w")])
+    many: list[int] = [1] * 200
+    if field == "ints":
+        node = helper.make_node("Relu", ["x"], ["y"], ints=many)
+        graph = helper.make_graph([node], "g", [], [])
+    else:
+        getattr(graph.initializer[0], field).extend(many)
+    data = bytes(helper.make_model(graph).SerializeToString())
+    assert check_onnx(data, "it") == []
+    monkeypatch.setattr("p2pflop.job.onnx.MAX_ONNX_FIELDS", 190)
+    with pytest.raises(JobError, match="over 190 fields and bytes of integers"):
+        check_onnx(data, "it")
+
+
 def test_shapes_that_do_not_fit_are_one_error(tmp_path: Path) -> None:
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[0, 2**62])
     node = helper.make_node("Add", ["x", "w"], ["y"])
