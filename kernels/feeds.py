@@ -20,6 +20,8 @@ from tinygrad import Tensor
 
 from p2pflop.errors import ConfigError
 from p2pflop.job.collection import MAX_COLLECTION_ENTRIES
+from p2pflop.job.counts import shown
+from p2pflop.job.spec import MAX_STEPS
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -50,8 +52,8 @@ def feed(data: Any, *, batch: int | None = None, steps: int = 1, drop_last: bool
     shards of that many; else each array is a shard. Raises ConfigError for what does not fit
     together, and for rows left over unless ``drop_last``.
     """
-    if steps < 1 or (batch is not None and batch < 1):
-        raise ConfigError(f"batch={batch} or steps={steps} is out of range")
+    if not 1 <= steps < MAX_STEPS or (batch is not None and batch < 1):
+        raise ConfigError(f"batch={shown(batch)} or steps={shown(steps)} is out of range")
     arrays = [_open(item) for item in _items(data)]
     kinds = {(array.dtype.str, array.shape[1:] if batch else array.shape) for array in arrays}
     if len(kinds) != 1:
@@ -97,8 +99,11 @@ def _open(item: Any) -> Array:
         raise ConfigError(f"a {type(item).__name__} is no data of a feed", hint=_HINT)
     try:
         found = np.load(item, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {item} as an .npy file: {error}", hint=_HINT) from error
+    # Its parser of headers raises whatever Python's own does: TokenError, SyntaxError and more.
+    except Exception as error:
+        raise ConfigError(
+            f"cannot read {item} as an .npy file: {str(error)[:200]}", hint=_HINT
+        ) from error
     if not isinstance(found, np.ndarray):
         raise ConfigError(f"{item} holds several arrays", hint="Save each as an .npy file.")
     return found

@@ -88,9 +88,10 @@ def _run(
     runner.variable_dims = {}
     with _one_error(path):
         found = runner(dict(inputs))
-    for name in wanted:
-        if not isinstance(found[name], Tensor):
-            raise JobError(f"output {name!r} of {path} is not a tensor")
+        for name in wanted:
+            if not isinstance(found[name], Tensor):
+                raise JobError(f"output {name!r} of {path} is not a tensor")
+            _ = found[name].shape  # now, because shapes that do not fit are only told then
     return {name: found[name] for name in wanted}
 
 

@@ -16,8 +16,16 @@ from tinygrad.dtype import dtypes
 from tinygrad.uop.ops import Ops, UOp
 
 from p2pflop.errors import JobError
+from p2pflop.job.counts import shown
 from p2pflop.job.graph import GraphParam
-from p2pflop.job.spec import ROLE_FEED, ROLE_INPUT, ROLE_SEED, ROLE_STATE, ROLE_STEP
+from p2pflop.job.spec import (
+    MAX_PARAMS,
+    ROLE_FEED,
+    ROLE_INPUT,
+    ROLE_SEED,
+    ROLE_STATE,
+    ROLE_STEP,
+)
 from p2pflop.kernels.capture import Held, Recording, Stage, is_host_copy, is_literal, is_realized
 from p2pflop.kernels.dialect import OUR_DTYPES
 from p2pflop.kernels.feeds import Feed, feed_of
@@ -160,6 +168,10 @@ class Slots:
 
     def _new(self, buffer: UOp, shape: tuple[int, ...]) -> Slot:
         number = len(self._rows)
+        if number == MAX_PARAMS:
+            raise JobError(
+                f"the job has more than {MAX_PARAMS} tensors", hint="Stack what is of one shape."
+            )
         held = self._owner.get(buffer)
         if held is not None and held.uop.numel() == buffer.numel():
             shape = held.uop.shape
@@ -228,7 +240,7 @@ def pack_argument(name: str, value: Number) -> bytes:
     except (struct.error, OverflowError):
         pass
     raise JobError(
-        f"args[{name!r}] is {value!r:.80}, not a number that fits",
+        f"args[{name!r}] is {shown(value)}, not a number that fits",
         hint="Give a bool, an int of 32 bits or a float.",
     )
 

@@ -33,6 +33,7 @@ from p2pflop.errors import JobError
 from p2pflop.ids import content_hash
 from p2pflop.job.blobs import LazyBlobs, Read
 from p2pflop.job.collection import numbered
+from p2pflop.job.counts import whole_number
 from p2pflop.job.file import JobBody, Labels, open_job
 from p2pflop.job.graph import Attr, Graph, GraphParam, Output, encode_graph
 from p2pflop.job.shapes import stored_bytes
@@ -124,14 +125,10 @@ def trace(
     Each function is called once; no kernel is compiled, and the program's tensors are afterwards as
     they were before. Raises JobError for what cannot travel.
     """
-    if not 1 <= steps < MAX_STEPS:
-        raise JobError(f"steps={steps} is out of range", hint=f"Use 1 to {MAX_STEPS - 1}.")
-    if not 0 <= seed <= MAX_SEED:
-        raise JobError(f"seed={seed} is out of range", hint=f"Use 0 to {MAX_SEED}.")
+    steps = whole_number("steps", steps, MAX_STEPS - 1)
+    seed = whole_number("seed", seed, MAX_SEED, lowest=0)
     functions = [unwrap(function) for function in (fn, *(every or {}).values())]
-    periods = [1, *(every or {})]
-    if any(period < 1 for period in periods):
-        raise JobError("a phase cannot be due every 0 steps", hint="every={100: test}")
+    periods = [1, *(whole_number("every", period, MAX_STEPS - 1) for period in every or {})]
     with Stage() as stage:
         arguments = _stand_in_arguments(stage, functions, args or {})
         tensors = find_tensors(functions)
@@ -287,10 +284,10 @@ class _Builder:
 
     def _labels(self, phases: list[_Phase], slots: list[Slot], title: str) -> Labels:
         return Labels(
-            title=(title or self.recordings[0].name)[:MAX_NAME],
-            params=tuple(slot.name[:MAX_NAME] for slot in slots),
-            phases=tuple(recording.name[:MAX_NAME] for recording in self.recordings),
-            outputs=tuple(tuple(name[:MAX_NAME] for name in phase.names) for phase in phases),
+            title=_label(title or self.recordings[0].name),
+            params=tuple(_label(slot.name) for slot in slots),
+            phases=tuple(_label(recording.name) for recording in self.recordings),
+            outputs=tuple(tuple(map(_label, phase.names)) for phase in phases),
         )
 
     def _graph(self, exporter: Exporter, outputs: Sequence[Output]) -> Graph:
@@ -369,11 +366,17 @@ def _find_stop(
     if stop is None:
         return None
     name, every = (stop, 0) if isinstance(stop, str) else stop
+    every = whole_number("stop", every, MAX_STEPS - 1, lowest=0)
     for number, phase in enumerate(phases):
         if name in phase.names:
             return Stop(number, phase.names.index(name), every or periods[number])
     known = ", ".join(name for phase in phases for name in phase.names)
     raise JobError(f"stop={name!r} is not an output; there are {known or 'none'}")
+
+
+def _label(name: object) -> str:
+    """A name as it is in a file: half of a surrogate pair has no encoding."""
+    return str(name)[:MAX_NAME].encode("utf-8", "replace").decode()
 
 
 def _stored(uop: UOp) -> UOp:

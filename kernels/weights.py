@@ -11,6 +11,7 @@ file. ``DiskLeaves`` finds such views in a graph and puts lazy tensors of exactl
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,11 @@ def file_span(path: Path, start: int, size_bytes: int) -> Stored:
     """Bytes of a file. Reading them raises ConfigError if they are not there."""
 
     def read() -> bytes:
+        if size_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise ConfigError(
+                f"a tensor of {size_bytes} bytes in {path} is larger than this machine's memory",
+                hint="Split it into several: tensors are read one at a time.",
+            )
         try:
             with path.open("rb") as file:
                 file.seek(start)

@@ -28,6 +28,7 @@ from p2pflop.errors import (
 from p2pflop.ids import blob_url, parse_hash
 from p2pflop.job.blobs import LazyBlobs
 from p2pflop.job.collection import Collection
+from p2pflop.job.counts import shown, whole_number
 from p2pflop.job.file import (
     FILE_MAGIC,
     MAX_COMPRESSED_BYTES,
@@ -41,7 +42,14 @@ from p2pflop.job.file import (
 )
 from p2pflop.job.graph import Dtype
 from p2pflop.job.meter import JobCost
-from p2pflop.job.spec import MAX_STEPS, ROLE_INPUT, SPEC_VERSION, BlobSource, Work, work_id
+from p2pflop.job.spec import (
+    MAX_STEPS,
+    ROLE_INPUT,
+    SPEC_VERSION,
+    BlobSource,
+    Work,
+    work_id,
+)
 from p2pflop.job.spec import Job as JobRecord
 from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import CLASS_NAME
@@ -142,7 +150,9 @@ class Job:
             try:
                 data = struct.pack(_ARGUMENTS[Dtype(param.dtype)], value)
             except (KeyError, struct.error, OverflowError) as error:
-                message = f"{value!r} does not fit argument {name!r} ({Dtype(param.dtype).name})"
+                message = (
+                    f"{shown(value)} does not fit argument {name!r} ({Dtype(param.dtype).name})"
+                )
                 raise JobError(message) from error
             changes[address_of(data)] = data
             source = BlobSource(address_of(data), len(data))
@@ -172,8 +182,7 @@ class Job:
             state = result.record.state
             readers = {address: functools.partial(result.blob, address) for address in state}
             inputs = ChainMap(LazyBlobs(readers), self.inputs)  # type: ignore[arg-type]
-        if not 1 <= steps < MAX_STEPS:
-            raise JobError(f"steps={steps} is out of range")
+        steps = whole_number("steps", steps, MAX_STEPS - 1)
         job = JobRecord(old.job.work, first_step, steps)
         body = JobBody(job, old.work, old.graphs, state)
         return replace(self, file=JobFile(self.file.version, body, self.file.labels), inputs=inputs)
@@ -185,8 +194,7 @@ class Job:
         """
         old = self.file.body
         end = old.job.first_step + old.job.steps
-        if not old.job.first_step < step < end:
-            raise JobError(f"step {step} is not between {old.job.first_step} and {end}")
+        step = whole_number("step", step, end - 1, lowest=old.job.first_step + 1)
         body = JobBody(JobRecord(old.job.work, step, end - step), old.work, old.graphs)
         return replace(self, file=JobFile(self.file.version, body, self.file.labels))
 

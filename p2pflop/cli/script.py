@@ -123,6 +123,11 @@ def job_from_script(script: Path, arguments: tuple[str, ...] = ()) -> Job:
         job = make_job() if callable(make_job) else getattr(module, "job", None)
     except P2PFlopError:
         raise
+    except SystemExit as error:
+        raise JobError(
+            f"{script} ended itself: sys.exit({error.code!r:.80})",
+            hint="It is imported: keep what runs it under if __name__ == '__main__'.",
+        ) from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(script)]

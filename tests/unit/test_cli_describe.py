@@ -1,4 +1,4 @@
-"""``p2pflop trace`` and ``show``: what a job costs, what it is made of, and its quote."""
+"""What a job costs and is made of, as the command line tells it; its quote; a part of it."""
 
 from __future__ import annotations
 
@@ -135,3 +135,20 @@ def test_a_machine_of_no_class_still_shows(
     assert (about["class"], about["class_reason"][:8]) == (None, "no clang")
     assert run(["show", traced["path"]]) == 0
     assert "no clang" in capsys.readouterr().out
+
+
+def test_submit_goes_on_from_a_step(
+    traced: dict[str, Any], start_node: StartNode, capsys: Output
+) -> None:
+    node = start_node()
+    path = traced["path"]
+    assert run(["submit", path, "--from-step", "60", "--detach"]) == 0
+    (submitted,) = node.service.runs.values()
+    whole, rest = decode_file(Path(path).read_bytes()), decode_file(submitted.body)
+    assert (rest.body.job.first_step, rest.body.job.steps) == (60, 40)
+    assert rest.body.work == whole.body.work
+    assert rest.body.state == (), "the node knows it"
+    for outside in ("0", "100", "x"):
+        assert run(["submit", path, "--from-step", outside, "--detach"]) != 0
+    assert "step=100 is out of range" in capsys.readouterr().err
+    assert len(node.service.runs) == 1

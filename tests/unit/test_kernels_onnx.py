@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 import p2pflop as pf
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import ConfigError, JobError
-from p2pflop.job.onnx import MAX_ONNX_DEPTH, check_onnx
+from p2pflop.job.onnx import MAX_ONNX_DEPTH, MAX_ONNX_VALUES, check_onnx
 
 Array = np.ndarray[Any, Any]
 
@@ -220,3 +220,50 @@ def test_no_other_file_of_this_machine_is_touched(linear: Path, tmp_path: Path) 
         with pytest.raises(JobError, match=reason):
             pf.trace_onnx(outside(linear, location, **more), inputs={"x": X})
     assert not (tmp_path / "none.bin").exists()
+
+
+def test_values_of_a_model_are_bounded() -> None:
+    def wide(outputs: int) -> bytes:
+        names = [f"o{number}" for number in range(outputs)]
+        graph = helper.make_graph([helper.make_node("Split", ["x"], names)], "g", [], [])
+        return bytes(helper.make_model(graph).SerializeToString())
+
+    assert check_onnx(wide(MAX_ONNX_VALUES - 1), "it") == []
+    with pytest.raises(JobError, match=f"over {MAX_ONNX_VALUES} tensors, nodes"):
+        check_onnx(wide(MAX_ONNX_VALUES), "it")
+
+
+def test_fields_of_a_model_are_bounded(linear: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = linear.read_bytes()
+    monkeypatch.setattr("p2pflop.job.onnx.MAX_ONNX_FIELDS", 100)
+    assert check_onnx(whole, "it") == []
+    with pytest.raises(JobError, match="over 100 fields"):
+        check_onnx(whole + b"\x08\x00" * 100, "it")
+
+
+@pytest.mark.parametrize("field", ["dims", "int32_data", "int64_data", "uint64_data", "ints"])
+def test_integers_of_a_model_are_bounded(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = helper.make_node("Relu", ["x"], ["y"])
+    graph = helper.make_graph([node], "g", [], [], [TensorProto(name="w")])
+    many: list[int] = [1] * 200
+    if field == "ints":
+        node = helper.make_node("Relu", ["x"], ["y"], ints=many)
+        graph = helper.make_graph([node], "g", [], [])
+    else:
+        getattr(graph.initializer[0], field).extend(many)
+    data = bytes(helper.make_model(graph).SerializeToString())
+    assert check_onnx(data, "it") == []
+    monkeypatch.setattr("p2pflop.job.onnx.MAX_ONNX_FIELDS", 190)
+    with pytest.raises(JobError, match="over 190 fields and bytes of integers"):
+        check_onnx(data, "it")
+
+
+def test_shapes_that_do_not_fit_are_one_error(tmp_path: Path) -> None:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[0, 2**62])
+    node = helper.make_node("Add", ["x", "w"], ["y"])
+    path = write(tmp_path / "odd.onnx", [node], {}, {"x": (TensorProto.FLOAT, (6, 4))})
+    model = onnx.load(path)
+    model.graph.initializer.append(tensor)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(JobError, match="not a model that tinygrad can run"):
+        pf.trace_onnx(path, inputs={"x": X})
