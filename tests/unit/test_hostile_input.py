@@ -121,7 +121,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 def test_a_hostile_job_file_is_one_error(name: str, tmp_path: Path, capsys: Output) -> None:
     data = HOSTILE[name]()
     with pytest.raises((JobError, ProtocolError)):  # as a node opens it
-        open_order(data, SubmitOptions(), 0)
+        open_order(data, SubmitOptions(), frozenset(), 0)
     path = tmp_path / "hostile.p2pj"
     path.write_bytes(data)
     assert run(["show", str(path)]) == 5
