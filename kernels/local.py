@@ -83,7 +83,13 @@ def run_local(
             f"the state after step {job.job.first_step} is not at hand",
             hint="Give the result that it comes from: job.extend(steps, result).",
         )
-    named = {slot: source.address for slot, source in job.inputs}
+    known = {address: blobs[address] for address in job.collections if address in blobs}
+    resolved = job.resolve(known) if len(known) == len(job.collections) else job
+    if isinstance(resolved, Refusal):
+        raise JobError(f"the job is not valid: {resolved.reason}")
+    job = resolved
+    named = {slot: source.collection for slot, source in job.member_slots}
+    named |= {slot: source.address for slot, source in job.inputs}
     named |= {slot: source.collection for slot, source in job.feeds}
     missing = [slot for slot, address in named.items() if address not in blobs]
     if missing:
@@ -256,7 +262,7 @@ def _run(body: JobBody, requests: Iterator[list[Any]], stdout: BinaryIO) -> None
     plans = {graph_hash(graph): engine.lower(graph, progress) for graph in body.graphs}
     session = engine.session(job.work, plans)
     session.initialise()
-    for slot, _ in job.inputs:
+    for slot in job.input_slots:
         _send(stdout, [_INPUT, slot])
         session.write(slot, 0, next(requests)[0])
     first, done = job.job.first_step, 0

@@ -32,7 +32,7 @@ from tinygrad.uop.ops import UOp
 from p2pflop.errors import JobError
 from p2pflop.ids import content_hash
 from p2pflop.job.blobs import LazyBlobs, Read
-from p2pflop.job.collection import numbered
+from p2pflop.job.collection import collection_of, number_name, numbered
 from p2pflop.job.counts import whole_number
 from p2pflop.job.file import JobBody, Labels, open_job
 from p2pflop.job.graph import Attr, Graph, GraphParam, Output, encode_graph
@@ -47,6 +47,7 @@ from p2pflop.job.spec import (
     FeedSource,
     InitSource,
     Job,
+    MemberSource,
     NoSource,
     Phase,
     Source,
@@ -86,6 +87,8 @@ from p2pflop.wire import encode
 
 MAX_SEED: Final = 2**32 - 1
 MAX_NAME: Final = 200
+MIN_MEMBERS: Final = 16
+"""So many blobs and more are entries of a collection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +266,7 @@ class _Builder:
             elif slot.origin is not None:
                 source = InitSource(init_hash, init_outputs[slot.number])
             params.append(WorkParam(int(slot.param.dtype), slot.param.shape, slot.role, source))
+        members = _gather(params, self.address_of)
         work = Work(
             SPEC_VERSION,
             tuple(
@@ -279,7 +283,7 @@ class _Builder:
             raise JobError(f"the traced job is not one that others accept: {opened.reason}")
         labels = self._labels(phases, slots, title)
         held = {self.address_of(data): partial(bytes, data) for data in inputs.values()}
-        blobs = LazyBlobs(held | feeds.readers | weights.readers)
+        blobs = LazyBlobs(held | feeds.readers | weights.readers | members)
         return Traced(body, labels, inputs, blobs)
 
     def _labels(self, phases: list[_Phase], slots: list[Slot], title: str) -> Labels:
@@ -358,6 +362,30 @@ class _Weights:
         address = stored.address or self.address_of(stored.read())
         self.readers[address] = partial(stored.read_as, address, self.address_of)
         return BlobSource(address, stored.size_bytes)
+
+
+def _gather(params: list[WorkParam], address_of: Callable[[bytes], bytes]) -> dict[bytes, Read]:
+    """Put many blobs into a collection: a job then names one address, not one for each of them.
+
+    Changes ``params``; gives the collection. What is 0-d stays: ``with_args`` changes it.
+    """
+    found = [
+        (slot, param.source)
+        for slot, param in enumerate(params)
+        if isinstance(param.source, BlobSource) and param.shape != ()
+    ]
+    if len(found) < MIN_MEMBERS:
+        return {}
+    blobs = {
+        number_name(entry): (source.address, source.size_bytes)
+        for entry, (_, source) in enumerate(found)
+    }
+    collection = encode(collection_of(blobs))
+    address = address_of(collection)
+    for entry, (slot, _) in enumerate(found):
+        param, member = params[slot], MemberSource(address, len(collection), entry)
+        params[slot] = WorkParam(param.dtype, param.shape, param.role, member)
+    return {address: partial(bytes, collection)}
 
 
 def _find_stop(

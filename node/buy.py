@@ -12,7 +12,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import msgspec
@@ -26,6 +26,7 @@ from p2pflop.job.events import State
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.lifecycle import PROVIDER_LIMITS
 from p2pflop.job.spec import FeedSource, class_id
+from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import descriptor, family
 from p2pflop.market.ranking import Deal, Need, Policy, rank
 from p2pflop.market.records import NONCE_BYTES
@@ -124,7 +125,7 @@ class Buyer:
             order = open_order(body, options, classes, self.now_ns())
         else:
             order = await trio.to_thread.run_sync(open_order, body, options, classes, self.now_ns())
-        order = self._with_start(order)
+        order = await self._with_members(self._with_start(order))
         await self._check_inputs(order)
         row = _JobRow(
             body,
@@ -248,7 +249,7 @@ class Buyer:
                 self.now_ns(),
                 row.deadline_ns,
             )
-            order = self._with_start(order)
+            order = await self._with_members(self._with_start(order))
         except P2PFlopError as error:
             await self.fail(run, error)
         except Exception as error:  # noqa: BLE001 - likewise
@@ -299,10 +300,26 @@ class Buyer:
         states = self.runs.states(checked.work_id, checked.job.first_step)
         return starting_from(order, states, self.class_id)
 
+    async def _with_members(self, order: Order) -> Order:
+        """``order`` with the blobs known that its collections name.
+
+        Raises BlobNotFoundError, JobError, StoreError.
+        """
+        checked, collections = order.checked, {}
+        for slot, source in checked.member_slots:
+            address, size_bytes = source.collection, source.collection_bytes
+            if address not in collections:
+                await self._check_input(order, slot, address, size_bytes)
+                collections[address] = await self.store.get(address, size_bytes)
+        resolved = checked.resolve(collections)
+        if isinstance(resolved, Refusal):
+            raise JobError(f"the job is not valid: {resolved.reason}")
+        return replace(order, checked=resolved)
+
     async def _inputs(self, order: Order) -> list[bytes]:
-        """The blobs that a provider needs, those of feeds too."""
+        """The blobs that a provider needs, collections and those of feeds too."""
         checked = order.checked
-        addresses = [source.address for _, source in checked.inputs]
+        addresses = [*checked.collections, *(source.address for _, source in checked.inputs)]
         for slot, source in checked.feeds:
             addresses += [source.collection, *await self._shards(checked, slot, source)]
         return addresses

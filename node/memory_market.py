@@ -11,7 +11,7 @@ frame of a job stream and may change, add or drop some.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,7 @@ from p2pflop.dht.planes import MAX_FRAME_BYTES, Stream
 from p2pflop.dht.transfer import BLOB_PROTOCOL
 from p2pflop.errors import ProviderError
 from p2pflop.ids import content_hash
+from p2pflop.job.collection import collection_of
 from p2pflop.job.file import JobBody, JobFile, Labels, encode_file
 from p2pflop.job.graph import Dtype, Graph, GraphParam, Node, Op, Output, encode_graph, graph_hash
 from p2pflop.job.spec import (
@@ -36,6 +37,7 @@ from p2pflop.job.spec import (
     BlobSource,
     ClassDescriptor,
     Job,
+    MemberSource,
     NoSource,
     Phase,
     Work,
@@ -323,8 +325,24 @@ def sample_data(floats: int = 4) -> tuple[bytes, bytes]:
     return bytes(4 * floats), bytes(range(256))[: 4 * floats].ljust(4 * floats, b"\7")
 
 
-def sample_file(steps: int = 20, *, floats: int = 4, seed: int = 0, first_step: int = 0) -> bytes:
-    """A job file with a state, an input, a traced scalar and a last output."""
+def sample_collection(floats: int = 4) -> bytes:
+    """The blobs of ``sample_file`` as a collection."""
+    blobs = enumerate(sample_data(floats))
+    return encode(collection_of({f"{n}": (address_of(data), len(data)) for n, data in blobs}))
+
+
+def sample_file(
+    steps: int = 20,
+    *,
+    floats: int = 4,
+    seed: int = 0,
+    first_step: int = 0,
+    members: bool = False,
+) -> bytes:
+    """A job file with a state, an input, a traced scalar and a last output.
+
+    With ``members`` state and input are entries of ``sample_collection``.
+    """
     step = int(Dtype.INT32)
     graph = encode_graph(
         Graph(
@@ -344,7 +362,10 @@ def sample_file(steps: int = 20, *, floats: int = 4, seed: int = 0, first_step: 
             (Output(4), Output(5), Output(2, 0)),
         )
     )
-    sources = [BlobSource(address_of(data), len(data)) for data in sample_data(floats)]
+    blobs = [BlobSource(address_of(data), len(data)) for data in sample_data(floats)]
+    collection = sample_collection(floats)
+    entries = [MemberSource(address_of(collection), len(collection), entry) for entry in (0, 1)]
+    sources: Sequence[BlobSource | MemberSource] = entries if members else blobs
     work = Work(
         version=1,
         phases=(Phase(graph_hash(graph), 1, 0, (MODE_TRACE, MODE_LAST)),),

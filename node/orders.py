@@ -101,9 +101,8 @@ def moved_bytes(checked: CheckedJob, checkpoint_steps: int) -> int:
         if param.role == ROLE_STATE
     )
     deliveries = 1 + checkpoints(checked.job, checkpoint_steps)
-    inputs = sum(source.size_bytes for _, source in checked.inputs)
     kept = sum(collected_bytes(checked, phase) for phase in range(len(checked.work.phases)))
-    return inputs + _fed_bytes(checked) + kept + state * deliveries
+    return checked.input_bytes + _fed_bytes(checked) + kept + state * deliveries
 
 
 def _fed_bytes(checked: CheckedJob) -> int:

@@ -245,7 +245,7 @@ class Purchase:
         """What goes along with the confirm, so that the provider need not ask for it."""
         room_bytes = m.MAX_INLINE_BYTES
         small: dict[bytes, bytes] = {}
-        for _, source in self._order.checked.inputs:
+        for _, source in self._order.checked.named_inputs:
             known = source.address in small
             if known or source.size_bytes > room_bytes or len(small) == m.MAX_INLINE_BLOBS:
                 continue

@@ -15,13 +15,10 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import trio
 
-from p2pflop.dht.fetch import fetch, held_for
 from p2pflop.errors import (
-    BlobNotFoundError,
     JobError,
     P2PFlopError,
     ProtocolError,
-    ProviderError,
     StoreError,
     first_error,
 )
@@ -66,19 +63,14 @@ from p2pflop.node.execute import (
 from p2pflop.node.feeding import Feeds
 from p2pflop.node.goods import check_inline
 from p2pflop.node.journal import JobRows, Row
+from p2pflop.node.supply import Supply
 from p2pflop.node.worker_types import Rows
-from p2pflop.units import KIB
 from p2pflop.wire import Sealed, decode, encode, reopen
 
 if TYPE_CHECKING:
     from p2pflop.node.sell import Seller
 
 MAX_FAULT_CHARS: Final = 200
-INPUT_S: Final = 30.0
-MIN_INPUT_BYTES_PER_S: Final = 256 * KIB
-"""An input that comes slower ends the lease: nobody holds a slot with inputs that never come."""
-
-PROGRESS_BYTES: Final = 256 * KIB
 WORKER_THREADS: Final = 1
 
 _log = logging.getLogger(__name__)
@@ -377,11 +369,17 @@ class Sale:
         lease_ns = max(0, self.bid.record.terms.deadline_ns - seller.now_ns())
         limits = worker_limits(checked, lease_ns, WORKER_THREADS)
         plans: dict[bytes, bytes] = {}
-        feeds = Feeds(checked, seller.store, self._bring, self._hold)
+        supply = self._supply()
+        feeds = Feeds(checked, seller.store, supply.bring, self._hold)
+
+        async def fetch_inputs() -> None:
+            self._checked = await supply.resolve(checked)
+            await supply.fetch_all(self._inputs(), self._at_hand, self._tell_fetching)
+
         async with trio.open_nursery() as nursery:
             # Else a restart would not know of the confirm, and the buyer be told the rows twice.
             nursery.start_soon(self.rows.flush)
-            nursery.start_soon(self._fetch_inputs)
+            nursery.start_soon(fetch_inputs)
             nursery.start_soon(feeds.open)
             plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)
         if is_too_dear(seller.workers, checked, plans):
@@ -391,7 +389,7 @@ class Sale:
             nursery.start_soon(feeds.run)
             async with seller.warm.lease(self.account, limits) as worker:
                 execution = Execution(
-                    checked,
+                    self._checked,
                     seller.workers.class_id,
                     seller.store,
                     worker,
@@ -413,42 +411,17 @@ class Sale:
         done = Done(done_to, result.state_root, outcome.hash, salt)
         await self.driver.on(done, Reveal())
 
-    async def _fetch_inputs(self) -> None:
-        store, owner = self._seller.store, self._owner
-        inputs = [
-            source
-            for source in self._inputs()
-            if source.address not in self._at_hand
-            and await held_for(store, source.address, owner) is None
-        ]
-        total = sum(source.size_bytes for source in inputs)
-        done = told = 0
-        for source in inputs:
-            await self._bring(source.address, source.size_bytes)
-            done += source.size_bytes
-            if done - told >= PROGRESS_BYTES or done == total:
-                told = done
-                self._offer(m.Fetching(done, total))
+    def _supply(self) -> Supply:
+        return Supply(
+            self._seller.store,
+            self._seller.dialer,
+            peer_id(self.bid.signer),
+            self._owner,
+            self._hold,
+        )
 
-    async def _bring(self, address: bytes, max_bytes: int) -> None:
-        """Have an input of the buyer's in the store. Raises ProviderError if it comes too slow."""
-        limit_s = INPUT_S + max_bytes / MIN_INPUT_BYTES_PER_S
-        what = f"input {address.hex()[:12]} of the job"
-        try:
-            with trio.fail_after(limit_s):
-                await fetch(
-                    self._seller.store,
-                    address,
-                    [peer_id(self.bid.signer)],
-                    self._seller.dialer,
-                    max_bytes=max_bytes,
-                    owner=self._owner,
-                )
-        except trio.TooSlowError as error:
-            raise ProviderError(f"{what} did not come within {limit_s:.0f} s") from error
-        except (BlobNotFoundError, ProviderError) as error:
-            _log.info("sale %s: %s", self.rows.head.job[:12], error)
-            raise ProviderError(f"{what} is not to be had whole from the buyer's node") from error
+    async def _tell_fetching(self, done_bytes: int, total_bytes: int) -> None:
+        self._offer(m.Fetching(done_bytes, total_bytes))
 
     async def _tell_lowering(self, done: int, total: int) -> None:
         self._offer(m.Lowering(done, total))

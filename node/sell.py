@@ -335,4 +335,5 @@ class Seller:
         return sale
 
     async def _hold_inputs(self, sale: Sale, checked: CheckedJob) -> None:
-        await self.blobs.hold(sale.bid.id, [source.address for _, source in checked.inputs])
+        named = [source.address for _, source in checked.inputs]
+        await self.blobs.hold(sale.bid.id, [*named, *checked.collections])

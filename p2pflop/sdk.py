@@ -108,6 +108,8 @@ class Job:
     def checked(self) -> CheckedJob:
         """The job as a provider would open it. Raises JobError if it would be refused."""
         opened = open_job(self.file.body)
+        if isinstance(opened, CheckedJob) and all(a in self.inputs for a in opened.collections):
+            opened = opened.resolve({a: self.inputs[a] for a in opened.collections})
         if isinstance(opened, Refusal):
             raise JobError(f"the job is not valid: {opened.reason}")
         return opened
@@ -405,7 +407,8 @@ def _check_inputs(job: Job, is_elsewhere: Callable[[bytes], bool] = lambda _: Fa
 
     Raises BlobNotFoundError; VerificationError if a file of the job's folder is damaged.
     """
-    named = [(slot, source.address) for slot, source in job.checked.inputs]
+    named = [(slot, source.collection) for slot, source in job.checked.member_slots]
+    named += [(slot, source.address) for slot, source in job.checked.inputs]
     for slot, feed in job.checked.feeds:
         named.append((slot, feed.collection))
         if feed.collection in job.inputs:

@@ -18,6 +18,7 @@ from p2pflop.job.spec import (
     BlobSource,
     FeedSource,
     InitSource,
+    MemberSource,
     NoSource,
     ResultSource,
     class_id,
@@ -36,6 +37,7 @@ _SOURCES: Final = {
     BlobSource: "blob",
     InitSource: "the seed",
     FeedSource: "shards",
+    MemberSource: "collection",
     ResultSource: "another job",
 }
 
@@ -192,10 +194,11 @@ def _line(opened: CheckedJob, name: str, graph: bytes, times: int) -> dict[str, 
 
 
 def _tensors(job: Job) -> list[dict[str, Any]]:
-    tensors = []
-    for name, param in zip(job.file.labels.params, job.checked.work.params, strict=True):
+    tensors, members = [], dict(job.checked.inputs)
+    params = zip(job.file.labels.params, job.checked.work.params, strict=True)
+    for slot, (name, param) in enumerate(params):
         source = param.source
-        blob = source if isinstance(source, BlobSource) else None
+        blob = members.get(slot, source if isinstance(source, BlobSource) else None)
         tensors.append(
             {
                 "name": name,

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Annotated, ClassVar, Final, Literal
 
 import msgspec
 
 from p2pflop.errors import JobError, ProtocolError
 from p2pflop.ids import HASH_BYTES
+from p2pflop.job.collection import Collection
 from p2pflop.job.graph import Dtype, Graph, decode_graph, graph_hash
 from p2pflop.job.limits import DEFAULT_LIMITS, Limits
 from p2pflop.job.meter import JobCost, init_graphs, meter_job
@@ -27,6 +29,7 @@ from p2pflop.job.spec import (
     BlobSource,
     FeedSource,
     Job,
+    MemberSource,
     Work,
     state_root,
     state_slots,
@@ -88,7 +91,8 @@ class JobFile(Record, frozen=True):
 @dataclass(frozen=True, slots=True)
 class CheckedJob:
     """A job that may be run: decoded, validated and metered. ``graphs`` are keyed by hash,
-    ``state`` is what it starts from: empty at step 0, or if it is not known yet."""
+    ``state`` is what it starts from: empty at step 0, or if it is not known yet. ``members`` are
+    the blobs of ``member_slots``, once their collections are at hand (``resolve``)."""
 
     job: Job
     work: Work
@@ -96,6 +100,7 @@ class CheckedJob:
     graphs: dict[bytes, Checked]
     cost: JobCost
     state: tuple[bytes, ...] = ()
+    members: tuple[BlobSource, ...] = ()
 
     @property
     def starts(self) -> bool:
@@ -108,9 +113,10 @@ class CheckedJob:
         return state_root(self.state) if self.job.first_step else bytes(HASH_BYTES)
 
     @property
-    def inputs(self) -> tuple[tuple[int, BlobSource], ...]:
-        """The slots that are filled from blobs, the state that it starts from included."""
-        start = dict(zip(state_slots(self.work), self.state, strict=False))
+    def named_inputs(self) -> tuple[tuple[int, BlobSource], ...]:
+        """The slots that are filled from blobs that the job itself names, the state that it starts
+        from included."""
+        start = self._start
         found = []
         for slot, param in enumerate(self.work.params):
             if slot in start:
@@ -118,6 +124,71 @@ class CheckedJob:
             elif isinstance(param.source, BlobSource):
                 found.append((slot, param.source))
         return tuple(found)
+
+    @property
+    def member_slots(self) -> tuple[tuple[int, MemberSource], ...]:
+        """The slots that are filled from entries of collections."""
+        start, params = self._start, enumerate(self.work.params)
+        return tuple(
+            (slot, param.source)
+            for slot, param in params
+            if isinstance(param.source, MemberSource) and slot not in start
+        )
+
+    @property
+    def collections(self) -> dict[bytes, int]:
+        """The sizes in bytes of the collections that it needs, by address."""
+        return {source.collection: source.collection_bytes for _, source in self.member_slots}
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the blob of every input is known."""
+        return len(self.members) == len(self.member_slots)
+
+    @property
+    def inputs(self) -> tuple[tuple[int, BlobSource], ...]:
+        """All slots that are filled from blobs, as far as these are known."""
+        slots = [slot for slot, _ in self.member_slots]
+        return tuple(
+            sorted([*self.named_inputs, *zip(slots, self.members, strict=False)], key=itemgetter(0))
+        )
+
+    @property
+    def input_slots(self) -> tuple[int, ...]:
+        """The slots of ``inputs``, whether their blobs are known or not."""
+        return tuple(sorted(slot for slot, _ in (*self.named_inputs, *self.member_slots)))
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of all inputs, and of the collections that tell of them."""
+        return sum(map(self.slot_bytes, self.input_slots)) + sum(self.collections.values())
+
+    def resolve(self, collections: Mapping[bytes, bytes]) -> CheckedJob | Refusal:
+        """The job with its members known, by the encoded collections, by address."""
+        members = []
+        try:
+            opened = {
+                address: decode(Collection, collections[address]).entries
+                for address in self.collections
+            }
+        except ProtocolError as error:
+            return Refusal(f"a collection of inputs: {error.message}")
+        for slot, source in self.member_slots:
+            entries = opened[source.collection]
+            if source.entry >= len(entries):
+                return Refusal(f"slot {slot}: its collection has no entry {source.entry}")
+            entry = entries[source.entry]
+            if entry.size_bytes != self.slot_bytes(slot):
+                return Refusal(
+                    f"slot {slot}: entry {source.entry} of its collection is of "
+                    f"{entry.size_bytes} bytes, not of {self.slot_bytes(slot)}"
+                )
+            members.append(BlobSource(entry.address, entry.size_bytes))
+        return replace(self, members=tuple(members))
+
+    @property
+    def _start(self) -> dict[int, bytes]:
+        return dict(zip(state_slots(self.work), self.state, strict=False))
 
     @property
     def feeds(self) -> tuple[tuple[int, FeedSource], ...]:

@@ -22,7 +22,7 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from p2pflop.ids import content_hash
-from p2pflop.job.collection import MAX_COLLECTION_ENTRIES
+from p2pflop.job.collection import MAX_COLLECTION_ENTRIES, Collection
 from p2pflop.wire import U32, U63, Hash, Record, Text, encode
 
 SPEC_VERSION: Final = 1
@@ -87,7 +87,18 @@ class FeedSource(Record, frozen=True, tag=4):
     steps: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 
 
-Source = BlobSource | InitSource | ResultSource | NoSource | FeedSource
+class MemberSource(Record, frozen=True, tag=5):
+    """Entry number ``entry`` of a collection, whose blob has ``collection_bytes`` bytes.
+
+    So a model of hundreds of tensors costs a work one address, not hundreds.
+    """
+
+    collection: Hash
+    collection_bytes: Annotated[int, msgspec.Meta(ge=1, le=Collection.MAX_BYTES)]
+    entry: Annotated[int, msgspec.Meta(ge=0, lt=MAX_COLLECTION_ENTRIES)]
+
+
+Source = BlobSource | InitSource | ResultSource | NoSource | FeedSource | MemberSource
 
 
 class WorkParam(Record, frozen=True):

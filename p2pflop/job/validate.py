@@ -44,6 +44,7 @@ from p2pflop.job.spec import (
     MODE_COLLECT,
     MODE_TRACE,
     ROLE_FEED,
+    ROLE_INPUT,
     ROLE_SEED,
     ROLE_STATE,
     ROLE_STEP,
@@ -51,6 +52,7 @@ from p2pflop.job.spec import (
     FeedSource,
     InitSource,
     Job,
+    MemberSource,
     NoSource,
     ResultSource,
     Work,
@@ -306,6 +308,9 @@ def _check_param(where: str, param: WorkParam, limits: Limits) -> None:
     else:
         require(not isinstance(source, NoSource), f"{where}: nothing gives it a value")
         require(not isinstance(source, ResultSource), f"{where}: another job's output, unresolved")
+    is_member = isinstance(source, MemberSource)
+    is_data = param.role in (ROLE_INPUT, ROLE_STATE)
+    require(is_data or not is_member, f"{where}: no entry of a collection can give it")
     if isinstance(source, BlobSource):
         size_bytes = stored_bytes(dtype, param.shape)
         require(source.size_bytes == size_bytes, f"{where}: a blob of another size")
