@@ -134,3 +134,17 @@ def test_the_smallest_example_learns() -> None:
     assert [row["step"] for row in rows if "acc" in row] == [99, 199]
     assert result["acc"][-1] > 0.8
     assert result["loss"][-20:].mean() < 0.5 * result["loss"][:5].mean()
+
+
+@pytest.mark.slow
+def test_five_steps_of_digits_equal_native_tinygrad() -> None:
+    module = example("digits")
+    result = module.make_job(steps=5).run_local()
+    net, train, _ = module.program()
+    tensors = tensors_of(net=net)
+    Tensor.realize(*tensors.values())
+    with Context(TRAINING=1):
+        values = [raw_bytes(train()["loss"]) for _ in range(5)]
+    assert [np.float32(value).tobytes() for value in result["loss"]] == values
+    for name, tensor in tensors.items():
+        assert result.state[name].tobytes() == raw_bytes(tensor), name

@@ -23,6 +23,7 @@ from unittest.mock import MagicMock
 
 import click
 import pytest
+from tinygrad import Tensor
 
 import p2pflop as pf
 from p2pflop import errors
@@ -30,13 +31,17 @@ from p2pflop.cli.main import COMMANDS, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, cli
 from p2pflop.job.graph import Dtype, Op
 from p2pflop.job.limits import DEFAULT_LIMITS
 from p2pflop.job.meter import WEIGHTS
+from p2pflop.market.ranking import total_nusd
+from p2pflop.market.sheets import make_ask
 from p2pflop.node import config, messages, service
 from p2pflop.node.api import create_app
 
 ROOT = Path(__file__).parents[2]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").glob("**/*.md"))
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 PAGES = [ROOT / "README.md", *DOCS, ROOT / "examples" / "README.md", ROOT / "tests" / "README.md"]
-RUNNING = [ROOT / "docs" / name for name in ("formats.md", "meter.md")]
+EXAMPLE_PAGES = [ROOT / "docs" / "examples" / f"{name}.md" for name in EXAMPLES]
+RUNNING = [ROOT / "docs" / name for name in ("formats.md", "meter.md")] + EXAMPLE_PAGES
 REFERENCE = (ROOT / "docs" / "reference.md").read_text("utf-8")
 
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -196,8 +201,14 @@ def plain_signature(function: Any) -> str:
 
 
 @pytest.mark.parametrize("path", RUNNING, ids=name_of)
-def test_vectors_are_what_the_code_says(path: Path, tmp_path: Path) -> None:
+def test_vectors_are_what_the_code_says(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every Python block in order, in one program; a text block after one is what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    for name in EXAMPLES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     fences = FENCE.findall(path.read_text("utf-8"))
     program = tmp_path / "page.py"
     mark = "\x00"
@@ -206,6 +217,8 @@ def test_vectors_are_what_the_code_says(path: Path, tmp_path: Path) -> None:
     printed = io.StringIO()
     with redirect_stdout(printed):
         runpy.run_path(str(program))
+    for name in EXAMPLES:
+        sys.modules.pop(name, None)
     outputs = iter(printed.getvalue().split(mark)[1:])
     compared = 0
     for (kind, _), (following, told) in zip(fences, [*fences[1:], ("", "")], strict=True):
@@ -216,7 +229,7 @@ def test_vectors_are_what_the_code_says(path: Path, tmp_path: Path) -> None:
         if output.strip():
             assert "".join(told.split()) == "".join(output.split())
             compared += 1
-    assert compared >= 3
+    assert compared >= (1 if path in EXAMPLE_PAGES else 3)
 
 
 def test_tables_of_numbers_are_the_codes_own() -> None:
@@ -370,6 +383,47 @@ def test_links_within_pages_lead_to_headings(path: Path) -> None:
 
 
 def test_the_index_lists_every_page() -> None:
-    index = (ROOT / "docs" / "README.md").read_text("utf-8")
-    for path in DOCS:
-        assert path.name == "README.md" or f"]({path.name})" in index, path.name
+    for folder in (ROOT / "docs", ROOT / "docs" / "examples"):
+        index = (folder / "README.md").read_text("utf-8")
+        for path in DOCS:
+            if path.parent == folder and path.name != "README.md":
+                assert f"]({path.name})" in index, path.name
+    assert "](examples/README.md)" in (ROOT / "docs" / "README.md").read_text("utf-8")
+
+
+# Pages of the examples
+
+HEADINGS = [
+    "The part worth reading",
+    "Run it",
+    "What one sees",
+    "Size and cost",
+    "Beside native tinygrad",
+    "Make it yours",
+]
+
+
+def test_each_example_has_a_page_and_each_page_an_example() -> None:
+    folder = ROOT / "docs" / "examples"
+    assert {path.stem for path in folder.glob("*.md")} == {*EXAMPLES, "README"}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_page_of_an_example_has_its_numbers(name: str) -> None:
+    page = (ROOT / "docs" / "examples" / f"{name}.md").read_text("utf-8")
+    assert re.findall(r"^## (.+)$", page, re.MULTILINE) == HEADINGS
+    assert f"python examples/{name}.py\np2pflop submit examples/{name}.py" in page
+    Tensor.manual_seed(0)  # as in a new process: where the random counter starts is in the job
+    module = runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+    job = module["make_job"]() if "make_job" in module else module["job"]
+    assert f"The job is {job.size_bytes:,} bytes." in page
+    size = f"{job.size_bytes / 1000:.1f} kB"
+    index = (ROOT / "docs" / "examples" / "README.md").read_text("utf-8")
+    assert f"| [{name}]({name}.md) | {size} |" in index
+    *phases, [_, _, total] = table_rows(page.split("## Size and cost")[1])
+    told = [(times, flop) for _, times, flop in phases]
+    assert told == [(f"{line.times:,}", f"{line.flop:,}") for line in job.cost.lines]
+    assert total == f"{job.cost.flop:,}"
+    ask = make_ask(0, bytes(32), 50_000_000, 0, memory_bytes=0, flop_per_s=0)
+    price = total_nusd(ask, job.cost.flop, job.cost.touched_bytes, 0)
+    assert f"makes that ${price / 10**9:.9f}." in page
