@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Final
 
@@ -172,12 +173,28 @@ class _Search:
 
     def _is_safe(self, node: UOp) -> bool:
         """Whether nothing that is done to ``node`` and a reader of it together changes bytes."""
-        if any(self._folds(each) for each in node.backward_slice_with_self):
+        inside = node.backward_slice_with_self
+        if any(self._folds(each) or self._is_shared(each, node, inside) for each in inside):
             return False
         if node.op in _OPAQUE:
             return True
         return node.op in (Ops.ADD, Ops.WHERE) and all(
             user.op is Ops.MUL and self._is_foreign(user, node) for user in self._users[node]
+        )
+
+    def _is_shared(self, node: UOp, factor: UOp, inside: Collection[UOp]) -> bool:
+        """Whether a sum or product inside the factor is used outside of it as well, and once in a
+        sum or product of its own kind on one of the two sides.
+
+        What is used twice is a variable; what is used once is rendered where it is used, in a chain
+        of its own kind without parentheses. A cut between its users would change the order.
+        """
+        if node is factor or node.op not in (Ops.ADD, Ops.MUL) or node.dtype not in dtypes.floats:
+            return False
+        within = [user for user in self._users[node] if user in inside]
+        beyond = [user for user in self._users[node] if user not in inside]
+        return bool(beyond) and any(
+            len(users) == 1 and users[0].op is node.op for users in (within, beyond)
         )
 
     def _folds(self, node: UOp) -> bool:

@@ -72,6 +72,17 @@ def test_padded_places_of_an_unrolled_sum_stay_where_they_vanish() -> None:
     assert_native_bytes(padded)
 
 
+def test_what_a_factor_shares_with_its_product_keeps_its_order() -> None:
+    """A square that is used twice is a variable; used once it would be part of ``0.3 * a * a * a``,
+    in another order."""
+
+    def cubed(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        square = a * a
+        return ((0.3 * (square * a) + b).exp2() * square) @ c
+
+    assert_native_bytes(cubed)
+
+
 def test_a_costly_factor_is_a_kernel_of_its_own() -> None:
     plan, _ = plan_of(lowered(lambda a, b, c: a.exp2() @ c))
     assert len(plan.calls) == 2
