@@ -74,7 +74,11 @@ class Splitter:
         if kernel.op is not Ops.SINK or not _may_repeat(kernel):
             return [call]
         if kernel.key not in self._cuts:
-            self._cuts[kernel.key] = _cut(_optimise(kernel, self._renderer), len(arguments))
+            try:
+                self._cuts[kernel.key] = _cut(_optimise(kernel, self._renderer), len(arguments))
+            # Whatever these passes trip over is for compiling the whole to tell.
+            except Exception:  # noqa: BLE001
+                self._cuts[kernel.key] = kernel, []
         rest, factors = self._cuts[kernel.key]
         if not factors:
             return [call]
