@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +19,7 @@ from weakref import finalize
 
 from tinygrad import Tensor
 
-from p2pflop.errors import ConfigError
+from p2pflop.errors import ConfigError, JobError
 from p2pflop.job.collection import MAX_COLLECTION_ENTRIES
 from p2pflop.job.counts import shown
 from p2pflop.job.spec import MAX_STEPS
@@ -109,8 +110,25 @@ def _open(item: Any) -> Array:
     return found
 
 
+def _intact(array: Array) -> Array:
+    """``array``, unless its file has become shorter: to read it then would kill this process.
+
+    Raises JobError.
+    """
+    import numpy as np
+
+    if isinstance(array, np.memmap) and array.filename is not None:
+        with suppress(FileNotFoundError):  # it is gone by name only
+            if Path(array.filename).stat().st_size < array.offset + array.nbytes:
+                raise JobError(
+                    f"{array.filename} has become shorter since it was opened",
+                    hint="Leave a feed's files alone until the job is over, or trace it again.",
+                )
+    return array
+
+
 def _whole(arrays: list[Array]) -> list[Callable[[], Array]]:
-    return [lambda array=array: array for array in arrays]  # type: ignore[misc]
+    return [lambda array=array: _intact(array) for array in arrays]  # type: ignore[misc]
 
 
 def _cut(arrays: list[Array], batch: int, drop_last: bool) -> list[Callable[[], Array]]:
@@ -130,7 +148,7 @@ def _cut(arrays: list[Array], batch: int, drop_last: bool) -> list[Callable[[], 
         number = bisect_right(ends, start)
         while start < end:
             begun = ends[number] - len(arrays[number])
-            parts.append(arrays[number][start - begun : end - begun])
+            parts.append(_intact(arrays[number])[start - begun : end - begun])
             start, number = ends[number], number + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

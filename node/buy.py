@@ -153,6 +153,8 @@ class Buyer:
             return frozenset({self.class_id})
         if tuple(names) == (ANY_CLASS,):
             return frozenset()
+        if ANY_CLASS in names:
+            raise ConfigError("any class and others beside it", hint="Give 'any' alone.")
         return frozenset({await _class_named(name) for name in names})
 
     def rank(self, order: Order, classes: frozenset[bytes]) -> Ranking:
@@ -277,7 +279,12 @@ class Buyer:
         with suppress(StoreError):
             await run.rows.flush()
         work = bytes.fromhex(run.card["work"])
-        left = what_is_left(run, lambda step: self.class_id in self.runs.states(work, step))
+        computed_in = bytes.fromhex(run.card.get("class_id", self.class_id.hex()))
+        left = what_is_left(
+            run,
+            lambda step: computed_in in self.runs.states(work, step),
+            "" if computed_in == self.class_id else computed_in.hex(),
+        )
         hint = " ".join(filter(None, (error.hint, left)))
         told = {"error": type(error).__name__, "message": error.message, "hint": hint}
         try:

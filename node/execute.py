@@ -46,6 +46,8 @@ WORKER_SLACK_BYTES: Final = 64 * MIB
 MAX_OPEN_LOWERERS: Final = 2
 DRAIN_S: Final = 30.0
 """How long a run that has failed may take to bring its last checkpoint to disk."""
+WANT_AGAIN_S: Final = 5.0
+"""After this a checkpoint that was due by the clock and not wanted is tried again."""
 ASK_AGAIN_S: Final = 1.0
 """A worker that was asked to stand still does so after its step, which may be long."""
 MAX_STEP_SECONDS: Final = 600.0
@@ -274,6 +276,9 @@ class Execution:
             drafts = await self._draft_state(self._keeper())
             self._drained = trio.Event()
             self._nursery.start_soon(self._drain, step, drafts, checkpoints)
+        elif late:
+            self._late = False
+            self._checkpointed_at = trio.current_time() - checkpoints.seconds + WANT_AGAIN_S
 
     async def _drain(self, step: int, drafts: list[_Draft], checkpoints: Checkpoints) -> None:
         await checkpoints.give(step, await _finished(drafts))

@@ -57,16 +57,19 @@ def error_of(action: Finish) -> P2PFlopError:
             return ProviderError(reason, hint="Nothing more is owed. Submit it again.")
 
 
-def what_is_left(run: Run, knows: Callable[[int], bool]) -> str:
+def what_is_left(run: Run, knows: Callable[[int], bool], class_id: str = "") -> str:
     """How to go on from the last checkpoint of a run that failed; nothing if it has none.
 
-    ``knows`` tells whether the state after a step can be found again.
+    ``knows`` tells whether the state after a step can be found again; ``class_id`` is that of a
+    run in another class than this node's own.
     """
-    steps = (event["step"] for event in reversed(run.events) if event["kind"] == "checkpoint")
+    steps = [event["step"] for event in reversed(run.events) if event["kind"] == "checkpoint"]
+    if run.card["first_step"]:
+        steps.append(run.card["first_step"])  # where it began itself
     step = next(filter(knows, steps), None)
     if step is None:
         return ""
     return (
         f"The checkpoint after step {step} is here: job.resume({step}), or p2pflop submit FILE "
-        f"--from-step {step}, goes on from there."
+        f"--from-step {step}{class_id and ' --class ' + class_id}, goes on from there."
     )

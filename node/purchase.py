@@ -166,7 +166,12 @@ class Purchase:
     def keep(self, edge: str) -> None:
         """See Hands. The first fill decides in which class the job is computed."""
         if edge == Edge.FILL:
-            self._bidding.fix_class(self._bid().record.class_id)
+            self._fix_class()
+
+    def _fix_class(self) -> None:
+        class_id = self._bid().record.class_id
+        self._bidding.fix_class(class_id)
+        self._run.card["class_id"] = class_id.hex()
 
     def start(self, task: str) -> None:
         """See Hands."""
@@ -533,6 +538,8 @@ class Purchase:
         await self._driver.resume(rows)
         if self._lifecycle.side.bid:
             goods.peer = self._peer
+            if self._lifecycle.state not in UNCONFIRMED:
+                self._fix_class()
 
     async def _watch_cancel(self) -> None:
         await self._run.cancel_requested.wait()

@@ -59,6 +59,33 @@ async def test_none_comes_by_the_clock_while_the_buyer_lags_behind(
     assert len(steps_told(buyer.events(run_id, "checkpoint"))) == 1
 
 
+async def test_one_that_was_not_wanted_is_tried_again_soon(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    provider.workers.step_s = 1.0
+    held: list[bytes] = []
+
+    def late(frame: bytes) -> list[bytes]:
+        """The first countersignature comes 40 s after its checkpoint, with a heartbeat."""
+        if isinstance(m.decode_message(frame, ""), m.Countersigned) and not late_since:
+            late_since.append(trio.current_time())
+            held.append(frame)
+            return []
+        if held and trio.current_time() > late_since[0] + 40:
+            return [held.pop(), frame]
+        return [frame]
+
+    late_since: list[float] = []
+    buyer.tamper_sent = late
+    run_id = await buyer.submit(sample_file(200), checkpoint_steps=0, checkpoint_s=30)
+    assert (await market.end_of(buyer, run_id))["kind"] == "result"
+    steps = steps_told(buyer.events(run_id, "checkpoint"))
+    assert 30 <= steps[0] <= 33
+    assert 70 <= steps[1] <= 85, "some seconds after the countersignature"
+    assert len(steps) >= 5
+
+
 async def test_the_states_that_the_buyer_has_make_room_at_the_provider(
     market: Market, autojump_clock: object
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import trio
 
 from p2pflop.errors import ConfigError, JobError
 from p2pflop.job.spec import ClassDescriptor, class_id
@@ -79,6 +80,40 @@ async def test_a_stretch_goes_on_in_the_class_of_its_state(
     await market.settle_down()
     assert len(other.seller._sales) == 2
     market.check()
+
+
+async def test_what_failed_in_another_class_says_how_to_go_on_in_it(
+    market: Market, autojump_clock: object
+) -> None:
+    own, other, buyer = await both(market)
+    other.workers.step_s = 1.0
+    run_id = await buyer.submit(sample_file(100), classes=("any",), checkpoint_steps=10)
+    await trio.sleep(35)
+    assert buyer.events(run_id, "receipt")
+    await other.kill()
+    end = await market.end_of(buyer, run_id)
+    assert end["kind"] == "failed"
+    assert f"--class {OTHER_ID.hex()}, goes on from there" in end["hint"]
+    assert len(own.seller._sales) == 0
+
+
+async def test_a_stretch_that_failed_before_its_first_checkpoint_names_where_it_began(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    assert (await market.end_of(buyer, await buyer.submit(sample_file(20))))["kind"] == "result"
+    provider.workers.step_s = 1.0
+    run_id = await buyer.submit(sample_file(100, first_step=20), checkpoint_steps=0)
+    await trio.sleep(5)
+    await provider.kill()
+    end = await market.end_of(buyer, run_id)
+    assert "The checkpoint after step 20 is here: job.resume(20)" in end["hint"]
+
+
+async def test_any_class_is_named_alone(market: Market, autojump_clock: object) -> None:
+    buyer = await market.buyer()
+    with pytest.raises(ConfigError, match="any class and others"):
+        await buyer.submit(sample_file(1), classes=("any", OTHER_ID.hex()))
 
 
 async def test_an_unknown_class_is_refused(market: Market, autojump_clock: object) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tinygrad import Tensor
 
+import p2pflop as pf
 from p2pflop.errors import ConfigError, JobError
 from p2pflop.ids import content_hash
 from p2pflop.job.collection import MAX_COLLECTION_ENTRIES
@@ -103,3 +106,20 @@ def test_a_feed_cannot_be_assigned_to() -> None:
 
     with pytest.raises(JobError, match="the feed rows is assigned to"):
         trace(step, steps=2, address_of=content_hash)
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_file_that_became_shorter_is_an_error_and_not_the_end_of_the_process(
+    tmp_path: Path, batch: int | None
+) -> None:
+    path = tmp_path / "rows.npy"
+    np.save(path, np.arange(2**16, dtype=np.float32).reshape(16, -1))
+    rows = pf.feed(path, batch=batch)
+
+    def step() -> dict[str, Tensor]:
+        return {"sum": rows.sum()}
+
+    job = pf.trace(step, steps=1)
+    os.truncate(path, 4096)
+    with pytest.raises(JobError, match="has become shorter"):
+        job.run_local()
