@@ -23,6 +23,7 @@ from p2pflop.job.collection import Collection, numbered
 from p2pflop.job.delivery import output_bytes
 from p2pflop.job.file import CheckedJob, JobBody, JobFile, open_job
 from p2pflop.job.graph import Dtype, graph_hash
+from p2pflop.job.naming import output_names
 from p2pflop.job.results import Scalar, TraceLog, build_result, scalar
 from p2pflop.job.spec import (
     MODE_LAST,
@@ -140,7 +141,7 @@ class _Gathered:
         on_row: OnRow | None,
         on_lowering: OnLowering | None,
     ) -> None:
-        self._labels = file.labels
+        self._names = output_names(file.labels)
         self._job = job
         self._on_row = on_row
         self._on_lowering = on_lowering
@@ -210,7 +211,7 @@ class _Gathered:
         for phase, output, value in values:
             dtype = self._dtype(phase, output)
             self._trace.append(phase, output, dtype, value)
-            named[self._labels.outputs[phase][output]] = scalar(dtype, value)
+            named[self._names[phase][output]] = scalar(dtype, value)
         if self._on_row is not None:
             self._on_row(step, named)
 
