@@ -139,6 +139,8 @@ def trace(
             _record(stage, function, arguments, training=number == 0)
             for number, function in enumerate(functions)
         ]
+        if isinstance(collect, str):
+            raise JobError(f"collect={collect!r} is no list", hint=f"collect=[{collect!r}]")
         unknown = set(collect).difference(*(recording.outputs for recording in recordings))
         if unknown:
             raise JobError(f"collect={min(unknown)!r} is not an output")

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     help="State every N steps; 0: none.",
 )
 @click.option(
-    "--checkpoint-every", metavar="TIME", help="State after so long without; default 10m, 0: never."
+    "--checkpoint-every",
+    metavar="TIME",
+    help="State after so long without, 30s or more; default 10m, 0: never.",
 )
 @click.option(
     "--class",

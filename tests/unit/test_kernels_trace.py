@@ -203,6 +203,13 @@ def counting() -> tuple[Callable[[], object], Callable[[], object]]:
     return step, look
 
 
+def test_a_text_is_no_list_of_outputs_to_collect() -> None:
+    value = Tensor([1.0]).contiguous()
+    with pytest.raises(JobError, match="collect='value' is no list") as told:
+        trace(lambda: {"value": value * 2}, collect="value")
+    assert told.value.hint == "collect=['value']"
+
+
 def test_a_job_may_end_at_an_output_of_any_phase() -> None:
     step, look = counting()
     assert opened(trace(step, every={3: look}, stop="done")).work.stop == Stop(1, 1, 3)
