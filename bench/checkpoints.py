@@ -10,11 +10,9 @@ verifies, keeps and countersigns each checkpoint, competes with the worker for t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -24,6 +22,7 @@ from typing import Any
 
 import trio
 from submit_latency import two_nodes
+from train_steps import load
 
 from p2pflop.client import Client
 from p2pflop.dht.store import FileStore
@@ -35,23 +34,12 @@ from p2pflop.node.service import SubmitOptions
 from p2pflop.node.worker_types import Rows
 from p2pflop.node.workers import WorkerPool
 
-ROOT = Path(__file__).resolve().parent.parent
 EVERY = 50
 STEPS = {"digits": 1500, "conv": 1500, "gpt": 150}
 HOUR_NS = 3600 * 10**9
 
 Run = Callable[[int], Awaitable[float]]
 """Seconds of the steps of a run, with a checkpoint every so many of them or, for 0, without."""
-
-
-def load_job(name: str, steps: int) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module.make_job(steps=steps)
 
 
 @asynccontextmanager
@@ -137,7 +125,7 @@ async def compare(run: Run, pairs: int) -> dict[str, float]:
 
 
 async def measure(name: str, pairs: int) -> dict[str, Any]:
-    job = load_job(name, STEPS[name])
+    job = load(name).make_job(steps=STEPS[name])
     with tempfile.TemporaryDirectory() as folder:
         async with provider(Path(folder), job) as run:
             alone = await compare(run, pairs)

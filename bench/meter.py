@@ -7,16 +7,15 @@ lowering. Promise: the ratio is within 0.5 and 2. Prints one JSON object.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
+
+from train_steps import load
 
 from p2pflop.kernels.classes import descriptor, environment
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = ("mlp", "digits", "conv", "gpt", "lstm", "vae", "gan", "embeddings", "onnx_model")
 
 
@@ -44,7 +43,7 @@ def measure(name: str) -> dict[str, Any]:
     from p2pflop.kernels.lower import lower
     from p2pflop.kernels.plan import decode_plan
 
-    job = _load(name).make_job().checked
+    job = load(name).make_job().checked
     metered = {line.graph: line.flop for line in job.cost.lines}
     started = time.perf_counter()
     plans = {graph: decode_plan(lower(checked)) for graph, checked in job.graphs.items()}
@@ -54,15 +53,6 @@ def measure(name: str) -> dict[str, Any]:
         "flop": [plans[each].flop for each in phases],
         "lowering_s": round(time.perf_counter() - started, 1),
     }
-
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

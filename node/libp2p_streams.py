@@ -127,6 +127,7 @@ class MuxedConnection(IMuxedConn):  # type: ignore[misc]
             self._owner.connection_up(self)
             self.event_started.set()
             await self.mux.run()
+        # A bug here, or whatever libp2p raises, ends this connection and not the node.
         except Exception:
             logging.getLogger(__name__).exception("the connection to %s failed", self.peer)
             self.mux.close("it failed here")
