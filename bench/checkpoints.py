@@ -27,6 +27,7 @@ from train_steps import load
 from p2pflop.client import Client
 from p2pflop.dht.store import FileStore
 from p2pflop.kernels.classes import environment
+from p2pflop.node.books import open_books
 from p2pflop.node.execute import Checkpoints, Execution, Kept, lower_all, worker_limits
 from p2pflop.node.feeding import Feeds
 from p2pflop.node.journal import Head, JobRows, Journal
@@ -44,7 +45,8 @@ Run = Callable[[int], Awaitable[float]]
 
 @asynccontextmanager
 async def provider(folder: Path, job: Any) -> AsyncIterator[Run]:
-    checked, journal = job.checked, Journal(folder / "journal.db")
+    checked, books = job.checked, open_books(folder)
+    journal = Journal(books)
 
     async def nothing(*_: object) -> None:
         await trio.lowlevel.checkpoint()
@@ -85,7 +87,7 @@ async def provider(folder: Path, job: Any) -> AsyncIterator[Run]:
 
         yield run
         await pool.aclose()
-        await journal.aclose()
+        await books.aclose()
         nursery.cancel_scope.cancel()
 
 

@@ -30,6 +30,9 @@ _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 T = TypeVar("T")
 
+Operation = Callable[[sqlite3.Connection], object]
+"""A change, made in the writer thread inside a transaction."""
+
 
 class _Request(Generic[T]):
     def __init__(self, operation: Callable[[sqlite3.Connection], T]) -> None:

@@ -22,21 +22,18 @@ from p2pflop.dht.blobs import Store
 from p2pflop.dht.planes import Dialer
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, P2PFlopError, StoreError
 from p2pflop.job.collection import numbered_bytes
-from p2pflop.job.events import State
 from p2pflop.job.file import CheckedJob
-from p2pflop.job.lifecycle import PROVIDER_LIMITS
 from p2pflop.job.spec import FeedSource, class_id
 from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import descriptor, family
 from p2pflop.market.ranking import Deal, Need, Policy, rank
 from p2pflop.market.records import NONCE_BYTES
-from p2pflop.node import messages as m
 from p2pflop.node.experience import Experience
 from p2pflop.node.feeding import open_feed
 from p2pflop.node.guard import survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
-from p2pflop.node.letters import LETTER_ROW, Letter, leave_word
+from p2pflop.node.letters import Letters
 from p2pflop.node.orders import (
     Order,
     Ranking,
@@ -51,16 +48,10 @@ from p2pflop.node.purchase import RESULT_ROW, Purchase
 from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
-from p2pflop.units import NS_PER_S
 
 JOB_ROW: Final = "job"
 ANY_CLASS: Final = "any"
 MAX_RUNS_UNDER_WAY: Final = 256
-DELIVER_WITHIN_NS: Final = 24 * 3600 * NS_PER_S
-REMIND_WITHIN_NS: Final = PROVIDER_LIMITS[State.RECEIPTED].after_ns
-"""After a restart, whatever ended so recently is told again: acknowledgements are not kept."""
-DELIVER_AGAIN_S: Final = 1.0
-MAX_DELIVER_AGAIN_S: Final = 300.0
 _CLASS_ID: Final = re.compile("[0-9a-f]{64}")
 SMALL_FILE_BYTES: Final = 1024
 """Up to here a job file is opened on the event loop: the hop to a thread would cost more."""
@@ -90,6 +81,7 @@ class Buyer:
     sheets: SheetService
     runs: Runs
     ledger_book: LedgerBook
+    letters: Letters
     nursery: trio.Nursery
     now_ns: Callable[[], int]
     experience: Experience = field(init=False)
@@ -198,11 +190,7 @@ class Buyer:
         """Take up every run that a restart found unfinished."""
         for head in self.runs.unfinished():
             self.nursery.start_soon(self._take_up, self.runs.adopt(head))
-        for run_id in self.runs.ended_since(self.now_ns() - REMIND_WITHIN_NS):
-            for row in self.runs.rows(run_id):
-                if row.kind == LETTER_ROW:
-                    letter = msgspec.msgpack.decode(row.body, type=Letter)
-                    self.nursery.start_soon(survive, self.deliver, letter)
+        self.letters.resume()
 
     async def lend(self, order: Order, provider: bytes) -> list[bytes]:
         """Let a provider's node read the inputs of an order; their addresses. Raises StoreError."""
@@ -224,20 +212,6 @@ class Buyer:
     def needed_by(self, address: bytes) -> str:
         """A run under way that has that blob as an input; empty if there is none."""
         return next((run for run, needed in self._needed.items() if address in needed), "")
-
-    async def deliver(self, letter: Letter) -> None:
-        """Bring a countersignature to a provider that is away, for as long as a day.
-
-        The ledger here says already that the money is owed; this makes the provider's say so.
-        """
-        until_ns = self.now_ns() + DELIVER_WITHIN_NS
-        wait_s = DELIVER_AGAIN_S
-        while self.now_ns() < until_ns:
-            if await leave_word(self.dialer, letter.peer, m.Countersigned(letter.wire)):
-                return
-            await trio.sleep(wait_s)
-            wait_s = min(2 * wait_s, MAX_DELIVER_AGAIN_S)
-        _log.warning("%s never acknowledged what is owed to it", letter.peer)
 
     async def _take_up(self, run: Run) -> None:
         try:

@@ -45,6 +45,9 @@ _log = logging.getLogger(__name__)
 class Hands(Protocol):
     """What a driver's owner does for it. None of these may wait for long."""
 
+    async def write(self) -> None:
+        """Put the job's rows on disk, and with them what must be there before a record leaves."""
+
     async def send(self, action: Send) -> None:
         """Send a signed record to the other side; a failure is told as ``Lost``."""
 
@@ -166,7 +169,7 @@ class Driver:
         for action in actions:
             match action:
                 case Send():
-                    await self._rows.flush()
+                    await self._hands.write()
                     await self._hands.send(action)
                 case Start():
                     self._hands.start(action.task)

@@ -4,34 +4,34 @@ One row an event: ``(job, seq, at_ns, kind, body)``. ``job`` is a run id on the 
 hex of a bid's id on the selling side. The head of a job tells its side and, once it is over, its
 end state; a restart reads the heads that have none and resumes or closes them.
 
-Beside the rows stand two indexes. **States**: where the verified state of a work after some step is
-kept, so that a stretch that starts there can be bought without saying from what. **Fills**: which
-sale each belongs to, for a buyer who comes back late.
+Beside the rows stand: **states**, where the verified state of a work after some step is kept, so
+that a stretch that starts there can be bought without saying from what; **fills**, which sale each
+belongs to, for a buyer who comes back late; **letters**, what was countersigned last in a run that
+is over, until its provider has acknowledged it.
 
 A job's rows are collected in ``JobRows`` and flushed together, before the first thing that others
 can see: a signed record that leaves, an answer to the user, the end. So a purchase costs a few
-commits, not one a row, and what was promised is always on disk.
+commits, not one a row, and what was promised is always on disk. The ledger is in the same file
+(``open_books``): what is signed and what is owed for it go to disk in one commit.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import trio
 
-from p2pflop.dht.database import Database
+from p2pflop.dht.database import Database, Operation
 from p2pflop.errors import StoreError
 
 BUYER: Final = "buyer"
 PROVIDER: Final = "provider"
 MAX_LISTED: Final = 1000
 
-_SCHEMA_VERSION: Final = 1
-_SCHEMA: Final = """
+SCHEMA: Final = """
 CREATE TABLE heads (
     job TEXT PRIMARY KEY, side TEXT NOT NULL, opened_ns INTEGER NOT NULL, end_state TEXT,
     summary BLOB NOT NULL
@@ -45,7 +45,10 @@ CREATE TABLE states (
     work BLOB NOT NULL, class_id BLOB NOT NULL, step INTEGER NOT NULL, addresses BLOB NOT NULL,
     PRIMARY KEY (work, class_id, step)
 ) WITHOUT ROWID;
-CREATE TABLE fills (fill BLOB PRIMARY KEY, job TEXT NOT NULL) WITHOUT ROWID
+CREATE TABLE fills (fill BLOB PRIMARY KEY, job TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE letters (
+    job TEXT PRIMARY KEY, at_ns INTEGER NOT NULL, peer TEXT NOT NULL, wire BLOB NOT NULL
+) WITHOUT ROWID
 """
 _HEADS: Final = "SELECT job, side, opened_ns, COALESCE(end_state, ''), summary FROM heads "
 
@@ -72,6 +75,50 @@ class KnownState:
 
 
 @dataclass(frozen=True, slots=True)
+class Letter:
+    """The newest countersignature of a run that is over, for the provider ``peer``: what is signed
+    is owed, however the run ended."""
+
+    job: str
+    at_ns: int
+    peer: str
+    wire: bytes
+
+
+@dataclass(slots=True)
+class Batch:
+    """What is to be written of a job: rows ``(at_ns, kind, body)``, and for the tables beside."""
+
+    rows: list[tuple[int, str, bytes]] = field(default_factory=list)
+    states: list[KnownState] = field(default_factory=list)
+    fills: list[bytes] = field(default_factory=list)
+    letters: list[Letter] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.states or self.fills or self.letters)
+
+    def copy(self) -> Batch:
+        """What is in it now."""
+        return Batch(list(self.rows), list(self.states), list(self.fills), list(self.letters))
+
+    def drop(self, written: Batch) -> None:
+        """Take out what was copied before."""
+        del self.rows[: len(written.rows)]
+        del self.states[: len(written.states)]
+        del self.fills[: len(written.fills)]
+        del self.letters[: len(written.letters)]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What a job's end adds to its rows: more of them, and the last summary of its head."""
+
+    rows: tuple[tuple[str, bytes], ...]
+    summary: bytes
+    end_state: str
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One durable row of a job."""
 
@@ -84,21 +131,23 @@ class Row:
 class Journal:
     """See the head of this module. Raises StoreError when the disk fails."""
 
-    def __init__(self, path: Path) -> None:
-        self._database = Database(path, _SCHEMA, _SCHEMA_VERSION)
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     async def append(
         self,
         head: Head,
-        rows: Sequence[tuple[int, str, bytes]],
-        states: Sequence[KnownState] = (),
-        fills: Sequence[bytes] = (),
+        batch: Batch,
+        *,
         forget: Sequence[str] = (),
+        entry: Operation | None = None,
     ) -> None:
-        """Add rows ``(at_ns, kind, body)``, states and ids of fills of the job, make ``head`` the
-        job's head, and forget its rows of some kinds, in one transaction."""
+        """Add a batch, make ``head`` the job's head, forget its rows of some kinds, and do what the
+        ledger's ``entry`` does, in one transaction."""
 
         def change(connection: sqlite3.Connection) -> None:
+            if entry is not None:
+                entry(connection)
             connection.execute(
                 "INSERT INTO heads VALUES (?, ?, ?, NULLIF(?, ''), ?) ON CONFLICT (job) DO UPDATE"
                 " SET end_state = excluded.end_state, summary = excluded.summary",
@@ -109,14 +158,19 @@ class Journal:
             ).fetchone()
             connection.executemany(
                 "INSERT INTO rows VALUES (?, ?, ?, ?, ?)",
-                [(head.job, last + 1 + place, *row) for place, row in enumerate(rows)],
+                [(head.job, last + 1 + place, *row) for place, row in enumerate(batch.rows)],
             )
             connection.executemany(
                 "INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?)",
-                [(s.work, s.class_id, s.step, s.addresses) for s in states],
+                [(s.work, s.class_id, s.step, s.addresses) for s in batch.states],
             )
             connection.executemany(
-                "INSERT OR REPLACE INTO fills VALUES (?, ?)", [(fill, head.job) for fill in fills]
+                "INSERT OR REPLACE INTO fills VALUES (?, ?)",
+                [(fill, head.job) for fill in batch.fills],
+            )
+            connection.executemany(
+                "INSERT OR REPLACE INTO letters VALUES (?, ?, ?, ?)",
+                [(letter.job, letter.at_ns, letter.peer, letter.wire) for letter in batch.letters],
             )
             connection.executemany(
                 "DELETE FROM rows WHERE job = ? AND kind = ?", [(head.job, kind) for kind in forget]
@@ -135,6 +189,19 @@ class Journal:
         """The sale that a fill is of, or None if there is none."""
         found = self._database.read("SELECT job FROM fills WHERE fill = ?", fill)
         return str(found[0][0]) if found else None
+
+    def letters(self) -> list[Letter]:
+        """What nobody has acknowledged yet, oldest first."""
+        found = self._database.read("SELECT job, at_ns, peer, wire FROM letters ORDER BY at_ns")
+        return [Letter(*row) for row in found]
+
+    async def forget_letters(self, jobs: Sequence[str]) -> None:
+        """These are acknowledged, or of no more use."""
+
+        def change(connection: sqlite3.Connection) -> None:
+            connection.executemany("DELETE FROM letters WHERE job = ?", [(job,) for job in jobs])
+
+        await self._database.write(change)
 
     def rows(self, job: str) -> list[Row]:
         """The rows of ``job``, oldest first."""
@@ -156,10 +223,6 @@ class Journal:
         """The jobs of a side that are not over, oldest first."""
         return self._heads("WHERE side = ? AND end_state IS NULL ORDER BY opened_ns", side)
 
-    async def aclose(self) -> None:
-        """Flush and close."""
-        await self._database.aclose()
-
     def _heads(self, where: str, *values: object) -> list[Head]:
         return [Head(*row) for row in self._database.read(_HEADS + where, *values)]
 
@@ -171,9 +234,7 @@ class JobRows:
         self.head = head
         self._journal = journal
         self._now_ns = now_ns
-        self._pending: list[tuple[int, str, bytes]] = []
-        self._states: list[KnownState] = []
-        self._fills: list[bytes] = []
+        self._pending = Batch()
         self._to_forget: tuple[str, ...] = ()
         self._changed = False
         self._flushing = trio.Lock()
@@ -182,15 +243,19 @@ class JobRows:
 
     def add(self, kind: str, body: bytes) -> None:
         """To be written with the next flush."""
-        self._pending.append((self._now_ns(), kind, body))
+        self._pending.rows.append((self._now_ns(), kind, body))
 
     def add_state(self, state: KnownState) -> None:
         """A state that is here and verified; written with the next flush."""
-        self._states.append(state)
+        self._pending.states.append(state)
 
     def add_fill(self, fill: bytes) -> None:
         """The id of a fill of this job; written with the next flush."""
-        self._fills.append(fill)
+        self._pending.fills.append(fill)
+
+    def add_letter(self, peer: str, wire: bytes) -> None:
+        """For ``peer`` to acknowledge; written with the next flush."""
+        self._pending.letters.append(Letter(self.head.job, self._now_ns(), peer, wire))
 
     def forget(self, *kinds: str) -> None:
         """Rows of these kinds are of no more use; gone with the next flush."""
@@ -203,24 +268,29 @@ class JobRows:
         self.head = Head(job, side, opened_ns, end_state or self.head.end_state, summary)
         self._changed = True
 
-    async def flush(self) -> None:
-        """Return once everything added so far is on disk."""
+    async def flush(self, ending: Ending | None = None, entry: Operation | None = None) -> None:
+        """Return once everything added so far is on disk, and with it the job's ``ending`` and an
+        ``entry`` of the ledger. These two are not kept for another try if the disk fails."""
         async with self._flushing:
-            if not (self._pending or self._states or self._fills or self._changed):
+            if not (self._pending or self._changed or ending or entry):
                 return
-            rows, states, head = list(self._pending), list(self._states), self.head
-            fills = list(self._fills)
+            before = head = self.head
+            kept = self._pending.copy()
+            batch = kept.copy()
+            if ending is not None:
+                batch.rows += [(self._now_ns(), *row) for row in ending.rows]
+                head = replace(head, summary=ending.summary, end_state=ending.end_state)
             try:
-                await self._journal.append(head, rows, states, fills, self._to_forget)
+                await self._journal.append(head, batch, forget=self._to_forget, entry=entry)
             except StoreError as fault:
                 self._fault = fault
                 self._flushed.set()
                 raise
             # Only now: after a disk that failed once, no row may be missing between two others.
-            del self._pending[: len(rows)]
-            del self._states[: len(states)]
-            del self._fills[: len(fills)]
-            self._changed = self.head is not head
+            self._pending.drop(kept)
+            self._changed = self.head is not before
+            if ending is not None:
+                self.head = head
             self._fault = None
             self._flushed.set()
 

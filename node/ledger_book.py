@@ -1,18 +1,19 @@
 """The ledger on disk: entries in the order of their chain, each durable before anybody is told.
 
+An entry is written together with the rows of the job that it is about, in one commit.
+
 A book whose chain does not hold is not opened: somebody changed it, or the disk did.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import trio
 
-from p2pflop.dht.database import Database
+from p2pflop.dht.database import Database, Operation
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.market.ledger import Entry, Kind, Ledger
 from p2pflop.market.records import Receipt
@@ -20,32 +21,40 @@ from p2pflop.node.service import Json
 from p2pflop.wire import decode, encode
 
 MAX_LISTED: Final = 200
-_SCHEMA_VERSION: Final = 1
-_SCHEMA: Final = "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body BLOB NOT NULL)"
+SCHEMA: Final = "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body BLOB NOT NULL)"
+
+Write = Callable[[Operation | None], Awaitable[None]]
+"""Puts an entry on disk, if there is one, and with it whatever else the caller has to."""
 
 
 class LedgerBook:
-    """The double-entry book of this node's account.
+    """The double-entry book of this node's account. Raises VerificationError if it was tampered
+    with."""
 
-    Raises StoreError if it cannot be opened, VerificationError if it was tampered with.
-    """
-
-    def __init__(self, path: Path, own_account: bytes) -> None:
-        self._database = Database(path, _SCHEMA, _SCHEMA_VERSION)
+    def __init__(self, database: Database, own_account: bytes) -> None:
+        self._database = database
         self._own_account = own_account
         self._lock = trio.Lock()
         self._ledger = self._load()
 
-    async def delivered(self, receipt: Receipt, provider: bytes, at_ns: int) -> None:
-        """The buyer's entry for a receipt that it is about to countersign.
+    async def delivered(self, receipt: Receipt, provider: bytes, at_ns: int, write: Write) -> None:
+        """The buyer's entry for a receipt that it countersigns. ``write`` is called once.
 
-        Raises ProtocolError if it contradicts what is booked, StoreError if the disk fails.
+        Raises ProtocolError if it contradicts what is booked, and what ``write`` raises.
         """
-        await self._book(provider, lambda: self._ledger.book_delivered(receipt, provider, at_ns))
 
-    async def earned(self, receipt: Receipt, buyer: bytes, at_ns: int) -> None:
-        """The provider's entry for a countersigned receipt; raises as ``delivered``."""
-        await self._book(buyer, lambda: self._ledger.book_earned(receipt, buyer, at_ns))
+        def post() -> Entry | None:
+            return self._ledger.book_delivered(receipt, provider, at_ns)
+
+        await self._book(provider, post, write)
+
+    async def earned(self, receipt: Receipt, buyer: bytes, at_ns: int, write: Write) -> None:
+        """The provider's entry for a countersigned receipt; else as ``delivered``."""
+
+        def post() -> Entry | None:
+            return self._ledger.book_earned(receipt, buyer, at_ns)
+
+        await self._book(buyer, post, write)
 
     def has_bought_from(self, provider: bytes) -> bool:
         """Whether that account has ever delivered something to this one."""
@@ -77,28 +86,28 @@ class LedgerBook:
             "head": self._ledger.head.hex(),
         }
 
-    async def aclose(self) -> None:
-        """Flush and close."""
-        await self._database.aclose()
-
-    async def _book(self, counterparty: bytes, post: Callable[[], Entry | None]) -> None:
+    async def _book(
+        self, counterparty: bytes, post: Callable[[], Entry | None], write: Write
+    ) -> None:
         """Post in memory, then on disk; if the disk fails, memory forgets it again."""
         if counterparty == self._own_account:
-            return  # Nobody owes himself.
+            await write(None)  # Nobody owes himself.
+            return
         async with self._lock:
             try:
                 entry = post()
             except ValueError as error:
                 raise ProtocolError(str(error)) from error
             if entry is None:
+                await write(None)
                 return
             body = encode(entry)
 
-            def change(connection: sqlite3.Connection) -> None:
+            def insert(connection: sqlite3.Connection) -> None:
                 connection.execute("INSERT INTO entries (body) VALUES (?)", (body,))
 
             try:
-                await self._database.write(change)
+                await write(insert)
             except BaseException:
                 self._ledger = self._load()
                 raise
@@ -110,7 +119,7 @@ class LedgerBook:
         except ProtocolError as error:
             raise VerificationError(
                 f"{self._database.path} holds what is no ledger entry: {error.message}",
-                hint="Restore ledger.db from a backup.",
+                hint="Restore it from a backup.",
             ) from error
 
     def _entries(self, limit: int) -> list[Entry]:

@@ -1,33 +1,83 @@
-"""What is said to a provider outside a conversation: one thing, on a stream of its own."""
+"""What is said to a provider outside a conversation: one thing, on a stream of its own.
+
+A **letter** is what a run that is over owes its provider: the last countersignature. It is in the
+journal from the moment it is signed until the provider has acknowledged it, and is brought again,
+after a restart too, for a day.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
-import msgspec
 import trio
 
 from p2pflop.dht.planes import Dialer
-from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.errors import ProtocolError, ProviderError, StoreError
 from p2pflop.node import messages as m
+from p2pflop.node.guard import survive
+from p2pflop.node.journal import Journal, Letter
 from p2pflop.node.printable import printable
+from p2pflop.units import NS_PER_S
 
 JOB_PROTOCOL: Final = "/p2pflop/job/1"
-LETTER_ROW: Final = "letter"
 FAREWELL_S: Final = 3.0
 WORD_S: Final = 10.0
 MAX_WORDS_HEARD: Final = 64
+DELIVER_WITHIN_NS: Final = 24 * 3600 * NS_PER_S
+DELIVER_AGAIN_S: Final = 1.0
+MAX_DELIVER_AGAIN_S: Final = 300.0
+GATHER_S: Final = 1.0
+"""Acknowledgements are written together: one that a crash takes back costs a letter more."""
 
 _log = logging.getLogger(__name__)
 
 
-class Letter(msgspec.Struct, array_like=True, frozen=True):
-    """The newest countersignature of a run that is over, for a provider that has not acknowledged
-    it: what is signed is owed, however the run ended."""
+class Letters:
+    """The letters of one node that are under way."""
 
-    peer: str
-    wire: bytes
+    def __init__(
+        self, journal: Journal, dialer: Dialer, nursery: trio.Nursery, now_ns: Callable[[], int]
+    ) -> None:
+        self._journal = journal
+        self._dialer = dialer
+        self._nursery = nursery
+        self._now_ns = now_ns
+        self._acknowledged: list[str] = []
+
+    def resume(self) -> None:
+        """Bring what a restart found."""
+        for letter in self._journal.letters():
+            self._nursery.start_soon(survive, self.deliver, letter)
+
+    def acknowledge(self, job: str) -> None:
+        """The provider has what it needs: its letter is of no more use."""
+        self._acknowledged.append(job)
+        if len(self._acknowledged) == 1:
+            self._nursery.start_soon(survive, self._write)
+
+    async def deliver(self, letter: Letter) -> None:
+        """Bring a countersignature to a provider that is away, for as long as a day.
+
+        The ledger here says already that the money is owed; this makes the provider's say so.
+        """
+        wait_s = DELIVER_AGAIN_S
+        while not await leave_word(self._dialer, letter.peer, m.Countersigned(letter.wire)):
+            if self._now_ns() > letter.at_ns + DELIVER_WITHIN_NS:
+                _log.warning("%s never acknowledged what is owed to it", letter.peer)
+                break
+            await trio.sleep(wait_s)
+            wait_s = min(2 * wait_s, MAX_DELIVER_AGAIN_S)
+        self.acknowledge(letter.job)
+
+    async def _write(self) -> None:
+        await trio.sleep(GATHER_S)
+        jobs, self._acknowledged = self._acknowledged, []
+        try:
+            await self._journal.forget_letters(jobs)
+        except StoreError as error:
+            _log.error("acknowledgements are not on disk, and will be asked for again: %s", error)
 
 
 async def leave_word(dialer: Dialer, peer: str, message: m.Message) -> bool:

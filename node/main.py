@@ -36,6 +36,7 @@ from p2pflop.node.acquaintances import Acquaintances
 from p2pflop.node.api import create_app
 from p2pflop.node.api_guard import Activity
 from p2pflop.node.api_server import bind_api, serve_api
+from p2pflop.node.books import open_books
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
 from p2pflop.node.daemon import Daemon
@@ -45,7 +46,7 @@ from p2pflop.node.home import Home, open_home
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
 from p2pflop.node.ledger_book import LedgerBook
-from p2pflop.node.letters import JOB_PROTOCOL
+from p2pflop.node.letters import JOB_PROTOCOL, Letters
 from p2pflop.node.network import HostConfig, Network
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
@@ -108,9 +109,9 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
     identity = Identity(home.account, home.node, settings.network)
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(FileStore(home.path / "store"))
-        journal = await _closing(stack, Journal(home.path / "journal.db"))
-        account = home.account.public_key
-        ledger_book = await _closing(stack, LedgerBook(home.path / "ledger.db", account))
+        books = await _closing(stack, open_books(home.path))
+        journal = Journal(books)
+        ledger_book = LedgerBook(books, home.account.public_key)
         listener = bind_api(settings.http_port)
         stack.callback(listener.socket.close)
         nursery = await stack.enter_async_context(trio.open_nursery())
@@ -194,6 +195,7 @@ def _assemble(
         sheets=sheets,
         runs=runs,
         ledger_book=ledger_book,
+        letters=Letters(journal, dialer, nursery, time.time_ns),
         nursery=nursery,
         now_ns=time.time_ns,
     )

@@ -49,13 +49,14 @@ from p2pflop.market.book import Book
 from p2pflop.market.records import Ask
 from p2pflop.market.sheets import OpenSheet, make_ask
 from p2pflop.node import sheets as sheets_module
+from p2pflop.node.books import open_books
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
 from p2pflop.node.dialing import NodeDialer
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
 from p2pflop.node.ledger_book import LedgerBook
-from p2pflop.node.letters import JOB_PROTOCOL
+from p2pflop.node.letters import JOB_PROTOCOL, Letters
 from p2pflop.node.memory_host import MemoryHost, MemoryNetwork
 from p2pflop.node.memory_workers import MEMORY_CLASS, CountingSession, MemoryWorkerPool
 from p2pflop.node.network import HostConfig
@@ -190,12 +191,11 @@ class MemoryNode:
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            self.journal = Journal(self.folder / "journal.db")
-            stack.push_async_callback(self.journal.aclose)
-            self.ledger_book = LedgerBook(self.folder / "ledger.db", self.account)
-            stack.push_async_callback(self.ledger_book.aclose)
-            for database in (self.journal._database, self.ledger_book._database):
-                setattr(database, "write", self._wired(database.write))  # noqa: B010 - a test's wire-tap
+            books = open_books(self.folder)
+            stack.push_async_callback(books.aclose)
+            setattr(books, "write", self._wired(books.write))  # noqa: B010 - a test's wire-tap
+            self.journal = Journal(books)
+            self.ledger_book = LedgerBook(books, self.account)
             config = HostConfig(self.identity.node.seed)
             self.host = await stack.enter_async_context(self._network.open_host(config))
             nursery = await stack.enter_async_context(trio.open_nursery())
@@ -234,6 +234,7 @@ class MemoryNode:
             sheets=self.sheets,
             runs=self.runs,
             ledger_book=self.ledger_book,
+            letters=Letters(self.journal, dialer, nursery, now_ns),
             nursery=nursery,
             now_ns=now_ns,
         )

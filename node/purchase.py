@@ -11,9 +11,9 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 import trio
 
+from p2pflop.dht.database import Operation
 from p2pflop.errors import (
     BlobNotFoundError,
     P2PFlopError,
@@ -52,12 +52,12 @@ from p2pflop.node.conversation import Conversation
 from p2pflop.node.driver import LIFE_ROW, Driver
 from p2pflop.node.goods import Goods
 from p2pflop.node.guard import survive
-from p2pflop.node.journal import KnownState
-from p2pflop.node.letters import FAREWELL_S, JOB_PROTOCOL, LETTER_ROW, Letter, leave_word
+from p2pflop.node.journal import KnownState, Letter
+from p2pflop.node.letters import FAREWELL_S, JOB_PROTOCOL, leave_word
 from p2pflop.node.orders import Order, describe_ranking
 from p2pflop.node.outcomes import describe_result, error_of
 from p2pflop.node.printable import printable
-from p2pflop.node.runs import Run
+from p2pflop.node.runs import Last, Run
 from p2pflop.wire import Sealed, reopen
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ class Purchase:
         self._lent_to = b""
         self._lent: list[bytes] = []
         self._acknowledged = False
+        self._booked = b""
+        self._last: Last | None = None
         self._failure: P2PFlopError | None = None
         self._to_verify = trio.Event()
         self._looked = trio.Event()
@@ -141,6 +143,29 @@ class Purchase:
 
     # The driver's hands
 
+    async def write(self) -> None:
+        """See Hands. What is countersigned is booked, and the end of it all told, in one commit."""
+        countersigned = self._lifecycle.side.countersigned
+        if not countersigned or countersigned == self._booked:
+            await self._run.rows.flush()
+            return
+        receipt = reopen(Receipt, countersigned, self._buyer.identity.network).record
+        account = self._bidding.account_of(self._bid().record.provider)
+        if account is None:
+            raise StoreError("the journal does not tell the provider's account")
+        ending = None
+        if self._lifecycle.state is State.SETTLED:
+            self._last = self._result_event(receipt)
+            ending = self._last.ending()
+            self._add_letter()
+
+        async def write(entry: Operation | None) -> None:
+            await self._run.rows.flush(ending, entry)
+
+        now_ns = self._buyer.now_ns()
+        await self._buyer.ledger_book.delivered(receipt, account, now_ns, write)
+        self._booked = countersigned
+
     async def send(self, action: Send) -> None:
         """See Hands."""
         if action.kind == "bid":
@@ -149,7 +174,6 @@ class Purchase:
             await self._tell_filled()
             self._say(m.Confirmed(action.wire, await self._small_inputs()))
         elif action.kind == "countersign":
-            await self._book(action.wire)
             if self._conversation is not None or not self._lifecycle.ended:
                 self._say(m.Countersigned(action.wire))
         elif action.kind == "abandon":
@@ -196,15 +220,16 @@ class Purchase:
 
     async def finish(self, action: Finish) -> None:
         """See Hands."""
-        countersigned = self._lifecycle.side.countersigned
-        if countersigned:
-            await self._book(countersigned)  # a restart may have found it signed but not booked
-            self._run.rows.add(LETTER_ROW, msgspec.msgpack.encode(self._letter()))
         if action.state is State.SETTLED:
             account = self._bidding.account_of(self._lent_to)
             self._buyer.experience.note_success(account or b"")
-            await self._tell_result()
-        elif action.state is State.CANCELLED and self._failure is None:
+            if self._last is None:
+                raise StoreError("the journal has a settled job without its result")
+            self._buyer.runs.tell_last(self._run, self._last)
+            return
+        if self._lifecycle.side.countersigned:
+            self._add_letter()
+        if action.state is State.CANCELLED and self._failure is None:
             await self._buyer.runs.emit(self._run, "cancelled")
         elif action.state is not State.CANCELLED:
             if action.blame is Blame.PROVIDER:
@@ -363,6 +388,7 @@ class Purchase:
             conversation.cut(f"{conversation.peer}: {why}", at_fault=True)
         elif isinstance(message, m.Settled):
             self._acknowledged = True
+            self._buyer.letters.acknowledge(self._run.id)
             conversation.finish()
 
     async def _heard(self, message: m.Message) -> str:
@@ -501,27 +527,17 @@ class Purchase:
         work, class_id = self._order.checked.work_id, self._bid().record.class_id
         self._run.rows.add_state(KnownState(work, class_id, step, b"".join(state)))
 
-    async def _book(self, countersigned: bytes) -> None:
-        receipt = reopen(Receipt, countersigned, self._buyer.identity.network).record
-        account = self._bidding.account_of(self._bid().record.provider)
-        if account is None:
-            raise StoreError("the journal does not tell the provider's account")
-        await self._buyer.ledger_book.delivered(receipt, account, self._buyer.now_ns())
-
-    async def _tell_result(self) -> None:
+    def _result_event(self, receipt: Receipt) -> Last:
         result = None if self._goods is None else self._goods.result
         if result is None:
             raise StoreError("the journal has no result for a job that is settled")
-        receipt = reopen(
-            Receipt, self._lifecycle.side.countersigned, self._buyer.identity.network
-        ).record
         self._run.card |= {
             "hash": result_hash(result).hex(),
             "cost_nusd": receipt.amount_nusd,
             "step": result.first_step + result.steps_done,
         }
         told = describe_result(self._order, result, receipt.amount_nusd)
-        await self._buyer.runs.emit(self._run, "result", provider=self._peer, **told)
+        return self._buyer.runs.last(self._run, "result", provider=self._peer, **told)
 
     # Beginning again, and the end
 
@@ -554,7 +570,9 @@ class Purchase:
             with trio.move_on_after(FAREWELL_S):
                 await conversation.over.wait()
         if self._lifecycle.side.countersigned and not self._acknowledged:
-            self._buyer.nursery.start_soon(survive, self._buyer.deliver, self._letter())
+            wire, now_ns = self._lifecycle.side.countersigned, self._buyer.now_ns()
+            letter = Letter(self._run.id, now_ns, self._peer, wire)
+            self._buyer.nursery.start_soon(survive, self._buyer.letters.deliver, letter)
 
-    def _letter(self) -> Letter:
-        return Letter(self._peer, self._lifecycle.side.countersigned)
+    def _add_letter(self) -> None:
+        self._run.rows.add_letter(self._peer, self._lifecycle.side.countersigned)

@@ -2,7 +2,7 @@
 
 A run's events go to whoever watches. Those that matter after a restart are journalled with the
 run's next flush; traced rows and progress are told but not kept, because the result has them. The
-end of a run is on disk before anybody hears of it, or, for a result, all that it follows from.
+end of a run is on disk before anybody hears of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import trio
 
 from p2pflop.errors import ConfigError
 from p2pflop.ids import HASH_BYTES
-from p2pflop.node.journal import BUYER, Head, JobRows, Journal, Row
+from p2pflop.node.journal import BUYER, Ending, Head, JobRows, Journal, Row
 from p2pflop.node.service import LAST_EVENT_KINDS, Json
 
 MAX_LIVE_EVENTS: Final = 10_000
@@ -57,6 +57,18 @@ class Run:
         return bool(self.card["end_state"])
 
 
+@dataclass(frozen=True, slots=True)
+class Last:
+    """The last event of a run, and its card then."""
+
+    event: Json
+    card: Json
+
+    def ending(self) -> Ending:
+        """For the run's rows."""
+        return Ending(((EVENT_ROW, _dump(self.event)),), _dump(self.card), self.card["end_state"])
+
+
 class Runs:
     """All runs of this node: those under way in memory, the others in the journal."""
 
@@ -91,6 +103,11 @@ class Runs:
 
     async def emit(self, run: Run, kind: str, **fields: Any) -> None:
         """Tell an event. The last one closes the run and is on disk before it is told."""
+        if kind in LAST_EVENT_KINDS:
+            last = self.last(run, kind, **fields)
+            await run.rows.flush(last.ending())
+            self.tell_last(run, last)
+            return
         event: Json = {"seq": run.next_seq, "at_ns": self._now_ns(), "kind": kind, **fields}
         if kind == "state":
             run.card["state"] = fields["state"]
@@ -98,18 +115,20 @@ class Runs:
             run.card["step"] = fields["step"]
         if kind in KEPT_KINDS:
             run.rows.add(EVENT_ROW, _dump(event))
-        if kind in LAST_EVENT_KINDS:
-            end_state = END_STATES[kind]
-            run.card |= {"state": end_state, "end_state": end_state, "ended_ns": event["at_ns"]}
-            run.rows.set_head(summary=_dump(run.card), end_state=end_state)
-            if kind != "result":
-                await run.rows.flush()
-            self._retire(run)
         _tell(run, event)
-        if kind == "result":
-            # Its blobs, the countersignature and the ledger are on disk already: after a crash now
-            # the run settles again, with the same result.
-            await run.rows.flush()
+
+    def last(self, run: Run, kind: str, **fields: Any) -> Last:
+        """The last event of a run, to be put on disk first and told then (``tell_last``)."""
+        event: Json = {"seq": run.next_seq, "at_ns": self._now_ns(), "kind": kind, **fields}
+        end_state = END_STATES[kind]
+        ended = {"state": end_state, "end_state": end_state, "ended_ns": event["at_ns"]}
+        return Last(event, run.card | ended)
+
+    def tell_last(self, run: Run, last: Last) -> None:
+        """Close a run whose last event is on disk."""
+        run.card |= last.card
+        self._retire(run)
+        _tell(run, last.event)
 
     def lose(self, run: Run, **fields: Any) -> None:
         """End a run as failed in memory, because the disk does not take it."""
@@ -117,12 +136,6 @@ class Runs:
         run.card |= {"state": "failed", "end_state": "failed", "ended_ns": at_ns}
         self._retire(run)
         _tell(run, {"seq": run.next_seq, "at_ns": at_ns, "kind": "failed", **fields})
-
-    def ended_since(self, since_ns: int) -> list[str]:
-        """The runs that have ended since then, of the newest."""
-        heads = [head for head in self._journal.heads(BUYER) if head.end_state]
-        cards = {head.job: json.loads(head.summary) for head in heads}
-        return [run_id for run_id, card in cards.items() if card.get("ended_ns", 0) >= since_ns]
 
     def get(self, run_id: str) -> Run:
         """A run by id. Raises ConfigError if there is none."""

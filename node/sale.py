@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import trio
 
+from p2pflop.dht.database import Operation
 from p2pflop.errors import (
     JobError,
     P2PFlopError,
@@ -120,6 +121,7 @@ class Sale:
         self._at_hand: dict[bytes, bytes] = {}
         self._shown_to = bid.record.job.first_step
         self._delivery: _Delivery | None = None
+        self._booked = b""
         self._working = trio.CancelScope()
         self._may_run = trio.Event()
         self._tasks, self._due = trio.open_memory_channel[str](16)
@@ -186,8 +188,6 @@ class Sale:
                 self._checkpoints[checkpoint.step] = checkpoint
         await self.driver.resume(rows)
         self._bind()
-        if self._lifecycle.side.countersigned:
-            await self._book(self._lifecycle.side.countersigned)
         if self._delivery is not None and not self.over:
             named = decode(Result, self._delivery.result)
             await self._hold([*(o.address for o in named.outputs), named.trace, *named.state])
@@ -245,10 +245,9 @@ class Sale:
             case m.Countersigned(wire):
                 await self._told(Received(wire))
                 if self._lifecycle.side.countersigned == wire:
-                    await self._book(wire)
+                    await self.write()
                     await self._forget_checkpoints(wire)
                 if self._lifecycle.ended:
-                    await self.rows.flush()
                     if self._lifecycle.side.countersigned == wire:
                         self._say(m.Settled())
                     self._finish_talk()
@@ -276,6 +275,21 @@ class Sale:
             self._conversation.cut(why, at_fault=True)
 
     # The driver's hands
+
+    async def write(self) -> None:
+        """See Hands. What the buyer has countersigned is booked in the same commit."""
+        countersigned = self._lifecycle.side.countersigned
+        if not countersigned or countersigned == self._booked:
+            await self.rows.flush()
+            return
+        seller = self._seller
+        receipt = reopen(Receipt, countersigned, seller.identity.network).record
+
+        async def write(entry: Operation | None) -> None:
+            await self.rows.flush(entry=entry)
+
+        await seller.ledger_book.earned(receipt, self.account, seller.now_ns(), write)
+        self._booked = countersigned
 
     async def send(self, action: Send) -> None:
         """See Hands."""
@@ -315,8 +329,6 @@ class Sale:
     async def finish(self, action: Finish) -> None:
         """See Hands."""
         side = self._lifecycle.side
-        if side.countersigned:
-            await self._book(side.countersigned)
         if not self.over and not self._had_ended:
             allocator, at_ns = self._seller.allocator, self._seller.now_ns()
             unpaid_nusd = self._shown_nusd(action.blame) - self.signed_nusd
@@ -327,7 +339,7 @@ class Sale:
         # Nobody can ask for these any more; of what was never confirmed, not even for the job.
         kinds = [SaleRow.RESULT, SaleRow.CHECKPOINT, *([] if side.confirm else [SaleRow.BODY])]
         self.rows.forget(*kinds)
-        await self.rows.flush()
+        await self.write()
         if not self.over and action.state is not State.SETTLED:
             self._finish_talk()  # what is signed is acknowledged first
         _log.info("sale %s: %s %s", self.rows.head.job[:12], action.state, action.reason)
@@ -508,11 +520,6 @@ class Sale:
         if not receipt:
             return 0
         return reopen(Receipt, receipt, self._seller.identity.network).record.amount_nusd
-
-    async def _book(self, countersigned: bytes) -> None:
-        seller = self._seller
-        receipt = reopen(Receipt, countersigned, seller.identity.network).record
-        await seller.ledger_book.earned(receipt, self.account, seller.now_ns())
 
     def _bind(self) -> None:
         fill = self._lifecycle.side.fill

@@ -107,7 +107,7 @@ class Ledger:
             except ValueError as error:
                 raise VerificationError(
                     f"ledger entry {place} is not what was written: {error}",
-                    hint="Restore ledger.db from a backup.",
+                    hint="Restore the book from a backup.",
                 ) from error
         return ledger
 

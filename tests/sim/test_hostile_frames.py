@@ -14,7 +14,7 @@ import trio
 
 from p2pflop.errors import ProviderError, StoreError
 from p2pflop.node import messages as m
-from p2pflop.node.journal import PROVIDER, Head
+from p2pflop.node.journal import PROVIDER, Batch, Head
 from p2pflop.node.memory_market import PRICE_NUSD, sample_file
 
 if TYPE_CHECKING:
@@ -189,10 +189,10 @@ async def test_a_node_that_buys_from_itself_outlives_a_full_disk(
     node = await market.buyer("both", price_nusd=PRICE_NUSD)
     append = node.journal.append
 
-    async def full(head: Head, *rows: Any) -> None:
+    async def full(head: Head, batch: Batch, **along: Any) -> None:
         if head.side == PROVIDER:
             raise StoreError("the disk is full")
-        await append(head, *rows)
+        await append(head, batch, **along)
 
     monkeypatch.setattr(node.journal, "append", full)
     end = await market.end_of(node, await node.submit(sample_file()))

@@ -115,7 +115,7 @@ async def test_a_power_cut_at_any_write_ends_with_equal_ledgers(
     buyers, providers, end = await buy(market.another(), purchase)
     assert end["kind"] == "result"
     writes = buyers if victim == "buyer" else providers
-    assert writes >= 8
+    assert writes >= 4
     for at in range(1, writes + 1):
         for before in (True, False):
             cut = Cut(victim, at, before, down_s)
@@ -131,7 +131,8 @@ async def test_a_power_cut_at_any_write_ends_with_equal_ledgers(
 async def test_a_second_cut_while_it_recovers_changes_nothing(
     market: Market, autojump_clock: object, victim: str
 ) -> None:
-    for at in range(2, 8):
+    buyers, providers, _ = await buy(market.another(), SMALL)
+    for at in range(2, (buyers if victim == "buyer" else providers) + 1):
         apart = market.another(seed=at)
         provider, buyer = await apart.provider(), await apart.buyer()
         node = buyer if victim == "buyer" else provider

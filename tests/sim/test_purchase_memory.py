@@ -17,8 +17,8 @@ from p2pflop.node import messages as m
 from p2pflop.node import sell
 from p2pflop.node.execute import MIN_DEAR_FLOP
 from p2pflop.node.journal import PROVIDER
-from p2pflop.node.letters import JOB_PROTOCOL
-from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_data, sample_file
+from p2pflop.node.letters import DELIVER_WITHIN_NS, JOB_PROTOCOL
+from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_data, sample_file, unchanged
 from p2pflop.node.memory_workers import CountingSession
 from p2pflop.node.worker_types import Worker, WorkerLimits
 from p2pflop.units import NS_PER_S
@@ -96,6 +96,41 @@ async def test_a_job_is_run_and_both_ledgers_say_what_it_cost(
     assert heard.kinds()[-1] == "Settled"
     assert sales(provider) == ["settled"]
     market.check()
+
+
+async def test_a_countersignature_is_brought_until_it_is_acknowledged(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    buyer.tamper_sent = Tap(m.Countersigned, breaks=True)
+    run_id = await buyer.submit(sample_file())
+    assert (await market.end_of(buyer, run_id))["kind"] == "result"
+    await provider.kill()
+    await trio.sleep(3600)
+    [letter] = buyer.journal.letters()
+    assert (letter.job, letter.peer) == (run_id, provider.peer)
+    await buyer.kill()
+    buyer.tamper_sent = unchanged
+    await trio.sleep(DELIVER_WITHIN_NS / NS_PER_S)
+    await market.restart(provider)
+    await market.restart(buyer)  # tries once more, however late it is
+    await trio.sleep(5)
+    assert buyer.journal.letters() == []
+    assert sum(market.debts(buyer, provider)) > 0
+    market.check()
+
+
+async def test_a_letter_that_nobody_takes_is_given_up(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    buyer.tamper_sent = Tap(m.Countersigned, breaks=True)
+    await market.end_of(buyer, await buyer.submit(sample_file()))
+    await provider.kill()
+    await trio.sleep(DELIVER_WITHIN_NS / NS_PER_S - 3600)
+    assert buyer.journal.letters()
+    await trio.sleep(2 * 3600)
+    assert buyer.journal.letters() == []
 
 
 async def test_of_sales_that_are_over_memory_keeps_the_latest(

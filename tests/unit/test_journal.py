@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from p2pflop.errors import StoreError
-from p2pflop.node.journal import BUYER, PROVIDER, Head, JobRows, Journal, KnownState
+from p2pflop.node.books import open_books
+from p2pflop.node.journal import (
+    BUYER,
+    PROVIDER,
+    Batch,
+    Ending,
+    Head,
+    JobRows,
+    Journal,
+    KnownState,
+    Letter,
+)
 
 
 def head(job: str, side: str = BUYER, opened_ns: int = 5) -> Head:
@@ -15,7 +27,8 @@ def head(job: str, side: str = BUYER, opened_ns: int = 5) -> Head:
 
 
 async def test_rows_come_back_in_order_after_a_restart(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.db")
+    books = open_books(tmp_path)
+    journal = Journal(books)
     rows = JobRows(journal, head("run-1"), now_ns=lambda: 6)
     rows.add("ranked", b"a")
     rows.add("filled", b"b")
@@ -23,42 +36,46 @@ async def test_rows_come_back_in_order_after_a_restart(tmp_path: Path) -> None:
     rows.add("settled", b"c")
     rows.set_head(summary=b"[]", end_state="settled")
     await rows.flush()
-    await journal.aclose()
-    again = Journal(tmp_path / "journal.db")
+    await books.aclose()
+    books = open_books(tmp_path)
+    again = Journal(books)
     assert [(row.seq, row.at_ns, row.kind, row.body) for row in again.rows("run-1")] == [
         (0, 6, "ranked", b"a"),
         (1, 6, "filled", b"b"),
         (2, 6, "settled", b"c"),
     ]
     assert again.head("run-1") == Head("run-1", BUYER, 5, "settled", b"[]")
-    await again.aclose()
+    await books.aclose()
 
 
 async def test_nothing_is_written_before_the_flush(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.db")
+    books = open_books(tmp_path)
+    journal = Journal(books)
     rows = JobRows(journal, head("run-1"), now_ns=lambda: 6)
     rows.add("ranked", b"a")
     assert journal.head("run-1") is None
     await rows.flush()
     assert journal.head("run-1") is not None
-    await journal.aclose()
+    await books.aclose()
 
 
 async def test_only_jobs_without_an_end_are_unfinished(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.db")
+    books = open_books(tmp_path)
+    journal = Journal(books)
     for number, side in enumerate([BUYER, BUYER, PROVIDER]):
-        await journal.append(head(f"job-{number}", side, number), [])
+        await journal.append(head(f"job-{number}", side, number), Batch())
     rows = JobRows(journal, head("job-0"), now_ns=lambda: 9)
     rows.set_head(summary=b"", end_state="failed")
     await rows.flush()
     assert [found.job for found in journal.unfinished(BUYER)] == ["job-1"]
     assert [found.job for found in journal.heads(BUYER)] == ["job-1", "job-0"]
     assert [found.job for found in journal.unfinished(PROVIDER)] == ["job-2"]
-    await journal.aclose()
+    await books.aclose()
 
 
 async def test_states_are_found_by_work_class_and_step_after_a_restart(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.db")
+    books = open_books(tmp_path)
+    journal = Journal(books)
     rows = JobRows(journal, head("run-1"), now_ns=lambda: 6)
     rows.add_state(KnownState(b"work", b"class", 40, b"a" * 64))
     assert journal.states(b"work", 40) == {}
@@ -66,16 +83,18 @@ async def test_states_are_found_by_work_class_and_step_after_a_restart(tmp_path:
     rows.add_state(KnownState(b"work", b"class", 40, b"b" * 64))
     rows.add_state(KnownState(b"work", b"other", 40, b"c" * 64))
     await rows.flush()
-    await journal.aclose()
-    again = Journal(tmp_path / "journal.db")
+    await books.aclose()
+    books = open_books(tmp_path)
+    again = Journal(books)
     assert again.states(b"work", 40) == {b"class": b"b" * 64, b"other": b"c" * 64}
     assert again.states(b"work", 41) == {}
     assert again.states(b"another", 40) == {}
-    await again.aclose()
+    await books.aclose()
 
 
 async def test_fills_are_found_and_rows_of_no_use_are_gone_with_the_end(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.db")
+    books = open_books(tmp_path)
+    journal = Journal(books)
     rows = JobRows(journal, head("sale-1", PROVIDER), now_ns=lambda: 6)
     rows.add("body", b"large")
     rows.add("bid", b"small")
@@ -87,12 +106,63 @@ async def test_fills_are_found_and_rows_of_no_use_are_gone_with_the_end(tmp_path
     rows.set_head(summary=b"", end_state="settled")
     await rows.flush()
     assert [row.kind for row in journal.rows("sale-1")] == ["bid"]
-    await journal.aclose()
+    await books.aclose()
+
+
+async def test_an_ending_and_an_entry_go_to_disk_with_the_rows_or_not_at_all(
+    tmp_path: Path,
+) -> None:
+    books = open_books(tmp_path)
+    journal = Journal(books)
+    rows = JobRows(journal, head("run-1"), now_ns=lambda: 6)
+    rows.add("life:verified", b"a")
+    ending = Ending((("event", b"result"),), b"done", "settled")
+
+    def fails(_: object) -> None:
+        raise StoreError("the disk is full")
+
+    with pytest.raises(StoreError, match="full"):
+        await rows.flush(ending, fails)
+    assert journal.head("run-1") is None
+    assert rows.head.end_state == ""
+    insert = "INSERT INTO entries (body) VALUES (?)"
+    await rows.flush(ending, lambda connection: connection.execute(insert, (b"entry",)))
+    assert books.read("SELECT body FROM entries") == [(b"entry",)]
+    assert [row.kind for row in journal.rows("run-1")] == ["life:verified", "event"]
+    assert journal.head("run-1") == rows.head == Head("run-1", BUYER, 5, "settled", b"done")
+    await rows.flush()
+    assert len(journal.rows("run-1")) == 2
+    await books.aclose()
+
+
+async def test_a_letter_is_there_until_it_is_acknowledged(tmp_path: Path) -> None:
+    books = open_books(tmp_path)
+    times = iter([8, 7])
+    for job in ("run-2", "run-1"):
+        rows = JobRows(Journal(books), head(job), now_ns=lambda: next(times))
+        rows.add_letter("peer", job.encode())
+        await rows.flush()
+    await books.aclose()
+    books = open_books(tmp_path)
+    journal = Journal(books)
+    first, second = Letter("run-1", 7, "peer", b"run-1"), Letter("run-2", 8, "peer", b"run-2")
+    assert journal.letters() == [first, second]
+    await journal.forget_letters(["run-1", "unknown"])
+    assert journal.letters() == [second]
+    await books.aclose()
+
+
+async def test_the_books_of_another_format_are_a_clear_error(tmp_path: Path) -> None:
+    await open_books(tmp_path).aclose()
+    with sqlite3.connect(tmp_path / "journal.db") as connection:
+        connection.execute("PRAGMA user_version=1")
+    with pytest.raises(StoreError, match="has format 1, and this version reads format 2"):
+        open_books(tmp_path)
 
 
 def test_a_file_that_is_no_database_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "journal.db").write_bytes(b"not a database, not at all" * 100)
     with pytest.raises(StoreError, match=r"journal\.db is damaged") as caught:
-        Journal(tmp_path / "journal.db")
+        open_books(tmp_path)
     assert str(tmp_path / "journal.db") in caught.value.message
     assert "backup" in caught.value.hint

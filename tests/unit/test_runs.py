@@ -12,15 +12,16 @@ import trio.testing
 
 from p2pflop.errors import ConfigError
 from p2pflop.node import runs as runs_module
+from p2pflop.node.books import open_books
 from p2pflop.node.journal import Journal
 from p2pflop.node.runs import MAX_LIVE_EVENTS, Runs
 
 
 @pytest.fixture
 async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
-    journal = Journal(tmp_path / "journal.db")
-    yield journal
-    await journal.aclose()
+    books = open_books(tmp_path)
+    yield Journal(books)
+    await books.aclose()
 
 
 async def collect(runs: Runs, run_id: str, after: int = 0) -> list[dict[str, Any]]:
