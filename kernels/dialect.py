@@ -5,11 +5,14 @@ tinygrad interns its nodes, so ``trace`` recognises these patterns by building t
 comparing identity, and ``lower`` gives back the very graph that tinygrad would have scheduled:
 the pattern is fused away as in a native run, and the bytes are the same. ``nn.Embedding`` writes
 the lookup in its own way, which is recognised too and lowered as ``X[index]``: one row is picked
-either way, so the bytes are equal here as well.
+either way, so the bytes are equal here as well. ``X.gather(dim, index)`` becomes rows of the flat
+table (``flat_gather``), of one element each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import prod
 from typing import Final
 
 from tinygrad.dtype import DType, dtypes
@@ -43,6 +46,15 @@ OUR_OPS: Final = {theirs: ours for ours, theirs in OPS.items()}
 
 REDUCTIONS: Final = (Ops.ADD, Ops.MUL, Ops.MAX)
 _VIEWS: Final = (Ops.PERMUTE, Ops.EXPAND, Ops.RESHAPE)
+_FLAT_INDICES: Final = (
+    dtypes.int8,
+    dtypes.uint8,
+    dtypes.int16,
+    dtypes.uint16,
+    dtypes.int32,
+    dtypes.uint32,
+    dtypes.int64,
+)
 _ARANGE_DTYPES: Final = (dtypes.int32, dtypes.uint32, dtypes.int64, dtypes.weakint)
 
 
@@ -63,6 +75,24 @@ def gather_rows(table: UOp, index: UOp) -> UOp:
     return mask.where(rows, 0).sum((len(index.shape),), dtype=table.dtype)
 
 
+def flat_gather(node: UOp) -> UOp | None:
+    """What ``table.gather(dim, index)`` picks, as ``gather_rows`` of the flat table, if ``node`` is
+    that. An index outside of the table picks a zero either way."""
+    choice = _choice(node)
+    if choice is None:
+        return None
+    equal = _behind_views(choice.src[0])
+    for index in _chain(equal.src[0].src[0]):
+        if index.shape != node.shape or index.dtype not in _FLAT_INDICES:
+            continue
+        for table in _chain(choice.src[1]):
+            dims = range(len(table.shape)) if len(table.shape) == len(node.shape) else ()
+            for dim in dims:
+                if _gathers(node, table, dim, index):
+                    return _gather_flat(table, dim, index)
+    return None
+
+
 def match_iota(node: UOp) -> tuple[DType, int, int] | None:
     """``(dtype, length, start)`` if ``node`` is an ``arange`` of step one, in whole or up to its
     last addition."""
@@ -75,14 +105,10 @@ def match_iota(node: UOp) -> tuple[DType, int, int] | None:
 
 def match_gather(node: UOp) -> tuple[UOp, UOp] | None:
     """``(table, index)`` if ``node`` is what ``X[index]`` or ``nn.Embedding`` builds from them."""
-    if node.op is not Ops.REDUCE or node.arg != (Ops.ADD, 1):
-        return None
-    choice = _behind_views(node.src[0])
-    if choice.op is not Ops.WHERE:
+    choice = _choice(node)
+    if choice is None:
         return None
     equal = _behind_views(choice.src[0])
-    if equal.op is not Ops.CMPNE or equal.src[0].op is not Ops.CMPNE:
-        return None
     rows = choice.src[1]
     tables = (rows, rows.src[0]) if rows.op is Ops.RESHAPE else (rows,)
     for table in tables:
@@ -91,6 +117,54 @@ def match_gather(node: UOp) -> tuple[UOp, UOp] | None:
             if index is not None:
                 return table, index
     return None
+
+
+def _choice(node: UOp) -> UOp | None:
+    """The choice by ``a == b`` of which ``node`` is the sum over one axis."""
+    if node.op is not Ops.REDUCE or node.arg != (Ops.ADD, 1):
+        return None
+    choice = _behind_views(node.src[0])
+    if choice.op is not Ops.WHERE:
+        return None
+    equal = _behind_views(choice.src[0])
+    is_equality = equal.op is Ops.CMPNE and equal.src[0].op is Ops.CMPNE
+    return choice if is_equality else None
+
+
+def _gathers(node: UOp, table: UOp, dim: int, index: UOp) -> bool:
+    """Whether ``node`` is built as ``Tensor.gather`` builds it."""
+    pairs = zip(table.shape, index.shape, strict=True)
+    if any(size < wanted for axis, (size, wanted) in enumerate(pairs) if axis != dim):
+        return False
+    within = (size if axis != dim else None for axis, size in enumerate(index.shape))
+    rows = table.shrink_to(tuple(within)).unsqueeze(-1).transpose(-1, dim)
+    mask = index.unsqueeze(-1)._one_hot_along_dim(table.shape[dim])
+    return mask.where(rows, 0).sum(-1, dtype=table.dtype) is node
+
+
+def _gather_flat(table: UOp, dim: int, index: UOp) -> UOp | None:
+    length = prod(table.shape)
+    if length > dtypes.int32.max:
+        return None
+    strides = [prod(table.shape[axis + 1 :]) for axis in range(len(table.shape))]
+    # Outside of the table is -1, which is no place in the flat one either.
+    inside = (index >= 0) & (index < table.shape[dim])
+    places = index.cast(dtypes.int32) * strides[dim]
+    for axis, size in enumerate(index.shape):
+        if axis != dim and size > 1:
+            ones = (1,) * (len(index.shape) - axis - 1)
+            places = places + iota(dtypes.int32, size).reshape((size, *ones)) * strides[axis]
+    places = inside.where(places, -1)
+    picked = gather_rows(table.reshape((length,)), places.reshape((prod(index.shape),)))
+    return picked.reshape(index.shape)
+
+
+def _chain(node: UOp) -> Iterator[UOp]:
+    """``node``, and what it is a view of, or the same numbers in another dtype."""
+    yield node
+    while node.op in (*_VIEWS, Ops.SHRINK, Ops.CAST):
+        node = node.src[0]
+        yield node
 
 
 def _find_index(node: UOp, table: UOp, side: UOp) -> UOp | None:

@@ -16,7 +16,14 @@ from tinygrad.uop.ops import Ops, PatternMatcher, UOp, UPat, graph_rewrite
 
 from p2pflop.errors import JobError
 from p2pflop.job.graph import Attr, Node, Op
-from p2pflop.kernels.dialect import OUR_DTYPES, OUR_OPS, REDUCTIONS, match_gather, match_iota
+from p2pflop.kernels.dialect import (
+    OUR_DTYPES,
+    OUR_OPS,
+    REDUCTIONS,
+    flat_gather,
+    match_gather,
+    match_iota,
+)
 
 Leaf = Callable[[UOp, tuple[int, ...]], tuple[int, tuple[int, ...]]]
 _SHAPED: Final = (Ops.RESHAPE, Ops.EXPAND, Ops.PAD, Ops.SHRINK)
@@ -29,7 +36,8 @@ def purify(uops: Sequence[UOp], replacements: dict[UOp, UOp]) -> list[UOp]:
     if replacements:
         sink = sink.substitute(replacements)
     sink = graph_rewrite(sink, _ASSIGNMENTS, bottom_up=True, name="assignments")
-    return list(graph_rewrite(sink, _HINTS, name="hints").src)
+    sink = graph_rewrite(sink, _HINTS, name="hints")
+    return list(graph_rewrite(sink, _GATHERS, name="gathers").src)
 
 
 def _purify_after(after: UOp) -> UOp | None:
@@ -96,6 +104,15 @@ _HINTS: Final = PatternMatcher(
             ),
             lambda x: x,
         ),
+    ]
+)
+# A row gather is what it becomes, and stays.
+_GATHERS: Final = PatternMatcher(
+    [
+        (
+            UPat(Ops.REDUCE, name="node"),
+            lambda node: None if match_gather(node) is not None else flat_gather(node),
+        )
     ]
 )
 

@@ -17,7 +17,9 @@ from tinygrad import Device, Tensor
 from tinygrad.codegen import to_program
 from tinygrad.device import Buffer
 from tinygrad.engine.realize import compile_linear, estimate_uop, get_call_arg_uops
+from tinygrad.helpers import SPLIT_REDUCEOP, Context
 from tinygrad.renderer.cstyle import ClangRenderer
+from tinygrad.schedule.rangeify import split_reduceop
 from tinygrad.uop.ops import Ops, UOp, shape_to_shape_arg
 
 from p2pflop.errors import JobError, P2PFlopError
@@ -39,6 +41,8 @@ from p2pflop.kernels.plan import (
 )
 
 CPU: Final = "CPU"
+LONG_SUM: Final = 32_768
+"""Terms of a sum from which tinygrad splits it."""
 # How tinygrad begins to tell that it cannot order reads and writes of buffers.
 _CYCLE: Final = "cycle detected"
 _LEAVES: Final = frozenset({Op.PARAM, Op.CONST, Op.IOTA})
@@ -88,14 +92,17 @@ class _Built:
 
 def _schedule(checked: Checked, device: str) -> tuple[_Built, UOp]:
     """The graph built, and the kernels that compute it in their order."""
-    built = _build(checked, device, in_place=True)
-    try:
-        linear, variables = Tensor.linear_with_vars(*built.tensors)
-    except RuntimeError as error:
-        if not str(error).startswith(_CYCLE):
-            raise
-        built = _build(checked, device, in_place=False)
-        linear, variables = Tensor.linear_with_vars(*built.tensors)
+    # Else as tinygrad does by itself: where there is a wide table, ``_build`` has split the sums.
+    split = int(SPLIT_REDUCEOP and not _has_wide_table(checked))
+    with Context(SPLIT_REDUCEOP=split):
+        built = _build(checked, device, in_place=True)
+        try:
+            linear, variables = Tensor.linear_with_vars(*built.tensors)
+        except RuntimeError as error:
+            if not str(error).startswith(_CYCLE):
+                raise
+            built = _build(checked, device, in_place=False)
+            linear, variables = Tensor.linear_with_vars(*built.tensors)
     if variables:
         raise JobError("graph has symbolic variables, which no graph of ours can have")
     return built, linear
@@ -114,9 +121,12 @@ def _build(checked: Checked, device: str, *, in_place: bool) -> _Built:
     slots, params = _param_buffers(graph, device)
     targets = {out.node: out.slot for out in reversed(graph.outputs) if out.slot is not None}
     kept = _bases(graph) - set(targets) if in_place else set()
+    is_wide = _has_wide_table(checked)
     nodes: list[UOp] = []
     for number, node in enumerate(graph.nodes):
         built = _build_node(node, nodes, params)
+        if is_wide and node.op is Op.REDUCE:
+            built = _split_sum(built)
         shape, dtype = tuple(checked.shapes[number]), DTYPES[Dtype(checked.dtypes[number])]
         if built.shape != shape or built.dtype != dtype:
             raise JobError(
@@ -146,6 +156,20 @@ def _build(checked: Checked, device: str, *, in_place: bool) -> _Built:
             )
         tensors.append(tensor)
     return _Built(slots, tensors, fresh)
+
+
+def _has_wide_table(checked: Checked) -> bool:
+    """Whether tinygrad would take a gather for a long sum, to be split into two kernels: then it
+    is no longer a load, but a look at each row of the table."""
+    tables = (node.refs[0] for node in checked.graph.nodes if node.op is Op.GATHER)
+    return any(checked.shapes[table][0] >= LONG_SUM for table in tables)
+
+
+def _split_sum(node: UOp) -> UOp:
+    """What tinygrad makes of a sum, or another reduction, if it is long and there are few."""
+    with Context(SPLIT_REDUCEOP=1):
+        split: UOp | None = split_reduceop(node, node.src[0])
+    return node if split is None else split
 
 
 def _bases(graph: Graph) -> set[int]:

@@ -17,7 +17,7 @@ from p2pflop.errors import ProtocolError
 from p2pflop.units import MIB
 from p2pflop.wire import U63, Record, decode, encode
 
-PLAN_VERSION: Final = 3
+PLAN_VERSION: Final = 4
 MAX_PLAN_BYTES: Final = 256 * MIB
 MAX_KERNELS: Final = 16_384
 MAX_KERNEL_BYTES: Final = 16 * MIB
@@ -85,7 +85,7 @@ class Plan(Record, frozen=True):
 
     MAX_BYTES: ClassVar[int] = MAX_PLAN_BYTES
 
-    version: Literal[3]
+    version: Literal[4]
     kernels: Annotated[tuple[Kernel, ...], msgspec.Meta(max_length=MAX_KERNELS)]
     buffers: Annotated[tuple[PlanBuffer, ...], msgspec.Meta(max_length=MAX_BUFFERS)]
     calls: Annotated[tuple[Call, ...], msgspec.Meta(max_length=MAX_CALLS)]

@@ -31,7 +31,7 @@ from p2pflop.wire import encode
 KERNEL = Kernel("add", b"\x7fELF", 2, threaded=False)
 BUFFERS = (PlanBuffer(3, 64), PlanBuffer(SCRATCH, 100), PlanBuffer(FRESH, 4))
 CALL = Call(0, (Region(2, 0, 4), Region(0, 60, 4)), 1)
-PLAN = Plan(3, (KERNEL,), BUFFERS, (CALL,), (Region(2, 0, 4),), 10, 20)
+PLAN = Plan(4, (KERNEL,), BUFFERS, (CALL,), (Region(2, 0, 4),), 10, 20)
 
 
 def replaced(**changes: object) -> bytes:

@@ -9,11 +9,15 @@ import pytest
 from tinygrad import Tensor, dtypes, nn
 from tinygrad.helpers import Context
 
+import p2pflop as pf
 from p2pflop.job.graph import Op
+from p2pflop.kernels.lower import lower
+from p2pflop.kernels.plan import decode_plan
 from tests.native import SEED, Program, assert_equal_to_native, tensors_of
 
 RNG = np.random.default_rng(1)
 ROWS = RNG.standard_normal((12, 4)).astype(np.float32)
+BYTES = np.array([3, -1, 0, 2, 5, 1, 4, 7], np.int8)
 LABELS = (np.arange(12) % 3).astype(np.int32)
 
 Kind = Callable[[list[Tensor]], nn.optim.Optimizer]
@@ -162,6 +166,68 @@ def test_embeddings_and_losses_by_class_are_gathers_where_it_matters() -> None:
     (train,) = {phase.graph for phase in replayed.job.work.phases}
     ops = [node.op for node in replayed.job.graphs[train].graph.nodes]
     assert Op.GATHER in ops
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_elements_picked_along_an_axis_cost_what_is_picked(dim: int) -> None:
+    shape = (6, 7, 8)
+
+    def make() -> Program:
+        table = Tensor.randn(*shape).contiguous()
+        opt = nn.optim.SGD([table], lr=0.1)
+        places = [Tensor.arange(4 * 5 * 6).reshape(4, 5, 6) * 5, Tensor(BYTES, dtype=dtypes.int8)]
+        chosen = places[0].cast(dtypes.int64) % (shape[dim] + 2) - 1  # beyond both ends too
+
+        def pick() -> dict[str, Tensor]:
+            opt.zero_grad()
+            few = table.gather(dim, chosen)
+            bytes_ = table.permute(2, 0, 1).flip(1).gather(dim, places[1].reshape(2, 2, 2))
+            loss = few.square().sum() + (bytes_ * 3).sum()
+            doubled = few * 2
+            return {"loss": loss.backward().realize(doubled, *opt.schedule_step()), "few": doubled}
+
+        return Program(pick, tensors_of(opt=opt, table=table))
+
+    replayed = assert_equal_to_native(make)
+    (pick,) = {phase.graph for phase in replayed.job.work.phases}
+    ops = [node.op for node in replayed.job.graphs[pick].graph.nodes]
+    assert ops.count(Op.GATHER) == 2
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 1000), (2, 50_257), (1, 32_768)])
+def test_few_of_many_cost_what_is_picked_whatever_the_table(rows: int, columns: int) -> None:
+    table = Tensor(np.ones((rows, columns), np.float32))
+    wide = Tensor(np.ones((columns, 3), np.float32))
+    places = Tensor((np.arange(rows * 4) * 7 % columns).reshape(rows, 4).astype(np.int32))
+
+    def pick() -> dict[str, Tensor]:
+        return {"columns": table.gather(1, places), "rows": wide[places[0]]}
+
+    traced = pf.trace(pick, steps=1).checked
+    [(graph, checked)] = traced.graphs.items()
+    [metered] = [line.flop for line in traced.cost.lines if line.graph == graph]
+    assert metered <= 20 * rows * 4 + 20 * 4 * 3
+    assert decode_plan(lower(checked)).flop <= metered
+
+
+@pytest.mark.parametrize("columns", [40_000, 32_771])
+def test_a_wide_table_changes_no_bytes_of_long_sums(columns: int) -> None:
+    numbers = np.random.default_rng(3).standard_normal((2, columns)).astype(np.float32)
+
+    def make() -> Program:
+        table, line = Tensor(numbers), Tensor(numbers[0])
+        opt = nn.optim.SGD([table], lr=0.1)
+
+        def train() -> dict[str, Tensor]:
+            opt.zero_grad()
+            picked = line[Tensor([5, columns - 1])]
+            loss = (table.square().sum() + (table * line).max() + picked.sum()).backward()
+            total = (table.sum(1) * 3).sum()
+            return {"loss": loss.realize(total, *opt.schedule_step()), "total": total}
+
+        return Program(train, tensors_of(opt=opt, table=table))
+
+    assert_equal_to_native(make)
 
 
 def test_half_precision_with_a_loss_scale() -> None:
