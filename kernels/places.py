@@ -15,6 +15,8 @@ from tinygrad.uop.ops import UOp
 from p2pflop.errors import TraceWarning
 
 _LIBRARIES: Final = frozenset({"p2pflop", "tinygrad"})
+_WRAPPER: Final = "_wrapper"
+"""What tinygrad calls the function that it wraps around each of Tensor's, unless TRACEMETA=0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ def find_place() -> Place | None:
     while frame is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
             return Place(frame.f_code.co_filename, frame.f_lineno, called)
-        called = frame.f_code.co_name
+        if frame.f_code.co_name != _WRAPPER:
+            called = frame.f_code.co_name
         frame = frame.f_back
     return None
 

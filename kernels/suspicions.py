@@ -6,9 +6,9 @@ state; here from the old one, as if it had been realized together with the updat
 ``realize`` calls is noted while the function runs, and a value that reads a state which an earlier
 call updates is told.
 
-Variables and gradients. Only what is assigned carries over from step to step. A variable that names
-another tensor after the step, and a gradient that is still there after it (natively the next step
-adds to it), do not.
+Variables and gradients. Only what is assigned carries over from step to step. A variable, entry or
+attribute that names another tensor after the step, or that the step makes, and a gradient that is
+still there after it (natively the next step adds to it), do not.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ _LATE_READ: Final = (
 _NEW_TENSOR: Final = (
     "{0} is another tensor after the step than before, and a job's next step has the old one "
     "again: write {0}.assign(...) to change it"
+)
+_MADE_TENSOR: Final = (
+    "{0} is made in the step, and a job's next step begins without it again: give it a value "
+    "before trace, such as Tensor.zeros({1}), and write {0}.assign(...) in the step; what you only "
+    "look at belongs into the function's dict"
 )
 _OLD_GRADIENT: Final = (
     "{} had a gradient before trace, which every step of the job adds to anew: call zero_grad() "
@@ -126,7 +131,16 @@ def _late_read(
 def warn_of_new_tensors(
     before: Mapping[str, Any], after: Mapping[str, Any], places: Places
 ) -> None:
-    """Warn of every variable that held a tensor and holds another one after the functions ran."""
+    """Warn of what does not carry over though it looks so, when the functions have run.
+
+    That is every variable that holds another tensor than before, and every one that holds a tensor
+    which nothing held before.
+    """
+    known = {id(tensor) for tensor in before.values()}
     for name, tensor in after.items():
         if name in before and before[name] is not tensor:
             warn(places.of(tensor.uop), _NEW_TENSOR.format(name))
+        elif id(tensor) not in known:
+            known.add(id(tensor))
+            shape = ", ".join(map(str, tensor.shape))
+            warn(places.of(tensor.uop), _MADE_TENSOR.format(name, shape))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,6 +176,32 @@ def test_a_refusal_names_the_line_and_what_to_write(
     assert first < int(line) < first + len(lines)
     assert re.search(hint, told.value.hint)
     assert X.sum().item() == 1128
+
+
+def test_a_refusal_names_the_function_also_where_tinygrad_wraps_it(tmp_path: Path) -> None:
+    script = tmp_path / "plain.py"
+    script.write_text(
+        "import p2pflop as pf\n"
+        "from tinygrad import Tensor\n"
+        "for use in (lambda x: x.masked_select(x > 0), lambda x: Tensor(x.item())):\n"
+        "    try:\n"
+        "        pf.trace(lambda: {'a': use(Tensor.ones(1))}, steps=2)\n"
+        "    except pf.JobError as error:\n"
+        "        print(error.message, error.hint)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "TRACEMETA": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    selected, read = done.stdout.splitlines()
+    assert "plain.py:3: .masked_select() needs" in selected
+    assert "mask.where" in selected
+    assert "plain.py:3: .item() needs" in read
+    assert "Return the tensor" in read
 
 
 def test_a_refusal_in_a_helper_names_the_helpers_line() -> None:

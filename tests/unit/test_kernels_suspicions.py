@@ -108,6 +108,23 @@ def test_a_variable_that_gets_another_tensor_is_told() -> None:
     assert "model.weight.assign(...)" in told
 
 
+def test_an_entry_or_attribute_that_the_step_makes_is_told() -> None:
+    model, state = Model(), {"total": Tensor.zeros(4).contiguous()}
+
+    def step() -> dict[str, Tensor]:
+        state["ema"] = state.get("ema", X) * 0.9 + X * 0.1
+        model.last = model.weight * 2  # type: ignore[attr-defined]
+        state["same"] = state["total"]
+        state["total"].assign(state["total"] + 1)
+        return {"ema": state["ema"]}
+
+    told = sorted(warned(step))
+    assert len(told) == 2
+    assert told[0].startswith("1 state.ema is made in the step, and a job's next step begins")
+    assert "such as Tensor.zeros(12, 4), and write state.ema.assign(...)" in told[0]
+    assert told[1].startswith("2 model.last is made in the step")
+
+
 def test_a_tensor_that_is_printed_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     def step() -> dict[str, Tensor]:
         loss = X.sum()
