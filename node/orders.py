@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -29,6 +29,7 @@ DEFAULT_CHECKPOINTS: Final = 4
 DEFAULT_CHECKPOINT_S: Final = 600
 MIN_CHECKPOINT_STEPS: Final = 100
 MAX_RANKED_TOLD: Final = 32
+MAX_CLASSES_TOLD: Final = 3
 MAX_CHECKPOINTS: Final = 1000
 """Of one job, each the size of its state."""
 
@@ -186,15 +187,11 @@ def starting_from(
     """``order`` with the state that its job starts from, and in its class from then on.
 
     ``states`` has what is known of it, by class; ``own_class`` is chosen first. Raises JobError if
-    there is none.
+    there is none in a class that the order may be computed in.
     """
     known = [name for name in sorted(states) if not order.classes or name in order.classes]
     if not known:
-        step = order.checked.job.first_step
-        raise JobError(
-            f"the state after step {step} of this work is not known to this node",
-            hint="Run the steps before it here first, or say it: job.extend(steps, result).",
-        )
+        raise _unknown_start(order.checked.job.first_step, sorted(states))
     chosen = own_class if own_class in known else known[0]
     state = states[chosen]
     body = replace_fields(order.file.body, state=state)
@@ -204,6 +201,21 @@ def starting_from(
         checked=replace(order.checked, state=state),
         body=encode_body(body),
         classes=frozenset({chosen}),
+    )
+
+
+def _unknown_start(step: int, elsewhere: Sequence[bytes]) -> JobError:
+    """``elsewhere`` are the classes in which the state is known that were not asked for."""
+    if not elsewhere:
+        return JobError(
+            f"the state after step {step} of this work is not known to this node",
+            hint="Run the steps before it here first, or say it: job.extend(steps, result).",
+        )
+    told = " and ".join(name.hex() for name in elsewhere[:MAX_CLASSES_TOLD])
+    name = elsewhere[0].hex()
+    return JobError(
+        f"the state after step {step} of this work is known in another class only: {told}",
+        hint=f"Go on in that class: p2pflop submit --class {name}, or classes=[{name!r}].",
     )
 
 

@@ -88,13 +88,13 @@ class Need:
 
 
 class MissReason(StrEnum):
-    """Why an ask does not do."""
+    """Why an ask does not do. The further down, the nearer it comes to what is needed."""
 
+    OWN_NODE = "own node"
     CLASS = "wrong class"
     MEMORY = "too little memory"
     EXPIRED = "ask has expired"
     DEADLINE = "deadline has passed"
-    OWN_NODE = "own node"
     POLICY = "excluded by policy"
     ATTESTATION = "account is not attested"
     PRICE = "over the price limit"
@@ -102,9 +102,10 @@ class MissReason(StrEnum):
     SLOW = "too slow for the deadline, by own experience"
 
 
+_NEARNESS: Final = {reason: place for place, reason in enumerate(MissReason)}
 _ADVICE: Final = {
-    MissReason.CLASS: "They compute other bytes than your machine, with another clang, tinygrad or "
-    "processor: connect to more peers.",
+    MissReason.CLASS: "They compute other bytes than the class that was asked for, by default this "
+    "machine's own: connect to more peers, or allow any class.",
     MissReason.EXPIRED: "Newer sheets come within minutes: try again.",
     MissReason.DEADLINE: "Give the job a later deadline.",
     MissReason.OWN_NODE: "Connect to a peer that sells.",
@@ -283,7 +284,11 @@ def tie_key(nonce: bytes, sheet: OpenSheet, ask: Ask) -> tuple[bytes, bytes, int
 
 
 def no_deal(ranked: Iterable[Deal | Miss]) -> MarketError:
-    """Why nothing was bought, in words: the commonest reason first, and what to do about that."""
+    """Why nothing was bought, in words: the asks that come nearest first, and what to do then.
+
+    What keeps out the ask that would almost do is the job's obstacle, however many others there are
+    that would not do at all.
+    """
     by_reason: dict[MissReason, list[Miss]] = {}
     for miss in ranked:
         if isinstance(miss, Miss):
@@ -292,7 +297,7 @@ def no_deal(ranked: Iterable[Deal | Miss]) -> MarketError:
         return MarketError(
             "the order book is empty", hint="Connect to a peer that sells, or wait for its sheet."
         )
-    reasons = sorted(by_reason, key=lambda reason: (-len(by_reason[reason]), reason))
+    reasons = sorted(by_reason, key=_NEARNESS.__getitem__, reverse=True)
     listed = ", ".join(f"{len(by_reason[reason])} x {reason}" for reason in reasons)
     hint = _advice(reasons[0], by_reason[reasons[0]])
     return MarketError(f"no ask satisfies the job: {listed}", hint=hint)
@@ -303,13 +308,23 @@ def _advice(reason: MissReason, misses: list[Miss]) -> str:
         cheapest = format_usd(min(MAX_NUSD, *(miss.total_nusd for miss in misses)))
         return f"The cheapest ask over the budget would cost {cheapest}."
     if reason is MissReason.MEMORY:
-        needed = format_bytes(misses[0].need.memory_bytes)
-        largest = format_bytes(max(miss.ask.memory_bytes for miss in misses))
-        return (
-            f"The job needs {needed}, and the largest ask has {largest}: make the job smaller, or "
-            "connect to a peer with more."
-        )
+        return _advice_on_memory(misses)
+    if reason is MissReason.CLASS and not any(_has_memory(miss) for miss in misses):
+        return f"{_ADVICE[reason]} Nor have they the memory. {_advice_on_memory(misses)}"
     return _ADVICE[reason]
+
+
+def _has_memory(miss: Miss) -> bool:
+    return miss.ask.memory_bytes >= miss.need.memory_bytes
+
+
+def _advice_on_memory(misses: list[Miss]) -> str:
+    needed = format_bytes(misses[0].need.memory_bytes)
+    largest = format_bytes(max(miss.ask.memory_bytes for miss in misses))
+    return (
+        f"The job needs {needed}, and the largest ask has {largest}: make the job smaller, or "
+        "connect to a peer with more."
+    )
 
 
 class _Judge:

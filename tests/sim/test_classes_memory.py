@@ -72,8 +72,12 @@ async def test_a_stretch_goes_on_in_the_class_of_its_state(
     run_id = await buyer.submit(sample_file(120), classes=("any",))
     assert (await market.end_of(buyer, run_id))["kind"] == "result"
     later = sample_file(10, first_step=120)
-    with pytest.raises(JobError, match="not known"):
+    with pytest.raises(JobError, match="known in another class only") as told:
         await buyer.submit(later)
+    assert told.value.message.endswith(OTHER_ID.hex())
+    assert f"p2pflop submit --class {OTHER_ID.hex()}" in told.value.hint
+    with pytest.raises(JobError, match="not known to this node"):
+        await buyer.submit(sample_file(10, first_step=119), classes=("any",))
     more = await buyer.submit(later, classes=("any",))
     assert (await market.end_of(buyer, more))["kind"] == "result"
     assert len(own.seller._sales) == 0

@@ -181,14 +181,13 @@ def test_no_deal_says_why_and_what_to_do() -> None:
     assert "empty" in no_deal([]).message
 
 
-def test_the_advice_is_about_the_commonest_reason() -> None:
+def test_the_advice_is_about_the_ask_that_comes_nearest() -> None:
     small = [party(number).sheet(ask(1, memory_bytes=number * 10**9)) for number in (1, 2)]
     dear = party(3).sheet(ask(1, 10**9))
     wanted = need(max_nusd=5, memory_bytes=3 * 10**9)
     error = no_deal(rank([*small, dear], wanted, Policy(), NOW_NS))
-    assert error.message.endswith("2 x too little memory, 1 x over the budget")
-    assert "needs 3 GB" in error.hint
-    assert "largest ask has 2 GB" in error.hint
+    assert error.message.endswith("1 x over the budget, 2 x too little memory")
+    assert "over the budget would cost" in error.hint
     for reason in MissReason:
         fitting = [
             Miss(dear, dear.sheet.asks[0], reason, 10**9, wanted),
@@ -196,6 +195,33 @@ def test_the_advice_is_about_the_commonest_reason() -> None:
         ]
         assert f"2 x {reason}" in no_deal(fitting).message
         assert no_deal(fitting).hint
+
+
+def test_too_little_memory_does_not_hide_behind_asks_of_other_classes() -> None:
+    other = [
+        party(number).sheet(ask(1, class_id=b"\7" * 32, memory_bytes=number * 10**9))
+        for number in (1, 2)
+    ]
+    small = party(3).sheet(ask(1, memory_bytes=10**9))
+    wanted = need(memory_bytes=3 * 10**9)
+    error = no_deal(rank([*other, small], wanted, Policy(), NOW_NS))
+    assert error.message.endswith("1 x too little memory, 2 x wrong class")
+    assert "largest ask has 1 GB" in error.hint
+    error = no_deal(rank(other, wanted, Policy(), NOW_NS))
+    assert error.message.endswith(": 2 x wrong class")
+    assert "the class that was asked for" in error.hint
+    assert (
+        "Nor have they the memory. The job needs 3 GB, and the largest ask has 2 GB" in error.hint
+    )
+    error = no_deal(rank(other, need(memory_bytes=2 * 10**9), Policy(), NOW_NS))
+    assert "memory" not in error.hint
+
+
+def test_an_own_ask_is_no_obstacle() -> None:
+    other = party(1).sheet(ask(1, class_id=b"\7" * 32))
+    wanted = need(own_node=SELLER.node.public_key)
+    error = no_deal(rank([SELLER.sheet(ask()), other], wanted, Policy(), NOW_NS))
+    assert error.message.endswith("1 x wrong class, 1 x own node")
 
 
 def test_a_quote_beyond_all_money_is_over_any_budget() -> None:
