@@ -56,6 +56,7 @@ _X86_FEATURES: Final = frozenset({"avx2", "f16c"})
 _DEVICE: Final = re.compile(r"[A-Z0-9]+(:[A-Z0-9]*(:[A-Za-z0-9_,.+-]*)?)?")
 _NO_DEVICES: Final = frozenset({"CPU", "NPY", "DISK", "NULL", "TINYFS", "RDMA", "DSP"})
 """What tinygrad lists beside its devices, and those that would compute as the families do."""
+_EMULATOR: Final = "PYTHON"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,18 @@ def family(name: str = CLASS_NAME) -> Family:
             "such as CUDA, AMD or METAL; p2pflop doctor lists what works here.",
         )
     return Family(name, name, functools.partial(_describe_device, name))
+
+
+def chosen_family(name: str) -> Family:
+    """``family`` for what somebody wants to compute in. Raises ConfigError, for an emulator too."""
+    chosen = family(name)
+    if chosen.device.split(":", 1)[0] == _EMULATOR:
+        raise ConfigError(
+            f"{name[:MAX_DEVICE_CHARS]} is an emulator: it is for tests, too slow for jobs",
+            hint=f"Use {', '.join(known.name for known in _FAMILIES)} or a device; p2pflop doctor "
+            "lists what works here.",
+        )
+    return chosen
 
 
 @functools.cache

@@ -37,7 +37,8 @@ from p2pflop.job.spec import (
     shard_at,
 )
 from p2pflop.job.validate import Refusal
-from p2pflop.kernels.classes import CLASS_NAME, descriptor, environment
+from p2pflop.kernels.classes import CLASS_NAME, chosen_family, descriptor, environment
+from p2pflop.kernels.faults import LOCAL_HINT, LOCAL_HINTS, signal_error
 from p2pflop.units import MIB
 from p2pflop.wire import decode, encode
 
@@ -49,6 +50,7 @@ OnLowering = Callable[[int, int], None]
 
 PART_BYTES: Final = MIB
 EXIT_SECONDS: Final = 10
+ORPHANED_CODE: Final = 3
 
 _LOWERING: Final = "lowering"
 _ROW: Final = "row"
@@ -74,8 +76,9 @@ def run_local(
     ``blobs`` has everything that the job names, by address. ``on_row(step, values by name)`` is
     called for each step that gave values, ``on_lowering(done, total)`` after each kernel.
     ``class_name`` is one of ``classes``. Raises JobError, ConfigError, and ProviderError if the
-    process dies.
+    process dies of something else than the job.
     """
+    chosen_family(class_name)
     job = open_job(file.body)
     if isinstance(job, Refusal):
         raise JobError(f"the job is not valid: {job.reason}")
@@ -172,9 +175,11 @@ class _Gathered:
         self, address_of: Callable[[bytes], bytes], result_class: bytes, exit_code: int
     ) -> tuple[Result, dict[bytes, bytes]]:
         if self._steps_done is None:
+            if exit_code < 0:
+                raise signal_error("local process", -exit_code, LOCAL_HINTS, LOCAL_HINT)
             raise ProviderError(
                 f"the local process ended with code {exit_code} before the job did",
-                hint="A negative code is a signal: -9 is often memory, -11 or -8 a faulty kernel.",
+                hint="What it wrote to standard error says why.",
             )
         blobs: dict[bytes, bytes] = {}
 
@@ -241,11 +246,17 @@ def _messages(stream: BinaryIO | Any) -> Iterator[list[Any]]:
 def _serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
     """The child: lower every graph, run every step, tell everything."""
     requests = _messages(stdin)
-    (body,) = next(requests)
     try:
-        _run(decode(JobBody, body), requests, stdout)
+        _run(decode(JobBody, _answer(requests)), requests, stdout)
     except P2PFlopError as error:
         _send(stdout, [_FAILED, error.message, error.hint])
+
+
+def _answer(requests: Iterator[list[Any]]) -> bytes:
+    """The next bytes that the parent sends. Raises EOFError if it has gone."""
+    for (data,) in requests:
+        return bytes(data)
+    raise EOFError
 
 
 def _run(body: JobBody, requests: Iterator[list[Any]], stdout: BinaryIO) -> None:
@@ -265,13 +276,13 @@ def _run(body: JobBody, requests: Iterator[list[Any]], stdout: BinaryIO) -> None
     session.initialise()
     for slot in job.input_slots:
         _send(stdout, [_INPUT, slot])
-        session.write(slot, 0, next(requests)[0])
+        session.write(slot, 0, _answer(requests))
     first, done = job.job.first_step, 0
     for step in range(first, first + job.job.steps):
         for slot, source in job.feeds:
             if step == first or is_fed(source, step):
                 _send(stdout, [_FEED, slot, shard_at(source, step)])
-                session.write(slot, 0, next(requests)[0])
+                session.write(slot, 0, _answer(requests))
         session.step(step)
         done += 1
         _send_step(job.work, session, step, stdout)
@@ -308,10 +319,16 @@ def _send_parts(stdout: BinaryIO, head: list[Any], view: memoryview) -> None:
 
 
 def main() -> None:
-    """The child's entry. What tinygrad or a user's library prints goes to stderr."""
+    """The child's entry. What tinygrad or a user's library prints goes to stderr.
+
+    A child whose parent has gone has nobody to tell.
+    """
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    _serve(sys.stdin.buffer, stdout)
+    try:
+        _serve(sys.stdin.buffer, stdout)
+    except (EOFError, BrokenPipeError):
+        os._exit(ORPHANED_CODE)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from p2pflop.job.collection import numbered_bytes
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.spec import FeedSource, class_id
 from p2pflop.job.validate import Refusal
-from p2pflop.kernels.classes import descriptor, family
+from p2pflop.kernels.classes import chosen_family, descriptor
 from p2pflop.market.ranking import Deal, Need, Policy, rank
 from p2pflop.market.records import NONCE_BYTES
 from p2pflop.node.experience import Experience
@@ -341,6 +341,6 @@ async def _class_named(name: str) -> bytes:
     """A class by its id in hex, or by the name of one of this machine's. Raises ConfigError."""
     if _CLASS_ID.fullmatch(name):
         return bytes.fromhex(name)
-    family(name)
+    chosen_family(name)
     # Asks compilers and drivers for their versions, the first time.
     return class_id(await trio.to_thread.run_sync(descriptor, name))

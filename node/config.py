@@ -13,7 +13,7 @@ from typing import Any, Final
 import platformdirs
 
 from p2pflop.errors import ConfigError
-from p2pflop.kernels.classes import CLASS_NAME, family
+from p2pflop.kernels.classes import CLASS_NAME, chosen_family
 from p2pflop.units import GIB, format_bytes, is_price, parse_bytes, parse_usd
 from p2pflop.wire import DEFAULT_NETWORK
 
@@ -27,7 +27,6 @@ MIN_MEMORY_BYTES: Final = 256 * 1024**2
 
 _TEXTS: Final = ("listen", "connect")
 _NAMES: Final = {"class": "class_name"}
-_EMULATOR: Final = "PYTHON"
 _SWITCHES: Final = ("embedded", "log_json", "debug")
 _AMOUNTS: Final = {
     "ask": "ask_nusd",
@@ -175,11 +174,7 @@ def _check(settings: Settings) -> None:
         require(texts, f"{name} is not a list of texts", f'Write it like {name} = ["..."].')
     require(isinstance(settings.network, str), "network is not a text")
     require(isinstance(settings.class_name, str), "class is not a text")
-    chosen = family(settings.class_name)
-    require(
-        chosen.device.split(":", 1)[0] != _EMULATOR,
-        f"{chosen.name} is an emulator: it is for tests, too slow for a node",
-    )
+    chosen_family(settings.class_name)
     require(0 <= settings.http_port < 65536, f"no port {settings.http_port}", "Use 0 to 65535.")
     require(1 <= settings.slots <= MAX_SLOTS, f"slots must be 1 to {MAX_SLOTS}")
     require(len(settings.connect) <= MAX_CONNECT, f"at most {MAX_CONNECT} peers to connect to")

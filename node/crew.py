@@ -16,6 +16,7 @@ from typing import Final
 import trio
 
 from p2pflop.errors import ConfigError, JobError, P2PFlopError, ProtocolError, ProviderError
+from p2pflop.kernels.faults import REMOTE_HINT, REMOTE_HINTS, signal_error
 from p2pflop.kernels.frames import (
     LOWERER,
     OUT_OF_MEMORY_CODE,
@@ -39,14 +40,7 @@ END_SECONDS: Final = 5.0
 MAX_CPU_SECONDS: Final = 2**31 - 1
 MAX_LAST_FRAMES: Final = 64
 
-_JOB_SIGNALS: Final = frozenset(
-    {signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP}
-)
 SMALLER: Final = "Make its tensors or its batch smaller."
-_SIGNAL_HINTS: Final = {
-    int(signal.SIGFPE): "Does it divide an integer by zero?",
-    int(signal.SIGILL): "The processor lacks an instruction: another provider may have it.",
-}
 
 
 class Child:
@@ -75,12 +69,8 @@ class Child:
         ended_by = self.exit.signal
         if ended_by == signal.SIGXCPU:
             return JobError(f"the {what} used up its CPU time", hint="Have fewer steps in a job.")
-        if ended_by in _JOB_SIGNALS:
-            name = signal.Signals(ended_by).name
-            hint = _SIGNAL_HINTS.get(ended_by, "See whether it does so here: job.run_local().")
-            return JobError(f"the job's code faulted ({name})", hint=hint)
         if ended_by:
-            return ProviderError(f"the {what} was killed by signal {ended_by}")
+            return signal_error(what, ended_by, REMOTE_HINTS, REMOTE_HINT)
         return ProviderError(f"the {what} ended by itself with code {self.exit.code}")
 
     async def _last_words(self) -> Fault | None:

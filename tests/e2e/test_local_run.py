@@ -16,12 +16,13 @@ from tinygrad import Tensor
 
 import p2pflop as pf
 from p2pflop.dht.manifest import address_of
-from p2pflop.errors import JobError, ProviderError
+from p2pflop.errors import ConfigError, JobError, ProviderError
+from p2pflop.job.blobs import LazyBlobs
 from p2pflop.job.file import JobFile
 from p2pflop.job.results import Scalar, column_values, decode_trace, result_hash
 from p2pflop.job.spec import class_id, state_root
 from p2pflop.kernels.classes import descriptor
-from p2pflop.kernels.local import PART_BYTES, run_local
+from p2pflop.kernels.local import ORPHANED_CODE, PART_BYTES, run_local
 from p2pflop.kernels.trace import Traced, trace
 
 NUMBERS = np.array([1.0, 2.0, 4.0], np.float32)
@@ -134,10 +135,9 @@ def test_a_missing_input_is_told_before_anything_runs() -> None:
         run_local(file_of(job), {}, address_of)
 
 
-def test_an_error_in_the_callers_function_ends_the_process(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    job = traced(steps=10**6)
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The processes that local runs start."""
     started: list[subprocess.Popen[bytes]] = []
 
     class Noted(subprocess.Popen[bytes]):
@@ -146,6 +146,13 @@ def test_an_error_in_the_callers_function_ends_the_process(
             started.append(self)
 
     monkeypatch.setattr("p2pflop.kernels.local.subprocess.Popen", Noted)
+    return started
+
+
+def test_an_error_in_the_callers_function_ends_the_process(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    job = traced(steps=10**6)
 
     def fail(*_: object) -> None:
         raise KeyError("mine")
@@ -164,8 +171,55 @@ def test_a_faulty_kernel_kills_the_process_and_not_the_caller() -> None:
         steps=1,
         address_of=address_of,
     )
-    with pytest.raises(ProviderError, match="ended with code -8"):
+    with pytest.raises(JobError, match=r"the job's code faulted \(SIGFPE\)") as told:
         run_local(file_of(job), job.blobs, address_of)
+    assert "divide an integer by zero" in told.value.hint
+
+
+def test_a_process_that_the_system_kills_says_so(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    job = traced(steps=10**6)
+
+    def kill(*_: object) -> None:
+        started[0].kill()
+
+    with pytest.raises(ProviderError, match=r"the local process was killed \(SIGKILL\)") as told:
+        run_local(file_of(job), job.blobs, address_of, kill)
+    assert "memory runs out" in told.value.hint
+
+
+def test_an_input_that_cannot_be_read_is_its_own_error_and_no_traceback(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    job = traced()
+
+    def fail() -> bytes:
+        raise JobError("the disk is gone")
+
+    blobs = LazyBlobs(dict.fromkeys(job.blobs, fail))
+    with pytest.raises(JobError, match="the disk is gone"):
+        run_local(file_of(job), blobs, address_of)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x05\0\0\0\0\0\0\0abc"])
+def test_a_child_whose_parent_has_gone_ends_without_a_word(sent: bytes) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "p2pflop.kernels.local"],
+        input=sent,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (ORPHANED_CODE, b"", b"")
+
+
+def test_an_emulator_is_refused() -> None:
+    job = traced()
+    with pytest.raises(ConfigError, match="PYTHON is an emulator") as told:
+        run_local(file_of(job), job.blobs, address_of, class_name="PYTHON")
+    assert "cpu-llvm" in told.value.hint
 
 
 @pytest.fixture(scope="module")

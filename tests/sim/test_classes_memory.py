@@ -124,3 +124,5 @@ async def test_an_unknown_class_is_refused(market: Market, autojump_clock: objec
     buyer = await market.buyer()
     with pytest.raises(ConfigError, match="no class 'fast'"):
         await buyer.submit(sample_file(1), classes=("fast",))
+    with pytest.raises(ConfigError, match="PYTHON is an emulator"):
+        await buyer.submit(sample_file(1), classes=("PYTHON",))

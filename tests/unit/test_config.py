@@ -35,3 +35,8 @@ def test_a_home_below_a_file_is_told_in_words(tmp_path: Path) -> None:
             look()
         assert "Errno" not in caught.value.message
         assert "--home" in caught.value.hint
+
+
+def test_an_emulator_is_no_class_for_a_node(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="PYTHON::sm_80 is an emulator"):
+        load_settings({"home": tmp_path, "class_name": "PYTHON::sm_80"})
