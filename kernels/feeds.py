@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import glob
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import finalize
 
@@ -21,7 +22,7 @@ from tinygrad import Tensor
 
 from p2pflop.errors import ConfigError, JobError
 from p2pflop.job.collection import MAX_COLLECTION_ENTRIES
-from p2pflop.job.counts import shown
+from p2pflop.job.counts import whole_number
 from p2pflop.job.spec import MAX_STEPS
 
 if TYPE_CHECKING:
@@ -34,11 +35,34 @@ _HINT: Final = "Give numpy arrays or .npy files of one dtype and shape, or batch
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """``read(n)`` gives the bytes of shard ``n`` of ``shards``; each is for ``steps`` steps."""
+    """``read(n)`` gives the bytes of shard ``n`` of ``shards``; each is for ``steps`` steps.
+
+    ``files(n)`` is where they lie, for messages; empty for memory.
+    """
 
     read: Callable[[int], bytes]
+    files: Callable[[int], str]
     shards: int
     steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """Rows of one array, then of the next; with ``...`` for rows, a whole array."""
+
+    parts: tuple[tuple[Array, slice | EllipsisType], ...]
+
+    def array(self) -> Array:
+        """What is in it. Raises JobError if its file became shorter."""
+        import numpy as np
+
+        pieces = [_intact(array)[rows] for array, rows in self.parts]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def files(self) -> str:
+        """The names of its files."""
+        names = [getattr(array, "filename", None) for array, _ in self.parts]
+        return " and ".join(str(name) for name in names if name is not None)
 
 
 # By identity, since tensors compare element by element; an entry goes with its tensor.
@@ -53,8 +77,8 @@ def feed(data: Any, *, batch: int | None = None, steps: int = 1, drop_last: bool
     shards of that many; else each array is a shard. Raises ConfigError for what does not fit
     together, and for rows left over unless ``drop_last``.
     """
-    if not 1 <= steps < MAX_STEPS or (batch is not None and batch < 1):
-        raise ConfigError(f"batch={shown(batch)} or steps={shown(steps)} is out of range")
+    steps = _count("steps", steps)
+    batch = None if batch is None else _count("batch", batch)
     arrays = [_open(item) for item in _items(data)]
     kinds = {(array.dtype.str, array.shape[1:] if batch else array.shape) for array in arrays}
     if len(kinds) != 1:
@@ -63,14 +87,19 @@ def feed(data: Any, *, batch: int | None = None, steps: int = 1, drop_last: bool
     shards = _whole(arrays) if batch is None else _cut(arrays, batch, drop_last)
     if not 1 <= len(shards) <= MAX_COLLECTION_ENTRIES:
         raise ConfigError(f"{len(shards)} shards; a feed has 1 to {MAX_COLLECTION_ENTRIES}")
-    first = _copy(shards[0]())
+    first = _copy(shards[0].array())
     if 0 in first.shape:
         raise ConfigError(f"shards of shape {first.shape} hold nothing", hint=_HINT)
     try:
         tensor = Tensor(first)
     except (KeyError, RuntimeError, TypeError) as error:
         raise ConfigError(f"tensors of {first.dtype} do not exist", hint=_HINT) from error
-    _feeds[id(tensor)] = Feed(lambda number: _bytes(shards[number]()), len(shards), steps)
+    _feeds[id(tensor)] = Feed(
+        lambda number: _bytes(shards[number].array()),
+        lambda number: shards[number].files(),
+        len(shards),
+        steps,
+    )
     finalize(tensor, _feeds.pop, id(tensor))
     return tensor
 
@@ -80,9 +109,17 @@ def feed_of(tensor: Tensor) -> Feed | None:
     return _feeds.get(id(tensor))
 
 
+def _count(name: str, value: object) -> int:
+    try:
+        return whole_number(name, value, MAX_STEPS - 1)
+    except JobError as error:
+        raise ConfigError(error.message, hint=error.hint) from error
+
+
 def _items(data: Any) -> Sequence[Any]:
     if not isinstance(data, (str, Path)):
-        return [data] if hasattr(data, "dtype") else list(data)
+        is_several = isinstance(data, Iterable) and not isinstance(data, Mapping)
+        return list(data) if is_several and not hasattr(data, "dtype") else [data]
     if not glob.has_magic(str(data)):
         return [data]
     paths = sorted(glob.glob(str(data)))  # noqa: PTH207 - the pattern may be absolute
@@ -97,7 +134,7 @@ def _open(item: Any) -> Array:
     if isinstance(item, np.ndarray):
         return item
     if not isinstance(item, (str, Path)):
-        raise ConfigError(f"a {type(item).__name__} is no data of a feed", hint=_HINT)
+        raise ConfigError(f"data of type {type(item).__name__} makes no feed", hint=_HINT)
     try:
         found = np.load(item, mmap_mode="r", allow_pickle=False)
     # Its parser of headers raises whatever Python's own does: TokenError, SyntaxError and more.
@@ -127,13 +164,11 @@ def _intact(array: Array) -> Array:
     return array
 
 
-def _whole(arrays: list[Array]) -> list[Callable[[], Array]]:
-    return [lambda array=array: _intact(array) for array in arrays]  # type: ignore[misc]
+def _whole(arrays: list[Array]) -> list[_Shard]:
+    return [_Shard(((array, ...),)) for array in arrays]
 
 
-def _cut(arrays: list[Array], batch: int, drop_last: bool) -> list[Callable[[], Array]]:
-    import numpy as np
-
+def _cut(arrays: list[Array], batch: int, drop_last: bool) -> list[_Shard]:
     if any(not array.shape for array in arrays):
         raise ConfigError("numbers have no rows to cut", hint=_HINT)
     ends = list(accumulate(len(array) for array in arrays))
@@ -143,17 +178,16 @@ def _cut(arrays: list[Array], batch: int, drop_last: bool) -> list[Callable[[], 
             hint="Pad the data, or leave them out with drop_last=True.",
         )
 
-    def rows(start: int) -> Array:
+    def shard(start: int) -> _Shard:
         parts, end = [], start + batch
         number = bisect_right(ends, start)
         while start < end:
             begun = ends[number] - len(arrays[number])
-            parts.append(_intact(arrays[number])[start - begun : end - begun])
+            parts.append((arrays[number], slice(start - begun, end - begun)))
             start, number = ends[number], number + 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return _Shard(tuple(parts))
 
-    starts = range(0, ends[-1] // batch * batch, batch)
-    return [lambda start=start: rows(start) for start in starts]  # type: ignore[misc]
+    return [shard(start) for start in range(0, ends[-1] // batch * batch, batch)]
 
 
 def _copy(array: Array) -> Array:

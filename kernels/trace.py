@@ -20,7 +20,7 @@ be traced is told with its line (``refusals``).
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
@@ -69,8 +69,8 @@ from p2pflop.kernels.export import Exporter, purify
 from p2pflop.kernels.feeds import Feed
 from p2pflop.kernels.gradients import drop_unread_gradients
 from p2pflop.kernels.names import find_tensors, first_names, mentions
-from p2pflop.kernels.places import at
-from p2pflop.kernels.refusals import check_nodes
+from p2pflop.kernels.places import Place, Places, at
+from p2pflop.kernels.refusals import check_nodes, read_order
 from p2pflop.kernels.slots import (
     REALIZE_HINT,
     STEP_ARGUMENT,
@@ -139,11 +139,8 @@ def trace(
             _record(stage, function, arguments, training=number == 0)
             for number, function in enumerate(functions)
         ]
-        if isinstance(collect, str):
-            raise JobError(f"collect={collect!r} is no list", hint=f"collect=[{collect!r}]")
-        unknown = set(collect).difference(*(recording.outputs for recording in recordings))
-        if unknown:
-            raise JobError(f"collect={min(unknown)!r} is not an output")
+        _check_collect(recordings, collect)
+        stop_at = _find_stop(recordings, periods, stop, stage.places)
         recordings = drop_unread_gradients(recordings, stage.held)
         names = first_names(tensors)
         warn_of(recordings, stage.held, names, stage.places)
@@ -151,9 +148,7 @@ def trace(
         slots = Slots(stage, recordings, args or {}, names)
         builder = _Builder(stage, recordings, slots, address_of, frozenset(collect))
         graphs = [builder.phase(recording) for recording in recordings]
-        return builder.finish(
-            graphs, periods, steps, seed, _find_stop(graphs, periods, stop), title
-        )
+        return builder.finish(graphs, periods, steps, seed, stop_at, title)
 
 
 def _record(
@@ -171,6 +166,15 @@ def _record(
             hint="Return a dict of names to tensors, such as {'loss': loss}.",
         )
     check_nodes(roots, stage.places, stage.is_known)
+    for name, output in recording.outputs.items():
+        if any(isinstance(dim, int) and dim == 0 for dim in output.shape):
+            raise JobError(
+                at(
+                    _place_of(output, recording, stage.places),
+                    f"the output {name!r} of shape {output.shape} has no elements",
+                ),
+                hint="Leave it out of the function's dict.",
+            )
     # Who writes p.grad = None looks after gradients without zero_grad().
     return replace(recording, gradients=[]) if mentions(function, "grad") else recording
 
@@ -345,7 +349,8 @@ class _Feeds:
             if len(data) != size_bytes:
                 raise JobError(f"shard {number} of {name} has {len(data)} bytes, not {size_bytes}")
             addresses.append(self.address_of(data))
-            self.readers[addresses[-1]] = partial(feed.read, number)
+            shard = Stored(partial(feed.read, number), size_bytes, files=feed.files(number))
+            self.readers[addresses[-1]] = partial(shard.read_as, addresses[-1], self.address_of)
         collection = encode(numbered(range(feed.shards), addresses, size_bytes))
         address = self.address_of(collection)
         self.readers[address] = partial(bytes, collection)
@@ -390,18 +395,58 @@ def _gather(params: list[WorkParam], address_of: Callable[[bytes], bytes]) -> di
     return {address: partial(bytes, collection)}
 
 
+def _check_collect(recordings: Sequence[Recording], collect: Sequence[str]) -> None:
+    if isinstance(collect, str) or not isinstance(collect, Iterable):
+        name = collect if isinstance(collect, str) else "loss"
+        raise JobError(f"collect={collect!r:.80} is no list", hint=f"collect=[{name!r:.80}]")
+    known = [name for recording in recordings for name in recording.outputs]
+    for name in collect:
+        if name not in known:
+            raise JobError(f"collect={name!r:.80} is not an output; there are {_listed(known)}")
+
+
 def _find_stop(
-    phases: Sequence[_Phase], periods: Sequence[int], stop: str | tuple[str, int] | None
+    recordings: Sequence[Recording], periods: Sequence[int], stop: object, places: Places
 ) -> Stop | None:
     if stop is None:
         return None
-    name, every = (stop, 0) if isinstance(stop, str) else stop
-    every = whole_number("stop", every, MAX_STEPS - 1, lowest=0)
-    for number, phase in enumerate(phases):
-        if name in phase.names:
-            return Stop(number, phase.names.index(name), every or periods[number])
-    known = ", ".join(name for phase in phases for name in phase.names)
-    raise JobError(f"stop={name!r} is not an output; there are {known or 'none'}")
+    match stop:
+        case str(name):
+            every = 0
+        case (str(name), number):
+            every = whole_number("stop", number, MAX_STEPS - 1)
+        case _:
+            raise JobError(
+                f"stop={stop!r:.80} is neither a name nor a name and a number of steps",
+                hint="Write stop='done', or stop=('done', 10) to look every 10 steps.",
+            )
+    for number, recording in enumerate(recordings):
+        if name in recording.outputs:
+            _check_condition(recording, name, places)
+            return Stop(number, list(recording.outputs).index(name), every or periods[number])
+    known = [name for recording in recordings for name in recording.outputs]
+    raise JobError(f"stop={name!r:.80} is not an output; there are {_listed(known)}")
+
+
+def _check_condition(recording: Recording, name: str, places: Places) -> None:
+    output = recording.outputs[name]
+    if output.dtype != dtypes.bool or output.shape != ():
+        raise JobError(
+            at(
+                _place_of(output, recording, places),
+                f"a job ends at one bool, and the output {name!r} is of dtype {output.dtype.name} "
+                f"and shape {output.shape}",
+            ),
+            hint="Return a comparison of single numbers, loss < 0.1, or .any() or .all() of many.",
+        )
+
+
+def _place_of(output: UOp, recording: Recording, places: Places) -> Place | None:
+    return places.of(output, reversed(read_order([output]))) or recording.place
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _label(name: object) -> str:

@@ -40,19 +40,24 @@ _VIEWS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """``size_bytes`` that ``read`` gives whenever it is asked; ``address`` of them, if known."""
+    """``size_bytes`` that ``read`` gives whenever it is asked; ``address`` of them, if known.
+
+    ``files`` is where they lie, for messages; empty for memory.
+    """
 
     read: Read
     size_bytes: int
     address: bytes | None = None
+    files: str = ""
 
     def read_as(self, address: bytes, address_of: Callable[[bytes], bytes]) -> bytes:
         """The bytes again. Raises JobError if they are not those of ``address`` any more."""
         data = self.read()
         if address_of(data) != address:
             raise JobError(
-                f"{len(data)} bytes that the job was traced with have changed since",
-                hint="Leave files of weights alone until the job was submitted; trace it again.",
+                f"{self.files or f'data of {len(data)} bytes'} has changed since the job was "
+                "traced with it",
+                hint="Leave data alone until the job was submitted; trace it again.",
             )
         return data
 
@@ -117,7 +122,7 @@ def file_span(path: Path, start: int, size_bytes: int) -> Stored:
             raise ConfigError(f"{path} has become shorter since it was opened")
         return data
 
-    return Stored(read, size_bytes)
+    return Stored(read, size_bytes, files=str(path))
 
 
 def is_disk(buffer: UOp) -> bool:

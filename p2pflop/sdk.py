@@ -339,16 +339,31 @@ def load(path: str | Path) -> Job:
             data = file.read(MAX_FILE_BYTES + 1)
         folder = source.with_name(source.name + INPUTS_SUFFIX)
         blobs = list(folder.iterdir()) if folder.is_dir() else []
-        readers = {address_of(blob.read_bytes()): blob.read_bytes for blob in blobs}
+        addresses = {address_of(blob.read_bytes()): blob for blob in blobs}
     except OSError as error:
         hint = "Make one with 'p2pflop trace SCRIPT'." if not source.exists() else ""
         raise ConfigError(f"cannot read {source}: {error.strerror}", hint=hint) from error
+    readers = {a: functools.partial(_read_input, blob, a) for a, blob in addresses.items()}
     try:
         return Job(decode_file(data), LazyBlobs(readers), folder)
     except ProtocolError as error:
         raise JobError(
             f"{source}: {error.message}", hint=error.hint or "Write it anew: p2pflop trace."
         ) from error
+
+
+def _read_input(path: Path, address: bytes) -> bytes:
+    """An input once more. Raises VerificationError, ConfigError if it is not there any more."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    if address_of(data) != address:
+        raise VerificationError(
+            f"{path} has changed since the job was loaded",
+            hint="Leave the inputs of a job alone until it was submitted; load it again.",
+        )
+    return data
 
 
 def put(source: str | Path | bytes, *, public: bool = False) -> str:

@@ -67,8 +67,13 @@ def test_an_entry_goes_with_its_tensor() -> None:
         ([], {}, "not of nothing"),
         ("nothing/*.npy", {}, "no file matches"),
         ("nothing.npy", {}, "cannot read nothing.npy"),
-        ([3], {}, "a int is no data"),
-        (np.int32(3), {"batch": 1}, "a int32 is no data"),
+        (ROWS, {"batch": 2.5}, "batch=2.5"),
+        (ROWS, {"steps": "4"}, "steps='4'"),
+        (3, {}, "data of type int makes no feed"),
+        (None, {}, "data of type NoneType"),
+        ({"rows": ROWS}, {}, "data of type dict"),
+        ([3], {}, "data of type int"),
+        (np.int32(3), {"batch": 1}, "data of type int32"),
         (np.zeros(()), {"batch": 1}, "no rows to cut"),
         (np.zeros((2, 0)), {}, "hold nothing"),
         (np.zeros(MAX_COLLECTION_ENTRIES + 1), {"batch": 1}, "65537 shards"),
@@ -122,4 +127,25 @@ def test_a_file_that_became_shorter_is_an_error_and_not_the_end_of_the_process(
     job = pf.trace(step, steps=1)
     os.truncate(path, 4096)
     with pytest.raises(JobError, match="has become shorter"):
+        job.run_local()
+
+
+def test_a_file_that_changed_after_tracing_is_named(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.npy" for number in range(3)]
+    for path in paths:
+        np.save(path, ROWS)
+    rows = pf.feed([str(path) for path in paths], batch=18)
+    job = pf.trace(lambda: {"sum": rows.sum()}, steps=2)
+    np.save(paths[1], ROWS + 1)
+    with pytest.raises(JobError, match="has changed since the job was traced with it") as told:
+        job.run_local()
+    assert told.value.message.startswith(f"{paths[0]} and {paths[1]} has")
+
+
+def test_an_array_that_changed_after_tracing_is_noticed() -> None:
+    data = ROWS.copy()
+    rows = pf.feed(data, batch=4)
+    job = pf.trace(lambda: {"sum": rows.sum()}, steps=2)
+    data += 1
+    with pytest.raises(JobError, match=r"^data of 16 bytes has changed"):
         job.run_local()

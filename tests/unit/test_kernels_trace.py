@@ -208,6 +208,29 @@ def test_a_text_is_no_list_of_outputs_to_collect() -> None:
     with pytest.raises(JobError, match="collect='value' is no list") as told:
         trace(lambda: {"value": value * 2}, collect="value")
     assert told.value.hint == "collect=['value']"
+    with pytest.raises(JobError, match="collect=3 is no list"):
+        trace(lambda: {"value": value * 2}, collect=3)
+    with pytest.raises(JobError, match="collect='loss' is not an output; there are value"):
+        trace(lambda: {"value": value * 2}, collect=["loss"])
+
+
+@pytest.mark.parametrize("stop", [("done",), ("done", 1, 2), 3, True, ("done", 0), ("done", 1.5)])
+def test_a_stop_that_means_nothing_is_refused(stop: Any) -> None:
+    step, look = counting()
+    with pytest.raises(JobError, match=r"^stop=") as told:
+        trace(step, every={3: look}, stop=stop)
+    assert told.value.hint
+
+
+def test_an_output_without_elements_is_named_with_its_line() -> None:
+    pixels = Tensor(PIXELS)
+
+    def step() -> dict[str, Tensor]:
+        return {"all": pixels.sum(), "none": pixels[:0]}
+
+    line = step.__code__.co_firstlineno + 1
+    with pytest.raises(JobError, match=rf":{line}: the output 'none' of shape \(0, 4\) has no"):
+        trace(step)
 
 
 def test_a_job_may_end_at_an_output_of_any_phase() -> None:
@@ -217,8 +240,10 @@ def test_a_job_may_end_at_an_output_of_any_phase() -> None:
     assert opened(trace(step, every={3: look})).work.stop is None
     with pytest.raises(JobError, match="'missing' is not an output; there are total, total, done"):
         trace(step, every={3: look}, stop="missing")
-    with pytest.raises(JobError, match="stop: the output is not a 0-d bool"):
+    line = step.__code__.co_firstlineno + 2
+    with pytest.raises(JobError, match=rf":{line}: .* 'total' is of dtype float and shape") as told:
         trace(step, every={3: look}, stop="total")
+    assert ".any()" in told.value.hint
 
 
 def test_a_parameter_with_a_default_needs_no_argument() -> None:

@@ -113,7 +113,7 @@ def test_bytes_that_change_after_tracing_are_noticed() -> None:
     shelf = Shelf(VALUES)
     job = pf.trace(lambda: {"y": shelf.tensor + 0.5}, steps=1)
     shelf.data = bytes(48)
-    with pytest.raises(JobError, match="have changed since"):
+    with pytest.raises(JobError, match="has changed since the job was traced with it"):
         job.run_local()
 
 

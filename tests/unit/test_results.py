@@ -307,8 +307,14 @@ class TestSubmit:
     ) -> None:
         node = start_node()
         loaded = pf.load(job.save(tmp_path / "job.p2pj"))
-        (tmp_path / "job.p2pj.inputs" / address_of(START).hex()).write_bytes(b"other bytes")
-        with pytest.raises(VerificationError, match="has changed"):
+        start = tmp_path / "job.p2pj.inputs" / address_of(START).hex()
+        start.write_bytes(b"other bytes")
+        for use in (pf.submit, pf.Job.run_local):
+            with pytest.raises(VerificationError, match="since the job was loaded") as told:
+                use(loaded)
+            assert told.value.message.startswith(f"{start} has changed")
+        start.unlink()
+        with pytest.raises(ConfigError, match=r"cannot read .*: No such file"):
             pf.submit(loaded)
         assert not node.service.runs
 
