@@ -16,7 +16,7 @@ import click
 from click.shell_completion import shell_complete
 
 from p2pflop import __version__
-from p2pflop.cli.output import Flags, print_error
+from p2pflop.cli.output import Flags, print_error, print_traceback, say
 from p2pflop.errors import ConfigError, P2PFlopError
 
 PROGRAM: Final = "p2pflop"
@@ -129,7 +129,7 @@ def _invoke(arguments: Sequence[str], flags: Flags) -> int:
         return _flushed(exit_.exit_code)
     except KeyboardInterrupt as interrupt:
         for note in getattr(interrupt, "__notes__", []):
-            click.echo(note, err=True)
+            say(note)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return _reader_left()
@@ -160,6 +160,7 @@ def _report_usage(error: click.ClickException, *, as_json: bool) -> int:
 
 def main() -> None:
     """The console script."""
+    sys.excepthook = print_traceback
     sys.exit(run(sys.argv[1:]))
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import click
@@ -84,11 +86,19 @@ def _remember(context: click.Context, parameter: click.Parameter, value: Any) ->
 
 def clean(text: object) -> str:
     """``text`` on one line, without control or direction characters, of bounded length."""
-    plain = "".join(
-        char if char.isprintable() else " " if char.isspace() else "\N{REPLACEMENT CHARACTER}"
-        for char in str(text)[:MAX_TEXT_CHARS]
+    return visible(str(text)[:MAX_TEXT_CHARS]).replace("\n", " ").strip()
+
+
+def visible(text: str) -> str:
+    """``text`` without what a terminal would obey, but for the ends of its lines."""
+    return "".join(
+        char
+        if char.isprintable() or char == "\n"
+        else " "
+        if char.isspace()
+        else "\N{REPLACEMENT CHARACTER}"
+        for char in text
     )
-    return plain.strip()
 
 
 def print_json(value: Any) -> None:
@@ -139,7 +149,14 @@ def field_lines(fields: Iterable[tuple[str, object]]) -> list[str]:
 
 def say(text: str) -> None:
     """A remark for the person at the terminal."""
-    click.echo(text, err=True)
+    click.echo(visible(text), err=True)
+
+
+def print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """What ``sys.excepthook`` does, for errors whose text may be a stranger's."""
+    click.echo(visible("".join(traceback.format_exception(kind, error, trace))), err=True, nl=False)
 
 
 def print_error(error: P2PFlopError, *, as_json: bool) -> None:

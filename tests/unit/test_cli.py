@@ -168,6 +168,23 @@ class TestErrors:
         with pytest.raises(RuntimeError):
             run(["book", "--debug"])
 
+    @pytest.mark.parametrize("options", [[], ["--debug"], ["--json"]])
+    def test_a_scripts_words_cannot_reach_the_terminal(
+        self, tmp_path: Path, options: list[str]
+    ) -> None:
+        script = tmp_path / "evil.py"
+        script.write_text('raise ValueError("evil \\x1b[31m\\x07\\x9b\\u202e")')
+        done = subprocess.run(
+            [sys.executable, "-m", "p2pflop.cli.main", "trace", str(script), *options],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            check=False,
+        )
+        assert "ValueError: evil" in done.stderr
+        assert ("Traceback" in done.stderr) == ("--debug" in options)
+        assert all(char.isprintable() or char == "\n" for char in done.stderr)
+
     def test_a_reader_that_leaves_is_no_error(self, tmp_path: Path) -> None:
         read, write = os.pipe()
         os.close(read)
