@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Final, Protocol
 
 from p2pflop.dht.manifest import Buffer, Manifest
-from p2pflop.errors import BlobNotFoundError, StoreError, VerificationError
+from p2pflop.errors import BlobNotFoundError, StoreError, StoreFullError, VerificationError
 from p2pflop.units import GIB, KIB
 
 MAX_GET_BYTES: Final = GIB
@@ -194,13 +194,12 @@ class Quota:
         self.used_bytes = used_bytes
 
     def reserve(self, size_bytes: int) -> None:
-        """Count ``size_bytes`` more. Raises StoreError over the quota."""
+        """Count ``size_bytes`` more. Raises StoreFullError over the quota."""
         if self.quota_bytes is not None and self.used_bytes + size_bytes > self.quota_bytes:
-            raise StoreError(
+            raise StoreFullError(
                 f"{size_bytes} bytes more would go over the store's quota of {self.quota_bytes};"
                 f" {self.used_bytes} are in use",
                 hint="Delete blobs that are not needed (p2pflop rm HASH), or raise the quota.",
-                is_full=True,
             )
         self.used_bytes += size_bytes
 

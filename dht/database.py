@@ -19,7 +19,8 @@ from typing import Any, Final, Generic, TypeVar
 
 import trio
 
-from p2pflop.errors import StoreError
+from p2pflop.dht.files import FREE_SPACE
+from p2pflop.errors import StoreError, StoreFullError
 
 MAX_GROUP: Final = 256
 MAX_WAITING: Final = 4096
@@ -167,8 +168,9 @@ class Database:
                 hint="Restore it from a backup. If it is moved away, the node begins a new one "
                 "without what was in it.",
             )
+        if code == sqlite3.SQLITE_FULL:
+            return StoreFullError(f"the disk of {self.path} is full", hint=FREE_SPACE)
         return StoreError(
-            f"{self.path.name}: {error}",
+            f"{self.path}: {error}",
             hint=f"See that {self.path.parent} is writable and its disk has space and is sound.",
-            is_full=code == sqlite3.SQLITE_FULL,
         )

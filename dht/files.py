@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Final
 
 from p2pflop.dht.manifest import CHUNK_BYTES, Buffer, Manifest
-from p2pflop.errors import StoreError, VerificationError
+from p2pflop.errors import StoreError, StoreFullError, VerificationError
 
 NAME_BYTES: Final = 16
 
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has only fsync.
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FREE_SPACE: Final = "Free space on it, or delete blobs that are not needed: p2pflop rm HASH."
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DamagedChunk(Exception):
@@ -148,14 +149,14 @@ def sweep(folder: Path, named: set[str]) -> int:
 
 def disk_error(error: OSError, path: Path) -> StoreError:
     """What to tell a user about ``error`` from the store at ``path``."""
-    if error.errno in _FULL:
-        hint = "Free space on its disk, or delete blobs that are not needed: p2pflop rm HASH."
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    reason = error.strerror or error
+    if error.errno in NO_ROOM:
+        return StoreFullError(f"the disk of the store at {path} is full: {reason}", hint=FREE_SPACE)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "See that this user may write to the folder and that the disk is not read-only."
     else:
         hint = "The disk may be failing: look at the system's log."
-    message = f"the store at {path} failed: {error.strerror or error}"
-    return StoreError(message, hint=hint, is_full=error.errno in _FULL)
+    return StoreError(f"the store at {path} failed: {reason}", hint=hint)
 
 
 def damage_error(address: bytes, damage: DamagedChunk) -> VerificationError:

@@ -43,6 +43,7 @@ _STATUS: Final = {
     "ProviderError": 502,
     "MarketError": 409,
     "StoreError": 507,
+    "StoreFullError": 507,
     "BlobNotFoundError": 404,
     "VerificationError": 502,
     "ProtocolError": 502,

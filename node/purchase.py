@@ -505,7 +505,7 @@ class Purchase:
                 return False
             except StoreError as error:
                 message = f"what was delivered cannot be kept: {error.message}"
-                self._failure = StoreError(message, hint=error.hint, is_full=error.is_full)
+                self._failure = type(error)(message, hint=error.hint)
                 await self._driver.on(Cancel("the buyer's disk failed, or is full"))
                 return True
             if self._run.over:

@@ -21,6 +21,7 @@ from p2pflop.errors import (
     P2PFlopError,
     ProtocolError,
     StoreError,
+    StoreFullError,
     first_error,
 )
 from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS
@@ -545,8 +546,10 @@ class Sale:
 
 def _reason(failure: Exception) -> str:
     """What a buyer is told: nothing of this machine's folders."""
+    if isinstance(failure, StoreFullError):
+        return "the provider's disk is full"
     if isinstance(failure, StoreError):
-        return "the provider's disk is full" if failure.is_full else "the provider's disk failed"
+        return "the provider's disk failed"
     return failure.message if isinstance(failure, P2PFlopError) else "the node failed"
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ProtocolError,
         ProviderError,
         StoreError,
+        StoreFullError,
         TraceWarning,
         VerificationError,
     )
@@ -60,6 +61,7 @@ __all__ = [
     "Row",
     "Run",
     "StoreError",
+    "StoreFullError",
     "TraceWarning",
     "VerificationError",
     "__version__",

@@ -21,9 +21,16 @@ from typing import Any, Final, Self
 
 import httpx
 
+from p2pflop.dht.files import NO_ROOM
 from p2pflop.dht.manifest import CHUNK_BYTES, ManifestBuilder, address_of
 from p2pflop.embedded import NodeNote, read_note, start_embedded
-from p2pflop.errors import ConfigError, NodeUnreachableError, StoreError, VerificationError
+from p2pflop.errors import (
+    ConfigError,
+    NodeUnreachableError,
+    StoreError,
+    StoreFullError,
+    VerificationError,
+)
 from p2pflop.node.config import default_home
 from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions, check_run_id
 from p2pflop.replies import error_of, lines, not_a_node, raise_for, read, whole_bytes
@@ -252,7 +259,8 @@ class Client:
                 os.fsync(file.fileno())
             draft.replace(out)
         except OSError as error:
-            raise StoreError(f"cannot write {out}: {error.strerror}") from error
+            kind = StoreFullError if error.errno in NO_ROOM else StoreError
+            raise kind(f"cannot write {out}: {error.strerror}") from error
         finally:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)

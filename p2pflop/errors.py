@@ -10,7 +10,8 @@
     ├── ProviderError                 exit 6   not the job's fault: vanished, refused; try again
     ├── MarketError                   exit 7   no ask satisfies the job, or the budget does not
     ├── StoreError                    exit 8   the blob store cannot keep or find something
-    │   └── BlobNotFoundError         exit 9   no such blob here, nor where it was looked for
+    │   ├── BlobNotFoundError         exit 9   no such blob here, nor where it was looked for
+    │   └── StoreFullError            exit 12  no room is left on its disk, or in its quota
     ├── VerificationError             exit 10  a hash or a signature does not match its bytes
     └── ProtocolError                 exit 11  a peer sent what the protocol does not allow
 
@@ -78,19 +79,21 @@ class MarketError(P2PFlopError):
 
 
 class StoreError(P2PFlopError):
-    """The blob store cannot keep, read or find something. ``is_full``: for want of room."""
+    """The blob store cannot keep, read or find something."""
 
     exit_code = 8
-
-    def __init__(self, message: str, *, hint: str = "", is_full: bool = False) -> None:
-        super().__init__(message, hint=hint)
-        self.is_full = is_full
 
 
 class BlobNotFoundError(StoreError):
     """No such blob here, nor where it was looked for."""
 
     exit_code = 9
+
+
+class StoreFullError(StoreError):
+    """No room is left: its disk is full, or its quota is reached."""
+
+    exit_code = 12
 
 
 class VerificationError(P2PFlopError):

@@ -58,7 +58,7 @@ Exit codes:
   3 home in use      4 no node answers    5 the job's own fault
   6 provider failed  7 no deal            8 blob store failed
   9 no such blob    10 hash or signature wrong  11 a peer broke the protocol
-  130 interrupted
+  12 disk full      130 interrupted
 
 Every command has --json, --home, --debug and its own --help with examples.
 """

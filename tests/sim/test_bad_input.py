@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 import p2pflop as pf
 from p2pflop.dht.manifest import address_of
-from p2pflop.errors import JobError, StoreError
+from p2pflop.errors import JobError, StoreFullError
 from p2pflop.job.collection import numbered
 from p2pflop.job.file import JobFile, decode_file, encode_file
 from p2pflop.job.spec import ROLE_FEED, FeedSource, Work, WorkParam, work_id
@@ -121,7 +121,7 @@ async def test_a_store_that_fills_up_while_checkpointing(
     end = await buy(market, buyer, sample_file(STEPS, floats=LARGE))
     assert end["kind"] == "failed"
     if who == "buyer":
-        assert end["error"] == "StoreError"
+        assert end["error"] == "StoreFullError"
         assert end["message"].startswith("what was delivered cannot be kept: ")
         assert "p2pflop rm HASH" in end["hint"]
     else:
@@ -148,7 +148,7 @@ class FullDatabase:
 
     async def write(self, operation: Callable[[sqlite3.Connection], Any]) -> Any:
         if self.is_full:
-            raise StoreError("journal.db: database or disk is full", is_full=True)
+            raise StoreFullError("the disk of journal.db is full")
         return await self._write(operation)
 
     def fill(self) -> None:
@@ -172,8 +172,8 @@ async def test_a_database_that_is_full_while_checkpointing(
     end = await buy(market, buyer, sample_file(STEPS))
     assert end["kind"] == "failed"
     if who == "buyer":
-        assert end["error"] == "StoreError"
-        assert "database or disk is full" in end["message"]
+        assert end["error"] == "StoreFullError"
+        assert "the disk of journal.db is full" in end["message"]
     else:
         assert end["error"] == "ProviderError"
         assert end["message"] == "the provider gave the lease back: the provider's disk is full"

@@ -18,7 +18,7 @@ from p2pflop.dht.database import Database
 from p2pflop.dht.index import Index
 from p2pflop.dht.manifest import CHUNK_BYTES, address_of, manifest_of
 from p2pflop.dht.store import PARTIAL_LIFETIME_NS, FileStore
-from p2pflop.errors import BlobNotFoundError, StoreError, VerificationError
+from p2pflop.errors import BlobNotFoundError, StoreError, StoreFullError, VerificationError
 
 SIZE = 3 * CHUNK_BYTES + 1
 DATA = bytes(range(256)) * (SIZE // 256) + b"\0" * (SIZE % 256)
@@ -47,7 +47,7 @@ async def test_the_quota_counts_what_was_there_at_the_start(tmp_path: Path) -> N
         await store.put(DATA)
         await store.begin(manifest_of(b"x" * SIZE))
     async with FileStore(tmp_path, quota_bytes=2 * SIZE) as store:
-        with pytest.raises(StoreError, match="quota"):
+        with pytest.raises(StoreFullError, match="quota"):
             await store.put(b"x")
 
 
@@ -176,9 +176,9 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("full_disk")
 async def test_a_full_disk_refuses_and_leaves_nothing(tmp_path: Path) -> None:
     async with FileStore(tmp_path) as store:
-        with pytest.raises(StoreError) as caught:
+        with pytest.raises(StoreFullError) as caught:
             await store.put(DATA)
-        assert "No space" in caught.value.message
+        assert f"the disk of the store at {tmp_path} is full: No space" in caught.value.message
         assert "space" in caught.value.hint
         async with store.writer() as writer:
             with pytest.raises(StoreError, match="No space"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from p2pflop.errors import StoreError
+from p2pflop.errors import StoreError, StoreFullError
 from p2pflop.node.books import open_books
 from p2pflop.node.journal import (
     BUYER,
@@ -166,3 +166,18 @@ def test_a_file_that_is_no_database_is_a_clear_error(tmp_path: Path) -> None:
         open_books(tmp_path)
     assert str(tmp_path / "journal.db") in caught.value.message
     assert "backup" in caught.value.hint
+
+
+async def test_a_full_disk_is_named_with_what_to_do(tmp_path: Path) -> None:
+    database = open_books(tmp_path)
+
+    def fill(connection: sqlite3.Connection) -> None:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        connection.execute("CREATE TABLE large AS SELECT zeroblob(1000000)")
+
+    with pytest.raises(StoreFullError) as caught:
+        await database.write(fill)
+    assert caught.value.message == f"the disk of {tmp_path / 'journal.db'} is full"
+    assert "p2pflop rm HASH" in caught.value.hint
+    await database.aclose()
