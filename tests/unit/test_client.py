@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from p2pflop.errors import (
     ProtocolError,
     ProviderError,
     StoreError,
+    StoreFullError,
     VerificationError,
 )
 from p2pflop.replies import error_from
@@ -134,6 +136,20 @@ class TestBlobs:
         (tmp_path / "file").write_bytes(b"")
         with pytest.raises(StoreError, match="cannot write"):
             pf.get(address, tmp_path / "file" / "out")
+
+    def test_a_full_disk_has_an_error_of_its_own(
+        self, start_node: StartNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        start_node()
+        address = pf.put(b"data")
+
+        def fail(_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("p2pflop.client.os.fsync", fail)
+            with pytest.raises(StoreFullError, match=r"cannot write .*out: No space"):
+                pf.get(address, tmp_path / "out")
 
 
 class TestErrors:
