@@ -68,7 +68,8 @@ class Database:
         self.path = path
         self._closed = False
         self._queue: SimpleQueue[_Request[Any] | None] = SimpleQueue()
-        self._waiting = trio.CapacityLimiter(MAX_WAITING)
+        self._unfinished = 0
+        self._fewer = trio.Event()
         try:
             self._connection = self._connect(schema, version)
             self._reader = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)
@@ -85,12 +86,18 @@ class Database:
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
-            async with self._waiting:
-                if self._closed:
-                    raise StoreError(f"{self.path} is closed")
-                request = _Request(operation)
-                self._queue.put(request)
-                await request.done.wait()
+            while self._unfinished >= MAX_WAITING:
+                await self._fewer.wait()
+            if self._closed:
+                raise StoreError(f"{self.path} is closed")
+            request = _Request(operation)
+            self._unfinished += 1
+            self._queue.put(request)
+            await request.done.wait()
+            self._unfinished -= 1
+            if self._fewer.statistics().tasks_waiting:
+                self._fewer.set()
+                self._fewer = trio.Event()
         if isinstance(request.fault, sqlite3.Error):
             raise self._fault(request.fault) from request.fault
         if request.fault is not None:

@@ -21,6 +21,7 @@ from typing import Final, Protocol
 
 import trio
 
+from p2pflop.dht.turns import Turn
 from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError
 from p2pflop.units import KIB, MIB
 
@@ -92,7 +93,7 @@ class FrameStream:
     def __init__(self, transport: ByteStream, peer: str) -> None:
         self.peer = peer
         self._transport = transport
-        self._sending = trio.Lock()
+        self._sending = Turn()
         self._buffer = bytearray()
         self._ended = False
         self._send_fault = ""

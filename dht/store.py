@@ -156,7 +156,7 @@ class FileStore:
 
     async def manifest(self, address: bytes) -> Manifest:
         """See Store."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         row = self._require(address)
         try:
             return self._manifest(row)
@@ -169,7 +169,7 @@ class FileStore:
     ) -> PartialBlob:
         """See Store."""
         check_reader(owner)
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         address = manifest.address
 
         async def own() -> BlobInfo:
@@ -196,18 +196,18 @@ class FileStore:
 
     async def resume(self, address: bytes, owner: bytes = b"") -> PartialBlob | None:
         """See Store."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         return await self._open_partial(address, owner, public=False)
 
     async def stat(self, address: bytes) -> BlobInfo | None:
         """See Store."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         row = self.index.whole(address)
         return row.info if row is not None else None
 
     async def list(self) -> tuple[BlobInfo, ...]:
         """See Store."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         return tuple(row.info for row in self.index.all_whole())
 
     async def set_public(self, address: bytes, public: bool = True) -> BlobInfo:
@@ -225,7 +225,7 @@ class FileStore:
 
     async def may_read(self, address: bytes, reader: bytes) -> bool:
         """See Store."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         row = self.index.whole(address)
         if row is None or not reader:
             return row is not None and row.info.public
@@ -346,7 +346,7 @@ class FileStore:
             row = self._require(row.info.address)
 
     async def _read_small(self, row: Row) -> bytes:
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         data = self.index.data(row)
         if data is None or address_of(data) != row.info.address:
             raise DamagedChunk(None)

@@ -9,9 +9,9 @@ promised and never a byte that did not verify.
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any, Final
 
 import trio
@@ -24,10 +24,10 @@ from p2pflop.errors import P2PFlopError
 from p2pflop.node.api_guard import dump_json, error_body
 
 READ_AHEAD_CHUNKS: Final = 1
-MAX_WAITING_EVENTS: Final = 64
+MAX_EVENTS_A_WRITE: Final = 64
 HEARTBEAT: Final = b": still here\n\n"
-GATHER_S: Final = 0.01
-"""How long an event waits for others to leave with it, unless it is the last."""
+HEADERS_S: Final = 0.01
+"""How long the headers wait for an event to leave with them."""
 
 _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})")
 _log = logging.getLogger(__name__)
@@ -108,11 +108,14 @@ class BlobStream(Response):
 
 
 class EventStream(Response):
-    """Server-sent events with a comment line whenever ``heartbeat_s`` pass without one."""
+    """Server-sent events with a comment line whenever ``heartbeat_s`` pass without one.
+
+    ``events`` gives those that leave together: they go in one write.
+    """
 
     def __init__(
         self,
-        events: AsyncIterator[dict[str, Any]],
+        events: AsyncIterator[Sequence[dict[str, Any]]],
         *,
         heartbeat_s: float,
         wait_s: float,
@@ -125,70 +128,52 @@ class EventStream(Response):
         self._heartbeat_s = heartbeat_s
         self._wait_s = wait_s
         self._stopping = stopping
-        self._all_pumped: trio.Event
+        self._silent_since = -math.inf
+        self._send: Send
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        async def write(frame: bytes) -> None:
-            await send({"type": "http.response.body", "body": frame, "more_body": True})
-
+        self._send = send
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        self._all_pumped = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.cancel_scope.deadline = trio.current_time() + self._wait_s
             nursery.start_soon(_until_gone, receive, nursery.cancel_scope)
             nursery.start_soon(_until_set, self._stopping, nursery.cancel_scope)
-            put, take = trio.open_memory_channel[bytes](MAX_WAITING_EVENTS)
-            nursery.start_soon(self._pump, put)
-            await self._forward(take, write)
+            nursery.start_soon(self._beat)
+            await self._forward()
             nursery.cancel_scope.cancel()
         await send({"type": "http.response.body"})
 
-    async def _forward(
-        self, take: trio.MemoryReceiveChannel[bytes], write: Callable[[bytes], Awaitable[None]]
-    ) -> None:
-        wait_s = GATHER_S  # at first for the headers, which leave with it
-        async with take:
-            while True:
-                frame = HEARTBEAT
-                with trio.move_on_after(wait_s):
-                    try:
-                        frame = await take.receive()
-                    except trio.EndOfChannel:
-                        return
-                    else:
-                        with trio.move_on_after(GATHER_S):
-                            await self._all_pumped.wait()
-                await write(_with_what_waits(frame, take))
-                wait_s = self._heartbeat_s
+    async def _forward(self) -> None:
+        try:
+            async for events in self._events:
+                for first in range(0, len(events), MAX_EVENTS_A_WRITE):
+                    few = events[first : first + MAX_EVENTS_A_WRITE]
+                    await self._write(b"".join(_frame(event) for event in few))
+        except P2PFlopError as error:
+            data = dump_json({"error": error_body(error)})
+            await self._write(b"event: error\ndata: " + data + b"\n\n")
+        finally:
+            if isinstance(self._events, AsyncGenerator):
+                with trio.CancelScope(shield=True):
+                    await self._events.aclose()
 
-    async def _pump(self, put: trio.MemorySendChannel[bytes]) -> None:
-        async with put:
-            try:
-                async for event in self._events:
-                    head = f"id: {event['seq']}\nevent: {event['kind']}\ndata: ".encode()
-                    frame = head + dump_json(event) + b"\n\n"
-                    try:
-                        # Not a pause between events that were told together: they leave together.
-                        put.send_nowait(frame)
-                    except trio.WouldBlock:
-                        await put.send(frame)
-            except P2PFlopError as error:
-                data = dump_json({"error": error_body(error)})
-                await put.send(b"event: error\ndata: " + data + b"\n\n")
-            finally:
-                self._all_pumped.set()
-                if isinstance(self._events, AsyncGenerator):
-                    with trio.CancelScope(shield=True):
-                        await self._events.aclose()
+    async def _beat(self) -> None:
+        await trio.sleep(HEADERS_S)
+        while True:
+            wait_s = self._silent_since + self._heartbeat_s - trio.current_time()
+            if wait_s > 0:
+                await trio.sleep(wait_s)
+            else:
+                await self._write(HEARTBEAT)
+
+    async def _write(self, data: bytes) -> None:
+        self._silent_since = trio.current_time()
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
 
-def _with_what_waits(frame: bytes, take: trio.MemoryReceiveChannel[bytes]) -> bytes:
-    """Events that come together leave together: one write, not one an event."""
-    frames = [frame]
-    with suppress(trio.WouldBlock, trio.EndOfChannel):
-        while len(frames) <= MAX_WAITING_EVENTS:
-            frames.append(take.receive_nowait())
-    return b"".join(frames)
+def _frame(event: dict[str, Any]) -> bytes:
+    head = f"id: {event['seq']}\nevent: {event['kind']}\ndata: ".encode()
+    return head + dump_json(event) + b"\n\n"
 
 
 async def _read_span(

@@ -147,6 +147,8 @@ class Crew:
 
     async def wait_ready(self) -> None:
         """Wait until both are warm. Raises ConfigError if they cannot be."""
+        if self.ready.is_set():
+            return
         with trio.move_on_after(START_SECONDS):
             async with trio.open_nursery() as nursery:
                 for event in (self.ready, self.lost):

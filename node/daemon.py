@@ -105,7 +105,7 @@ class Daemon:
         """See NodeService."""
         return self.buyer.result_record(run_id)
 
-    def events(self, run_id: str, after_seq: int) -> AsyncIterator[Json]:
+    def events(self, run_id: str, after_seq: int) -> AsyncIterator[list[Json]]:
         """See NodeService."""
         return self.runs.follow(run_id, after_seq)
 

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
+from p2pflop.dht.turns import Turn
 from p2pflop.errors import ProtocolError, ProviderError, StoreError
 from p2pflop.job.events import (
     Event,
@@ -80,8 +81,9 @@ class Driver:
         self._rows = rows
         self._hands = hands
         self._now_ns = now_ns
-        self._lock = trio.Lock()
+        self._lock = Turn()
         self._timers: dict[str, int] = {}
+        self._wakes_ns = 0
         self._timers_changed = trio.Event()
 
     async def start(self) -> None:
@@ -137,8 +139,9 @@ class Driver:
         """Report timers when they are due, until the job is over."""
         while not self.over.is_set():
             self._timers_changed = trio.Event()
-            wait_ns = min(self._timers.values(), default=2**62) - self._now_ns()
-            wait_ns = min(wait_ns, LOOK_AGAIN_NS)
+            now_ns = self._now_ns()
+            self._wakes_ns = min([*self._timers.values(), now_ns + LOOK_AGAIN_NS])
+            wait_ns = self._wakes_ns - now_ns
             with trio.move_on_after(max(0.0, wait_ns / NS_PER_S)) as scope:
                 await self._timers_changed.wait()
             if scope.cancelled_caught:
@@ -177,7 +180,8 @@ class Driver:
                     self._hands.stop()
                 case SetTimer():
                     self._timers[action.name] = action.at_ns
-                    self._timers_changed.set()
+                    if action.at_ns < self._wakes_ns:
+                        self._timers_changed.set()
                 case Finish():
                     self._timers.clear()
                     self._timers_changed.set()

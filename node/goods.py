@@ -202,6 +202,11 @@ class Goods:
             raise failures[0]
 
     async def _fetch_all(self, wanted: Sequence[WantedBlob]) -> None:
+        absent = [
+            blob for blob in {b.address: b for b in wanted}.values() if not await self._has(blob)
+        ]
+        if not absent:
+            return
         limiter = trio.CapacityLimiter(MAX_PARALLEL_FETCHES)
         failures: list[P2PFlopError] = []
 
@@ -214,22 +219,26 @@ class Goods:
                         failures.append(error)
 
         async with trio.open_nursery() as nursery:
-            for blob in {blob.address: blob for blob in wanted}.values():
+            for blob in absent:
                 nursery.start_soon(one, blob)
         if failures:
             raise failures[0]
 
-    async def _fetch(self, blob: WantedBlob) -> None:
+    async def _has(self, blob: WantedBlob) -> bool:
+        """Whether it is here, and this node's own."""
         held = await self._store.stat(blob.address)
         if held is None:
-            held = await self._fetch_new(blob)
-        elif held.owner:
+            return False
+        if held.owner:
             # Here for a stranger's lease: from now on it is this node's own and stays.
             partial = await self._store.begin(await self._store.manifest(blob.address))
             async with partial:
                 held = await partial.finish()
-        if held.size_bytes > blob.size_bytes or (blob.exact and held.size_bytes < blob.size_bytes):
-            raise ProtocolError("a delivered tensor is not of its size")
+        _check_size(blob, held)
+        return True
+
+    async def _fetch(self, blob: WantedBlob) -> None:
+        _check_size(blob, await self._fetch_new(blob))
 
     async def _fetch_new(self, blob: WantedBlob) -> BlobInfo:
         store, bound = self._store, blob.size_bytes
@@ -258,6 +267,11 @@ class Goods:
                 raise
             await store.delete(blob.address)
             raise ProtocolError("a delivered tensor is not of its size") from None
+
+
+def _check_size(blob: WantedBlob, held: BlobInfo) -> None:
+    if held.size_bytes > blob.size_bytes or (blob.exact and held.size_bytes < blob.size_bytes):
+        raise ProtocolError("a delivered tensor is not of its size")
 
 
 def check_inline(what: str, blobs: Sequence[tuple[bytes, bytes]], named: set[bytes]) -> None:

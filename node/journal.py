@@ -25,6 +25,7 @@ from typing import Final
 import trio
 
 from p2pflop.dht.database import Database, Operation
+from p2pflop.dht.turns import Turn
 from p2pflop.errors import StoreError
 
 BUYER: Final = "buyer"
@@ -237,7 +238,7 @@ class JobRows:
         self._pending = Batch()
         self._to_forget: tuple[str, ...] = ()
         self._changed = False
-        self._flushing = trio.Lock()
+        self._flushing = Turn()
         self._flushed = trio.Event()
         self._fault: StoreError | None = None
 

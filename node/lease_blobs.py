@@ -16,6 +16,7 @@ from typing import Final
 import trio
 
 from p2pflop.dht.blobs import Store
+from p2pflop.dht.turns import Turn
 from p2pflop.errors import P2PFlopError
 from p2pflop.units import NS_PER_S
 
@@ -33,7 +34,7 @@ class LeaseBlobs:
         self._now_ns = now_ns
         self._held: dict[bytes, set[bytes]] = {}
         self._until_ns: dict[bytes, int] = {}
-        self._deleting = trio.Lock()
+        self._deleting = Turn()
 
     async def hold(self, lease: bytes, addresses: Iterable[bytes]) -> None:
         """``lease`` needs these blobs, which may not be here yet."""

@@ -11,9 +11,8 @@ import sqlite3
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-import trio
-
 from p2pflop.dht.database import Database, Operation
+from p2pflop.dht.turns import Turn
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.market.ledger import Entry, Kind, Ledger
 from p2pflop.market.records import Receipt
@@ -34,7 +33,7 @@ class LedgerBook:
     def __init__(self, database: Database, own_account: bytes) -> None:
         self._database = database
         self._own_account = own_account
-        self._lock = trio.Lock()
+        self._lock = Turn()
         self._ledger = self._load()
 
     async def delivered(self, receipt: Receipt, provider: bytes, at_ns: int, write: Write) -> None:

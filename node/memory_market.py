@@ -155,8 +155,8 @@ class MemoryNode:
 
     async def end_of(self, run_id: str) -> Json:
         """The last event of a run."""
-        async for event in self.runs.follow(run_id, 0):
-            last = event
+        async for events in self.runs.follow(run_id, 0):
+            last = events[-1]
         return last
 
     def events(self, run_id: str, kind: str = "") -> list[Json]:

@@ -13,6 +13,7 @@ import trio
 from p2pflop.dht.blobs import BlobInfo, Store, delete_own
 from p2pflop.dht.memory import MemoryStore
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError
+from p2pflop.node.runs import GATHER_S
 from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions
 
 
@@ -114,7 +115,7 @@ class MemoryService:
             raise ConfigError(f"run {run_id} has no result yet")
         return run.record
 
-    async def events(self, run_id: str, after_seq: int) -> AsyncIterator[Json]:
+    async def events(self, run_id: str, after_seq: int) -> AsyncIterator[list[Json]]:
         """See NodeService."""
         run = self._run(run_id)
         seen = after_seq
@@ -122,9 +123,11 @@ class MemoryService:
             async with run.told:
                 while len(run.events) <= seen:
                     await run.told.wait()
-            for event in run.events[seen:]:
-                seen += 1
-                yield event
+            if not run.has_ended:
+                await trio.sleep(GATHER_S)
+            events = run.events[seen:]
+            seen += len(events)
+            yield events
 
     async def cancel(self, run_id: str) -> None:
         """See NodeService."""

@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 import msgspec
 import trio
 
+from p2pflop.dht.turns import Turn
 from p2pflop.kernels.frames import (
     HEADER_BYTES,
     MAX_CONTROL_BYTES,
@@ -56,7 +57,7 @@ class FramePipe:
         self._reader = _Reader(read_fd)
         self._write_fd = write_fd
         os.set_blocking(write_fd, False)
-        self._sending = trio.Lock()
+        self._sending = Turn()
 
     async def send(self, message: Message) -> None:
         """Write one message. Raises EndOfPipe."""
@@ -170,7 +171,7 @@ class ControlledProcess:
             )
         self.pid = self._process.pid
         self._socket = trio.socket.from_stdlib_socket(ours)
-        self._sending = trio.Lock()
+        self._sending = Turn()
 
     async def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
         """Send one message with descriptors. Raises EndOfPipe."""

@@ -26,6 +26,8 @@ from p2pflop.node.service import LAST_EVENT_KINDS, Json
 MAX_LIVE_EVENTS: Final = 10_000
 MAX_LIVE_ROWS: Final = 200_000
 """Rows in all live events of a run; older ones are in the result's trace, not here."""
+GATHER_S: Final = 0.01
+"""How long an event waits for others to be told with it, unless it is the last."""
 MAX_FINISHED: Final = 64
 """Runs that are over but still tell passing events, such as rows, to those who come late."""
 
@@ -49,6 +51,7 @@ class Run:
     next_seq: int = 1
     live_rows: int = 0
     news: trio.Event = field(default_factory=trio.Event)
+    ended: trio.Event = field(default_factory=trio.Event)
     cancel_requested: trio.Event = field(default_factory=trio.Event)
 
     @property
@@ -175,19 +178,21 @@ class Runs:
         """How many runs are not over."""
         return sum(not run.over for run in self._live.values())
 
-    async def follow(self, run_id: str, after_seq: int) -> AsyncIterator[Json]:
-        """The events after ``after_seq``, waiting for new ones; ends with the last kind."""
+    async def follow(self, run_id: str, after_seq: int) -> AsyncIterator[list[Json]]:
+        """The events after ``after_seq``, waiting for new ones; ends with the last kind.
+
+        Those that come within ``GATHER_S`` come together.
+        """
         run = self.get(run_id)
-        while True:
-            news = run.news
-            for event in [event for event in run.events if event["seq"] > after_seq]:
-                after_seq = event["seq"]
-                yield event
-                if event["kind"] in LAST_EVENT_KINDS:
-                    return
-            if run.over and (not run.events or run.events[-1]["kind"] in LAST_EVENT_KINDS):
-                return
-            await news.wait()
+        while not (run.over and (not run.events or run.events[-1]["seq"] <= after_seq)):
+            if run.events and run.events[-1]["seq"] > after_seq:
+                with trio.move_on_after(GATHER_S):
+                    await run.ended.wait()
+                events = [event for event in run.events if event["seq"] > after_seq]
+                after_seq = events[-1]["seq"]
+                yield events
+            else:
+                await run.news.wait()
 
     def _retire(self, run: Run) -> None:
         self._finished.append(run.id)
@@ -201,8 +206,11 @@ def _tell(run: Run, event: Json) -> None:
     run.live_rows += _rows_in(event)
     while len(run.events) > MAX_LIVE_EVENTS or run.live_rows > MAX_LIVE_ROWS:
         run.live_rows -= _rows_in(_drop_oldest_passing(run.events))
-    run.news.set()
-    run.news = trio.Event()
+    if event["kind"] in LAST_EVENT_KINDS:
+        run.ended.set()
+    if run.news.statistics().tasks_waiting:
+        run.news.set()
+        run.news = trio.Event()
 
 
 def _rows_in(event: Json) -> int:

@@ -19,6 +19,7 @@ import trio
 
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.planes import Dialer, Stream
+from p2pflop.dht.turns import Turn
 from p2pflop.errors import (
     P2PFlopError,
     ProtocolError,
@@ -82,8 +83,8 @@ class Seller:
     _over_bytes: int = 0
     _by_fill: dict[bytes, Sale] = field(default_factory=dict)
     _refusals: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
-    _reviving: trio.Lock = field(default_factory=trio.Lock)
-    _deciding: trio.Lock = field(default_factory=trio.Lock)
+    _reviving: Turn = field(default_factory=Turn)
+    _deciding: Turn = field(default_factory=Turn)
 
     def __post_init__(self) -> None:
         own_account = self.identity.account.public_key

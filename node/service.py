@@ -98,8 +98,11 @@ class NodeService(Protocol):
     async def result_record(self, run_id: str) -> bytes:
         """The encoded ``Result``, whose hash is the result hash. Raises ConfigError before it."""
 
-    def events(self, run_id: str, after_seq: int) -> AsyncIterator[Json]:
-        """The events after ``after_seq``, waiting for new ones; ends after the last kind."""
+    def events(self, run_id: str, after_seq: int) -> AsyncIterator[list[Json]]:
+        """The events after ``after_seq``, waiting for new ones; ends after the last kind.
+
+        Those that are to be told together come together.
+        """
 
     async def cancel(self, run_id: str) -> None:
         """Give the run up. One that has ended stays as it is."""

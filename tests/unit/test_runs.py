@@ -14,7 +14,7 @@ from p2pflop.errors import ConfigError
 from p2pflop.node import runs as runs_module
 from p2pflop.node.books import open_books
 from p2pflop.node.journal import Journal
-from p2pflop.node.runs import MAX_LIVE_EVENTS, Runs
+from p2pflop.node.runs import GATHER_S, MAX_LIVE_EVENTS, Runs
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
 
 
 async def collect(runs: Runs, run_id: str, after: int = 0) -> list[dict[str, Any]]:
-    return [event async for event in runs.follow(run_id, after)]
+    return [event async for events in runs.follow(run_id, after) for event in events]
 
 
 async def test_a_listener_hears_what_was_and_what_comes(journal: Journal) -> None:
@@ -96,3 +96,30 @@ async def test_finished_runs_leave_memory(
 async def test_an_unknown_run_is_a_clear_error(journal: Journal, run_id: str) -> None:
     with pytest.raises(ConfigError, match="no job"):
         Runs(journal).get(run_id)
+
+
+async def test_events_that_come_together_are_told_together_and_the_last_at_once(
+    journal: Journal, autojump_clock: trio.testing.MockClock
+) -> None:
+    runs = Runs(journal, now_ns=lambda: 7)
+    run = runs.create({"title": "digits"})
+    heard: list[tuple[float, list[int]]] = []
+
+    async def listen() -> None:
+        async for events in runs.follow(run.id, 0):
+            seqs = [event["seq"] for event in events]
+            heard.append((trio.current_time(), seqs))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listen)
+        began = trio.current_time()
+        await runs.emit(run, "ranked", deals=[], misses=[])
+        await trio.sleep(GATHER_S / 2)
+        await runs.emit(run, "progress", step=1)
+        await trio.sleep(1)
+        await runs.emit(run, "progress", step=2)
+        runs.tell_last(run, runs.last(run, "cancelled"))
+    assert [(round(at - began, 3), seqs) for at, seqs in heard] == [
+        (GATHER_S, [1, 2]),
+        (round(1 + GATHER_S / 2, 3), [3, 4]),
+    ]
