@@ -12,6 +12,7 @@
                                        ``Last-Event-ID``, for ``wait_ms`` at most
 ``GET /v1/jobs/<id>/file``             the job file as submitted
 ``GET /v1/jobs/<id>/record``           the encoded ``Result``, whose BLAKE3 is the result hash
+``GET /v1/jobs/<id>/evidence``         the encoded ``Evidence`` of how its providers were chosen
 ``POST /v1/jobs/<id>/cancel``
 ``GET /v1/blobs``, ``/v1/blobs/<hash>``  what is kept here
 ``POST /v1/connect``                   ``{"multiaddr": ...}``
@@ -103,6 +104,7 @@ class Api:
             Route("/v1/jobs/{run}/events", self.events, methods=get),
             Route("/v1/jobs/{run}/file", partial(_octets, service.job_file), methods=get),
             Route("/v1/jobs/{run}/record", partial(_octets, service.result_record), methods=get),
+            Route("/v1/jobs/{run}/evidence", partial(_octets, service.evidence), methods=get),
             Route("/v1/jobs/{run}/cancel", self.cancel, methods=post),
             Route("/v1/blobs", partial(_listing, "blobs", self._blobs), methods=get),
             Route("/v1/blobs/{address}", self.stat, methods=get),

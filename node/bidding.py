@@ -10,6 +10,7 @@ from p2pflop.market.fills import make_bid
 from p2pflop.market.ranking import Deal
 from p2pflop.market.records import Bid
 from p2pflop.node.driver import LIFE_ROW
+from p2pflop.node.evidence import keep_look
 from p2pflop.node.journal import JobRows, Row
 from p2pflop.node.orders import Order, Ranking
 from p2pflop.wire import Sealed
@@ -50,11 +51,11 @@ class Bidding:
     def rank(self, attempt: int) -> Ranking:
         """Begin a round with the book as it is now; its best deal is for ``attempt``."""
         self._tried.clear()
-        return self._look(attempt)
+        return self._look(attempt, continues=False)
 
     def bid_on(self, attempt: int, now_ns: int) -> Sealed[Bid] | None:
         """The bid on the deal to try as number ``attempt``, or None if there is none left."""
-        ranking = self._ranking or self._look(attempt)
+        ranking = self._ranking or self._look(attempt, continues=True)
         if attempt - self._first_attempt >= len(self._deals):
             return None
         deal = self._deals[attempt - self._first_attempt]
@@ -93,12 +94,14 @@ class Bidding:
         elif row.kind == LIFE_ROW + Edge.WAIT:
             self._tried.clear()
 
-    def _look(self, attempt: int) -> Ranking:
+    def _look(self, attempt: int, *, continues: bool) -> Ranking:
         """Rank; the deals are those from ``attempt`` on, without providers tried in this round.
 
         A restart looks anew: what was ranked before it is not kept.
         """
-        ranking = self._ranking = self._buyer.rank(self._order, self._classes)
+        order = self._order
+        ranking = self._ranking = self._buyer.rank(order, self._classes)
+        keep_look(self._rows, ranking, self._classes, order.max_nusd, continues=continues)
         self._deals = [deal for deal in ranking.deals if deal.node not in self._tried]
         self._first_attempt = attempt
         return ranking

@@ -28,6 +28,7 @@ from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import chosen_family, descriptor
 from p2pflop.market.ranking import Deal, Need, Policy, rank
 from p2pflop.market.records import NONCE_BYTES
+from p2pflop.node.evidence import evidence_of
 from p2pflop.node.experience import Experience
 from p2pflop.node.feeding import open_feed
 from p2pflop.node.guard import survive
@@ -48,6 +49,7 @@ from p2pflop.node.purchase import RESULT_ROW, Purchase
 from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
+from p2pflop.wire import encode
 
 JOB_ROW: Final = "job"
 ANY_CLASS: Final = "any"
@@ -185,6 +187,12 @@ class Buyer:
                 hint=f"See p2pflop watch {run_id}.",
             )
         return rows[-1].body
+
+    def evidence(self, run_id: str) -> bytes:
+        """The encoded Evidence of how a run's providers were chosen."""
+        run = self.runs.get(run_id)
+        network = self.identity.network
+        return encode(evidence_of(self.runs.rows(run.id), self.runs.sheet, network))
 
     def resume(self) -> None:
         """Take up every run that a restart found unfinished."""

@@ -105,6 +105,10 @@ class Daemon:
         """See NodeService."""
         return self.buyer.result_record(run_id)
 
+    async def evidence(self, run_id: str) -> bytes:
+        """See NodeService."""
+        return self.buyer.evidence(run_id)
+
     def events(self, run_id: str, after_seq: int) -> AsyncIterator[list[Json]]:
         """See NodeService."""
         return self.runs.follow(run_id, after_seq)

@@ -7,7 +7,8 @@ end state; a restart reads the heads that have none and resumes or closes them.
 Beside the rows stand: **states**, where the verified state of a work after some step is kept, so
 that a stretch that starts there can be bought without saying from what; **fills**, which sale each
 belongs to, for a buyer who comes back late; **letters**, what was countersigned last in a run that
-is over, until its provider has acknowledged it.
+is over, until its provider has acknowledged it; **sheets**, by which runs were decided, the newest
+``MAX_SHEETS`` of them.
 
 A job's rows are collected in ``JobRows`` and flushed together, before the first thing that others
 can see: a signed record that leaves, an answer to the user, the end. So a purchase costs a few
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Final
 
 import trio
@@ -31,6 +32,8 @@ from p2pflop.errors import StoreError
 BUYER: Final = "buyer"
 PROVIDER: Final = "provider"
 MAX_LISTED: Final = 1000
+MAX_SHEETS: Final = 65_536
+"""Up to 500 MB if each were of the largest size; half a kilobyte each as they are."""
 
 SCHEMA: Final = """
 CREATE TABLE heads (
@@ -47,6 +50,9 @@ CREATE TABLE states (
     PRIMARY KEY (work, class_id, step)
 ) WITHOUT ROWID;
 CREATE TABLE fills (fill BLOB PRIMARY KEY, job TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE sheets (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id BLOB UNIQUE NOT NULL, wire BLOB NOT NULL
+);
 CREATE TABLE letters (
     job TEXT PRIMARY KEY, at_ns INTEGER NOT NULL, peer TEXT NOT NULL, wire BLOB NOT NULL
 ) WITHOUT ROWID
@@ -94,20 +100,20 @@ class Batch:
     states: list[KnownState] = field(default_factory=list)
     fills: list[bytes] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
+    sheets: list[tuple[bytes, bytes]] = field(default_factory=list)
+    """Id and envelope."""
 
     def __bool__(self) -> bool:
-        return bool(self.rows or self.states or self.fills or self.letters)
+        return any(getattr(self, each.name) for each in fields(self))
 
     def copy(self) -> Batch:
         """What is in it now."""
-        return Batch(list(self.rows), list(self.states), list(self.fills), list(self.letters))
+        return Batch(*(list(getattr(self, each.name)) for each in fields(self)))
 
     def drop(self, written: Batch) -> None:
         """Take out what was copied before."""
-        del self.rows[: len(written.rows)]
-        del self.states[: len(written.states)]
-        del self.fills[: len(written.fills)]
-        del self.letters[: len(written.letters)]
+        for each in fields(self):
+            del getattr(self, each.name)[: len(getattr(written, each.name))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,7 @@ class Journal:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._known_sheets: dict[bytes, None] = {}
 
     async def append(
         self,
@@ -173,6 +180,14 @@ class Journal:
                 "INSERT OR REPLACE INTO letters VALUES (?, ?, ?, ?)",
                 [(letter.job, letter.at_ns, letter.peer, letter.wire) for letter in batch.letters],
             )
+            if batch.sheets:
+                connection.executemany(
+                    "INSERT OR IGNORE INTO sheets (id, wire) VALUES (?, ?)", batch.sheets
+                )
+                connection.execute(
+                    "DELETE FROM sheets WHERE number <= (SELECT MAX(number) FROM sheets) - ?",
+                    (MAX_SHEETS,),
+                )
             connection.executemany(
                 "DELETE FROM rows WHERE job = ? AND kind = ?", [(head.job, kind) for kind in forget]
             )
@@ -190,6 +205,20 @@ class Journal:
         """The sale that a fill is of, or None if there is none."""
         found = self._database.read("SELECT job FROM fills WHERE fill = ?", fill)
         return str(found[0][0]) if found else None
+
+    def unknown(self, sheets: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Those that no job of this process has had written yet."""
+        found = [sheet for sheet in sheets if sheet[0] not in self._known_sheets]
+        for sheet_id, _ in found:
+            self._known_sheets[sheet_id] = None
+        while len(self._known_sheets) > MAX_SHEETS:
+            del self._known_sheets[next(iter(self._known_sheets))]
+        return found
+
+    def sheet(self, sheet_id: bytes) -> bytes | None:
+        """The envelope of a sheet by which a run was decided; None if it is kept no more."""
+        found = self._database.read("SELECT wire FROM sheets WHERE id = ?", sheet_id)
+        return bytes(found[0][0]) if found else None
 
     def letters(self) -> list[Letter]:
         """What nobody has acknowledged yet, oldest first."""
@@ -253,6 +282,10 @@ class JobRows:
     def add_fill(self, fill: bytes) -> None:
         """The id of a fill of this job; written with the next flush."""
         self._pending.fills.append(fill)
+
+    def add_sheets(self, sheets: Sequence[tuple[bytes, bytes]]) -> None:
+        """Ids and envelopes of sheets by which it is decided; written with the next flush."""
+        self._pending.sheets.extend(self._journal.unknown(sheets))
 
     def add_letter(self, peer: str, wire: bytes) -> None:
         """For ``peer`` to acknowledge; written with the next flush."""

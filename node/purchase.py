@@ -50,6 +50,7 @@ from p2pflop.node import messages as m
 from p2pflop.node.bidding import Bidding
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.driver import LIFE_ROW, Driver
+from p2pflop.node.evidence import REJECT_ROW
 from p2pflop.node.goods import Goods
 from p2pflop.node.guard import survive
 from p2pflop.node.journal import KnownState, Letter
@@ -415,6 +416,7 @@ class Purchase:
         if self._lifecycle.state is State.BIDDING:
             with suppress(ProtocolError):
                 reason = self._lifecycle.side.desk.check_reject(wire, self._lifecycle.side.bid)
+                self._run.rows.add(REJECT_ROW, wire)
                 await self._tell_rejected(reason)
         return await self._driver.hear(Received(wire))
 

@@ -153,6 +153,10 @@ class Runs:
         """What the journal has of a run."""
         return self._journal.rows(run_id)
 
+    def sheet(self, sheet_id: bytes) -> bytes | None:
+        """The envelope of a sheet by which a run was decided."""
+        return self._journal.sheet(sheet_id)
+
     def states(self, work: bytes, step: int) -> dict[bytes, tuple[bytes, ...]]:
         """The addresses of the state of a work after ``step`` steps that runs have brought, by
         class."""

@@ -98,6 +98,9 @@ class NodeService(Protocol):
     async def result_record(self, run_id: str) -> bytes:
         """The encoded ``Result``, whose hash is the result hash. Raises ConfigError before it."""
 
+    async def evidence(self, run_id: str) -> bytes:
+        """The encoded ``Evidence`` of how a run's providers were chosen."""
+
     def events(self, run_id: str, after_seq: int) -> AsyncIterator[list[Json]]:
         """The events after ``after_seq``, waiting for new ones; ends after the last kind.
 

@@ -146,6 +146,10 @@ class Client:
         """The encoded ``Result`` of a run that has ended well."""
         return self._octets(_run_path(run_id, "/record"))
 
+    def evidence(self, run_id: str) -> bytes:
+        """The encoded ``Evidence`` of how a run's providers were chosen."""
+        return self._octets(_run_path(run_id, "/evidence"))
+
     def cancel(self, run_id: str) -> Json:
         """Give a run up; how it stands then."""
         return self._json("POST", _run_path(run_id, "/cancel"))

@@ -35,6 +35,8 @@ COMMANDS: Final = {
     "jobs": ("runs", "List the runs of this node."),
     "watch": ("runs", "Follow a run from its first event."),
     "cancel": ("runs", "Give a run up."),
+    "explain": ("explain", "Show why a run went to its provider."),
+    "audit-tape": ("explain", "Find fills that were not the best deal."),
     "put": ("blobs", "Keep a file as a blob."),
     "get": ("blobs", "Fetch a blob by its hash."),
     "ls": ("blobs", "List the blobs of this node."),
@@ -76,7 +78,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"p2pflop.cli.{COMMANDS[cmd_name][0]}")
-        command: click.Command = getattr(module, f"{cmd_name}_command")
+        command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

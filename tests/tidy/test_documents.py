@@ -124,7 +124,7 @@ def test_shell_commands_exist(path: Path) -> None:
 
 def test_every_command_and_option_is_in_the_reference() -> None:
     text = section("Commands")
-    parts = re.split(r"^### p2pflop (\w+)\n", text, flags=re.MULTILINE)
+    parts = re.split(r"^### p2pflop ([\w-]+)\n", text, flags=re.MULTILINE)
     assert parts[1::2] == list(COMMANDS)
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
         command = cli.get_command(CONTEXT, name)

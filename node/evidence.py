@@ -1,0 +1,145 @@
+"""What the journal keeps of a run's looks at the book, and the evidence made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+import msgspec
+
+from p2pflop.errors import ProtocolError
+from p2pflop.ids import HASH_BYTES
+from p2pflop.market.evidence import (
+    MAX_ATTEMPTS,
+    MAX_CLASSES,
+    MAX_LOOKS,
+    MAX_SHEETS,
+    Attempt,
+    Evidence,
+    Look,
+)
+from p2pflop.market.ranking import Policy
+from p2pflop.market.records import Bid, Fill
+from p2pflop.market.sheets import OpenSheet
+from p2pflop.node.driver import LIFE_ROW
+from p2pflop.node.journal import JobRows, Row
+from p2pflop.node.orders import Ranking
+from p2pflop.wire import U63, Hash, Record, decode, encode, envelope_kind
+
+LOOK_ROW: Final = "look"
+REJECT_ROW: Final = "reject"
+MAX_REASON_CHARS: Final = 200
+
+
+class LookRow(Record, frozen=True):
+    """A look whose sheets are named by their ids."""
+
+    at_ns: U63
+    continues: bool
+    max_nusd: U63
+    class_ids: Annotated[tuple[Hash, ...], msgspec.Meta(max_length=MAX_CLASSES)]
+    policy: Policy
+    whole: bool
+    sheets: Annotated[bytes, msgspec.Meta(max_length=MAX_SHEETS * HASH_BYTES)]
+
+
+@dataclass(slots=True)
+class _Tried:
+    """An attempt as it comes together."""
+
+    bid: bytes
+    fill: bytes = b""
+    reject: bytes = b""
+    reason: str = ""
+
+
+def keep_look(
+    rows: JobRows,
+    ranking: Ranking,
+    classes: frozenset[bytes],
+    max_nusd: int,
+    *,
+    continues: bool,
+) -> None:
+    """Add a look to the rows of its run: the sheets of a large book as far as the best go."""
+    sheets: Sequence[OpenSheet] = ranking.view.sheets
+    whole = len(sheets) <= MAX_SHEETS
+    if not whole:
+        best: dict[bytes, OpenSheet] = {}
+        for entry in ranking.ranked:
+            best.setdefault(entry.sheet.node, entry.sheet)
+            if len(best) == MAX_SHEETS:
+                break
+        sheets = list(best.values())
+    rows.add_sheets([(sheet.sealed.id, sheet.sealed.wire) for sheet in sheets])
+    look = LookRow(
+        at_ns=ranking.view.at_ns,
+        continues=continues,
+        max_nusd=max_nusd,
+        class_ids=tuple(sorted(classes)[:MAX_CLASSES]),
+        policy=ranking.policy.canonical(),
+        whole=whole,
+        sheets=b"".join(sheet.sealed.id for sheet in sheets),
+    )
+    rows.add(LOOK_ROW, encode(look))
+
+
+def evidence_of(
+    rows: Sequence[Row], sheet: Callable[[bytes], bytes | None], network: str
+) -> Evidence:
+    """The evidence of a run. ``sheet`` gives an envelope by its id, None if it is kept no more."""
+    looks: list[tuple[LookRow, list[_Tried]]] = []
+    for row in rows:
+        if row.kind == LOOK_ROW:
+            looks.append((decode(LookRow, row.body), []))
+        elif looks:
+            _take(row, looks[-1][1])
+    return Evidence(
+        version=1,
+        network=network,
+        looks=tuple(_look(kept, tried, sheet) for kept, tried in looks[-MAX_LOOKS:]),
+    )
+
+
+def _look(kept: LookRow, tried: list[_Tried], sheet: Callable[[bytes], bytes | None]) -> Look:
+    ids = [
+        kept.sheets[place : place + HASH_BYTES] for place in range(0, len(kept.sheets), HASH_BYTES)
+    ]
+    wires = [wire for wire in map(sheet, ids) if wire is not None]
+    return Look(
+        at_ns=kept.at_ns,
+        continues=kept.continues,
+        max_nusd=kept.max_nusd,
+        class_ids=kept.class_ids,
+        policy=kept.policy,
+        whole=kept.whole and len(wires) == len(ids),
+        sheets=tuple(wires),
+        attempts=tuple(
+            Attempt(each.bid, each.fill, each.reject, each.reason) for each in tried[:MAX_ATTEMPTS]
+        ),
+    )
+
+
+def _take(row: Row, tried: list[_Tried]) -> None:
+    """What a row of the lifecycle, or a reject, says of the attempts."""
+    if row.kind == REJECT_ROW and tried:
+        tried[-1].reject = row.body
+    if not row.kind.startswith(LIFE_ROW):
+        return
+    parts = msgspec.msgpack.decode(row.body, type=tuple[bytes, ...])
+    kinds = [_kind(part) for part in parts]
+    if tried and len(parts) == 3 and not kinds[0]:
+        tried[-1].reason = tried[-1].reason or parts[0].decode()[:MAX_REASON_CHARS]
+    for part, kind in zip(parts, kinds, strict=True):
+        if kind == Bid.KIND:
+            tried.append(_Tried(part))
+        elif kind == Fill.KIND and tried:
+            tried[-1].fill = part
+
+
+def _kind(part: bytes) -> str:
+    try:
+        return envelope_kind(part)
+    except ProtocolError:
+        return ""

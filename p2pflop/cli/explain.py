@@ -1,0 +1,183 @@
+"""``p2pflop explain`` and ``audit-tape``: the decisions of buyers, ranked again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from p2pflop.cli.output import Flags, clean, common_options, print_json, print_table, say, short
+from p2pflop.errors import ConfigError, ProtocolError
+from p2pflop.keys import peer_id
+from p2pflop.market.evidence import Evidence, Replay, Replayed, replay
+from p2pflop.market.ranking import Deal, Miss
+from p2pflop.units import format_usd
+from p2pflop.wire import decode
+
+
+@click.command("explain")
+@click.argument("run", metavar="ID|FILE")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the evidence here.")
+@click.option("--provider", metavar="PEER", default="", help="Show only this provider.")
+@common_options
+@click.pass_obj
+def explain_command(flags: Flags, run: str, out: Path | None, provider: str) -> None:
+    """Show why a run went to its provider.
+
+    The book that the buyer had is ranked again by the public rule, and compared with what was bid.
+    --out writes the evidence to a file, for anybody else to explain and audit: it names the
+    providers, the class and the cost of the job, and not the job itself.
+
+    \b
+    Examples:
+      p2pflop explain 5705a365685c
+      p2pflop explain 5705a365685c --out decision.p2pe
+      p2pflop explain decision.p2pe --provider 12D3KooW...
+    """
+    is_file = Path(run).exists()
+    data = _read(Path(run)) if is_file else flags.client(start=True).evidence(run)
+    if out is not None:
+        try:
+            out.write_bytes(data)
+        except OSError as error:
+            raise ConfigError(f"cannot write {out}: {error.strerror}") from error
+    replays = replay(_decode(data, run))
+    if flags.json:
+        print_json([_look_json(each, provider) for each in replays])
+        return
+    for number, each in enumerate(replays, start=1):
+        if len(replays) > 1:
+            say(f"look {number} at the book")
+        _print_look(each, provider)
+    if not replays:
+        say("nothing was bid for yet")
+    if out is not None:
+        say(f"evidence in {out}")
+
+
+@click.command("audit-tape")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=Path)
+@common_options
+@click.pass_obj
+def audit_tape_command(flags: Flags, files: tuple[Path, ...]) -> None:
+    """Find fills that were not the best deal.
+
+    Each file is the evidence of a run, as 'explain --out' writes it. Sheets, bids and answers are
+    checked for their signatures and ranked again. The exit code is 11 if one is wrong.
+
+    \b
+    Examples:
+      p2pflop audit-tape decisions/*.p2pe
+    """
+    bids = [
+        (path, replayed)
+        for path in files
+        for each in replay(_decode(_read(path), str(path)))
+        for replayed in each.bids
+    ]
+    wrong = [(path, replayed) for path, replayed in bids if not replayed.verdict.is_right]
+    if flags.json:
+        print_json([{"file": str(path), **_bid_json(replayed)} for path, replayed in bids])
+    else:
+        for path, replayed in wrong:
+            say(f"{path}: {_who(replayed)}: {replayed.verdict}")
+        say(f"{len(bids)} bids in {len(files)} files, {len(wrong)} against the rule")
+    if wrong:
+        raise ProtocolError(
+            f"{len(wrong)} of {len(bids)} bids were not for the best deal",
+            hint="See them with 'p2pflop explain FILE'.",
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(Evidence.MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _decode(data: bytes, name: str) -> Evidence:
+    if len(data) > Evidence.MAX_BYTES:
+        raise ConfigError(f"{name} is over {Evidence.MAX_BYTES} bytes")
+    try:
+        return decode(Evidence, data)
+    except ProtocolError as error:
+        raise ConfigError(
+            f"{clean(name)} is no evidence: {error.message}",
+            hint="Write one with 'p2pflop explain ID --out FILE'.",
+        ) from error
+
+
+def _print_look(look: Replay, provider: str) -> None:
+    print_table(
+        ("PROVIDER", "TOTAL", "PRICE/PFLOP", "OUTCOME"),
+        (
+            (
+                short(entry.peer),
+                format_usd(entry.total_nusd),
+                format_usd(entry.ask.price_nusd),
+                clean(outcome),
+            )
+            for entry, outcome in _outcomes(look)
+            if provider in ("", entry.peer)
+        ),
+        "No ask of that provider was in the book.",
+    )
+    for replayed in look.bids:
+        mark = "right" if replayed.verdict.is_right else "WRONG"
+        say(f"{_who(replayed)}: {mark}: {replayed.verdict}")
+
+
+def _outcomes(look: Replay) -> Iterator[tuple[Deal | Miss, str]]:
+    """Each ask, best first, and what came of it."""
+    bids = {(each.bid.provider, each.bid.ask): each for each in look.bids if each.bid is not None}
+    for entry in look.ranked:
+        replayed = bids.get((entry.node, entry.ask.number))
+        if isinstance(entry, Miss):
+            yield entry, f"does not do: {entry.reason}"
+        elif replayed is None:
+            yield entry, "not asked: another was better"
+        elif replayed.filled:
+            yield entry, "took the job" + (f", then: {replayed.reason}" if replayed.reason else "")
+        else:
+            yield entry, replayed.reason or "asked"
+
+
+def _who(replayed: Replayed) -> str:
+    if replayed.bid is None:
+        return "a bid"
+    return f"the bid to {short(peer_id(replayed.bid.provider))}"
+
+
+def _bid_json(replayed: Replayed) -> dict[str, Any]:
+    bid = replayed.bid
+    return {
+        "provider": "" if bid is None else peer_id(bid.provider),
+        "quote_nusd": 0 if bid is None else bid.quote_nusd,
+        "place": replayed.place,
+        "filled": replayed.filled,
+        "reason": replayed.reason,
+        "verdict": replayed.verdict.value,
+        "right": replayed.verdict.is_right,
+    }
+
+
+def _look_json(look: Replay, provider: str) -> dict[str, Any]:
+    return {
+        "ranked": [
+            {
+                "provider": entry.peer,
+                "account": entry.account.hex(),
+                "ask": entry.ask.number,
+                "total_nusd": entry.total_nusd,
+                "price_nusd": entry.ask.price_nusd,
+                "outcome": outcome,
+            }
+            for entry, outcome in _outcomes(look)
+            if provider in ("", entry.peer)
+        ],
+        "bids": [_bid_json(replayed) for replayed in look.bids],
+    }

@@ -1,0 +1,211 @@
+"""Evidence of a decision: all that is needed to see again that the best deal was taken.
+
+A buyer keeps, of each look at the book, the sheets that it had, its policy and its bids with what
+came of them. ``replay`` ranks those sheets anew by the public rule and compares: the bids commit to
+the book and the policy by their digests, sheets and bids are signed, so that neither can be made up
+afterwards. A bid is right if every better deal was asked before and did not fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, ClassVar, Final, Literal
+
+import msgspec
+
+from p2pflop.errors import ProtocolError, VerificationError
+from p2pflop.market.book import BookView
+from p2pflop.market.ranking import Deal, Miss, Need, Policy, rank, sum_costs
+from p2pflop.market.records import MAX_SHEET_BYTES, Bid, Fill, Reject, Rejected
+from p2pflop.market.sheets import OpenSheet, open_sheet
+from p2pflop.wire import U63, Hash, Record, Sealed, Text, open_sealed
+
+MAX_SHEETS: Final = 256
+"""Kept of one look; of a larger book the best."""
+MAX_CLASSES: Final = 64
+MAX_ATTEMPTS: Final = 256
+MAX_LOOKS: Final = 64
+MAX_RECORD_BYTES: Final = 64 * 1024
+
+Envelope = Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
+SheetEnvelope = Annotated[bytes, msgspec.Meta(max_length=MAX_SHEET_BYTES + 512)]
+
+
+class Attempt(Record, frozen=True):
+    """One bid, and what came of it: a fill, or a reject, or neither and a reason in words."""
+
+    bid: Envelope
+    fill: Envelope
+    reject: Envelope
+    reason: Text
+
+
+class Look(Record, frozen=True):
+    """One look at the book. ``class_ids`` empty: of any class. ``whole``: nothing was left out.
+
+    ``continues``: who was asked after the look before is not asked again.
+    """
+
+    at_ns: U63
+    continues: bool
+    max_nusd: U63
+    class_ids: Annotated[tuple[Hash, ...], msgspec.Meta(max_length=MAX_CLASSES)]
+    policy: Policy
+    whole: bool
+    sheets: Annotated[tuple[SheetEnvelope, ...], msgspec.Meta(max_length=MAX_SHEETS)]
+    attempts: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=MAX_ATTEMPTS)]
+
+
+class Evidence(Record, frozen=True):
+    """Every look of one run, oldest first."""
+
+    MAX_BYTES: ClassVar[int] = 64 * 1024 * 1024
+
+    version: Literal[1]
+    network: Text
+    looks: Annotated[tuple[Look, ...], msgspec.Meta(max_length=MAX_LOOKS)]
+
+
+class Verdict(StrEnum):
+    """What a replay says of a bid."""
+
+    BEST = "the best deal"
+    NEXT = "the best deal of those not asked before"
+    UNPROVEN = "the best of the sheets that were kept; the book was larger"
+    WORSE = "a better deal was not asked"
+    UNKNOWN_ASK = "the ask was not in the book"
+    OTHER_BOOK = "the bid commits to another book"
+    OTHER_POLICY = "the bid commits to another policy"
+    OTHER_QUOTE = "the quote is not what the ask says"
+    FORGED = "a record is not signed as it should be"
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the rule was kept, as far as can be seen."""
+        return self in (Verdict.BEST, Verdict.NEXT, Verdict.UNPROVEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A bid and the verdict. ``place`` is that of its ask among the deals, from 0; -1: none."""
+
+    bid: Bid | None
+    verdict: Verdict
+    place: int
+    filled: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A look, ranked again for the first bid in it; nothing is ranked where none was made."""
+
+    ranked: list[Deal | Miss]
+    bids: list[Replayed]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether each bid was."""
+        return all(replayed.verdict.is_right for replayed in self.bids)
+
+
+def replay(evidence: Evidence) -> list[Replay]:
+    """Rank the sheets of each look again and judge its bids, one after the other."""
+    tried: set[bytes] = set()
+    replays = []
+    for look in evidence.looks:
+        if not look.continues:
+            tried.clear()
+        replays.append(_replay_look(look, evidence.network, tried))
+    return replays
+
+
+def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
+    try:
+        sheets = [_open_sheet(wire, network) for wire in look.sheets]
+    except (ProtocolError, VerificationError):
+        forged = [Replayed(None, Verdict.FORGED, -1, False, a.reason) for a in look.attempts]
+        return Replay([], forged)
+    view = BookView(tuple(sorted(sheets, key=lambda sheet: sheet.node)), look.at_ns)
+    first: list[Deal | Miss] = []
+    bids: list[Replayed] = []
+    for number, attempt in enumerate(look.attempts):
+        try:
+            bid = open_sealed(Bid, attempt.bid, network)
+            _check_answers(attempt, bid, network)
+        except (ProtocolError, VerificationError):
+            bids.append(Replayed(None, Verdict.FORGED, -1, False, attempt.reason))
+            continue
+        ranked = rank(view.sheets, _need(look, view, bid.record), look.policy, look.at_ns)
+        first = ranked if number == 0 else first
+        deals = [entry for entry in ranked if isinstance(entry, Deal)]
+        verdict, place = _judge(look, view, bid.record, deals, tried)
+        bids.append(Replayed(bid.record, verdict, place, bool(attempt.fill), attempt.reason))
+        tried.add(bid.record.provider)
+    return Replay(first, bids)
+
+
+def _open_sheet(wire: bytes, network: str) -> OpenSheet:
+    checked = open_sheet(wire, network)
+    if isinstance(checked, Rejected):
+        raise VerificationError(checked.reason)
+    return checked
+
+
+def _check_answers(attempt: Attempt, bid: Sealed[Bid], network: str) -> None:
+    """Raises VerificationError unless fill and reject are the provider's own about this bid."""
+    answers: list[Sealed[Fill] | Sealed[Reject]] = []
+    if attempt.fill:
+        answers.append(open_sealed(Fill, attempt.fill, network))
+    if attempt.reject:
+        answers.append(open_sealed(Reject, attempt.reject, network))
+    for answer in answers:
+        if answer.signer != bid.record.provider or answer.record.bid != bid.id:
+            raise VerificationError("an answer to another bid")
+
+
+def _need(look: Look, view: BookView, bid: Bid) -> Need:
+    flop, touched_bytes = sum_costs(bid.costs)
+    every = {ask.class_id for sheet in view.sheets for ask in sheet.sheet.asks}
+    return Need(
+        class_ids=frozenset(look.class_ids or every),
+        flop=flop,
+        touched_bytes=touched_bytes,
+        moved_bytes=bid.terms.moved_bytes,
+        memory_bytes=bid.terms.memory_bytes,
+        deadline_ns=bid.terms.deadline_ns,
+        max_nusd=look.max_nusd,
+        nonce=bid.nonce,
+    )
+
+
+def _judge(
+    look: Look,
+    view: BookView,
+    bid: Bid,
+    deals: Sequence[Deal],
+    tried: set[bytes],
+) -> tuple[Verdict, int]:
+    found = [
+        place
+        for place, deal in enumerate(deals)
+        if (deal.node, deal.sheet.sheet.number, deal.ask.number)
+        == (bid.provider, bid.sheet_number, bid.ask)
+    ]
+    place = found[0] if found else -1
+    if look.whole and bid.book_digest != view.digest:
+        return Verdict.OTHER_BOOK, place
+    if bid.policy_digest != look.policy.digest():
+        return Verdict.OTHER_POLICY, place
+    if not found:
+        return Verdict.UNKNOWN_ASK, place
+    if deals[place].total_nusd != bid.quote_nusd:
+        return Verdict.OTHER_QUOTE, place
+    untried = [deal for deal in deals[:place] if deal.node not in tried]
+    if untried:
+        return Verdict.WORSE, place
+    if not look.whole:
+        return Verdict.UNPROVEN, place
+    return (Verdict.NEXT if place else Verdict.BEST), place
