@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,7 +17,7 @@ import click
 from click.shell_completion import shell_complete
 
 from p2pflop import __version__
-from p2pflop.cli.output import Flags, print_error, print_traceback, say
+from p2pflop.cli.output import Flags, print_error, print_traceback, print_warning, say
 from p2pflop.errors import ConfigError, P2PFlopError
 
 PROGRAM: Final = "p2pflop"
@@ -162,7 +163,7 @@ def _report_usage(error: click.ClickException, *, as_json: bool) -> int:
 
 def main() -> None:
     """The console script."""
-    sys.excepthook = print_traceback
+    sys.excepthook, warnings.showwarning = print_traceback, print_warning
     sys.exit(run(sys.argv[1:]))
 
 

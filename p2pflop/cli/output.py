@@ -10,11 +10,12 @@ import json
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TextIO, TypeVar
 
 import click
 
@@ -157,6 +158,19 @@ def print_traceback(
 ) -> None:
     """What ``sys.excepthook`` does, for errors whose text may be a stranger's."""
     click.echo(visible("".join(traceback.format_exception(kind, error, trace))), err=True, nl=False)
+
+
+def print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """What ``warnings.showwarning`` does, likewise."""
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    click.echo(visible(text), file=file or sys.stderr, nl=False)
 
 
 def print_error(error: P2PFlopError, *, as_json: bool) -> None:

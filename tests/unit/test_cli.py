@@ -173,7 +173,8 @@ class TestErrors:
         self, tmp_path: Path, options: list[str]
     ) -> None:
         script = tmp_path / "evil.py"
-        script.write_text('raise ValueError("evil \\x1b[31m\\x07\\x9b\\u202e")')
+        evil = r"evil \x1b[31m\x07\x9b\u202e"
+        script.write_text(f'import warnings; warnings.warn("{evil}"); raise ValueError("{evil}")')
         done = subprocess.run(
             [sys.executable, "-m", "p2pflop.cli.main", "trace", str(script), *options],
             capture_output=True,
@@ -182,6 +183,7 @@ class TestErrors:
             check=False,
         )
         assert "ValueError: evil" in done.stderr
+        assert "UserWarning: evil" in done.stderr
         assert ("Traceback" in done.stderr) == ("--debug" in options)
         assert all(char.isprintable() or char == "\n" for char in done.stderr)
 
