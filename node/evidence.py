@@ -31,6 +31,9 @@ LOOK_ROW: Final = "look"
 REJECT_ROW: Final = "reject"
 MAX_REASON_CHARS: Final = 200
 
+Classes = Annotated[tuple[Hash, ...], msgspec.Meta(max_length=MAX_CLASSES)]
+JoinedIds = Annotated[bytes, msgspec.Meta(max_length=MAX_SHEETS * HASH_BYTES)]
+
 
 class LookRow(Record, frozen=True):
     """A look whose sheets are named by their ids."""
@@ -38,10 +41,10 @@ class LookRow(Record, frozen=True):
     at_ns: U63
     continues: bool
     max_nusd: U63
-    class_ids: Annotated[tuple[Hash, ...], msgspec.Meta(max_length=MAX_CLASSES)]
+    class_ids: Classes
     policy: Policy
     whole: bool
-    sheets: Annotated[bytes, msgspec.Meta(max_length=MAX_SHEETS * HASH_BYTES)]
+    sheets: JoinedIds
 
 
 @dataclass(slots=True)
