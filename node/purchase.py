@@ -497,7 +497,7 @@ class Purchase:
             if goods is None or self._lifecycle.ended:
                 return True
             try:
-                state = await goods.check(receipt, self._bid().record.class_id)
+                part = await goods.check(receipt, self._bid().record.class_id)
             except (ProtocolError, VerificationError) as error:
                 await self._driver.on(Refuted(printable(error.message), wire))
                 return True
@@ -514,7 +514,7 @@ class Purchase:
                 return True
             if self._lifecycle.side.unsigned.get(number) != wire:
                 continue  # it was of a provider that was given up meanwhile
-            self._note_state(receipt.to_step, state)
+            self._note_state(receipt.to_step, part.state)
             if receipt.result == ZERO_HASH:
                 root = receipt.root_to.hex()
                 fields: dict[str, Any] = {"step": receipt.to_step, "state_root": root}

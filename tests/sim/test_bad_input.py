@@ -204,7 +204,7 @@ async def test_a_checkpoint_that_does_not_verify(
         message = m.decode_message(frame, "peer")
         if is_wrong and isinstance(message, m.Checkpoint):
             blobs = tuple((address, data[:-1] + b"!") for address, data in message.blobs)
-            message = m.Checkpoint(message.step, message.state, blobs)
+            message = m.Checkpoint(message.step, message.interval, blobs)
         return [m.encode_message(message)]
 
     monkeypatch.setattr(provider.store, "read_chunk", wrong_chunk)

@@ -75,9 +75,9 @@ def with_other_blobs(frame: bytes) -> list[bytes]:
         case m.Confirmed(record, blobs):
             wrong = tuple((address, data + b"!") for address, data in blobs)
             return [m.encode_message(m.Confirmed(record, wrong))]
-        case m.Checkpoint(step, state, blobs):
+        case m.Checkpoint(step, interval, blobs):
             wrong = tuple((address, data + b"!") for address, data in blobs)
-            return [m.encode_message(m.Checkpoint(step, state, wrong))]
+            return [m.encode_message(m.Checkpoint(step, interval, wrong))]
         case m.Delivered(record, result, salt, blobs):
             wrong = tuple((address, data + b"!") for address, data in blobs)
             return [m.encode_message(m.Delivered(record, result, salt, wrong))]
@@ -105,7 +105,7 @@ CHANGES: dict[str, Change] = {
     "settled": replaced(lambda _record: m.Settled()),
     "rows of nothing": replaced(lambda _record: m.Rows(5, 3, ())),
     "a delivery": replaced(lambda record: m.Delivered(record, b"", bytes(32), ())),
-    "a far checkpoint": replaced(lambda _record: m.Checkpoint(2**62, (), ())),
+    "a far checkpoint": replaced(lambda _record: m.Checkpoint(2**62, b"", ())),
 }
 
 
