@@ -8,7 +8,7 @@ they reach the store, and only those that the receipt's checkpoint or result nam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -42,6 +42,7 @@ from p2pflop.job.spec import MODE_COLLECT, MODE_TRACE, NamedOutput, Result, is_d
 from p2pflop.job.validate import Refusal
 from p2pflop.market.records import ZERO_HASH, Receipt
 from p2pflop.node import messages as m
+from p2pflop.node.service import Json
 from p2pflop.wire import decode
 
 MAX_PARALLEL_FETCHES: Final = 4
@@ -65,6 +66,11 @@ class Goods:
         self._last_row = (checked.job.first_step, -1, -1)
         self._told_to = checked.job.first_step
         self._progress: dict[int, int] = {}
+
+    @property
+    def told_to(self) -> int:
+        """The step up to which rows have come."""
+        return self._told_to
 
     def is_progress(self, message: m.Message) -> bool:
         """Whether it tells of more than was told before, and not of the same again."""
@@ -287,6 +293,14 @@ class Goods:
 def _check_size(blob: WantedBlob, held: BlobInfo) -> None:
     if held.size_bytes > blob.size_bytes or (blob.exact and held.size_bytes < blob.size_bytes):
         raise ProtocolError("a delivered tensor is not of its size")
+
+
+def by_step(told: Iterable[ToldValue], names: Sequence[Sequence[str]]) -> list[Json]:
+    """Told values as clients see them, by the name of their output."""
+    rows: dict[int, dict[str, Scalar]] = {}
+    for step, phase, output, value in told:
+        rows.setdefault(step, {})[names[phase][output]] = value
+    return [{"step": step, "values": values} for step, values in rows.items()]
 
 
 def check_inline(what: str, blobs: Sequence[tuple[bytes, bytes]], named: set[bytes]) -> None:

@@ -179,7 +179,9 @@ async def test_a_provider_that_withholds_a_checkpoint_does_not_keep_its_buyer_bu
     buyer.tamper_heard = without
     run_id = await buyer.submit(sample_file(8), checkpoint_steps=2)
     end = await market.end_of(buyer, run_id)
-    assert (end["kind"], end["error"]) == ("failed", "ProviderError")
+    assert end["message"] == "the deadline passed while waiting", "its credit there is used up"
+    reasons = {lost["reason"] for lost in buyer.events(run_id, "resubmitted")}
+    assert reasons == {"the result could not be verified in time"}
     market.check()
 
 
