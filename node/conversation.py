@@ -34,10 +34,10 @@ class Conversation:
     """A stream and its outbox. Lives while ``run`` runs.
 
     ``at_fault``: it ended because of what the peer sent, so that another stream would not help.
-    ``fell_silent``: nothing came any more.
+    ``fell_silent``: nothing came any more. A peer that ``speaks`` has to from the beginning.
     """
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, *, speaks: bool = False) -> None:
         self.peer = stream.peer
         self.over = trio.Event()
         self._stream = stream
@@ -46,6 +46,7 @@ class Conversation:
         self._why = ""
         self._tokens = READ_BURST
         self._counted_at = trio.current_time()
+        self._speaks = speaks
         self._listens = self._heard = False
         self.at_fault = self.fell_silent = False
 
@@ -143,12 +144,12 @@ class Conversation:
         self.cut(f"{self.peer} did not end the stream")
 
     async def _watch(self) -> None:
-        speaks, missed = False, 0
+        missed = 0
         while missed < MAX_MISSED_BEATS:
             self._heard = False
             await trio.sleep(HEARTBEAT_S)
-            speaks = speaks or self._heard
-            missed = missed + 1 if speaks and self._listens and not self._heard else 0
+            self._speaks = self._speaks or self._heard
+            missed = missed + 1 if self._speaks and self._listens and not self._heard else 0
         self.fell_silent = True
         self.cut(f"nothing came from {self.peer} for {missed * HEARTBEAT_S:.0f} s")
 

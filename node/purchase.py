@@ -358,7 +358,7 @@ class Purchase:
         except trio.TooSlowError:
             await self._come_back(f"{provider} did not open a stream", provider, attempt)
             return
-        conversation = Conversation(stream)
+        conversation = Conversation(stream, speaks=self._lifecycle.state in BOUND)
         if self._lifecycle.side.attempt != attempt:
             await stream.aclose()
             return

@@ -32,10 +32,12 @@ class Returns:
 
     def broke(self, lasted_s: float, *, fell_silent: bool) -> None:
         """A stream has ended that had lasted so long."""
-        patience_s = SILENT_RETURN_S if fell_silent else RETURN_WITHIN_S
-        self._until = trio.current_time() + patience_s
         if lasted_s > STEADY_S:
             self._left = MAX_RETURNS
+        patience_s = RETURN_WITHIN_S
+        if fell_silent:  # once more, if that was not a return already
+            patience_s = SILENT_RETURN_S if self._left == MAX_RETURNS else 0.0
+        self._until = trio.current_time() + patience_s
 
     def next_pause_s(self) -> float | None:
         """How long to wait before the next stream; None if the provider is lost."""
