@@ -1,8 +1,7 @@
 """How often, and for how long, a buyer goes back to a provider whose stream broke.
 
-A provider of which nothing is heard for about five seconds is lost: its stream breaks at once or is
-cut after some seconds of silence (``conversation.py``), and whatever of the five is left is for
-streams in its place.
+A provider of which nothing is heard for five seconds is lost. A stream that breaks is followed by
+others for some of them; one that is cut for its silence (``conversation.py``) is not: they are over.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ MAX_RETURNS: Final = 5
 STEADY_S: Final = 30.0
 RETURN_WITHIN_S: Final = 4.0
 """After a stream broke; after that its provider is lost."""
-SILENT_RETURN_S: Final = 1.0
-"""The same, if nothing had come on it for some seconds already."""
 
 
 class Returns:
@@ -34,10 +31,7 @@ class Returns:
         """A stream has ended that had lasted so long."""
         if lasted_s > STEADY_S:
             self._left = MAX_RETURNS
-        patience_s = RETURN_WITHIN_S
-        if fell_silent:  # once more, if that was not a return already
-            patience_s = SILENT_RETURN_S if self._left == MAX_RETURNS else 0.0
-        self._until = trio.current_time() + patience_s
+        self._until = trio.current_time() + (0.0 if fell_silent else RETURN_WITHIN_S)
 
     def next_pause_s(self) -> float | None:
         """How long to wait before the next stream; None if the provider is lost."""
