@@ -1,7 +1,8 @@
 """How often, and for how long, a buyer goes back to a provider whose stream broke.
 
 A provider of which nothing is heard for five seconds is lost. A stream that breaks is followed by
-others for some of them; one that is cut for its silence (``conversation.py``) is not: they are over.
+others for some of them; one that is cut for its silence (``conversation.py``) is not: they are
+over.
 """
 
 from __future__ import annotations
