@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 
 import pytest
 
@@ -42,7 +43,7 @@ def part(first_step: int, steps: int, *outputs: NamedOutput) -> Result:
 @pytest.mark.parametrize("cuts", [[15], [5, 9, 10], [1, 2, 3]])
 def test_joined_traces_are_those_of_one_run(cuts: list[int]) -> None:
     bounds = [0, *cuts, 30]
-    parts = [trace(first, end) for first, end in zip(bounds, bounds[1:], strict=False)]
+    parts = [trace(first, end) for first, end in pairwise(bounds)]
     assert join_traces(parts) == trace(0, 30)
 
 
