@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from p2pflop.client import Client
 from p2pflop.dht.store import FileStore
 from p2pflop.kernels.classes import environment
 from p2pflop.node.books import open_books
-from p2pflop.node.execute import Checkpoints, Execution, Kept, lower_all, worker_limits
+from p2pflop.node.execute import Checkpoints, Execution, Outcome, lower_all, worker_limits
 from p2pflop.node.feeding import Feeds
 from p2pflop.node.journal import Head, JobRows, Journal
 from p2pflop.node.service import SubmitOptions
 from p2pflop.node.worker_types import Rows
 from p2pflop.node.workers import WorkerPool
+from p2pflop.wire import encode
 
 EVERY = 50
 STEPS = {"digits": 1500, "conv": 1500, "gpt": 150}
@@ -62,8 +63,8 @@ async def provider(folder: Path, job: Any) -> AsyncIterator[Run]:
             rows = JobRows(journal, Head(os.urandom(6).hex(), "provider", 0, "", b""), time.time_ns)
             stamps: list[float] = []
 
-            async def give(step: int, state: Sequence[Kept]) -> None:
-                rows.add(f"checkpoint {step}", b"".join(kept.address for kept in state))
+            async def give(interval: Outcome) -> None:
+                rows.add(f"checkpoint {interval.done_to}", encode(interval.result))
                 await rows.flush()
 
             async def on_rows(_: Rows) -> None:

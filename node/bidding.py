@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from p2pflop.job.lifecycle import Edge
@@ -48,8 +49,10 @@ class Bidding:
                 if deal.node in self._tried or deal.ask.class_id == class_id
             ]
 
-    def rank(self, attempt: int) -> Ranking:
-        """Begin a round with the book as it is now; its best deal is for ``attempt``."""
+    def rank(self, attempt: int, order: Order) -> Ranking:
+        """Begin a round for ``order``, which is the run's or for what is left of it, with the book
+        as it is now; its best deal is for ``attempt``."""
+        self._order = order
         self._tried.clear()
         return self._look(attempt, continues=False)
 
@@ -84,15 +87,17 @@ class Bidding:
         """The account of a provider that was bid to, by its node's key."""
         return self._accounts.get(node)
 
-    def recall(self, row: Row) -> None:
-        """Take in a row that an earlier process has journalled."""
-        if row.kind == DEAL_ROW:
-            self._accounts[row.body[:KEY_BYTES]] = row.body[KEY_BYTES:]
-            self._tried.add(row.body[:KEY_BYTES])
-        elif row.kind == CLASS_ROW:
-            self._classes = frozenset({row.body})
-        elif row.kind == LIFE_ROW + Edge.WAIT:
-            self._tried.clear()
+    def recall(self, rows: Sequence[Row], order: Order) -> None:
+        """Take in what earlier processes have journalled; ``order`` was under way at last."""
+        self._order = order
+        for row in rows:
+            if row.kind == DEAL_ROW:
+                self._accounts[row.body[:KEY_BYTES]] = row.body[KEY_BYTES:]
+                self._tried.add(row.body[:KEY_BYTES])
+            elif row.kind == CLASS_ROW:
+                self._classes = frozenset({row.body})
+            elif row.kind in (LIFE_ROW + Edge.WAIT, LIFE_ROW + Edge.RESUBMIT):
+                self._tried.clear()
 
     def _look(self, attempt: int, *, continues: bool) -> Ranking:
         """Rank; the deals are those from ``attempt`` on, without providers tried in this round.

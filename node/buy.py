@@ -28,6 +28,7 @@ from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import chosen_family, descriptor
 from p2pflop.market.ranking import Deal, Need, Policy, rank
 from p2pflop.market.records import NONCE_BYTES
+from p2pflop.node import messages as m
 from p2pflop.node.evidence import evidence_of
 from p2pflop.node.experience import Experience
 from p2pflop.node.feeding import open_feed
@@ -45,10 +46,11 @@ from p2pflop.node.orders import (
     starting_from,
 )
 from p2pflop.node.outcomes import what_is_left
-from p2pflop.node.purchase import RESULT_ROW, Purchase
+from p2pflop.node.purchase import Purchase
 from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
+from p2pflop.node.stretches import RESULT_ROW, WHOLE_ROW
 from p2pflop.wire import encode
 
 JOB_ROW: Final = "job"
@@ -180,7 +182,7 @@ class Buyer:
     def result_record(self, run_id: str) -> bytes:
         """The encoded Result of a run that has settled. Raises ConfigError before."""
         run = self.runs.get(run_id)
-        rows = [row for row in self.runs.rows(run.id) if row.kind == RESULT_ROW]
+        rows = [row for row in self.runs.rows(run.id) if row.kind in (RESULT_ROW, WHOLE_ROW)]
         if not rows or run.card["end_state"] != "settled":
             raise ConfigError(
                 f"job {run_id} has no result: it is {run.card['state']}",
@@ -206,6 +208,18 @@ class Buyer:
         self._lent.update((address, provider) for address in addresses)
         return addresses
 
+    async def small_inputs(self, order: Order) -> tuple[tuple[bytes, bytes], ...]:
+        """What goes along with the confirm, so that the provider need not ask for it."""
+        room_bytes = m.MAX_INLINE_BYTES
+        small: dict[bytes, bytes] = {}
+        for _, source in order.checked.named_inputs:
+            known = source.address in small
+            if known or source.size_bytes > room_bytes or len(small) == m.MAX_INLINE_BLOBS:
+                continue
+            room_bytes -= source.size_bytes
+            small[source.address] = await self.store.get(source.address)
+        return tuple(small.items())
+
     def take_back(self, addresses: Sequence[bytes], provider: bytes) -> None:
         """The end of ``lend``, unless another purchase from that provider goes on."""
         self._lent.subtract((address, provider) for address in addresses)
@@ -216,6 +230,10 @@ class Buyer:
     def lends(self, address: bytes, reader: bytes) -> bool:
         """Whether ``reader``, a provider's node, may read an input now."""
         return (address, reader) in self._lent
+
+    async def need(self, run_id: str, order: Order) -> None:
+        """The inputs of ``order`` are needed until the run is over. Raises StoreError."""
+        self._needed[run_id] = frozenset(await self._inputs(order))
 
     def needed_by(self, address: bytes) -> str:
         """A run under way that has that blob as an input; empty if there is none."""
@@ -244,7 +262,7 @@ class Buyer:
 
     async def _buy(self, run: Run, order: Order, *, resume: bool = False) -> None:
         try:
-            self._needed[run.id] = frozenset(await self._inputs(order))
+            await self.need(run.id, order)
             await Purchase(self, run, order).run(resume=resume)
         except P2PFlopError as error:
             await self.fail(run, error)

@@ -1,8 +1,11 @@
 """One job stream: messages out through a bounded outbox, messages in to a handler, heartbeats.
 
 Nobody who has something to say waits for the peer: ``tell`` puts it into the outbox. A peer that
-does not read until the outbox is full has its stream cut, as one that has gone. A peer that sends
-faster than ``READ_RATE`` waits, so that a flood costs a bounded share of this node's time.
+does not read until the outbox is full has its stream cut, as one that has gone. So has a peer, once
+it has begun to speak, of which nothing comes for ``MAX_MISSED_BEATS`` heartbeats; the beats that
+count are those of this node while it listens, so that a pause of its own is not the peer's. A peer
+that sends faster than ``READ_RATE`` waits, so that a flood costs a bounded share of this node's
+time.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError, first_err
 from p2pflop.node.messages import Heartbeat, Message, decode_message, encode_message
 
 MAX_OUTBOX: Final = 256
-HEARTBEAT_S: Final = 5.0
+HEARTBEAT_S: Final = 1.0
+MAX_MISSED_BEATS: Final = 4
 SEND_S: Final = 30.0
 LINGER_S: Final = 2.0
 READ_RATE: Final = 1000.0
@@ -30,9 +34,10 @@ class Conversation:
     """A stream and its outbox. Lives while ``run`` runs.
 
     ``at_fault``: it ended because of what the peer sent, so that another stream would not help.
+    ``fell_silent``: nothing came any more. A peer that ``speaks`` has to from the beginning.
     """
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, *, speaks: bool = False) -> None:
         self.peer = stream.peer
         self.over = trio.Event()
         self._stream = stream
@@ -41,7 +46,9 @@ class Conversation:
         self._why = ""
         self._tokens = READ_BURST
         self._counted_at = trio.current_time()
-        self.at_fault = False
+        self._speaks = speaks
+        self._listens = self._heard = False
+        self.at_fault = self.fell_silent = False
 
     def tell(self, message: Message) -> None:
         """Send soon, in order. Does nothing once the conversation is over."""
@@ -78,6 +85,7 @@ class Conversation:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._write)
                         nursery.start_soon(self._beat)
+                        nursery.start_soon(self._watch)
                         await self._read(on_message)
                         nursery.cancel_scope.cancel()
                 except* P2PFlopError as group:
@@ -98,7 +106,9 @@ class Conversation:
     async def _read(self, on_message: OnMessage) -> None:
         while True:
             try:
+                self._listens = True
                 frame = await self._stream.receive()
+                self._listens, self._heard = False, True
                 message = decode_message(frame, self.peer)
             except EndOfStream:
                 self._end(f"{self.peer} ended the stream")
@@ -132,6 +142,16 @@ class Conversation:
         await self._stream.aclose()
         await trio.sleep(LINGER_S)
         self.cut(f"{self.peer} did not end the stream")
+
+    async def _watch(self) -> None:
+        missed = 0
+        while missed < MAX_MISSED_BEATS:
+            self._heard = False
+            await trio.sleep(HEARTBEAT_S)
+            self._speaks = self._speaks or self._heard
+            missed = missed + 1 if self._speaks and self._listens and not self._heard else 0
+        self.fell_silent = True
+        self.cut(f"nothing came from {self.peer} for {missed * HEARTBEAT_S:.0f} s")
 
     async def _beat(self) -> None:
         while True:

@@ -17,23 +17,13 @@ import trio
 from p2pflop.dht.blobs import BlobWriter, Store
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import JobError, P2PFlopError, ProviderError
-from p2pflop.job.collection import numbered
-from p2pflop.job.delivery import check_result, output_bytes, output_dtype
+from p2pflop.job.delivery import check_result
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.graph import graph_hash
-from p2pflop.job.results import TraceLog, build_result, result_hash
-from p2pflop.job.spec import (
-    MODE_LAST,
-    MODE_TRACE,
-    NamedOutput,
-    Result,
-    ResultSource,
-    collected,
-    is_due,
-    state_slots,
-    times_due,
-)
+from p2pflop.job.results import build_result, result_hash
+from p2pflop.job.spec import NamedOutput, Result, ResultSource, collected, is_due, state_slots
 from p2pflop.node.feeding import Feeds, Hold
+from p2pflop.node.gathering import Gathering
 from p2pflop.node.messages import MAX_INLINE_BLOBS, MAX_INLINE_BYTES
 from p2pflop.node.worker_types import Paused, Rows, Worker, WorkerLimits, Workers
 from p2pflop.units import MIB, NS_PER_S
@@ -62,17 +52,17 @@ OnRows = Callable[[Rows], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """When the state is kept, and who gets it.
+    """When there is a checkpoint, and who gets it.
 
     Every ``steps`` steps (0: never), and after ``seconds`` without one (0: never), if it is
-    ``wanted`` then (told whether it is one of the latter); ``give`` takes the step and what was
-    kept.
+    ``wanted`` then (told whether it is one of the latter); ``give`` takes what came out since the
+    checkpoint before it.
     """
 
     steps: int
     seconds: float
     wanted: Callable[[bool], bool]
-    give: Callable[[int, tuple[Kept, ...]], Awaitable[None]]
+    give: Callable[[Outcome], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +81,11 @@ class Outcome:
     result: Result
     hash: bytes
     kept: tuple[Kept, ...]
+
+    @property
+    def done_to(self) -> int:
+        """The step after the last one that was done."""
+        return self.result.first_step + self.result.steps_done
 
 
 def inline_blobs(kept: Sequence[Kept]) -> tuple[tuple[bytes, bytes], ...]:
@@ -187,9 +182,9 @@ class Execution:
         self._owner = owner
         self._at_hand = at_hand
         self._hold = hold
-        self._collected: dict[tuple[int, int], dict[int, bytes]] = {}
-        self._trace = TraceLog()
         self._done_to = checked.job.first_step
+        self._whole = Gathering(checked, self._done_to)
+        self._interval = Gathering(checked, self._done_to)
         self._states = state_slots(checked.work)
         self._nursery: trio.Nursery
         self._drained = trio.Event()
@@ -273,15 +268,18 @@ class Execution:
         await self._drained.wait()  # one at a time: the disk may be slower than the steps
         if checkpoints.wanted(late):
             self._late, self._checkpointed_at = False, trio.current_time()
-            drafts = await self._draft_state(self._keeper())
+            interval, self._interval = self._interval, Gathering(self._checked, step)
+            drafts = await self._draft(interval, step)
             self._drained = trio.Event()
-            self._nursery.start_soon(self._drain, step, drafts, checkpoints)
+            self._nursery.start_soon(self._drain, interval, step, drafts, checkpoints)
         elif late:
             self._late = False
             self._checkpointed_at = trio.current_time() - checkpoints.seconds + WANT_AGAIN_S
 
-    async def _drain(self, step: int, drafts: list[_Draft], checkpoints: Checkpoints) -> None:
-        await checkpoints.give(step, await _finished(drafts))
+    async def _drain(
+        self, interval: Gathering, step: int, drafts: _Drafts, checkpoints: Checkpoints
+    ) -> None:
+        await checkpoints.give(await self._outcome(interval, step, drafts))
         self._drained.set()
 
     async def _run_clock(self, seconds: float) -> None:
@@ -305,69 +303,66 @@ class Execution:
                 or output >= len(work.phases[phase].modes)
             ):
                 raise ProviderError("the worker told a value that was not due")
-            dtype = output_dtype(self._checked, phase, output)
-            self._trace.append(phase, output, dtype, value)
+            self._whole.note(phase, output, value)
+            self._interval.note(phase, output, value)
 
     async def _collect(self, step: int) -> None:
         for phase, output in collected(self._checked.work, step):
-            values = self._collected.setdefault((phase, output), {})
-            if step not in values:
+            if not self._whole.has(phase, output, step):
                 value = await self._keeper().store(self._worker.read_output(phase, output))
-                values[step] = value.address
+                self._whole.collect(phase, output, step, value.address)
+                self._interval.collect(phase, output, step, value.address)
 
     async def _finish(self) -> Outcome:
-        checked = self._checked
-        keeper = self._keeper()
-        trace = await keeper.keep(_once(self._trace.encode()))
-        state = await _finished(await self._draft_state(keeper))
-        outputs: list[NamedOutput] = []
-        kept = [trace, *state]
-        steps_done = self._done_to - checked.job.first_step
-        for number, phase in enumerate(checked.work.phases):
-            if not times_due(phase, checked.job.first_step, steps_done):
-                continue
-            for output, mode in enumerate(phase.modes):
-                if mode == MODE_TRACE:
-                    continue
-                if mode == MODE_LAST:
-                    parts = self._worker.read_output(number, output)
-                else:
-                    parts = _once(self._collection(number, output))
-                value = await keeper.keep(parts)
-                kept.append(value)
-                outputs.append(NamedOutput(number, output, value.address, value.size_bytes))
-        result = build_result(
-            checked.work,
-            checked.job,
-            class_id=self._class_id,
-            steps_done=steps_done,
-            outputs=outputs,
-            trace=trace.address,
-            state=tuple(value.address for value in state),
-        )
-        refusal = check_result(checked, self._class_id, result)
+        checked, end = self._checked, self._done_to
+        outcome = await self._outcome(self._whole, end, await self._draft(self._whole, end))
+        refusal = check_result(checked, self._class_id, outcome.result)
         if refusal is not None:
             raise ProviderError(f"the worker gave what cannot be delivered: {refusal.reason}")
-        return Outcome(result, result_hash(result), tuple(kept))
-
-    def _collection(self, phase: int, output: int) -> bytes:
-        values = self._collected.get((phase, output), {})
-        size_bytes = output_bytes(self._checked, phase, output)
-        return encode(numbered(sorted(values), [values[s] for s in sorted(values)], size_bytes))
+        return outcome
 
     def _keeper(self) -> _Keeper:
         return _Keeper(self._store, self._owner, self._hold)
 
-    async def _draft_state(self, keeper: _Keeper) -> list[_Draft]:
-        """The state as it is now, read in one go; to be finished."""
-        drafts = {slot: keeper.draft() for slot in self._states}
+    async def _draft(self, gathering: Gathering, end: int) -> _Drafts:
+        """All that a result up to the step ``end`` names, read in one go; to be finished."""
+        keeper, outputs = self._keeper(), gathering.outputs(end)
+        drafts = _Drafts(
+            keeper.draft(),
+            {slot: keeper.draft() for slot in self._states},
+            {place: keeper.draft() for place in outputs},
+        )
         try:
+            await drafts.trace.add(gathering.trace())
             async for slot, chunk in self._worker.read_slots(self._states):
-                await drafts[slot].add(chunk)
+                await drafts.state[slot].add(chunk)
+            for place, data in outputs.items():
+                parts = self._worker.read_output(*place) if data is None else _once(data)
+                async for part in parts:
+                    await drafts.outputs[place].add(part)
         except BaseException:
-            await _drop(drafts.values())
+            await _drop(drafts.all())
             raise
-        return list(drafts.values())
+        return drafts
+
+    async def _outcome(self, gathering: Gathering, end: int, drafts: _Drafts) -> Outcome:
+        try:
+            trace = await drafts.trace.finish()
+            state = [await draft.finish() for draft in drafts.state.values()]
+            outputs = {place: await draft.finish() for place, draft in drafts.outputs.items()}
+        finally:
+            await _drop(drafts.all())
+        job = gathering.job(end)
+        result = build_result(
+            self._checked.work,
+            job,
+            class_id=self._class_id,
+            steps_done=job.steps,
+            outputs=[NamedOutput(*p, kept.address, kept.size_bytes) for p, kept in outputs.items()],
+            trace=trace.address,
+            state=[kept.address for kept in state],
+        )
+        return Outcome(result, result_hash(result), (trace, *state, *outputs.values()))
 
 
 class _Keeper:
@@ -395,15 +390,6 @@ class _Keeper:
             self._room_bytes -= size_bytes
             self._room_blobs -= 1
         return fits
-
-    async def keep(self, parts: AsyncIterator[bytes]) -> Kept:
-        draft = self.draft()
-        try:
-            async for part in parts:
-                await draft.add(part)
-            return await draft.finish()
-        finally:
-            await _drop([draft])
 
     async def store(self, parts: AsyncIterator[bytes]) -> Kept:
         """Keep it in the store, however small."""
@@ -459,11 +445,16 @@ class _Draft:
         return writer
 
 
-async def _finished(drafts: Sequence[_Draft]) -> tuple[Kept, ...]:
-    try:
-        return tuple([await draft.finish() for draft in drafts])
-    finally:
-        await _drop(drafts)
+@dataclass(frozen=True, slots=True)
+class _Drafts:
+    """What a result names, by state slot and by phase and output."""
+
+    trace: _Draft
+    state: dict[int, _Draft]
+    outputs: dict[tuple[int, int], _Draft]
+
+    def all(self) -> list[_Draft]:
+        return [self.trace, *self.state.values(), *self.outputs.values()]
 
 
 async def _drop(drafts: Iterable[_Draft]) -> None:

@@ -3,15 +3,17 @@
 Everything here comes from a stranger. Told rows must be of this job, each later than the one
 before, so that no more can come than the job has. Blobs that came along are kept in memory, within
 the limits of a message, until a receipt that the lifecycle accepted is about them; only then do
-they reach the store, and only those that the receipt's state or result names.
+they reach the store, and only those that the receipt's checkpoint or result names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import trio
+from msgspec.structs import replace as replace_fields
 
 from p2pflop.dht.blobs import BlobInfo, Store
 from p2pflop.dht.fetch import fetch
@@ -33,14 +35,14 @@ from p2pflop.job.delivery import (
     check_trace,
     output_dtype,
     wanted_result,
-    wanted_state,
 )
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.results import Scalar, result_hash, scalar
-from p2pflop.job.spec import MODE_COLLECT, MODE_TRACE, NamedOutput, Result, is_due, state_root
+from p2pflop.job.spec import MODE_COLLECT, MODE_TRACE, NamedOutput, Result, is_due
 from p2pflop.job.validate import Refusal
 from p2pflop.market.records import ZERO_HASH, Receipt
 from p2pflop.node import messages as m
+from p2pflop.node.service import Json
 from p2pflop.wire import decode
 
 MAX_PARALLEL_FETCHES: Final = 4
@@ -59,11 +61,16 @@ class Goods:
         self._checked = checked
         self._store = store
         self._dialer = dialer
-        self._states: dict[int, m.Checkpoint] = {}
+        self._intervals: dict[int, tuple[Result, Sequence[tuple[bytes, bytes]]]] = {}
         self._inline: dict[bytes, bytes] = {}
         self._last_row = (checked.job.first_step, -1, -1)
         self._told_to = checked.job.first_step
         self._progress: dict[int, int] = {}
+
+    @property
+    def told_to(self) -> int:
+        """The step up to which rows have come."""
+        return self._told_to
 
     def is_progress(self, message: m.Message) -> bool:
         """Whether it tells of more than was told before, and not of the same again."""
@@ -107,15 +114,16 @@ class Goods:
 
     def note_checkpoint(self, message: m.Checkpoint) -> None:
         """Keep what a checkpoint names, until it is billed."""
-        job = self._checked.job
-        addresses = tuple(address for address, _ in message.state)
-        wanted_state(self._checked, addresses)
-        if not job.first_step < message.step < job.first_step + job.steps:
+        job, interval = self._checked.job, decode(Result, message.interval)
+        if not job.first_step <= interval.first_step < message.step < job.first_step + job.steps:
             raise ProtocolError("it told of a checkpoint outside the job")
-        check_inline(f"the checkpoint after step {message.step}", message.blobs, set(addresses))
-        self._states[message.step] = message
-        if len(self._states) > MAX_KEPT_CHECKPOINTS:
-            del self._states[min(self._states)]
+        if interval.first_step + interval.steps_done != message.step:
+            raise ProtocolError("it told of a checkpoint after other steps than it has")
+        named = {blob.address for blob in wanted_result(self._checked, interval)}
+        check_inline(f"the checkpoint after step {message.step}", message.blobs, named)
+        self._intervals[message.step] = (interval, message.blobs)
+        if len(self._intervals) > MAX_KEPT_CHECKPOINTS:
+            del self._intervals[min(self._intervals)]
 
     def note_result(self, data: bytes, blobs: Sequence[tuple[bytes, bytes]]) -> bool:
         """Keep an encoded result and what came along; False if it is known already."""
@@ -133,54 +141,67 @@ class Goods:
         """A result that was journalled before a restart."""
         self.result = decode(Result, data)
 
-    async def check(self, receipt: Receipt, class_id: bytes) -> tuple[bytes, ...]:
+    async def check(self, receipt: Receipt, class_id: bytes) -> Result:
         """Fetch and check all that ``receipt`` is about; then it is here and durable.
 
-        Gives the addresses of the state at its last step.
+        Gives the result of the steps since the receipt before it, or, if it is the last one, of all
+        steps of the stretch.
 
         Raises ProtocolError if it is not what was bought, ProviderError or BlobNotFoundError if it
         could not be had now, StoreError if it cannot be kept.
         """
         if receipt.result != ZERO_HASH:
             return await self._check_last(receipt, class_id)
-        checkpoint = self._states.get(receipt.to_step)
-        if checkpoint is None:
+        interval, blobs = self._intervals.get(receipt.to_step, (None, ()))
+        if interval is None:
             raise ProviderError("the checkpoint itself has not come yet")
-        addresses = tuple(address for address, _ in checkpoint.state)
-        if state_root(addresses) != receipt.root_to:
+        if interval.state_root != receipt.root_to or interval.first_step != receipt.from_step:
             raise ProtocolError("the receipt is for another checkpoint")
-        await self._keep_inline(checkpoint.blobs)
-        await self._fetch_all(wanted_state(self._checked, addresses))
-        self._states = {step: kept for step, kept in self._states.items() if step > receipt.to_step}
-        return addresses
+        await self._check_delivery(interval, interval.steps_done, class_id, blobs)
+        self._intervals = {s: kept for s, kept in self._intervals.items() if s > receipt.to_step}
+        return interval
 
-    async def _check_last(self, receipt: Receipt, class_id: bytes) -> tuple[bytes, ...]:
-        checked, result = self._checked, self.result
+    async def _check_last(self, receipt: Receipt, class_id: bytes) -> Result:
+        result = self.result
         if result is None:
             raise ProviderError("the result itself has not come yet")
         if result_hash(result) != receipt.result:
             raise ProtocolError("the receipt is for another result")
-        refusal = check_result(checked, class_id, result)
-        if refusal is not None:
-            raise ProtocolError(refusal.reason)
         done_to = result.first_step + result.steps_done
         if (result.state_root, done_to) != (receipt.root_to, receipt.to_step):
             raise ProtocolError("the receipt is for another state")
-        await self._keep_inline(tuple(self._inline.items()))
-        self._inline = {}
-        await self._fetch_all(wanted_result(checked, result))
-        for output in result.outputs:
-            if checked.work.phases[output.phase].modes[output.output] == MODE_COLLECT:
-                await self._check_collected(result.steps_done, output)
-        trace = await self._store.get(result.trace)
-        refusal = check_trace(checked, result.steps_done, trace)
+        blobs, self._inline = tuple(self._inline.items()), {}
+        await self._check_delivery(result, self._checked.job.steps, class_id, blobs)
+        return result
+
+    async def _check_delivery(
+        self,
+        result: Result,
+        steps: int,
+        class_id: bytes,
+        blobs: Sequence[tuple[bytes, bytes]],
+    ) -> None:
+        """``result`` has to be one of the ``steps`` steps from its first one on."""
+        job = replace_fields(self._checked.job, first_step=result.first_step, steps=steps)
+        part = replace(self._checked, job=job)
+        refusal = check_result(part, class_id, result)
         if refusal is not None:
             raise ProtocolError(refusal.reason)
-        return result.state
+        await self._keep_inline(blobs)
+        await self._fetch_all(wanted_result(part, result))
+        for output in result.outputs:
+            if part.work.phases[output.phase].modes[output.output] == MODE_COLLECT:
+                await self._check_collected(part, result.steps_done, output)
+        trace = await self._store.get(result.trace)
+        refusal = check_trace(part, result.steps_done, trace)
+        if refusal is not None:
+            raise ProtocolError(refusal.reason)
 
-    async def _check_collected(self, steps_done: int, output: NamedOutput) -> None:
+    async def _check_collected(
+        self, part: CheckedJob, steps_done: int, output: NamedOutput
+    ) -> None:
         data = await self._store.get(output.address, output.size_bytes)
-        wanted = check_collected(self._checked, steps_done, output, data)
+        wanted = check_collected(part, steps_done, output, data)
         if isinstance(wanted, Refusal):
             raise ProtocolError(wanted.reason)
         await self._fetch_all(wanted)
@@ -272,6 +293,14 @@ class Goods:
 def _check_size(blob: WantedBlob, held: BlobInfo) -> None:
     if held.size_bytes > blob.size_bytes or (blob.exact and held.size_bytes < blob.size_bytes):
         raise ProtocolError("a delivered tensor is not of its size")
+
+
+def by_step(told: Iterable[ToldValue], names: Sequence[Sequence[str]]) -> list[Json]:
+    """Told values as clients see them, by the name of their output."""
+    rows: dict[int, dict[str, Scalar]] = {}
+    for step, phase, output, value in told:
+        rows.setdefault(step, {})[names[phase][output]] = value
+    return [{"step": step, "values": values} for step, values in rows.items()]
 
 
 def check_inline(what: str, blobs: Sequence[tuple[bytes, bytes]], named: set[bytes]) -> None:

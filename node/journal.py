@@ -83,8 +83,9 @@ class KnownState:
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """The newest countersignature of a run that is over, for the provider ``peer``: what is signed
-    is owed, however the run ended."""
+    """The newest countersignature of a stretch that is over, for the provider ``peer``: what is
+    signed is owed, however it ended. ``job`` is its run, with the number of the stretch if another
+    one followed."""
 
     job: str
     at_ns: int
@@ -287,9 +288,13 @@ class JobRows:
         """Ids and envelopes of sheets by which it is decided; written with the next flush."""
         self._pending.sheets.extend(self._journal.unknown(sheets))
 
-    def add_letter(self, peer: str, wire: bytes) -> None:
-        """For ``peer`` to acknowledge; written with the next flush."""
-        self._pending.letters.append(Letter(self.head.job, self._now_ns(), peer, wire))
+    def add_letter(self, peer: str, wire: bytes, stretch: int = 0) -> Letter:
+        """For ``peer`` to acknowledge; written with the next flush. ``stretch`` numbers, from 1,
+        those of the stretches that were broken off."""
+        name = f"{self.head.job}/{stretch}" if stretch else self.head.job
+        letter = Letter(name, self._now_ns(), peer, wire)
+        self._pending.letters.append(letter)
+        return letter
 
     def forget(self, *kinds: str) -> None:
         """Rows of these kinds are of no more use; gone with the next flush."""

@@ -1,8 +1,8 @@
-"""What is said to a provider outside a conversation: one thing, on a stream of its own.
+"""What is said to a provider outside a conversation: on a stream of its own.
 
-A **letter** is what a run that is over owes its provider: the last countersignature. It is in the
-journal from the moment it is signed until the provider has acknowledged it, and is brought again,
-after a restart too, for a day.
+A **letter** is what a stretch that is over owes its provider: the last countersignature. It is in
+the journal from the moment it is signed until the provider has acknowledged it, and is brought
+again, after a restart too, for a day.
 """
 
 from __future__ import annotations

@@ -37,7 +37,6 @@ MAX_BODY_BYTES: Final = 512 * KIB
 MAX_RECORD_BYTES: Final = 64 * KIB
 MAX_RESULT_BYTES: Final = 512 * KIB
 MAX_ROWS: Final = 4096
-MAX_STATE_SLOTS: Final = 4096
 
 Envelope = Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
 InlineBlobs = Annotated[
@@ -98,12 +97,13 @@ class Rows(Record, frozen=True, tag=6):
 
 
 class Checkpoint(Record, frozen=True, tag=7):
-    """The state after ``step`` steps: (address, size) a state slot. Small ones are in ``blobs``."""
+    """What there is after ``step`` steps: the Result, encoded, of the steps since the checkpoint
+    before it, with the state as it is now. Small blobs of it are in ``blobs``."""
 
-    MAX_BYTES: ClassVar[int] = MAX_INLINE_BYTES + 64 * (MAX_STATE_SLOTS + MAX_INLINE_BLOBS)
+    MAX_BYTES: ClassVar[int] = MAX_INLINE_BYTES + MAX_RESULT_BYTES + 64 * (MAX_INLINE_BLOBS + 1)
 
     step: U63
-    state: Annotated[tuple[tuple[Hash, U63], ...], msgspec.Meta(max_length=MAX_STATE_SLOTS)]
+    interval: Annotated[bytes, msgspec.Meta(max_length=MAX_RESULT_BYTES)]
     blobs: InlineBlobs
 
 

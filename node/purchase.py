@@ -37,11 +37,13 @@ from p2pflop.job.events import (
     Refuted,
     Send,
     State,
+    Unreachable,
     Verified,
 )
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.naming import output_names
 from p2pflop.job.results import result_hash
+from p2pflop.job.spec import Result
 from p2pflop.keys import peer_id
 from p2pflop.market.desk import BuyerDesk
 from p2pflop.market.ranking import no_deal
@@ -49,34 +51,31 @@ from p2pflop.market.records import ZERO_HASH, Bid, Receipt
 from p2pflop.node import messages as m
 from p2pflop.node.bidding import Bidding
 from p2pflop.node.conversation import Conversation
-from p2pflop.node.driver import LIFE_ROW, Driver
+from p2pflop.node.driver import Driver
 from p2pflop.node.evidence import REJECT_ROW
-from p2pflop.node.goods import Goods
+from p2pflop.node.goods import Goods, by_step
 from p2pflop.node.guard import survive
-from p2pflop.node.journal import KnownState, Letter
+from p2pflop.node.journal import Letter
 from p2pflop.node.letters import FAREWELL_S, JOB_PROTOCOL, leave_word
 from p2pflop.node.orders import Order, describe_ranking
 from p2pflop.node.outcomes import describe_result, error_of
 from p2pflop.node.printable import printable
+from p2pflop.node.returning import OPEN_S, Returns
 from p2pflop.node.runs import Last, Run
+from p2pflop.node.stretches import RESULT_ROW, Stretches, last_state, owed_nusd
 from p2pflop.wire import Sealed, reopen
 
 if TYPE_CHECKING:
     from p2pflop.node.buy import Buyer
 
-RESULT_ROW: Final = "result"
-OPEN_S: Final = 8.0
 RETRY_S: Final = 1.0
 MAX_RETRY_S: Final = 15.0
-RETURN_S: Final = 0.25
-MAX_RETURNS: Final = 5
-"""Streams opened in the place of broken ones, with growing pauses, until one is ``STEADY_S``."""
-STEADY_S: Final = 30.0
 LAST_VERIFY_S: Final = 5.0
 """For what was billed before the provider gave the lease back; shorter than its silence may be."""
 
 UNCONFIRMED: Final = frozenset({State.RANKING, State.WAITING, State.BIDDING})
-CONFIRMED: Final = frozenset({State.CONFIRMING, State.RUNNING})
+BOUND: Final = frozenset({State.CONFIRMING, State.RUNNING, State.VERIFYING})
+"""When a provider is bound by a confirm."""
 
 _log = logging.getLogger(__name__)
 
@@ -87,11 +86,13 @@ class Purchase:
     def __init__(self, buyer: Buyer, run: Run, order: Order) -> None:
         self._buyer = buyer
         self._run = run
-        self._order = order
+        self._stretches = Stretches(order, run.rows)
         self._bidding = Bidding(buyer, order, run.rows)
         self._conversation: Conversation | None = None
-        self._returns_left = MAX_RETURNS
+        self._returns = Returns()
         self._goods: Goods | None = None
+        self._interval: Result | None = None
+        self._gone = ""
         self._lent_to = b""
         self._lent: list[bytes] = []
         self._acknowledged = False
@@ -156,7 +157,7 @@ class Purchase:
             raise StoreError("the journal does not tell the provider's account")
         ending = None
         if self._lifecycle.state is State.SETTLED:
-            self._last = self._result_event(receipt)
+            self._last = await self._result_event()
             ending = self._last.ending()
             self._add_letter()
 
@@ -173,7 +174,8 @@ class Purchase:
             await self._begin(action.wire)
         elif action.kind == "confirm":
             await self._tell_filled()
-            self._say(m.Confirmed(action.wire, await self._small_inputs()))
+            inputs = await self._buyer.small_inputs(self._stretches.now)
+            self._say(m.Confirmed(action.wire, inputs))
         elif action.kind == "countersign":
             if self._conversation is not None or not self._lifecycle.ended:
                 self._say(m.Countersigned(action.wire))
@@ -192,6 +194,10 @@ class Purchase:
         """See Hands. The first fill decides in which class the job is computed."""
         if edge == Edge.FILL:
             self._fix_class()
+        elif edge == Edge.COUNTERSIGN and self._interval is not None:
+            self._stretches.add(self._interval)
+        elif edge in (Edge.NEXT, Edge.WAIT, Edge.RESUBMIT):
+            self._leave(edge)
 
     def _fix_class(self) -> None:
         class_id = self._bid().record.class_id
@@ -204,7 +210,12 @@ class Purchase:
             self._to_verify.set()
         elif task == "wait":
             self._note_failure()
+            if self._conversation is not None:
+                self._conversation.finish()
+                self._conversation = None
             self._buyer.wait(self._run.id, self)
+            if self._lifecycle.side.rounds:
+                self._nursery.start_soon(self._tell_loss, "")
             self._nursery.start_soon(self._tell_state)
         else:
             self._buyer.wait_no_more(self._run.id)
@@ -240,7 +251,9 @@ class Purchase:
     # Bidding
 
     async def _rank(self) -> None:
-        ranking = self._bidding.rank(self._lifecycle.side.attempt)
+        order = self._stretches.begin(self._stretches.done_to, self._owed_nusd())
+        await self._buyer.need(self._run.id, order)
+        ranking = self._bidding.rank(self._lifecycle.side.attempt, order)
         await self._buyer.runs.emit(self._run, "ranked", **describe_ranking(ranking))
         reason = no_deal(ranking.ranked)
         try:
@@ -256,33 +269,21 @@ class Purchase:
 
     @property
     def _peer(self) -> str:
-        """The provider that was asked last."""
         return peer_id(self._bid().record.provider)
 
     async def _tell_filled(self) -> None:
         provider = self._bid().record.provider
         if self._lent_to != provider:
             self._take_back()
-            self._lent = await self._buyer.lend(self._order, provider)
+            self._lent = await self._buyer.lend(self._stretches.now, provider)
             self._lent_to = provider
         if self._lifecycle.state is not State.CONFIRMING:
             return
-        quote_nusd = self._bid().record.quote_nusd
-        self._run.card |= {"provider": self._peer, "quote_nusd": quote_nusd}
-        runs = self._buyer.runs
-        await runs.emit(self._run, "filled", provider=self._peer, quote_nusd=quote_nusd)
-
-    async def _small_inputs(self) -> tuple[tuple[bytes, bytes], ...]:
-        """What goes along with the confirm, so that the provider need not ask for it."""
-        room_bytes = m.MAX_INLINE_BYTES
-        small: dict[bytes, bytes] = {}
-        for _, source in self._order.checked.named_inputs:
-            known = source.address in small
-            if known or source.size_bytes > room_bytes or len(small) == m.MAX_INLINE_BLOBS:
-                continue
-            room_bytes -= source.size_bytes
-            small[source.address] = await self._buyer.store.get(source.address)
-        return tuple(small.items())
+        bid = self._bid().record
+        told = {"quote_nusd": bid.quote_nusd, "first_step": bid.job.first_step}
+        total_nusd = self._owed_nusd() + bid.quote_nusd
+        self._run.card |= {"provider": self._peer, "quote_nusd": total_nusd}
+        await self._buyer.runs.emit(self._run, "filled", provider=self._peer, **told)
 
     def _note_failure(self) -> None:
         """Whoever had the lease did not do the job: not to be asked again for a while."""
@@ -296,17 +297,34 @@ class Purchase:
         self._buyer.take_back(self._lent, self._lent_to)
         self._lent, self._lent_to = [], b""
 
+    def _leave(self, edge: str) -> None:
+        """Somebody else is to go on: what is due to the last one is sent to it all the same."""
+        if not self._lent_to:
+            return
+        side, peer = self._lifecycle.side, peer_id(self._lent_to)
+        told_to = 0 if self._goods is None else self._goods.told_to
+        self._stretches.lose(peer, side.outcome()[0], told_to)
+        if edge == Edge.RESUBMIT and side.was_paid:
+            stretch = len(side.delivered)
+            letter = self._run.rows.add_letter(peer, side.delivered[-1], stretch)
+            self._buyer.nursery.start_soon(survive, self._buyer.letters.deliver, letter)
+
+    async def _tell_loss(self, next_provider: str) -> None:
+        if (told := self._stretches.tell_loss(next_provider)) is not None:
+            await self._buyer.runs.emit(self._run, "resubmitted", **told)
+
     # Talking
 
     async def _begin(self, bid: bytes) -> None:
         if self._conversation is not None:
             self._conversation.finish()
             self._conversation = None
-        buyer = self._buyer
+        buyer, order = self._buyer, self._stretches.now
         self._note_failure()
-        self._returns_left = MAX_RETURNS
-        self._goods = Goods(self._order.checked, buyer.store, buyer.dialer, self._peer)
-        self._say(m.Offer(bid, self._order.body))
+        self._returns, self._gone = Returns(), ""
+        self._goods = Goods(order.checked, buyer.store, buyer.dialer, self._peer)
+        await self._tell_loss(self._peer)
+        self._say(m.Offer(bid, order.body))
 
     def _say(self, message: m.Message) -> None:
         if self._conversation is None:
@@ -328,18 +346,19 @@ class Purchase:
         else:
             self._conversation.tell(message)
 
-    async def _talk(self, words: list[m.Message], provider: str, attempt: int) -> None:
+    async def _talk(
+        self, words: list[m.Message], provider: str, attempt: int, within_s: float = OPEN_S
+    ) -> None:
         try:
-            with trio.fail_after(OPEN_S):
+            with trio.fail_after(within_s):
                 stream = await self._buyer.dialer.open(provider, JOB_PROTOCOL)
         except (ProviderError, ProtocolError) as error:
             await self._come_back(error.message, provider, attempt)
             return
         except trio.TooSlowError:
-            why = f"{provider} did not open a stream in {OPEN_S:.0f} s"
-            await self._come_back(why, provider, attempt)
+            await self._come_back(f"{provider} did not open a stream", provider, attempt)
             return
-        conversation = Conversation(stream)
+        conversation = Conversation(stream, speaks=self._lifecycle.state in BOUND)
         if self._lifecycle.side.attempt != attempt:
             await stream.aclose()
             return
@@ -353,10 +372,10 @@ class Purchase:
 
         began_at = trio.current_time()
         why = await conversation.run(on_message)
-        if trio.current_time() - began_at > STEADY_S:
-            self._returns_left = MAX_RETURNS
         if self._conversation is conversation:
             self._conversation = None
+            lasted_s = trio.current_time() - began_at
+            self._returns.broke(lasted_s, fell_silent=conversation.fell_silent)
             if conversation.at_fault:
                 await self._lost(why, attempt)
             else:
@@ -364,22 +383,26 @@ class Purchase:
 
     async def _come_back(self, why: str, provider: str, attempt: int) -> None:
         """A stream broke after the confirm: try another before giving the provider up."""
-        if self._lifecycle.state not in CONFIRMED or not self._returns_left:
+        pause_s = self._returns.next_pause_s() if self._lifecycle.state in BOUND else None
+        if pause_s is None:
             await self._lost(why, attempt)
             return
-        self._returns_left -= 1
-        await trio.sleep(RETURN_S * (MAX_RETURNS - self._returns_left))
+        await trio.sleep(pause_s)
         side = self._lifecycle.side
-        still = self._lifecycle.state in CONFIRMED and side.attempt == attempt
+        still = self._lifecycle.state in BOUND and side.attempt == attempt
         if still and self._conversation is None:
             words = [m.Confirmed(side.confirm, ())]
-            self._nursery.start_soon(self._talk, words, provider, attempt)
+            within_s = self._returns.open_within_s()
+            self._nursery.start_soon(self._talk, words, provider, attempt, within_s)
 
     async def _lost(self, why: str, attempt: int) -> None:
         if self._lifecycle.side.attempt == attempt and not self._lifecycle.ended:
             why = printable(why)
             if self._lifecycle.state is State.BIDDING:
                 await self._tell_rejected(f"lost: {why}")
+            elif self._lifecycle.state is State.VERIFYING:
+                self._gone = why
+                self._to_verify.set()
             await self._driver.hear(Lost(why))
 
     async def _hear(self, message: m.Message, conversation: Conversation) -> None:
@@ -457,13 +480,10 @@ class Purchase:
                 await runs.emit(run, "lowering", done=done, total=total)
 
     async def _tell_rows(self, message: m.Rows, goods: Goods) -> None:
-        rows: dict[int, dict[str, float]] = {}
-        for step, phase, output, value in goods.note_rows(message):
-            rows.setdefault(step, {})[self._names[phase][output]] = value
         runs, run = self._buyer.runs, self._run
+        rows = by_step(goods.note_rows(message), self._names)
         if rows:
-            told = [{"step": step, "values": values} for step, values in rows.items()]
-            await runs.emit(run, "rows", rows=told)
+            await runs.emit(run, "rows", rows=rows)
         await runs.emit(run, "progress", step=message.last_step + 1, steps=run.card["steps"])
 
     # Delivery
@@ -476,6 +496,8 @@ class Purchase:
             wait_s = RETRY_S
             while not await self._verify_waiting(first=wait_s == RETRY_S):
                 self._looked.set()
+                if self._gone:
+                    await self._driver.on(Unreachable(self._gone))
                 with trio.move_on_after(wait_s):
                     await self._to_verify.wait()
                 self._to_verify = trio.Event()
@@ -497,7 +519,7 @@ class Purchase:
             if goods is None or self._lifecycle.ended:
                 return True
             try:
-                state = await goods.check(receipt, self._bid().record.class_id)
+                part = await goods.check(receipt, self._bid().record.class_id)
             except (ProtocolError, VerificationError) as error:
                 await self._driver.on(Refuted(printable(error.message), wire))
                 return True
@@ -514,31 +536,31 @@ class Purchase:
                 return True
             if self._lifecycle.side.unsigned.get(number) != wire:
                 continue  # it was of a provider that was given up meanwhile
-            self._note_state(receipt.to_step, state)
+            self._run.rows.add_state(last_state(part))
             if receipt.result == ZERO_HASH:
                 root = receipt.root_to.hex()
                 fields: dict[str, Any] = {"step": receipt.to_step, "state_root": root}
                 await self._buyer.runs.emit(self._run, "checkpoint", **fields)
-            fields = {"number": number, "amount_nusd": receipt.amount_nusd}
+            fields = {"number": number, "amount_nusd": receipt.amount_nusd, "provider": goods.peer}
             await self._buyer.runs.emit(self._run, "receipt", to_step=receipt.to_step, **fields)
+            self._interval = part
             await self._driver.on(Verified(number, wire))
+            self._interval = None
         return True
 
-    def _note_state(self, step: int, state: tuple[bytes, ...]) -> None:
-        """So that a later stretch of this work can start from it."""
-        work, class_id = self._order.checked.work_id, self._bid().record.class_id
-        self._run.rows.add_state(KnownState(work, class_id, step, b"".join(state)))
+    def _owed_nusd(self) -> int:
+        """What all stretches so far have cost."""
+        return owed_nusd(self._lifecycle.side, self._buyer.identity.network)
 
-    def _result_event(self, receipt: Receipt) -> Last:
-        result = None if self._goods is None else self._goods.result
-        if result is None:
-            raise StoreError("the journal has no result for a job that is settled")
+    async def _result_event(self) -> Last:
+        last = None if self._goods is None else self._goods.result
+        result, cost_nusd = await self._stretches.join(last, self._buyer.store), self._owed_nusd()
         self._run.card |= {
             "hash": result_hash(result).hex(),
-            "cost_nusd": receipt.amount_nusd,
+            "cost_nusd": cost_nusd,
             "step": result.first_step + result.steps_done,
         }
-        told = describe_result(self._order, result, receipt.amount_nusd)
+        told = describe_result(self._stretches.whole, result, cost_nusd)
         return self._buyer.runs.last(self._run, "result", provider=self._peer, **told)
 
     # Beginning again, and the end
@@ -546,13 +568,12 @@ class Purchase:
     async def _resume(self) -> None:
         buyer = self._buyer
         rows = buyer.runs.rows(self._run.id)
-        goods = self._goods = Goods(self._order.checked, buyer.store, buyer.dialer)
-        for row in rows:
-            if row.kind == RESULT_ROW:
-                goods.recall_result(row.body)
-            if row.kind in (LIFE_ROW + Edge.NEXT, LIFE_ROW + Edge.WAIT):
-                goods = self._goods = Goods(self._order.checked, buyer.store, buyer.dialer)
-            self._bidding.recall(row)
+        result = self._stretches.recall(rows)
+        goods = self._goods = Goods(self._stretches.now.checked, buyer.store, buyer.dialer)
+        if result:
+            goods.recall_result(result)
+        self._bidding.recall(rows, self._stretches.now)
+        await buyer.need(self._run.id, self._stretches.now)
         await self._driver.resume(rows)
         if self._lifecycle.side.bid:
             goods.peer = self._peer
@@ -561,7 +582,8 @@ class Purchase:
 
     async def _watch_cancel(self) -> None:
         await self._run.cancel_requested.wait()
-        await self._driver.on(Cancel())
+        while not self._driver.over.is_set():  # a limit that has just passed comes first
+            await self._driver.on(Cancel())
 
     async def _farewell(self) -> None:
         """Give the last word time to leave, and the provider to acknowledge it."""

@@ -34,7 +34,7 @@ MAX_FINISHED: Final = 64
 SEQ_LEAP: Final = 2**32
 EVENT_ROW: Final = "event"
 KEPT_KINDS: Final = frozenset(
-    {"ranked", "filled", "rejected", "checkpoint", "receipt"} | LAST_EVENT_KINDS
+    {"ranked", "filled", "rejected", "resubmitted", "checkpoint", "receipt"} | LAST_EVENT_KINDS
 )
 END_STATES: Final = {"result": "settled", "failed": "failed", "cancelled": "cancelled"}
 _RUN_ID: Final = re.compile(r"[0-9a-f]{12}")

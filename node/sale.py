@@ -44,7 +44,7 @@ from p2pflop.job.events import (
 from p2pflop.job.file import CheckedJob, JobBody
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.selling import provider as provider_lifecycle
-from p2pflop.job.spec import BlobSource, Result, state_root
+from p2pflop.job.spec import BlobSource, Result
 from p2pflop.keys import peer_id
 from p2pflop.market.desk import ProviderDesk
 from p2pflop.market.fills import SALT_BYTES
@@ -56,7 +56,7 @@ from p2pflop.node.driver import Driver
 from p2pflop.node.execute import (
     Checkpoints,
     Execution,
-    Kept,
+    Outcome,
     inline_blobs,
     is_too_dear,
     lower_all,
@@ -85,7 +85,7 @@ class SaleRow(StrEnum):
     ACCOUNT = "account"
     BODY = "body"
     RESULT = "result"
-    CHECKPOINT = "checkpoint"
+    INTERVAL = "interval"
 
 
 class _Delivery(msgspec.Struct, array_like=True, frozen=True):
@@ -184,16 +184,15 @@ class Sale:
         for row in rows:
             if row.kind == SaleRow.RESULT:
                 self._delivery = msgspec.msgpack.decode(row.body, type=_Delivery)
-            elif row.kind == SaleRow.CHECKPOINT:
+            elif row.kind == SaleRow.INTERVAL:
                 checkpoint = decode(m.Checkpoint, row.body)
                 self._checkpoints[checkpoint.step] = checkpoint
         await self.driver.resume(rows)
         self._bind()
         if self._delivery is not None and not self.over:
-            named = decode(Result, self._delivery.result)
-            await self._hold([*(o.address for o in named.outputs), named.trace, *named.state])
+            await self._hold(_named(self._delivery.result))
         for told in self._checkpoints.values():
-            await self._hold([address for address, _ in told.state])
+            await self._hold(_named(told.interval))
 
     async def attend(self, conversation: Conversation, first: m.Message) -> None:
         """Talk with the buyer over this stream, from now on the only one."""
@@ -338,7 +337,7 @@ class Sale:
                 allocator.note_lapse(self.account, at_ns)
         self.rows.set_head(summary=action.reason.encode(), end_state=action.state)
         # Nobody can ask for these any more; of what was never confirmed, not even for the job.
-        kinds = [SaleRow.RESULT, SaleRow.CHECKPOINT, *([] if side.confirm else [SaleRow.BODY])]
+        kinds = [SaleRow.RESULT, SaleRow.INTERVAL, *([] if side.confirm else [SaleRow.BODY])]
         self.rows.forget(*kinds)
         await self.write()
         if not self.over and action.state is not State.SETTLED:
@@ -418,10 +417,8 @@ class Sale:
             nursery.cancel_scope.cancel()
         self._delivery = _Delivery(encode(outcome.result), inline_blobs(outcome.kept))
         self.rows.add(SaleRow.RESULT, msgspec.msgpack.encode(self._delivery))
-        result = outcome.result
-        done_to = result.first_step + result.steps_done
         salt = secrets.token_bytes(SALT_BYTES)
-        done = Done(done_to, result.state_root, outcome.hash, salt)
+        done = Done(outcome.done_to, outcome.result.state_root, outcome.hash, salt)
         await self.driver.on(done, Reveal())
 
     def _supply(self) -> Supply:
@@ -461,13 +458,12 @@ class Sale:
         unsigned = len(self._lifecycle.side.unsigned)
         return unsigned == 0 if late else unsigned < MAX_UNSIGNED_RECEIPTS
 
-    async def _keep_checkpoint(self, step: int, state: tuple[Kept, ...]) -> None:
-        named = tuple((value.address, value.size_bytes) for value in state)
-        checkpoint = m.Checkpoint(step, named, inline_blobs(state))
+    async def _keep_checkpoint(self, outcome: Outcome) -> None:
+        step, interval = outcome.done_to, encode(outcome.result)
+        checkpoint = m.Checkpoint(step, interval, inline_blobs(outcome.kept))
         self._checkpoints[step] = checkpoint
-        self.rows.add(SaleRow.CHECKPOINT, encode(checkpoint))
-        root = state_root(tuple(value.address for value in state))
-        await self.driver.on(Checkpointed(step, root))
+        self.rows.add(SaleRow.INTERVAL, encode(checkpoint))
+        await self.driver.on(Checkpointed(step, outcome.result.state_root))
 
     async def _forget_checkpoints(self, countersigned: bytes) -> None:
         """The buyer has all up to here: what only these needed makes room."""
@@ -476,8 +472,10 @@ class Sale:
         past = [told for step, told in kept if step <= receipt.to_step]
         self._checkpoints = {step: told for step, told in kept if step > receipt.to_step}
         needed = {source.address for source in self._inputs()}
-        needed |= {address for told in self._checkpoints.values() for address, _ in told.state}
-        of_past = {address for told in past for address, _ in told.state}
+        needed |= {
+            address for told in self._checkpoints.values() for address in _named(told.interval)
+        }
+        of_past = {address for told in past for address in _named(told.interval)}
         if self._delivery is None:  # else the result may name them too
             await self._seller.blobs.drop(self.bid.id, of_past - needed)
 
@@ -551,6 +549,12 @@ def _reason(failure: Exception) -> str:
     if isinstance(failure, StoreError):
         return "the provider's disk failed"
     return failure.message if isinstance(failure, P2PFlopError) else "the node failed"
+
+
+def _named(result: bytes) -> list[bytes]:
+    """The addresses in an encoded Result."""
+    record = decode(Result, result)
+    return [*(output.address for output in record.outputs), record.trace, *record.state]
 
 
 def first_row(rows: list[Row], kind: str) -> bytes:

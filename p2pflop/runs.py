@@ -84,14 +84,14 @@ class Run:
         )
 
     def __iter__(self) -> Iterator[Row]:
-        last, provider = -1, ""
+        last = -1
         for event in self.events():
-            if event["kind"] == "filled" and event["provider"] != provider:
-                # Another one does it all, and what the one before told may be wrong.
-                last, provider = -1, event["provider"]
+            if event["kind"] == "filled":
+                # What a provider has told beyond its last checkpoint may be wrong.
+                last = min(last, event.get("first_step", 0) - 1)
             if event["kind"] == "rows":
                 for row in event["rows"]:
-                    # A run that was taken up again at a checkpoint tells some steps twice.
+                    # A stream that was opened again tells some steps twice.
                     if row["step"] > last:
                         last = row["step"]
                         yield Row(last, row["values"])

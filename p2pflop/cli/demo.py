@@ -1,8 +1,10 @@
 """``p2pflop demo``: the whole market on one machine, with real nodes and real data.
 
 Four node processes on loopback, a buyer and three providers, one of them too small for the job. A
-digit classifier is traced, bought, trained, fetched by its hash over plain HTTP, evaluated, and run
-again locally to compare the hash. Nothing is shown that was not just measured.
+digit classifier is traced and bought; its provider is killed with -9 after the first checkpoint,
+and the run goes on at the next best. The result is fetched by its hash over plain HTTP, evaluated,
+and the job run again locally, without a break, to compare the hash. All ledgers have to agree.
+Nothing is shown that was not just measured.
 """
 
 from __future__ import annotations
@@ -102,10 +104,11 @@ def _trade(
             f"touches {format_bytes(cost.touched_bytes)}, seed {seed}\n"
         )
         run = pf.submit(job, max_usd="0.01", client=client)
-        result, result_event = _follow(run, as_json=as_json)
+        victim = _Victim(names)
+        result, result_event = _follow(run, victim, as_json=as_json)
         winner = names[result_event["provider"]]
-        say(f"\nThe cheapest that can, '{winner.name}', has run it.")
-        ledgers = _show_ledgers(client, winner)
+        say(f"\n'{winner.name}' has finished what '{victim.name}' had begun.")
+        ledgers = _show_ledgers(client, victim.start_again(winner), result.cost_nusd)
         accuracy, example = _fetch_and_evaluate(program, client, result_event)
         say("\nRunning the same job here, without a market, to compare...")
         local = job.run_local()
@@ -117,13 +120,44 @@ def _trade(
             "local_hash": local.hash,
             "accuracy": accuracy,
             "weights": example,
+            "killed": victim.name,
             "provider": winner.name,
             "job_bytes": job.size_bytes,
             **ledgers,
         }
 
 
-def _follow(run: Run, *, as_json: bool) -> tuple[Result, dict[str, Any]]:
+class _Victim:
+    """The provider that is killed, in the middle of the work, once it has been paid for a part."""
+
+    def __init__(self, names: dict[str, DemoNode]) -> None:
+        self._names = names
+        self._node: DemoNode | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its node. Raises VerificationError if nobody had to be killed."""
+        if self._node is None:
+            raise VerificationError("the job was over before its first checkpoint")
+        return self._node.name
+
+    def look(self, event: dict[str, Any]) -> None:
+        """Kill it, if it is time."""
+        if event["kind"] == "receipt" and self._node is None:
+            self._node = self._names[event["provider"]]
+            self._node.kill()
+            say(f"'{self.name}' is killed now, with kill -9.")
+
+    def start_again(self, winner: DemoNode) -> list[DemoNode]:
+        """Everybody who is owed something, so that the ledgers can be compared."""
+        if self._node is None or self._node is winner:
+            return [winner]
+        say(f"'{self.name}' is started again, to look into its ledger.")
+        self._node.start_again()
+        return [self._node, winner]
+
+
+def _follow(run: Run, victim: _Victim, *, as_json: bool) -> tuple[Result, dict[str, Any]]:
     """Show a run up to its result, which comes with the event that told it."""
     from p2pflop.cli.progress import RunView
 
@@ -133,6 +167,7 @@ def _follow(run: Run, *, as_json: bool) -> tuple[Result, dict[str, Any]]:
             for last in run.events():
                 if not as_json:
                     view.show(last)
+                victim.look(last)
         return run.result(), last
     except KeyboardInterrupt:
         # Its nodes are about to end: nobody could come back to it.
@@ -163,21 +198,33 @@ def _wait_for_book(client: Any, providers: list[DemoNode]) -> dict[str, DemoNode
     return names
 
 
-def _show_ledgers(client: Any, winner: DemoNode) -> dict[str, Any]:
-    """The same amount in both books: what the buyer owes is what the provider is owed."""
+def _show_ledgers(client: Any, paid: list[DemoNode], cost_nusd: int) -> dict[str, Any]:
+    """The same amounts in all books: what the buyer owes is what each provider is owed, and all of
+    it together is what the run has cost."""
+    owed = {node.name: _show_ledger(client, node) for node in paid}
+    if sum(owed.values()) != cost_nusd:
+        raise VerificationError(f"{owed} are owed, but the run has cost {cost_nusd} nano-dollars")
+    return {"owed_nusd": cost_nusd, "owed": owed}
+
+
+def _show_ledger(client: Any, node: DemoNode) -> int:
+    """What both books say that a provider is owed, in nano-dollars."""
     from p2pflop.client import Client
 
-    with Client(winner.home) as theirs:
-        note = winner.note() or {}
-        ours_owed = _due(client.ledger(), str(note["account"]))
+    with Client(node.home) as theirs:
+        account = str((node.note() or {})["account"])
         deadline = time.monotonic() + BOOK_S
-        while (due := _due(theirs.ledger(), str(client.status()["account"]))) != -ours_owed:
+        while True:
+            owing = -_due(client.ledger(), account)
+            due = _due(theirs.ledger(), str(client.status()["account"]))
+            if due == owing:
+                break
             if time.monotonic() > deadline:
-                raise VerificationError(f"the ledgers differ: {-ours_owed} and {due} nano-dollars")
+                raise VerificationError(f"the ledgers differ: {owing} and {due} nano-dollars")
             time.sleep(POLL_S)
-    say(f"Buyer's ledger: owes {winner.name} {format_usd(-ours_owed)}.")
-    say(f"{winner.name}'s ledger: is owed {format_usd(due)} by the buyer.")
-    return {"owed_nusd": due}
+    say(f"Buyer's ledger: owes {node.name} {format_usd(owing)}.")
+    say(f"{node.name}'s ledger: is owed {format_usd(due)} by the buyer.")
+    return due
 
 
 def _due(ledger: dict[str, Any], account: str) -> int:

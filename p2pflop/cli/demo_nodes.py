@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +33,29 @@ PROVIDERS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DemoNode:
     """A node in a process of its own."""
 
     name: str
     home: Path
     process: subprocess.Popen[bytes]
+    command: tuple[str, ...] = ()
 
     @property
     def log(self) -> Path:
         """What it says."""
         return self.home / LOG_NAME
+
+    def kill(self) -> None:
+        """End it with -9, in the middle of whatever it does."""
+        self.process.kill()
+        self.process.wait()
+
+    def start_again(self) -> None:
+        """Start it anew on its home, once it has ended; return when it answers."""
+        self.process = _open(self.command, self.log)
+        _wait_ready(self)
 
     def note(self) -> dict[str, Any] | None:
         """Where it listens, once it does."""
@@ -108,14 +119,17 @@ def freshen(home: Path) -> None:
 def _start(nodes: list[DemoNode], home: Path, name: str, flags: tuple[str, ...]) -> DemoNode:
     command = [sys.executable, "-m", "p2pflop.cli.main", "node", "--home", str(home.absolute())]
     command += ["--json", "--tied", "--port", "0", "--listen", "/ip4/127.0.0.1/tcp/0", *flags]
-    with (home / LOG_NAME).open("wb") as log:
-        # A session of its own: Ctrl-C reaches this program alone, which then ends all in order.
-        process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-    node = DemoNode(name, home, process)
+    node = DemoNode(name, home, _open(command, home / LOG_NAME), tuple(command))
     nodes.append(node)
     return node
+
+
+def _open(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as sink:
+        # A session of its own: Ctrl-C reaches this program alone, which then ends all in order.
+        return subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
+        )
 
 
 def _wait_ready(node: DemoNode) -> dict[str, Any]:

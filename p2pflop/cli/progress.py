@@ -117,6 +117,9 @@ class RunView:
     def _on_rejected(self, event: Mapping[str, Any]) -> None:
         self._say(f"{short(event['provider'])} refused: {clean(event['reason'])}")
 
+    def _on_resubmitted(self, event: Mapping[str, Any]) -> None:
+        self._say(resubmitted_line(event))
+
     def _on_fetching(self, event: Mapping[str, Any]) -> None:
         done, total = int(event["done_bytes"]), int(event["total_bytes"])
         self._progress("provider fetches", done, total, "bytes")
@@ -139,7 +142,9 @@ class RunView:
 
     def _on_receipt(self, event: Mapping[str, Any]) -> None:
         amount = format_usd(int(event["amount_nusd"]))
-        self._say(f"receipt {int(event['number'])}: {amount} up to step {int(event['to_step'])}")
+        provider = f" to {short(event['provider'])}" if "provider" in event else ""
+        step = int(event["to_step"])
+        self._say(f"receipt {int(event['number'])}: {amount}{provider} up to step {step}")
 
     def _on_result(self, event: Mapping[str, Any]) -> None:
         self._bar.stop()
@@ -151,6 +156,16 @@ class RunView:
 
     def _on_cancelled(self, _event: Mapping[str, Any]) -> None:
         self._say("cancelled")
+
+
+def resubmitted_line(event: Mapping[str, Any]) -> str:
+    """That a provider is lost, and where the run goes on."""
+    reason, start = clean(event["reason"]), int(event["from_step"])
+    is_gone = reason.startswith(("the provider was lost", "the provider was silent"))
+    lost = f"provider {short(event['provider'])} {'vanished' if is_gone else 'failed'}"
+    goes_on = f"going on from step {start} at provider {short(event['next'])}"
+    waits = f"waiting for an ask that fits, to go on from step {start}"
+    return f"{lost} at step {int(event['step'])} ({reason}); {goes_on if event['next'] else waits}"
 
 
 def ranked_lines(event: Mapping[str, Any]) -> list[str]:

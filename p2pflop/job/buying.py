@@ -24,6 +24,7 @@ from p2pflop.job.events import (
     Start,
     State,
     Timer,
+    Unreachable,
     Verified,
 )
 from p2pflop.job.lifecycle import (
@@ -47,20 +48,23 @@ BUSY_PREFIX: Final = "busy: "
 """How a provider's reason begins that holds now and may not hold later."""
 
 FIRST_WAIT_NS: Final = NS_PER_S // 2
+MAX_STALLED: Final = 5
+"""How often a run is submitted again without having been delivered anything more."""
 
 BUYER_EDGES: Final[Mapping[str, tuple[Edge, ...]]] = {
-    "ranked": (Edge.RANKED, Edge.NO_DEAL),
+    "ranked": (Edge.RANKED, Edge.NO_DEAL, Edge.WAIT),
     "fill": (Edge.FILL, Edge.REPEAT),
     "reject": (Edge.NEXT,),
     "again": (Edge.AGAIN, Edge.QUIET),
     "commit": (Edge.COMMIT, Edge.REPEAT),
     "receipt": (Edge.RECEIPT, Edge.LAST_RECEIPT, Edge.REPEAT),
-    "abandon": (Edge.NEXT, Edge.GIVEN_UP, Edge.QUIET),
-    "fault": (Edge.NEXT, Edge.JOB_FAULT, Edge.QUIET),
-    "lost": (Edge.NEXT, Edge.LOST, Edge.QUIET),
+    "abandon": (Edge.NEXT, Edge.RESUBMIT, Edge.GIVEN_UP, Edge.QUIET),
+    "fault": (Edge.NEXT, Edge.RESUBMIT, Edge.JOB_FAULT, Edge.QUIET),
+    "lost": (Edge.NEXT, Edge.RESUBMIT, Edge.LOST, Edge.QUIET),
     "alive": (Edge.STARTED, Edge.ALIVE, Edge.WORKED, Edge.QUIET),
     "verified": (Edge.VERIFIED, Edge.COUNTERSIGN, Edge.QUIET),
-    "refuted": (Edge.REFUTED, Edge.QUIET),
+    "refuted": (Edge.RESUBMIT, Edge.REFUTED, Edge.QUIET),
+    "unreachable": (Edge.RESUBMIT, Edge.LOST, Edge.QUIET),
     "cancel": (Edge.CANCEL, Edge.QUIET),
     "timer": (Edge.NEXT, Edge.SILENT, Edge.AGAIN),
     "deadline": (Edge.DEADLINE,),
@@ -108,7 +112,11 @@ class BuyerDesk(Protocol):
 
 
 class Buying:
-    """The records of a purchase so far. Empty bytes mean: not yet."""
+    """The records of a purchase so far. Empty bytes mean: not yet.
+
+    Those of a stretch that was broken off are gone but for ``delivered``, the last receipt that was
+    countersigned in each; ``was_paid`` tells whether the latest one had any.
+    """
 
     table: Table = BUYER
     limits: Mapping[State, Limit] = BUYER_LIMITS
@@ -129,8 +137,12 @@ class Buying:
         self.salt = b""
         self.unsigned: dict[int, bytes] = {}
         self.countersigned = b""
+        self.delivered: list[bytes] = []
+        self.was_paid = False
+        self.stalled = 0
         self.abandon = b""
         self.last_number = 0
+        self._has_filled = False
         self._first_attempt = 0
         self._busy = False
         self._accepted = 0
@@ -152,10 +164,11 @@ class Buying:
         match edge, parts:
             case Edge.RANKED, (bid,):
                 self.bid = bid
-            case ((Edge.NEXT | Edge.WAIT), (reason, bid, _)):
-                self._leave(reason.decode(), bid)
+            case ((Edge.NEXT | Edge.WAIT | Edge.RESUBMIT), (reason, bid, _)):
+                self._leave(reason.decode(), bid, edge is Edge.RESUBMIT)
             case Edge.FILL, (fill, confirm):
                 self.fill, self.confirm = fill, confirm
+                self._has_filled = True
             case Edge.COMMIT, (commit,):
                 self.commit = commit
             case ((Edge.RECEIPT | Edge.LAST_RECEIPT), (receipt, number, salt)):
@@ -177,8 +190,12 @@ class Buying:
             case _:
                 raise ValueError(f"{edge} with {len(parts)} parts")
 
-    def _leave(self, reason: str, bid: bytes) -> None:
+    def _leave(self, reason: str, bid: bytes, resubmits: bool) -> None:
         """A provider is of no use; ``bid`` is for the next one, empty to wait for another round."""
+        self.was_paid = bool(self.countersigned)
+        if self.was_paid:
+            self.delivered.append(self.countersigned)
+            self.stalled, self.faulted_by = 0, set()
         self.attempt += 1
         if reason.startswith(GAVE_BACK + JOB_FAULT_PREFIX):
             self.faulted_by.add(self.desk.provider_of(self.bid))
@@ -187,19 +204,22 @@ class Buying:
         if not bid:
             self._first_attempt, self._busy = self.attempt, False
             self.rounds += 1
+        if resubmits:
+            self.rounds, self.stalled = self.stalled, self.stalled + 1
         self.fill = self.confirm = self.commit = self.receipt = self.countersigned = b""
-        self.unsigned, self._accepted = {}, 0
+        self.unsigned, self._accepted, self.last_number = {}, 0, 0
 
     def start_parts(self) -> Parts:
         """See ``Side``."""
         return ()
 
     def limit(self, state: State) -> Limit:
-        """See ``Side``. Waits grow with the rounds that have been in vain."""
+        """See ``Side``. Waits grow with the rounds that have been in vain, from none at all."""
         limit = self.limits[state]
         if state is not State.WAITING:
             return limit
-        return Limit(limit.name, min(limit.after_ns, FIRST_WAIT_NS << min(self.rounds, 16)))
+        wait_ns = FIRST_WAIT_NS << min(self.rounds, 16) if self.rounds else 0
+        return Limit(limit.name, min(limit.after_ns, wait_ns))
 
     def revive(self, _state: State) -> Sequence[Move]:
         """See ``Side``: a buyer goes on where it was."""
@@ -267,39 +287,44 @@ class Buying:
         if not self.fill:
             raise ProtocolError("an abandon without a fill")
         reason = self.desk.check_abandon(wire, self.bid, self.fill)
-        job_fault = reason.startswith(JOB_FAULT_PREFIX)
+        job_fault = reason.startswith(JOB_FAULT_PREFIX) and state is not State.VERIFYING
         reason = GAVE_BACK + reason
-        if state is State.VERIFYING:
-            blame = Blame.JOB if job_fault else Blame.PROVIDER
-            return self._end(Edge.GIVEN_UP, reason, blame, fence=False)
         if job_fault:
             return self._on_job_fault(reason, now_ns)
-        if state is State.CONFIRMING:
-            return self._next(reason, now_ns, fence=False)
-        return self._start_over(reason, now_ns, Edge.GIVEN_UP, Blame.PROVIDER, fence=False)
+        return self._start_over(reason, state, now_ns, Edge.GIVEN_UP, fence=False)
 
     def _on_job_fault(self, reason: str, now_ns: int) -> Move:
         """One provider says that the job itself is to blame: believed when a second one says so,
         or when there is no other to ask, not even one that has no room now."""
         if self.faulted_by - {self.desk.provider_of(self.bid)}:
             return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
-        return self._start_over(reason, now_ns, Edge.JOB_FAULT, Blame.JOB, fence=False)
+        bid = self._next_bid(now_ns)
+        if bid is not None and self.countersigned:
+            return self._resubmit(reason, fence=False)
+        if bid is not None:
+            return self._go_to(bid, reason, fence=False)
+        if self._busy:
+            return self._wait(reason, fence=False)
+        return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
 
     def _start_over(
-        self, reason: str, now_ns: int, edge: Edge, blame: Blame, *, fence: bool = True
+        self, reason: str, state: State, now_ns: int, edge: Edge, *, fence: bool = True
     ) -> Move:
-        """Have another provider do it all, if nothing is owed yet and there is one, now or, if one
-        was busy, later; else end."""
+        """Have another provider do what is not delivered yet: the next one of this round, if it is
+        all the same work, else whoever is best by then; end if this has led nowhere."""
+        is_same = not self.countersigned and state is not State.VERIFYING
+        bid = self._next_bid(now_ns) if is_same else None
+        if bid is not None:
+            return self._go_to(bid, reason, fence=fence)
+        if self.countersigned or self.stalled < MAX_STALLED:
+            return self._resubmit(reason, fence=fence)
+        return self._end(edge, reason, Blame.PROVIDER, fence)
+
+    def _next_bid(self, now_ns: int) -> bytes | None:
+        """A bid to the next provider of this round."""
         attempt = self.attempt + 1
-        few = not self.countersigned and attempt - self._first_attempt < MAX_ATTEMPTS
-        bid = self.desk.bid(attempt, now_ns) if few else None
-        if bid is None and self._busy and not self.countersigned:
-            return self._wait(reason, fence=fence)
-        if bid is None:
-            return self._end(edge, reason, blame, fence)
-        abandon = self._fence(reason) if fence else []
-        parts = (reason.encode(), bid, abandon[0].wire if abandon else b"")
-        return Move(Edge.NEXT, parts, [*abandon, Send("bid", bid)])
+        few = attempt - self._first_attempt < MAX_ATTEMPTS
+        return self.desk.bid(attempt, now_ns) if few else None
 
     def _on_sign(self, event: Alive | Lost | Fault | Timer, state: State, now_ns: int) -> Move:
         match event:
@@ -331,7 +356,7 @@ class Buying:
             return Move(Edge.AGAIN, (), [Start("rank")])
         if state is State.VERIFYING:
             reason = "the result could not be verified in time"
-            return self._end(Edge.SILENT, reason, Blame.PROVIDER)
+            return self._start_over(reason, state, now_ns, Edge.SILENT)
         stall = STALLS.get(state)
         if stall is not None and name == stall.name:
             reason = f"the provider made no progress for {stall.after_ns // NS_PER_S} s"
@@ -347,6 +372,8 @@ class Buying:
         match event:
             case Ranked(reason):
                 bid = self.desk.bid(self.attempt, now_ns)
+                if bid is None and self._has_filled:
+                    return self._wait(reason, fence=False)
                 if bid is None:
                     return self._end(Edge.NO_DEAL, reason, Blame.MARKET)
                 return Move(Edge.RANKED, (bid,), [Send("bid", bid)])
@@ -355,7 +382,10 @@ class Buying:
             case Verified(number, wire) if self.unsigned.get(number) == wire:
                 return self._on_verified(number)
             case Refuted(reason, wire) if wire in self.unsigned.values():
-                return self._end(Edge.REFUTED, f"wrong delivery: {reason}", Blame.PROVIDER)
+                return self._start_over(f"wrong delivery: {reason}", state, now_ns, Edge.REFUTED)
+            case Unreachable(reason) if state is State.VERIFYING:
+                reason = f"the provider was lost: {reason}"
+                return self._start_over(reason, state, now_ns, Edge.LOST)
             case Cancel(reason):
                 return self._end(Edge.CANCEL, reason, Blame.BUYER)
             case _:
@@ -367,23 +397,30 @@ class Buying:
         return Move(edge, (signed, number.to_bytes(4, "big")), [Send("countersign", signed)])
 
     def _fall(self, reason: str, state: State, now_ns: int, edge: Edge) -> Move:
-        """A provider is of no use: try the next one, unless work is owed for."""
-        if state is State.RUNNING:
-            return self._start_over(reason, now_ns, edge, Blame.PROVIDER)
-        return self._next(reason, now_ns)
+        """A provider is of no use."""
+        if state is State.BIDDING:
+            return self._next(reason, now_ns)
+        return self._start_over(reason, state, now_ns, edge)
 
-    def _next(self, reason: str, now_ns: int, fence: bool = True) -> Move:
-        attempt = self.attempt + 1
-        few = attempt - self._first_attempt < MAX_ATTEMPTS
-        bid = self.desk.bid(attempt, now_ns) if few else None
-        if bid is None and (self._busy or BUSY_PREFIX in reason):
-            return self._wait(reason, fence=fence)
-        if bid is None:
-            message = f"no provider took the job; the last one: {reason}"
-            return self._end(Edge.EXHAUSTED, message, Blame.MARKET, fence)
+    def _next(self, reason: str, now_ns: int) -> Move:
+        """A provider did not take the job: ask the next one, now or later."""
+        bid = self._next_bid(now_ns)
+        if bid is not None:
+            return self._go_to(bid, reason, fence=True)
+        if self._has_filled or self._busy or BUSY_PREFIX in reason:
+            return self._wait(reason, fence=True)
+        message = f"no provider took the job; the last one: {reason}"
+        return self._end(Edge.EXHAUSTED, message, Blame.MARKET)
+
+    def _go_to(self, bid: bytes, reason: str, *, fence: bool) -> Move:
         abandon = self._fence(reason) if fence else []
         parts = (reason.encode(), bid, abandon[0].wire if abandon else b"")
         return Move(Edge.NEXT, parts, [*abandon, Send("bid", bid)])
+
+    def _resubmit(self, reason: str, *, fence: bool) -> Move:
+        abandon = self._fence(reason) if fence else []
+        parts = (reason.encode(), b"", abandon[0].wire if abandon else b"")
+        return Move(Edge.RESUBMIT, parts, [*abandon, Start("wait")])
 
     def _wait(self, reason: str, *, fence: bool) -> Move:
         abandon = self._fence(reason) if fence else []

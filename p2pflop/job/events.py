@@ -113,6 +113,13 @@ class Refuted:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreachable:
+    """Buyer: what the last receipt is about is not all here, and its provider is gone."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """Buyer: the user wants no more of it."""
 
@@ -176,6 +183,7 @@ Event = (
     | Again
     | Verified
     | Refuted
+    | Unreachable
     | Cancel
     | Grant
     | Deny

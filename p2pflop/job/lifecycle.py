@@ -15,7 +15,10 @@ order. Two rules make it safe to die at any moment:
    dropped and the limit's edge is taken instead, so that a slow driver changes nothing.
 
 A buyer whom every provider refused, and at least one for want of room, waits and ranks again, ever
-more rarely, until its deadline.
+more rarely, until its deadline. A buyer whose provider is lost takes ``RESUBMIT``: it ranks again
+and buys what is not delivered yet, as another stretch of the same work; the first time at once,
+then, as long as nothing more is delivered, after ever longer waits, and ``MAX_STALLED`` times at
+most. From its first fill on it waits, too, where no ask fits.
 
 Repeating is harmless: the same bid gets the same fill, the same confirm or receipt the same answer,
 in end states too. What a buyer has countersigned is owed, so a provider takes that in after its end
@@ -83,6 +86,7 @@ class Edge(StrEnum):
     NO_DEAL = "no deal"
     NEXT = "next"
     WAIT = "wait"
+    RESUBMIT = "resubmit"
     AGAIN = "again"
     EXHAUSTED = "exhausted"
     FILL = "fill"
@@ -126,13 +130,11 @@ _END_ROWS: Final[dict[State, dict[Edge, State]]] = {
     end: {Edge.REPEAT: end, Edge.QUIET: end} for end in ENDS
 }
 
-# Loss of a provider sends a job to the next one as long as nothing is countersigned, and ends it
-# after that. A RESUBMIT edge, from RUNNING and VERIFYING back to BIDDING with the newest verified
-# checkpoint as its start, will take the place of LOST, SILENT and GIVEN_UP.
 BUYER: Final[Table] = {
     State.RANKING: {
         Edge.RANKED: State.BIDDING,
         Edge.NO_DEAL: State.FAILED,
+        Edge.WAIT: State.WAITING,
         Edge.SILENT: State.FAILED,
         Edge.DEADLINE: State.FAILED,
         Edge.CANCEL: State.CANCELLED,
@@ -159,7 +161,10 @@ BUYER: Final[Table] = {
         Edge.RECEIPT: State.RUNNING,
         Edge.NEXT: State.BIDDING,
         Edge.WAIT: State.WAITING,
-        Edge.EXHAUSTED: State.FAILED,
+        Edge.RESUBMIT: State.WAITING,
+        Edge.LOST: State.FAILED,
+        Edge.SILENT: State.FAILED,
+        Edge.GIVEN_UP: State.FAILED,
         Edge.JOB_FAULT: State.FAILED,
         Edge.DEADLINE: State.FAILED,
         Edge.CANCEL: State.CANCELLED,
@@ -173,6 +178,7 @@ BUYER: Final[Table] = {
         Edge.LAST_RECEIPT: State.VERIFYING,
         Edge.NEXT: State.BIDDING,
         Edge.WAIT: State.WAITING,
+        Edge.RESUBMIT: State.WAITING,
         Edge.REFUTED: State.FAILED,
         Edge.LOST: State.FAILED,
         Edge.SILENT: State.FAILED,
@@ -188,7 +194,9 @@ BUYER: Final[Table] = {
     State.VERIFYING: {
         Edge.VERIFIED: State.SETTLED,
         Edge.COUNTERSIGN: State.VERIFYING,
+        Edge.RESUBMIT: State.WAITING,
         Edge.REFUTED: State.FAILED,
+        Edge.LOST: State.FAILED,
         Edge.SILENT: State.FAILED,
         Edge.GIVEN_UP: State.FAILED,
         Edge.CANCEL: State.CANCELLED,

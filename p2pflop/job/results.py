@@ -92,6 +92,14 @@ class TraceLog:
             )
         data += value
 
+    def extend(self, column: TraceColumn) -> None:
+        """Add all values of a column. Raises ProtocolError if its dtype is not the log's."""
+        dtype = Dtype(column.dtype)
+        known, data = self._columns.setdefault((column.phase, column.output), (dtype, bytearray()))
+        if known is not dtype:
+            raise ProtocolError(f"a trace of {dtype.name} goes on one of {known.name}")
+        data += column.data
+
     def encode(self) -> bytes:
         """The one encoding of everything appended so far: the bytes of the trace blob."""
         columns = tuple(

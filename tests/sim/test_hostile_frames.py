@@ -75,9 +75,9 @@ def with_other_blobs(frame: bytes) -> list[bytes]:
         case m.Confirmed(record, blobs):
             wrong = tuple((address, data + b"!") for address, data in blobs)
             return [m.encode_message(m.Confirmed(record, wrong))]
-        case m.Checkpoint(step, state, blobs):
+        case m.Checkpoint(step, interval, blobs):
             wrong = tuple((address, data + b"!") for address, data in blobs)
-            return [m.encode_message(m.Checkpoint(step, state, wrong))]
+            return [m.encode_message(m.Checkpoint(step, interval, wrong))]
         case m.Delivered(record, result, salt, blobs):
             wrong = tuple((address, data + b"!") for address, data in blobs)
             return [m.encode_message(m.Delivered(record, result, salt, wrong))]
@@ -105,7 +105,7 @@ CHANGES: dict[str, Change] = {
     "settled": replaced(lambda _record: m.Settled()),
     "rows of nothing": replaced(lambda _record: m.Rows(5, 3, ())),
     "a delivery": replaced(lambda record: m.Delivered(record, b"", bytes(32), ())),
-    "a far checkpoint": replaced(lambda _record: m.Checkpoint(2**62, (), ())),
+    "a far checkpoint": replaced(lambda _record: m.Checkpoint(2**62, b"", ())),
 }
 
 
@@ -179,7 +179,9 @@ async def test_a_provider_that_withholds_a_checkpoint_does_not_keep_its_buyer_bu
     buyer.tamper_heard = without
     run_id = await buyer.submit(sample_file(8), checkpoint_steps=2)
     end = await market.end_of(buyer, run_id)
-    assert (end["kind"], end["error"]) == ("failed", "ProviderError")
+    assert end["message"] == "the deadline passed while waiting", "its credit there is used up"
+    reasons = {lost["reason"] for lost in buyer.events(run_id, "resubmitted")}
+    assert reasons == {"the result could not be verified in time"}
     market.check()
 
 

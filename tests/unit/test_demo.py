@@ -88,7 +88,7 @@ def test_ctrl_c_gives_the_run_up_and_says_so(
     run_id = Client().submit(b"job")
 
     def stand_in(folder: Path) -> Any:
-        demo._follow(pf.attach(run_id), as_json=False)
+        demo._follow(pf.attach(run_id), demo._Victim({}), as_json=False)
 
     monkeypatch.setattr(demo, "four_nodes", stand_in)
     script = tmp_path / "job.py"

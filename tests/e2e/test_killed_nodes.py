@@ -1,0 +1,129 @@
+"""Real nodes killed with -9 in the middle of a job: it goes on, and its result is the same."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import p2pflop as pf
+from p2pflop.client import Client
+from tests.e2e.test_first_light import counting_job, wait_for_asks
+
+StartNode = Callable[..., Any]
+STEPS, EVERY = 60_000, 6_000
+
+
+@pytest.fixture(scope="module")
+def whole_hash() -> str:
+    """The hash of the unbroken run."""
+    return counting_job(STEPS).run_local().hash
+
+
+class Market:
+    """A buyer and two providers, the first one cheaper."""
+
+    def __init__(self, start_node: StartNode, wait_until: Any) -> None:
+        self.start_node = start_node
+        self.wait_until = wait_until
+        self.buyer = start_node("buyer")
+        self.address = self.buyer.addresses()[0]
+        self.providers = {name: self.start(name) for name in ("cheap", "dear")}
+        wait_for_asks(self.buyer, 2, wait_until)
+        self.run = pf.submit(
+            counting_job(STEPS), client=Client(self.buyer.home), checkpoint_steps=EVERY
+        )
+
+    def start(self, name: str) -> Any:
+        ask = {"cheap": "40000", "dear": "90000"}[name]
+        return self.start_node(name, "--ask", ask, "--connect", self.address)
+
+    def wait_for(self, kind: str, times: int = 1) -> dict[str, Any]:
+        """The event of that kind, the ``times``-th of the run."""
+        for event in self.run.events():
+            times -= event["kind"] == kind
+            if not times:
+                return event
+        raise AssertionError(f"it never told of {kind}")
+
+    def check(self, whole_hash: str) -> list[dict[str, Any]]:
+        """The result is that of the unbroken run, and all ledgers say what it cost."""
+        run = pf.Run(self.run.id, Client(self.buyer.home))
+        result = run.result(timeout=120)
+        assert result.hash == whole_hash
+        result.verify()
+        assert len(result["total"]) == STEPS
+        for name, node in self.providers.items():
+            if node.process.poll() is not None:
+                self.providers[name] = self.start(name)
+
+        def owed_nusd() -> int:
+            return sum(n.get("/v1/ledger")["owed_nusd"] for n in self.providers.values())
+
+        self.wait_until(lambda: owed_nusd() == result.cost_nusd)
+        assert self.buyer.get("/v1/ledger")["owing_nusd"] == result.cost_nusd
+        return list(run.events())
+
+
+@pytest.fixture
+def market(start_node: StartNode, wait_until: Any) -> Market:
+    return Market(start_node, wait_until)
+
+
+def test_a_provider_killed_after_a_checkpoint(market: Market, whole_hash: str) -> None:
+    assert market.wait_for("receipt")["to_step"] == EVERY
+    market.providers["cheap"].kill()
+    began = time.monotonic()
+    lost = market.wait_for("resubmitted")
+    assert time.monotonic() - began <= 6
+    assert lost["provider"] == market.providers["cheap"].note["peer"]
+    assert lost["next"] == market.providers["dear"].note["peer"]
+    events = market.check(whole_hash)
+    paid = {event["provider"] for event in events if event["kind"] == "receipt"}
+    assert paid == {lost["provider"], lost["next"]}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_provider_killed_at_a_random_moment(market: Market, whole_hash: str, seed: int) -> None:
+    market.wait_for("filled")
+    time.sleep(random.Random(seed).uniform(0, 4))  # noqa: S311
+    market.providers["cheap"].kill()
+    market.check(whole_hash)
+
+
+def test_both_providers_killed_one_after_the_other(market: Market, whole_hash: str) -> None:
+    market.wait_for("receipt")
+    market.providers["cheap"].kill()
+    market.wait_for("filled", 2)
+    market.wait_for("receipt", 2)
+    market.providers["dear"].kill()
+    market.wait_for("resubmitted", 2)
+    market.providers["cheap"] = market.start("cheap")
+    market.check(whole_hash)
+
+
+def test_the_buyers_node_killed_while_it_looks_for_another(market: Market, whole_hash: str) -> None:
+    market.wait_for("receipt")
+    market.providers["cheap"].kill()
+    time.sleep(2)
+    market.buyer.kill()
+    market.buyer = market.start_node("buyer", "--connect", market.providers["dear"].addresses()[0])
+    market.address = market.buyer.addresses()[0]
+    market.check(whole_hash)
+
+
+def test_a_provider_that_stands_still_is_noticed(market: Market, whole_hash: str) -> None:
+    market.wait_for("receipt")
+    cheap = market.providers["cheap"]
+    cheap.process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        market.wait_for("resubmitted")
+        assert time.monotonic() - began <= 7, "five seconds, and a busy machine"
+    finally:
+        cheap.process.send_signal(signal.SIGCONT)
+    market.check(whole_hash)
