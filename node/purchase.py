@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from p2pflop.dht.database import Operation
 from p2pflop.errors import (
     BlobNotFoundError,
     P2PFlopError,
@@ -160,11 +160,7 @@ class Purchase:
             self._last = await self._result_event()
             ending = self._last.ending()
             self._add_letter()
-
-        async def write(entry: Operation | None) -> None:
-            await self._run.rows.flush(ending, entry)
-
-        now_ns = self._buyer.now_ns()
+        write, now_ns = partial(self._run.rows.flush, ending), self._buyer.now_ns()
         await self._buyer.ledger_book.delivered(receipt, account, now_ns, write)
         self._booked = countersigned
 
