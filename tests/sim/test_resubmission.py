@@ -45,8 +45,8 @@ async def three(market: Market) -> tuple[MemoryNode, MemoryNode, MemoryNode]:
 
 async def told(buyer: MemoryNode, run_id: str, kind: str) -> None:
     """Return once a run has told an event of that kind."""
-    async for event in buyer.runs.follow(run_id, 0):
-        if event["kind"] == kind:
+    async for events in buyer.runs.follow(run_id, 0):
+        if any(event["kind"] == kind for event in events):
             return
 
 
