@@ -170,8 +170,7 @@ class Purchase:
             await self._begin(action.wire)
         elif action.kind == "confirm":
             await self._tell_filled()
-            inputs = await self._buyer.small_inputs(self._stretches.now)
-            self._say(m.Confirmed(action.wire, inputs))
+            self._say(m.Confirmed(action.wire, await self._buyer.small_inputs(self._stretches.now)))
         elif action.kind == "countersign":
             if self._conversation is not None or not self._lifecycle.ended:
                 self._say(m.Countersigned(action.wire))
@@ -301,8 +300,7 @@ class Purchase:
         told_to = 0 if self._goods is None else self._goods.told_to
         self._stretches.lose(peer, side.outcome()[0], told_to)
         if edge == Edge.RESUBMIT and side.was_paid:
-            stretch = len(side.delivered)
-            letter = self._run.rows.add_letter(peer, side.delivered[-1], stretch)
+            letter = self._run.rows.add_letter(peer, side.delivered[-1], len(side.delivered))
             self._buyer.nursery.start_soon(survive, self._buyer.letters.deliver, letter)
 
     async def _tell_loss(self, next_provider: str) -> None:

@@ -46,7 +46,7 @@ async def three(market: Market) -> tuple[MemoryNode, MemoryNode, MemoryNode]:
 async def told(buyer: MemoryNode, run_id: str, kind: str) -> None:
     """Return once a run has told an event of that kind."""
     async for events in buyer.runs.follow(run_id, 0):
-        if kind in [event["kind"] for event in events]:
+        if any(event["kind"] == kind for event in events):
             return
 
 
