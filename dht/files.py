@@ -147,6 +147,30 @@ def sweep(folder: Path, named: set[str]) -> int:
     return len(left_over)
 
 
+class Reserve:
+    """Room on the disk that is kept for deleting: even that needs some, for the database's log."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self._path = path
+        self._size_bytes = size_bytes
+
+    def take(self) -> None:
+        """Take the room, if there is as much."""
+        try:
+            if not self._path.exists() or self._path.stat().st_size < self._size_bytes:
+                self._path.write_bytes(bytes(self._size_bytes))
+        except OSError:
+            self.give()
+
+    def give(self) -> bool:
+        """Give it back to the disk; whether there was any."""
+        try:
+            self._path.unlink()
+        except OSError:
+            return False
+        return True
+
+
 def disk_error(error: OSError, path: Path) -> StoreError:
     """What to tell a user about ``error`` from the store at ``path``."""
     reason = error.strerror or error

@@ -50,8 +50,8 @@ from p2pflop.dht.manifest import (
 )
 from p2pflop.dht.memory import FinishedPartial, MemoryPartial
 from p2pflop.dht.writing import FilePartial, FileWriter
-from p2pflop.errors import BlobNotFoundError, ProtocolError, StoreError
-from p2pflop.units import NS_PER_S
+from p2pflop.errors import BlobNotFoundError, ProtocolError, StoreError, StoreFullError
+from p2pflop.units import MIB, NS_PER_S
 
 __all__ = ["BlobInfo", "BlobWriter", "FileStore", "PartialBlob", "Store", "StoreStatistics"]
 
@@ -59,6 +59,7 @@ PARTIAL_LIFETIME_NS: Final = 7 * 86_400 * NS_PER_S
 """A fetch that nobody resumed for so long is given up at the next start."""
 
 MAX_THREADS: Final = 8
+RESERVE_BYTES: Final = 2 * MIB
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ class FileStore:
             raise
         files.sweep(self.folder, self.index.files())
         self.quota = Quota(quota_bytes, self.index.count()[2])
+        self._reserve = files.Reserve(path / "reserve", RESERVE_BYTES)
+        self._reserve.take()
 
     async def __aenter__(self) -> FileStore:
         stale_ns = self._clock_ns() - PARTIAL_LIFETIME_NS
@@ -234,8 +237,15 @@ class FileStore:
     async def delete(self, address: bytes, *, owner: bytes | None = None) -> bool:
         """See Store."""
         self._manifests.drop(address)
-        change = await self.index.delete(address, owner)
+        try:
+            change = await self.index.delete(address, owner)
+        except StoreFullError:
+            if not self._reserve.give():
+                raise
+            change = await self.index.delete(address, owner)
         await self.settle(change)
+        if change.unused:
+            await self.in_thread(self._reserve.take)
         return bool(change.unused)
 
     async def forget_partials(self, before_ns: int, keep: Collection[bytes] = ()) -> int:

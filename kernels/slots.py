@@ -207,7 +207,7 @@ class Slots:
                 return Slot(param.slot, param, role, name, data=lambda: read_buffer(source))
             return Slot(param.slot, param, role, name, origin=held.uop)
         if is_literal(buffer):
-            return Slot(param.slot, param, role, name, origin=buffer)
+            return Slot(param.slot, param, role, name, origin=buffer.reshape(param.shape))
         if not is_realized(buffer):
             raise JobError(
                 f"{self.name(held, 'a tensor')} {param.shape} is used but was never given a value",

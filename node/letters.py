@@ -1,8 +1,8 @@
 """What is said to a provider outside a conversation: on a stream of its own.
 
 A **letter** is what a stretch that is over owes its provider: the last countersignature. It is in
-the journal from the moment it is signed until the provider has acknowledged it, and is brought
-again, after a restart too, for a day.
+the journal from the moment it is signed until the provider has acknowledged it. It is brought again
+and again for a day, and after that whenever the provider connects, or this node starts.
 """
 
 from __future__ import annotations
@@ -45,11 +45,21 @@ class Letters:
         self._nursery = nursery
         self._now_ns = now_ns
         self._acknowledged: list[str] = []
+        self._under_way: set[str] = set()
+        self._left: set[str] = set()
 
     def resume(self) -> None:
         """Bring what a restart found."""
         for letter in self._journal.letters():
             self._nursery.start_soon(survive, self.deliver, letter)
+
+    def met(self, peer: str) -> None:
+        """A peer has connected: it may be one that was away for too long."""
+        if peer in self._left:
+            self._left.discard(peer)
+            for letter in self._journal.letters():
+                if letter.peer == peer:
+                    self._nursery.start_soon(survive, self.deliver, letter)
 
     def acknowledge(self, job: str) -> None:
         """The provider has what it needs: its letter is of no more use."""
@@ -62,14 +72,21 @@ class Letters:
 
         The ledger here says already that the money is owed; this makes the provider's say so.
         """
+        if letter.job in self._under_way:
+            return
+        self._under_way.add(letter.job)
         wait_s = DELIVER_AGAIN_S
-        while not await leave_word(self._dialer, letter.peer, m.Countersigned(letter.wire)):
-            if self._now_ns() > letter.at_ns + DELIVER_WITHIN_NS:
-                _log.warning("%s never acknowledged what is owed to it", letter.peer)
-                break
-            await trio.sleep(wait_s)
-            wait_s = min(2 * wait_s, MAX_DELIVER_AGAIN_S)
-        self.acknowledge(letter.job)
+        try:
+            while not await leave_word(self._dialer, letter.peer, m.Countersigned(letter.wire)):
+                if self._now_ns() > letter.at_ns + DELIVER_WITHIN_NS:
+                    _log.warning("%s has not acknowledged what is owed to it", letter.peer)
+                    self._left.add(letter.peer)
+                    return
+                await trio.sleep(wait_s)
+                wait_s = min(2 * wait_s, MAX_DELIVER_AGAIN_S)
+            self.acknowledge(letter.job)
+        finally:
+            self._under_way.discard(letter.job)
 
     async def _write(self) -> None:
         await trio.sleep(GATHER_S)

@@ -252,6 +252,7 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     await daemon.network.subscribe(
         sheets_module.TOPIC, lambda _, data, source: daemon.sheets.take(data, source), sink
     )
+    daemon.network.on_connect(daemon.buyer.letters.met)
     daemon.network.on_connect(
         lambda peer: nursery.start_soon(survive, daemon.sheets.on_connect, peer)
     )

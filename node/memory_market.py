@@ -226,6 +226,8 @@ class MemoryNode:
         dialer = NodeDialer(host, nursery)
         self.sheets = SheetService(self.identity, Book(bytes(32)), host, now_ns)
         self.runs = Runs(self.journal, now_ns)
+        letters = Letters(self.journal, dialer, nursery, now_ns)
+        host.on_connect(letters.met)
         self.buyer = Buyer(
             identity=self.identity,
             class_id=self.workers.class_id,
@@ -234,7 +236,7 @@ class MemoryNode:
             sheets=self.sheets,
             runs=self.runs,
             ledger_book=self.ledger_book,
-            letters=Letters(self.journal, dialer, nursery, now_ns),
+            letters=letters,
             nursery=nursery,
             now_ns=now_ns,
         )

@@ -96,7 +96,10 @@ class Runs:
         run = Run(head.job, json.loads(head.summary), rows)
         for row in self._journal.rows(head.job):
             if row.kind == EVENT_ROW:
-                _tell(run, json.loads(row.body))
+                event = json.loads(row.body)
+                _tell(run, event)
+                if event["kind"] == "receipt":
+                    run.card["step"] = max(run.card.get("step", 0), event["to_step"])
         if not run.over:
             # What was told but not kept had numbers too; a client's "after" must stay behind.
             run.next_seq += SEQ_LEAP

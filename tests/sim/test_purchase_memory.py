@@ -121,7 +121,7 @@ async def test_a_countersignature_is_brought_until_it_is_acknowledged(
     market.check()
 
 
-async def test_a_letter_that_nobody_takes_is_given_up(
+async def test_a_letter_that_nobody_takes_is_kept_until_its_provider_connects(
     market: Market, autojump_clock: object
 ) -> None:
     provider, buyer = await market.provider(), await market.buyer()
@@ -129,9 +129,16 @@ async def test_a_letter_that_nobody_takes_is_given_up(
     await market.end_of(buyer, await buyer.submit(sample_file()))
     await provider.kill()
     await trio.sleep(DELIVER_WITHIN_NS / NS_PER_S - 3600)
-    assert buyer.journal.letters()
     await trio.sleep(2 * 3600)
+    assert buyer.journal.letters()
+    await market.restart(provider)
+    await trio.sleep(3600)
+    assert buyer.journal.letters()  # nobody has told this node that the provider is back
+    stream = await provider.host.open(buyer.peer, JOB_PROTOCOL)
+    await trio.sleep(5)
     assert buyer.journal.letters() == []
+    await stream.aclose()
+    market.check()
 
 
 async def test_of_sales_that_are_over_memory_keeps_the_latest(

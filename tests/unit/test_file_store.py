@@ -8,6 +8,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -17,7 +18,7 @@ from p2pflop.dht.blobs import SMALL_BYTES
 from p2pflop.dht.database import Database
 from p2pflop.dht.index import Index
 from p2pflop.dht.manifest import CHUNK_BYTES, address_of, manifest_of
-from p2pflop.dht.store import PARTIAL_LIFETIME_NS, FileStore
+from p2pflop.dht.store import PARTIAL_LIFETIME_NS, RESERVE_BYTES, FileStore
 from p2pflop.errors import BlobNotFoundError, StoreError, StoreFullError, VerificationError
 
 SIZE = 3 * CHUNK_BYTES + 1
@@ -380,3 +381,43 @@ async def test_one_bad_operation_does_not_undo_the_group(tmp_path: Path) -> None
     await database.aclose()
     with pytest.raises(StoreError, match="closed"):
         await database.write(lambda connection: connection.execute("SELECT 1"))
+
+
+async def test_a_full_disk_can_be_made_room_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve = tmp_path / "reserve"
+    async with FileStore(tmp_path) as store:
+        assert reserve.stat().st_blocks * 512 >= RESERVE_BYTES
+        large = await store.put(bytes(5 * CHUNK_BYTES))
+        small = await store.put(b"small")
+        delete = store.index.delete
+
+        async def full(address: bytes, owner: bytes | None = None) -> Any:
+            if reserve.exists():
+                raise StoreFullError("the disk is full")
+            return await delete(address, owner)
+
+        monkeypatch.setattr(store.index, "delete", full)
+        assert await store.delete(large.address)
+        assert reserve.exists()  # taken again, since there is room now
+        reserve.unlink()
+        monkeypatch.setattr(store._reserve, "_path", tmp_path / "absent" / "reserve")
+        monkeypatch.setattr(store.index, "delete", delete)
+        assert await store.delete(small.address)
+
+
+async def test_without_a_reserve_a_full_disk_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FileStore(tmp_path) as store:
+        blob = await store.put(b"small")
+
+        async def full(_address: bytes, _owner: bytes | None = None) -> Any:
+            raise StoreFullError("the disk is full")
+
+        monkeypatch.setattr(store.index, "delete", full)
+        with pytest.raises(StoreFullError):
+            await store.delete(blob.address)
+        with pytest.raises(StoreFullError):
+            await store.delete(blob.address)

@@ -147,6 +147,30 @@ def test_writing_by_index_and_scattering() -> None:
     assert_equal_to_native(make)
 
 
+def test_small_lists_of_any_rank_in_and_outside_of_the_step() -> None:
+    outside = [Tensor([[1.0, 2.0], [3.0, 4.0]]), Tensor([[[1, 2]], [[3, 4]]]), Tensor([5.0])]
+
+    def make() -> Program:
+        rows = Tensor(ROWS[:4, :2])
+        state = Tensor([[0.5, 0.25], [0.125, 2.0]]).contiguous()
+
+        def step() -> dict[str, Tensor]:
+            inside = Tensor([[0.1, 0.9], [1.0, -2.0]])
+            scores = rows @ inside + outside[2].reshape(1, 1)
+            loss = scores.sparse_categorical_crossentropy(Tensor([0, 1, 1, 0]))
+            counted = Tensor.zeros(6).scatter(0, Tensor([1, 2, 3, 3]), rows[:, 0])
+            image = rows.reshape(1, 1, 4, 2).conv2d(Tensor([[[[1.0, -1.0]]]]))
+            state.assign(state @ outside[0] * 0.1 + inside.T)
+            return {
+                "loss": (loss + image.sum() + counted[3]).realize(state),
+                "hot": Tensor([1, 2, 3, 3]).one_hot(6) * outside[1].sum(),
+            }
+
+        return Program(step, {"state": state})
+
+    assert_equal_to_native(make)
+
+
 def test_embeddings_and_losses_by_class_are_gathers_where_it_matters() -> None:
     def make() -> Program:
         labels, table, layer = Tensor(LABELS), nn.Embedding(50, 3), nn.Linear(3, 3)

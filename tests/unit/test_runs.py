@@ -123,3 +123,13 @@ async def test_events_that_come_together_are_told_together_and_the_last_at_once(
         (GATHER_S, [1, 2]),
         (round(1 + GATHER_S / 2, 3), [3, 4]),
     ]
+
+
+async def test_a_run_taken_up_again_is_where_its_receipts_say(journal: Journal) -> None:
+    runs = Runs(journal)
+    run = runs.create({"title": "digits", "steps": 400})
+    for number in (1, 2):
+        await runs.emit(run, "receipt", number=number, to_step=100 * number, amount_nusd=number)
+    await run.rows.flush()
+    again = Runs(journal)
+    assert again.get(run.id).card["step"] == 200
