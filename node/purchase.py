@@ -152,7 +152,8 @@ class Purchase:
             await self._run.rows.flush()
             return
         receipt = reopen(Receipt, countersigned, self._buyer.identity.network).record
-        account = self._bidding.account_of(self._bid().record.provider)
+        node = self._bid().record.provider
+        account = self._bidding.account_of(node)
         if account is None:
             raise StoreError("the journal does not tell the provider's account")
         ending = None
@@ -161,7 +162,7 @@ class Purchase:
             ending = self._last.ending()
             self._add_letter()
         write, now_ns = partial(self._run.rows.flush, ending), self._buyer.now_ns()
-        await self._buyer.ledger_book.delivered(receipt, account, now_ns, write)
+        await self._buyer.ledger_book.delivered(receipt, account, now_ns, write, node=node)
         self._booked = countersigned
 
     async def send(self, action: Send) -> None:
@@ -275,7 +276,12 @@ class Purchase:
         if self._lifecycle.state is not State.CONFIRMING:
             return
         bid = self._bid().record
-        told = {"quote_nusd": bid.quote_nusd, "first_step": bid.job.first_step}
+        account = self._bidding.account_of(provider) or b""
+        told = {
+            "quote_nusd": bid.quote_nusd,
+            "first_step": bid.job.first_step,
+            "prepaid_nusd": max(0, self._buyer.ledger_book.due_nusd(account)),
+        }
         total_nusd = self._owed_nusd() + bid.quote_nusd
         self._run.card |= {"provider": self._peer, "quote_nusd": total_nusd}
         await self._buyer.runs.emit(self._run, "filled", provider=self._peer, **told)

@@ -125,7 +125,7 @@ async def test_an_ending_and_an_entry_go_to_disk_with_the_rows_or_not_at_all(
         await rows.flush(ending, fails)
     assert journal.head("run-1") is None
     assert rows.head.end_state == ""
-    insert = "INSERT INTO entries (body) VALUES (?)"
+    insert = "INSERT INTO entries (account, body) VALUES (x'', ?)"
     await rows.flush(ending, lambda connection: connection.execute(insert, (b"entry",)))
     assert books.read("SELECT body FROM entries") == [(b"entry",)]
     assert [row.kind for row in journal.rows("run-1")] == ["life:verified", "event"]
@@ -156,7 +156,7 @@ async def test_the_books_of_another_format_are_a_clear_error(tmp_path: Path) -> 
     await open_books(tmp_path).aclose()
     with sqlite3.connect(tmp_path / "journal.db") as connection:
         connection.execute("PRAGMA user_version=1")
-    with pytest.raises(StoreError, match="has format 1, and this version reads format 2"):
+    with pytest.raises(StoreError, match="has format 1, and this version reads format 3"):
         open_books(tmp_path)
 
 
