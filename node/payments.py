@@ -9,6 +9,7 @@ patience would be too short for money. The words are ``p2pflop.market.payments``
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
@@ -54,6 +55,7 @@ MAX_UNTOLD: Final = 256
 """Words under way to others; more are not said."""
 MAX_STREAMS: Final = 32
 """On which peers are heard at once."""
+MAX_STREAMS_PER_PEER: Final = 4
 MAX_NODES_TRIED: Final = 8
 AGAIN_S: Final = 1.0
 MAX_AGAIN_S: Final = 300.0
@@ -86,7 +88,7 @@ class Payments:
         self._nursery = nursery
         self._now_ns = now_ns
         self._lock = trio.Lock()
-        self._streams = 0
+        self._streams: Counter[str] = Counter()
         self._under_way: set[bytes] = set()
         self._troubles: dict[bytes, str] = {}
 
@@ -234,16 +236,19 @@ class Payments:
 
     async def handle(self, stream: Stream) -> None:
         """Answer one stream. Raises ProtocolError, ProviderError for what the peer did."""
-        if self._streams >= MAX_STREAMS:
+        peer, streams = stream.peer, self._streams
+        if streams.total() >= MAX_STREAMS or streams[peer] >= MAX_STREAMS_PER_PEER:
             raise ProviderError("too many words about payments at once")
-        self._streams += 1
+        streams[peer] += 1
         try:
             word = await stream_words.hear(stream)
-            answer = await self._hear(word, stream.peer)
+            answer = await self._hear(word, peer)
             with trio.move_on_after(stream_words.WORD_S):
                 await stream.send(encode(answer))
         finally:
-            self._streams -= 1
+            streams[peer] -= 1
+            if not streams[peer]:
+                del streams[peer]
 
     async def _hear(self, word: stream_words.Word, peer: str) -> Answer:
         if isinstance(word, Claimed):
@@ -419,10 +424,10 @@ class Payments:
         return pinned
 
     async def _note_told(self, payment: Payment) -> None:
-        """Unless there is a newer word by now."""
+        """Also of a claim that was answered before the note that it had arrived."""
         async with self._lock:
             known = self._book.get(payment.id)
-            if known is not None and known.said == payment.said and not known.told:
+            if known is not None and not known.told:
                 await self._book.put(replace(known, told=True))
 
     def _new(

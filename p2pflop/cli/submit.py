@@ -97,7 +97,7 @@ def submit_command(
         if flags.json:
             print_json(ranking)
         else:
-            _print_quote(client, ranking)
+            print_quote(client, ranking)
         return
     run = submit(
         job,
@@ -149,7 +149,7 @@ def show_command(flags: Flags, what: str) -> None:
         )
 
 
-def _print_quote(client: Client, ranking: Mapping[str, Any]) -> None:
+def print_quote(client: Client, ranking: Mapping[str, Any]) -> None:
     """The ranked asks, and who would hold the risk of the best."""
     from p2pflop.cli.accounts import due_from
     from p2pflop.cli.progress import ranked_lines

@@ -26,7 +26,7 @@ from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.keys import PrivateKey
 from p2pflop.market.records import DelegationBytes, Rejected, Version
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, check_delegation
-from p2pflop.units import NUSD_PER_USD
+from p2pflop.units import KIB, NUSD_PER_USD
 from p2pflop.wire import (
     DEFAULT_NETWORK,
     U63,
@@ -42,7 +42,7 @@ from p2pflop.wire import (
 
 MAX_PAYMENT_NUSD: Final = 10**6 * NUSD_PER_USD
 MAX_TEXT_CHARS: Final = 200
-MAX_RECORD_BYTES: Final = 2048
+MAX_RECORD_BYTES: Final = 3 * KIB
 
 Amount = Annotated[int, msgspec.Meta(ge=1, le=MAX_PAYMENT_NUSD)]
 

@@ -15,7 +15,13 @@ import trio
 from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError
 from p2pflop.ids import content_hash
 from p2pflop.keys import PrivateKey
-from p2pflop.market.payments import MAX_PAYMENT_NUSD, PaymentAck, PaymentClaim, make_payment
+from p2pflop.market.payments import (
+    MAX_PAYMENT_NUSD,
+    PaymentAck,
+    PaymentClaim,
+    PaymentRefusal,
+    make_payment,
+)
 from p2pflop.node import payment_stream as words
 from p2pflop.node.memory_market import MemoryNode, PowerCutError, now_ns, sample_file
 from p2pflop.node.payments import MAX_AGAIN_S
@@ -270,6 +276,44 @@ async def test_what_contradicts_the_book_is_declined(
     assert answer == words.Declined("another payment has that id")
     await provider.money.acknowledge(ID)
     await trio.sleep(5)
+    market.check()
+
+
+async def test_a_refusal_stands_as_it_was_first_told(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer, due = await indebted(market)
+    await buyer.money.pay(ID, provider.account, due, "")
+    await trio.sleep(5)
+    at_ns = now_ns()
+    for reason in ("the first", "another"):
+        refusal = make_payment(
+            PaymentRefusal,
+            provider.identity.node,
+            payment=ID,
+            other=buyer.account,
+            amount_nusd=due,
+            at_ns=at_ns,
+            text=reason,
+            delegation=provider.identity.delegation(at_ns),
+        )
+        assert await say(provider, buyer.peer, words.Refused(refusal)) == words.Noted()
+        assert buyer.money.listed()[0]["reason"] == "the first"
+    assert market.debts(buyer, provider) == (due, due)
+
+
+async def test_an_answer_shows_that_the_claim_has_arrived(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer, due = await indebted(market)
+    buyer.tamper_heard = lambda _: []
+    await buyer.money.pay(ID, provider.account, due, "")
+    await trio.sleep(60)
+    assert not buyer.money.listed()[0]["told"]
+    await provider.money.acknowledge(ID)
+    await trio.sleep(LONG_S)
+    [payment] = buyer.money.listed()
+    assert (payment["state"], payment["told"], payment["trouble"]) == ("acknowledged", True, "")
     market.check()
 
 

@@ -346,6 +346,19 @@ async def test_only_so_many_streams_are_heard_at_once(
         await stream.aclose()
 
 
+async def test_one_peer_does_not_take_all_streams(market: Market, autojump_clock: object) -> None:
+    provider, buyer, due = await indebted(market)
+    other = await market.node("other")
+    count = payments_module.MAX_STREAMS
+    silent = [await other.host.open(provider.peer, PROTOCOL) for _ in range(count)]
+    await trio.sleep(1)
+    await buyer.money.pay(payment_id(), provider.account, due, "")
+    await trio.sleep(1)
+    assert only(buyer)["told"]
+    for stream in silent:
+        await stream.aclose()
+
+
 def test_a_payment_is_the_same_only_if_all_that_matters_is() -> None:
     made = Payment(b"id", Side.PAID, b"account", 5, 0, "", State.CLAIMED)
     assert made.is_same(made.side, made.account, 5)
