@@ -11,6 +11,8 @@ import sqlite3
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+import trio
+
 from p2pflop.dht.database import Database, Operation
 from p2pflop.dht.turns import Turn
 from p2pflop.errors import ProtocolError, VerificationError

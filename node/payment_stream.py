@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Final
 import msgspec
 import trio
 
-from p2pflop.dht.planes import Dialer, Stream
+from p2pflop.dht.planes import Stream
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.market.payments import MAX_RECORD_BYTES
 from p2pflop.wire import MAX_ENVELOPE_OVERHEAD_BYTES, Record, Text, encode
@@ -92,11 +92,6 @@ async def ask(stream: Stream, word: Word) -> Answer:
     """Say ``word`` and hear the answer. Raises ProviderError, ProtocolError."""
     await stream.send(encode(word))
     return decode_answer(await stream.receive(MAX_WORD_BYTES), stream.peer)
-
-
-async def open_stream(dialer: Dialer, peer: str) -> Stream:
-    """A stream to the node ``peer``. Raises ProviderError."""
-    return await dialer.open(peer, PROTOCOL)
 
 
 async def close(stream: Stream) -> None:

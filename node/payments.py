@@ -18,7 +18,7 @@ import trio
 
 from p2pflop.dht.database import Operation
 from p2pflop.dht.planes import Dialer, Stream
-from p2pflop.errors import ConfigError, ProtocolError, ProviderError
+from p2pflop.errors import ConfigError, ProtocolError, ProviderError, StoreError
 from p2pflop.keys import peer_id
 from p2pflop.market.payments import (
     MAX_PAYMENT_NUSD,
@@ -369,10 +369,7 @@ class Payments:
     async def _deliver(self, payment: bytes) -> None:
         wait_s = AGAIN_S
         try:
-            while (known := self._book.get(payment)) is not None and not known.told:
-                trouble = await self._tell(known)
-                if not trouble:
-                    break
+            while trouble := await self._try(payment):
                 if self._troubles.get(payment) != trouble:
                     _log.info("payment %s is not told yet: %s", payment.hex()[:12], trouble)
                 self._troubles[payment] = trouble
@@ -380,30 +377,41 @@ class Payments:
                 wait_s = min(2 * wait_s, MAX_AGAIN_S)
         finally:
             self._under_way.discard(payment)
-        self._troubles.pop(payment, None)
+            self._troubles.pop(payment, None)
 
-    async def _tell(self, payment: Payment) -> str:
+    async def _try(self, payment: bytes) -> str:
         """Bring the latest word of this node; why that failed, or nothing."""
         trouble = "no node of that account is known"
-        for node in self._candidates(payment):
-            peer = peer_id(node)
-            with trio.move_on_after(stream_words.WORD_S):
-                try:
-                    stream = await stream_words.open_stream(self._dialer, peer)
-                    try:
-                        payment = await self._pin(payment, node)
-                        answer = await stream_words.ask(stream, _word(payment))
-                    finally:
-                        await stream_words.close(stream)
-                except (ProviderError, ProtocolError) as error:
-                    trouble = printable(error)
-                    continue
-                if isinstance(answer, Declined):
-                    return f"{peer} does not note it: {printable(answer.reason)}"
-                await self._note_told(payment)
+        try:
+            known = self._book.get(payment)
+            if known is None or known.told:
                 return ""
-            trouble = f"{peer} did not answer in {stream_words.WORD_S:.0f} s"
+            for node in self._candidates(known):
+                trouble = await self._tell(payment, node)
+                pinned = self._book.get(payment)
+                if not trouble or (pinned is not None and pinned.node):
+                    break
+        except StoreError as error:
+            return error.message
         return trouble
+
+    async def _tell(self, payment: bytes, node: bytes) -> str:
+        peer = peer_id(node)
+        with trio.move_on_after(stream_words.WORD_S):
+            try:
+                stream = await self._dialer.open(peer, stream_words.PROTOCOL)
+                try:
+                    word = _word(await self._pin(payment, node))
+                    answer = await stream_words.ask(stream, word)
+                finally:
+                    await stream_words.close(stream)
+            except (ProviderError, ProtocolError) as error:
+                return printable(error)
+            if isinstance(answer, Declined):
+                return f"{peer} does not note it: {printable(answer.reason)}"
+            await self._note_told(payment)
+            return ""
+        return f"{peer} did not answer in {stream_words.WORD_S:.0f} s"
 
     def _candidates(self, payment: Payment) -> list[bytes]:
         """Where the word may go. Once one node has heard it, to no other: each has its own book."""
@@ -414,19 +422,21 @@ class Payments:
         first = [node for node in traded if node in present]
         return list(dict.fromkeys(first + traded + present))[:MAX_NODES_TRIED]
 
-    async def _pin(self, payment: Payment, node: bytes) -> Payment:
-        if payment.node:
-            return payment
+    async def _pin(self, payment: bytes, node: bytes) -> Payment:
+        """Remember where the word goes, before it does."""
         async with self._lock:
-            known = self._book.get(payment.id) or payment
-            pinned = known if known.node else replace(known, node=node)
-            await self._book.put(pinned)
-        return pinned
+            known = self._book.get(payment)
+            if known is None:
+                raise StoreError(f"payment {payment.hex()} is gone")
+            if not known.node:
+                known = replace(known, node=node)
+                await self._book.put(known)
+            return known
 
-    async def _note_told(self, payment: Payment) -> None:
+    async def _note_told(self, payment: bytes) -> None:
         """Also of a claim that was answered before the note that it had arrived."""
         async with self._lock:
-            known = self._book.get(payment.id)
+            known = self._book.get(payment)
             if known is not None and not known.told:
                 await self._book.put(replace(known, told=True))
 

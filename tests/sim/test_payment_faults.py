@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import trio
 
-from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError
+from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError, StoreError
 from p2pflop.ids import content_hash
 from p2pflop.keys import PrivateKey
 from p2pflop.market.payments import (
@@ -315,6 +315,53 @@ async def test_an_answer_shows_that_the_claim_has_arrived(
     [payment] = buyer.money.listed()
     assert (payment["state"], payment["told"], payment["trouble"]) == ("acknowledged", True, "")
     market.check()
+
+
+async def test_a_claim_goes_to_one_node_of_an_account_alone(
+    market: Market, autojump_clock: object
+) -> None:
+    """Each node has a book of its own: two that acknowledge it would both have the money."""
+    nodes = [await market.provider(name, account="provider") for name in ("one", "two")]
+    buyer = await market.buyer()
+    buyer.tamper_heard = lambda _: []
+    await buyer.money.pay(ID, nodes[0].account, 5, "ahead")
+    await trio.sleep(LONG_S)
+    assert sorted(len(node.money.listed()) for node in nodes) == [0, 1]
+    buyer.tamper_heard = lambda frame: [frame]
+    await trio.sleep(LONG_S)
+    assert buyer.money.listed()[0]["told"]
+    assert sorted(len(node.money.listed()) for node in nodes) == [0, 1]
+
+
+async def test_a_node_that_is_away_gives_way_to_another_of_its_account(
+    market: Market, autojump_clock: object
+) -> None:
+    nodes = [await market.provider(name, account="provider") for name in ("one", "two")]
+    buyer = await market.buyer()
+    await nodes[0].kill()
+    await buyer.money.pay(ID, nodes[0].account, 5, "ahead")
+    await trio.sleep(LONG_S)
+    assert buyer.money.listed()[0]["told"]
+    assert len(nodes[1].money.listed()) == 1
+
+
+async def test_a_disk_that_fails_for_a_while_only_delays(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider, buyer, due = await indebted(market)
+    await provider.kill()
+    await buyer.money.pay(ID, provider.account, due, "")
+
+    async def full(*_: object) -> None:
+        raise StoreError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(buyer.payment_book, "put", full)
+        await market.restart(provider)
+        await trio.sleep(LONG_S)
+        assert buyer.money.listed()[0]["trouble"] == "the disk is full"
+    await trio.sleep(LONG_S)
+    assert buyer.money.listed()[0]["told"]
 
 
 async def test_a_silent_peer_is_not_waited_for(market: Market, autojump_clock: object) -> None:
