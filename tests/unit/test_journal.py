@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from p2pflop.errors import StoreError, StoreFullError
+from p2pflop.node import journal as journal_module
 from p2pflop.node.books import open_books
 from p2pflop.node.journal import (
     BUYER,
     PROVIDER,
+    UNPAID_FOR_NS,
     Batch,
     Ending,
     Head,
@@ -19,6 +21,7 @@ from p2pflop.node.journal import (
     Journal,
     KnownState,
     Letter,
+    Unpaid,
 )
 
 
@@ -149,6 +152,33 @@ async def test_a_letter_is_there_until_it_is_acknowledged(tmp_path: Path) -> Non
     assert journal.letters() == [first, second]
     await journal.forget_letters(["run-1", "unknown"])
     assert journal.letters() == [second]
+    await books.aclose()
+
+
+async def test_what_was_shown_in_vain_is_there_for_a_day(tmp_path: Path) -> None:
+    books = open_books(tmp_path)
+    for number, at_ns in enumerate((5, UNPAID_FOR_NS + 5, UNPAID_FOR_NS + 6)):
+        rows = JobRows(Journal(books), head(f"sale-{number}"), now_ns=lambda: 6)
+        rows.add_unpaid(Unpaid(b"account", at_ns, number))
+        await rows.flush()
+        await rows.flush()
+    await books.aclose()
+    books = open_books(tmp_path)
+    kept = [(unpaid.at_ns, unpaid.amount_nusd) for unpaid in Journal(books).unpaid()]
+    assert kept == [(UNPAID_FOR_NS + 5, 1), (UNPAID_FOR_NS + 6, 2)]
+    await books.aclose()
+
+
+async def test_no_more_than_so_many_are_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "MAX_UNPAID", 2)
+    books = open_books(tmp_path)
+    for number in range(3):
+        rows = JobRows(Journal(books), head(f"sale-{number}"), now_ns=lambda: 6)
+        rows.add_unpaid(Unpaid(b"account", number, number))
+        await rows.flush()
+    assert [unpaid.at_ns for unpaid in Journal(books).unpaid()] == [1, 2]
     await books.aclose()
 
 
