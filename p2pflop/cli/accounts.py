@@ -15,16 +15,24 @@ if TYPE_CHECKING:
     from p2pflop.client import Client
 
 MIN_DIGITS: Final = 8
+_PEER: Final = "12D3KooW"
+_SHORT_PEER: Final = ".."
 _DIGITS: Final = re.compile(rf"[0-9a-f]{{{MIN_DIGITS},{2 * HASH_BYTES}}}")
 
 
 def find_account(client: Client, text: str) -> bytes:
-    """The account of 64 hex digits, or the one that the node knows which begins so.
+    """The account of 64 hex digits, the one that the node knows which begins so, or a provider's.
 
-    Raises ConfigError if none does, or several do.
+    A provider is named by its peer id or the end of it, as ``p2pflop book`` shows it. Raises
+    ConfigError if nobody is named so, or several are.
     """
     if is_whole(text):
         return bytes.fromhex(text)
+    if text.startswith((_SHORT_PEER, _PEER)):
+        end = text.removeprefix(_SHORT_PEER)
+        asks = client.book() if len(end) >= MIN_DIGITS else []
+        sellers = {ask["account"] for ask in asks if ask["provider"].endswith(end)}
+        return _only(text, sellers, "provider", "See 'p2pflop book'.")
     known = [balance["account"] for balance in client.ledger().get("balances", ())]
     known += [ask["account"] for ask in client.book()]
     known += [payment["account"] for payment in client.payments()]
@@ -68,8 +76,11 @@ def _find(text: str, known: Iterable[str], what: str, hint: str) -> bytes:
             "of the first",
             hint=hint,
         )
-    found = {each for each in known if each.startswith(text)}
+    return _only(text, {each for each in known if each.startswith(text)}, what, hint)
+
+
+def _only(text: str, found: set[str], what: str, hint: str) -> bytes:
     if len(found) != 1:
-        several = f"{len(found)} begin" if found else "none begins"
-        raise ConfigError(f"of the {what}s known here {several} with {text}", hint=hint)
+        several = f"{len(found)} are" if found else "none is"
+        raise ConfigError(f"of the {what}s known here {several} named {text[:80]}", hint=hint)
     return bytes.fromhex(found.pop())

@@ -28,9 +28,9 @@ def pay_command(flags: Flags, account: str, usd: str, reference: str, yes: bool)
     """Book money that you have paid, and tell who got it.
 
     It moves no money: pay first, by bank, cash or whatever the two of you agree on. ACCOUNT is 64
-    hex digits, or enough of the first of an account that this node knows. The node brings the claim
-    to a node of that account until it is noted there, over restarts too. A payment beyond the debt
-    is a prepayment.
+    hex digits, or the first eight or more of an account that this node knows, or a provider as
+    'p2pflop book' names it. The node brings the claim to a node of that account until it is noted
+    there, over restarts too. A payment beyond the debt is a prepayment.
 
     \b
     Examples:

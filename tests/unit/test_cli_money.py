@@ -116,7 +116,7 @@ class TestPay:
             ([ACCOUNT, "much"], "not an amount"),
             (["ab", "1"], "at least 8"),
             (["\x1b[2J", "1"], "is no account"),
-            (["abababab", "1"], "none begins with abababab"),
+            (["abababab", "1"], "none is named abababab"),
             ([ACCOUNT.upper(), "1"], "is no account"),
             ([ACCOUNT + "ab", "1"], "is no account"),
         ],
@@ -138,7 +138,24 @@ class TestPay:
         balances = [{"account": ACCOUNT[:-1] + end, "due_nusd": 0} for end in "01"]
         monkeypatch.setattr(Client, "ledger", lambda _: {"balances": balances})
         assert run(["pay", ACCOUNT[:12], "1", "--yes"]) == 2
-        assert "2 begin with" in capsys.readouterr().err
+        assert "2 are named" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["12D3KooWabcdefghij", "..abcdefghij"])
+    def test_a_provider_is_named_as_the_book_and_a_refusal_name_it(
+        self, start_node: StartNode, capsys: Output, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        node = start_node()
+        asks = [
+            {"provider": "12D3KooWabcdefghij", "account": ACCOUNT},
+            {"provider": "12D3KooWzzzzzzzzzz", "account": OTHER},
+        ]
+        monkeypatch.setattr(Client, "book", lambda _: asks)
+        assert run(["pay", name, "1", "--yes"]) == 0
+        assert f"account  {ACCOUNT}" in capsys.readouterr().err
+        assert [payment["account"] for payment in booked(node)] == [ACCOUNT]
+        for nobody in ("..", "..j", "..bbbbbbbbbb", "12D3KooW"):
+            assert run(["pay", nobody, "1", "--yes"]) == 2
+            assert "none is named" in capsys.readouterr().err
 
 
 class TestPayments:
