@@ -268,20 +268,14 @@ class Purchase:
         return peer_id(self._bid().record.provider)
 
     async def _tell_filled(self) -> None:
-        provider = self._bid().record.provider
-        if self._lent_to != provider:
+        bid = self._bid().record
+        if self._lent_to != bid.provider:
             self._take_back()
-            self._lent = await self._buyer.lend(self._stretches.now, provider)
-            self._lent_to = provider
+            self._lent = await self._buyer.lend(self._stretches.now, bid.provider)
+            self._lent_to = bid.provider
         if self._lifecycle.state is not State.CONFIRMING:
             return
-        bid = self._bid().record
-        account = self._bidding.account_of(provider) or b""
-        told = {
-            "quote_nusd": bid.quote_nusd,
-            "first_step": bid.job.first_step,
-            "prepaid_nusd": max(0, self._buyer.ledger_book.due_nusd(account)),
-        }
+        told = self._bidding.describe(bid)
         total_nusd = self._owed_nusd() + bid.quote_nusd
         self._run.card |= {"provider": self._peer, "quote_nusd": total_nusd}
         await self._buyer.runs.emit(self._run, "filled", provider=self._peer, **told)
