@@ -7,7 +7,29 @@ addresses as 64 hex digits, money as integer nano-dollars, times as integer nano
 A **run** is one submission of a job file to this node. It tells its story as **events**: dicts with
 ``seq`` (from 1, rising by one), ``at_ns`` (Unix time), ``kind``, and by kind:
 
-=============== ============================================================================"""
+=============== ===================================================================================
+kind            fields
+=============== ===================================================================================
+``state``       ``state``: the buyer's lifecycle state
+``ranked``      ``deals``: ``[{provider, account, total_nusd, minutes, price_nusd}]`` best first,
+                ``misses``: ``[{provider, reason}]``
+``filled``      ``provider``, ``quote_nusd``, ``first_step``: where its stretch begins,
+                ``prepaid_nusd``: what is paid ahead to its account
+``rejected``    ``provider``, ``reason`` (a peer's own words: clean them before a terminal)
+``resubmitted`` ``provider``: the one that is lost, ``reason``, ``step``: how far its rows went,
+                ``from_step``: where the run goes on, ``next``: the provider that is asked now, or
+                nothing while the run waits
+``fetching``    ``done_bytes``, ``total_bytes``
+``lowering``    ``done``, ``total``, ``graph``
+``rows``        ``rows``: ``[{step, values: {name: number}}]``, steps rising
+``progress``    ``step``, ``steps``
+``checkpoint``  ``step``, ``state_root``
+``receipt``     ``number``, ``amount_nusd``, ``to_step``, ``provider``
+``result``      ``hash``: of the record, ``cost_nusd``; last
+``failed``      ``error``: the name of the error's class, ``message``, ``hint``; last
+``cancelled``   last
+=============== ===================================================================================
+"""
 
 from __future__ import annotations
 
