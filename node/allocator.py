@@ -1,14 +1,15 @@
-"""What of this node is free, and for whom: slots, memory, and the credit of unknown buyers.
+"""What of this node is free, and for whom: slots, memory, and credit.
 
-A sale holds **capacity** from its fill until its worker has ended, and **credit** until it is over:
-a buyer that never countersigns keeps no slot, but what it was shown unpaid counts against the pool
-that all unknown buyers share, for a day. There is no waiting list: whoever comes first gets the
-slot, everybody else at once a no, which says whether to come back.
+A sale holds **capacity** from its fill until its worker has ended, and **credit** until it is
+over: a buyer that never countersigns keeps no slot, but what it was shown unpaid counts for a day
+as if it owed it. Credit is by account (``p2pflop.market.credit``): what one owes may be as much as
+it has paid in all, and beyond that all share one pool. There is no waiting list: whoever comes
+first gets the slot, everybody else at once a no, which says whether to come back.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -16,22 +17,22 @@ from typing import Final, Protocol
 from p2pflop.job.buying import BUSY_PREFIX
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.meter import METER_ID
+from p2pflop.market.credit import credit_reason
 from p2pflop.market.fills import OpenBid, check_costs
 from p2pflop.market.records import Bid
 from p2pflop.node.config import Settings
 from p2pflop.node.execute import memory_bytes, unsupported
+from p2pflop.node.journal import MAX_UNPAID, UNPAID_FOR_NS, Unpaid
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.orders import MAX_CHECKPOINTS, checkpoints, cost_lines, moved_bytes
 from p2pflop.node.worker_types import Workers
-from p2pflop.units import NS_PER_S, format_usd
+from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed
 
 SAFE_LEVEL: Final = 2
 MAX_OPEN_SALES: Final = 1024
 MAX_OPEN_SALES_PER_ACCOUNT: Final = 64
 MAX_LEASE_NS: Final = 30 * 24 * 3600 * NS_PER_S
-UNPAID_FOR_NS: Final = 24 * 3600 * NS_PER_S
-MAX_UNPAID: Final = 4096
 FIRST_LAPSE_NS: Final = 4 * NS_PER_S
 MAX_LAPSE_NS: Final = 600 * NS_PER_S
 MAX_LAPSED: Final = 4096
@@ -66,7 +67,7 @@ class Allocator:
     _open: dict[bytes, Claim] = field(default_factory=dict)
     on_free: Callable[[], None] = lambda: None
     _lapses: OrderedDict[bytes, tuple[int, int]] = field(default_factory=OrderedDict)
-    _unpaid: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=MAX_UNPAID))
+    _unpaid: deque[Unpaid] = field(default_factory=lambda: deque(maxlen=MAX_UNPAID))
 
     @property
     def busy(self) -> int:
@@ -103,10 +104,12 @@ class Allocator:
         if len(self._lapses) > MAX_LAPSED:
             self._lapses.popitem(last=False)
 
-    def note_unpaid(self, account: bytes, amount_nusd: int, at_ns: int) -> None:
-        """Work that was shown, billed and never countersigned."""
-        if amount_nusd > 0 and account != self.own_account:
-            self._unpaid.append((at_ns, amount_nusd))
+    def note_unpaid(self, unpaid: Unpaid) -> bool:
+        """Work that was shown, billed and never countersigned; whether that counts."""
+        counts = unpaid.amount_nusd > 0 and unpaid.account != self.own_account
+        if counts:
+            self._unpaid.append(unpaid)
+        return counts
 
     def objection(self, bid: OpenBid, now_ns: int) -> str:
         """Why this bid is not taken, whatever its job is, or nothing. Costs no time."""
@@ -115,6 +118,7 @@ class Allocator:
         held_bytes = sum(claim.bid.record.terms.memory_bytes for claim in self._held.values())
         moved_bytes = sum(claim.bid.record.terms.moved_bytes for claim in self._open.values())
         terms = bid.bid.terms
+        over_credit = "" if own else self._credit_objection(bid, now_ns)
         reasons = (
             (self.workers.broken, "the provider's workers are broken"),
             (self.workers.level < SAFE_LEVEL and not own, "the sandbox here is not safe enough"),
@@ -135,7 +139,7 @@ class Allocator:
                 self._lapses.get(bid.account, (0, 0))[1] > now_ns,
                 BUSY_PREFIX + "your last fill was not confirmed",
             ),
-            (not own and self._over_credit(bid, now_ns), self._credit_reason()),
+            (bool(over_credit), over_credit),
             (
                 len(self._open) >= MAX_OPEN_SALES or theirs >= MAX_OPEN_SALES_PER_ACCOUNT,
                 BUSY_PREFIX + "too many jobs wait for a countersignature",
@@ -164,17 +168,31 @@ class Allocator:
         )
         return next((reason for holds, reason in reasons if holds), "")
 
-    def _over_credit(self, bid: OpenBid, now_ns: int) -> bool:
-        while self._unpaid and self._unpaid[0][0] < now_ns - UNPAID_FOR_NS:
-            self._unpaid.popleft()
-        running = sum(
-            claim.bid.record.quote_nusd - claim.signed_nusd
-            for claim in self._open.values()
-            if claim.account != self.own_account
-        )
-        unpaid = sum(amount for _, amount in self._unpaid)
-        total = self.ledger_book.owed_nusd() + running + unpaid + bid.bid.quote_nusd
-        return total > self.settings.credit_nusd
+    def _credit_objection(self, bid: OpenBid, now_ns: int) -> str:
+        """Why this buyer may not owe what the bid would cost, or nothing."""
+        ledger, pool_nusd = self.ledger_book, self.settings.credit_nusd
+        pending = self._pending(now_ns)
+        quote_nusd = bid.bid.quote_nusd
+        uncovered = ledger.uncovered_nusd(bid.account) + pending[bid.account] + quote_nusd
+        if uncovered <= 0:
+            return ""
+        pending[bid.account] += quote_nusd
+        taken_nusd = ledger.uncovered_nusd()
+        for account, amount_nusd in pending.items():
+            booked_nusd = ledger.uncovered_nusd(account)
+            taken_nusd += max(0, booked_nusd + amount_nusd) - max(0, booked_nusd)
+        if taken_nusd <= pool_nusd:
+            return ""
+        return credit_reason(uncovered, ledger.received_nusd(bid.account), pool_nusd)
 
-    def _credit_reason(self) -> str:
-        return f"over the credit of {format_usd(self.settings.credit_nusd)} for unknown buyers"
+    def _pending(self, now_ns: int) -> Counter[bytes]:
+        """By account, what is not in the ledger: open sales, and what was shown unpaid."""
+        while self._unpaid and self._unpaid[0].at_ns < now_ns - UNPAID_FOR_NS:
+            self._unpaid.popleft()
+        pending: Counter[bytes] = Counter()
+        for claim in self._open.values():
+            if claim.account != self.own_account:
+                pending[claim.account] += claim.bid.record.quote_nusd - claim.signed_nusd
+        for unpaid in self._unpaid:
+            pending[unpaid.account] += unpaid.amount_nusd
+        return pending

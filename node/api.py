@@ -16,6 +16,7 @@
 ``POST /v1/jobs/<id>/cancel``
 ``GET /v1/blobs``, ``/v1/blobs/<hash>``  what is kept here
 ``POST /v1/connect``                   ``{"multiaddr": ...}``
+``/v1/payments...``, ``/v1/statement/<account>``  see ``api_money``
 ``GET /v1/status|book|peers|ledger|doctor``
 ====================================== ===========================================================
 
@@ -52,6 +53,7 @@ from p2pflop.ids import parse_hash
 from p2pflop.job.file import FILE_MAGIC, MAX_COMPRESSED_BYTES
 from p2pflop.node.api_errors import EXCEPTION_HANDLERS, Refused
 from p2pflop.node.api_guard import IS_USER, Activity, Guard, json_response
+from p2pflop.node.api_money import MoneyApi, parse_number
 from p2pflop.node.api_streams import BlobStream, EventStream, parse_range
 from p2pflop.node.service import (
     DEFAULT_FIND_TIMEOUT_S,
@@ -114,6 +116,8 @@ class Api:
             Route("/v1/peers", partial(_listing, "peers", service.peers), methods=get),
             Route("/v1/ledger", partial(_report, service.ledger), methods=get),
             Route("/v1/doctor", partial(_report, service.doctor), methods=get),
+            Route("/v1/payments", partial(_listing, "payments", service.payments), methods=get),
+            *MoneyApi(service, self._command).routes(),
         ]
 
     async def blob(self, request: Request) -> Response:
@@ -228,7 +232,7 @@ class Api:
         """Server-sent events; a client that lost the line resumes after the last ``id`` it saw."""
         run = _run_id(request)
         given = request.headers.get("last-event-id") or request.query_params.get("after", "0")
-        after = _parse_number(given, "after", 2**63 - 1)
+        after = parse_number(given, "after", 2**63 - 1)
         await self._service.job(run)
         wait_ms = _number(request, "wait_ms", MAX_WAIT_MS)
         return EventStream(
@@ -240,15 +244,21 @@ class Api:
 
     async def connect(self, request: Request) -> Response:
         """Dial a peer."""
+        multiaddr = (await self._command(request)).get("multiaddr")
+        if not isinstance(multiaddr, str):
+            raise ConfigError('the request must be like {"multiaddr": "/ip4/..."}')
+        return json_response(await self._service.connect(multiaddr))
+
+    async def _command(self, request: Request) -> Json:
+        """The JSON object in a request's body."""
         body = await self._body(request, self._limits.max_command_bytes)
         try:
             command = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise ConfigError("the request's body is not JSON") from error
-        multiaddr = command.get("multiaddr") if isinstance(command, dict) else None
-        if not isinstance(multiaddr, str):
-            raise ConfigError('the request must be like {"multiaddr": "/ip4/..."}')
-        return json_response(await self._service.connect(multiaddr))
+        if not isinstance(command, dict):
+            raise ConfigError("the request's body is not a JSON object")
+        return command
 
     async def _blobs(self) -> list[Json]:
         return [_describe(info) for info in await self._service.store.list()]
@@ -337,14 +347,7 @@ def _classes(request: Request) -> tuple[str, ...]:
 
 def _number(request: Request, name: str, highest: int, lowest: int = 0) -> int | None:
     text = request.query_params.get(name)
-    return None if text is None else _parse_number(text, name, highest, lowest)
-
-
-def _parse_number(text: str, name: str, highest: int, lowest: int = 0) -> int:
-    is_number = text.isascii() and text.isdecimal() and len(text) <= 19
-    if not (is_number and lowest <= int(text) <= highest):
-        raise ConfigError(f"{name} must be a whole number from {lowest} to {highest}")
-    return int(text)
+    return None if text is None else parse_number(text, name, highest, lowest)
 
 
 def _run_id(request: Request) -> str:

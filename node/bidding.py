@@ -14,6 +14,7 @@ from p2pflop.node.driver import LIFE_ROW
 from p2pflop.node.evidence import keep_look
 from p2pflop.node.journal import JobRows, Row
 from p2pflop.node.orders import Order, Ranking
+from p2pflop.node.service import Json
 from p2pflop.wire import Sealed
 
 if TYPE_CHECKING:
@@ -86,6 +87,15 @@ class Bidding:
     def account_of(self, node: bytes) -> bytes | None:
         """The account of a provider that was bid to, by its node's key."""
         return self._accounts.get(node)
+
+    def describe(self, bid: Bid) -> Json:
+        """What is told of a bid that was filled, and what is paid ahead to its provider."""
+        due_nusd = self._buyer.ledger_book.due_nusd(self._accounts.get(bid.provider, b""))
+        return {
+            "quote_nusd": bid.quote_nusd,
+            "first_step": bid.job.first_step,
+            "prepaid_nusd": max(0, due_nusd),
+        }
 
     def recall(self, rows: Sequence[Row], order: Order) -> None:
         """Take in what earlier processes have journalled; ``order`` was under way at last."""

@@ -1,7 +1,7 @@
-"""What a node must never lose, in one SQLite file: its journal and its account's ledger.
+"""What a node must never lose, in one SQLite file: journal, its account's ledger, and payments.
 
-One file and not two, so that one commit makes both true: that something is signed, and that the
-money for it is owed.
+One file and not three, so that one commit makes both true: that something is signed, and that the
+money for it is owed or paid.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Final
 
 from p2pflop.dht.database import Database
-from p2pflop.node import journal, ledger_book
+from p2pflop.node import journal, ledger_book, payment_book
 
 FILE_NAME: Final = "journal.db"
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 
 
 def open_books(folder: Path) -> Database:
-    """The database that ``Journal`` and ``LedgerBook`` share. Raises StoreError."""
-    return Database(folder / FILE_NAME, f"{journal.SCHEMA}; {ledger_book.SCHEMA}", _FORMAT)
+    """What ``Journal``, ``LedgerBook`` and ``PaymentBook`` share. Raises StoreError."""
+    schemas = (journal.SCHEMA, ledger_book.SCHEMA, payment_book.SCHEMA)
+    return Database(folder / FILE_NAME, "; ".join(schemas), _FORMAT)

@@ -29,10 +29,12 @@ from p2pflop.node.home import Home
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.network import Network
+from p2pflop.node.payments import Payments
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
+from p2pflop.node.statements import make_statement
 from p2pflop.node.worker_types import Workers
 from p2pflop.units import MIB
 
@@ -58,6 +60,7 @@ class Daemon:
     ledger_book: LedgerBook
     buyer: Buyer
     seller: Seller
+    money: Payments
 
     async def status(self) -> Json:
         """See NodeService."""
@@ -155,6 +158,33 @@ class Daemon:
     async def ledger(self) -> Json:
         """See NodeService."""
         return self.ledger_book.report()
+
+    async def statement(self, account: bytes, since_ns: int) -> Json:
+        """See NodeService."""
+        own = self.identity.account.public_key
+        return await make_statement(self.ledger_book, own, account, since_ns)
+
+    async def payments(self) -> list[Json]:
+        """See NodeService."""
+        return self.money.listed()
+
+    async def pay(self, payment: bytes, account: bytes, amount_nusd: int, reference: str) -> Json:
+        """See NodeService."""
+        return await self.money.pay(payment, account, amount_nusd, reference)
+
+    async def receive(
+        self, payment: bytes, account: bytes, amount_nusd: int, reference: str
+    ) -> Json:
+        """See NodeService."""
+        return await self.money.receive(payment, account, amount_nusd, reference)
+
+    async def acknowledge(self, payment: bytes) -> Json:
+        """See NodeService."""
+        return await self.money.acknowledge(payment)
+
+    async def refuse(self, payment: bytes, reason: str) -> Json:
+        """See NodeService."""
+        return await self.money.refuse(payment, reason)
 
     async def connect(self, multiaddr: str) -> Json:
         """See NodeService."""

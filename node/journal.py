@@ -8,7 +8,8 @@ Beside the rows stand: **states**, where the verified state of a work after some
 that a stretch that starts there can be bought without saying from what; **fills**, which sale each
 belongs to, for a buyer who comes back late; **letters**, what was countersigned last in a run that
 is over, until its provider has acknowledged it; **sheets**, by which runs were decided, the newest
-``MAX_SHEETS`` of them.
+``MAX_SHEETS`` of them; **unpaid**, what a sale that is over had shown of its work and its buyer
+never countersigned, which counts against the buyer's credit for a day.
 
 A job's rows are collected in ``JobRows`` and flushed together, before the first thing that others
 can see: a signed record that leaves, an answer to the user, the end. So a purchase costs a few
@@ -28,12 +29,15 @@ import trio
 from p2pflop.dht.database import Database, Operation
 from p2pflop.dht.turns import Turn
 from p2pflop.errors import StoreError
+from p2pflop.units import NS_PER_S
 
 BUYER: Final = "buyer"
 PROVIDER: Final = "provider"
 MAX_LISTED: Final = 1000
 MAX_SHEETS: Final = 65_536
 """Up to 500 MB if each were of the largest size; half a kilobyte each as they are."""
+UNPAID_FOR_NS: Final = 24 * 3600 * NS_PER_S
+MAX_UNPAID: Final = 4096
 
 SCHEMA: Final = """
 CREATE TABLE heads (
@@ -55,6 +59,10 @@ CREATE TABLE sheets (
 );
 CREATE TABLE letters (
     job TEXT PRIMARY KEY, at_ns INTEGER NOT NULL, peer TEXT NOT NULL, wire BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE unpaid (
+    job TEXT PRIMARY KEY, account BLOB NOT NULL, at_ns INTEGER NOT NULL,
+    amount_nusd INTEGER NOT NULL
 ) WITHOUT ROWID
 """
 _HEADS: Final = "SELECT job, side, opened_ns, COALESCE(end_state, ''), summary FROM heads "
@@ -93,6 +101,15 @@ class Letter:
     wire: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Unpaid:
+    """Work that was shown to ``account`` and never countersigned."""
+
+    account: bytes
+    at_ns: int
+    amount_nusd: int
+
+
 @dataclass(slots=True)
 class Batch:
     """What is to be written of a job: rows ``(at_ns, kind, body)``, and for the tables beside."""
@@ -103,6 +120,7 @@ class Batch:
     letters: list[Letter] = field(default_factory=list)
     sheets: list[tuple[bytes, bytes]] = field(default_factory=list)
     """Id and envelope."""
+    unpaid: list[Unpaid] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return any(getattr(self, each.name) for each in fields(self))
@@ -189,6 +207,14 @@ class Journal:
                     "DELETE FROM sheets WHERE number <= (SELECT MAX(number) FROM sheets) - ?",
                     (MAX_SHEETS,),
                 )
+            for unpaid in batch.unpaid:
+                connection.execute(
+                    "DELETE FROM unpaid WHERE at_ns < ?", (unpaid.at_ns - UNPAID_FOR_NS,)
+                )
+                connection.execute(
+                    "INSERT OR REPLACE INTO unpaid VALUES (?, ?, ?, ?)",
+                    (head.job, unpaid.account, unpaid.at_ns, unpaid.amount_nusd),
+                )
             connection.executemany(
                 "DELETE FROM rows WHERE job = ? AND kind = ?", [(head.job, kind) for kind in forget]
             )
@@ -233,6 +259,13 @@ class Journal:
             connection.executemany("DELETE FROM letters WHERE job = ?", [(job,) for job in jobs])
 
         await self._database.write(change)
+
+    def unpaid(self) -> list[Unpaid]:
+        """The newest ``MAX_UNPAID``, oldest first."""
+        found = self._database.read(
+            "SELECT account, at_ns, amount_nusd FROM unpaid ORDER BY at_ns DESC LIMIT ?", MAX_UNPAID
+        )
+        return [Unpaid(*row) for row in reversed(found)]
 
     def rows(self, job: str) -> list[Row]:
         """The rows of ``job``, oldest first."""
@@ -295,6 +328,10 @@ class JobRows:
         letter = Letter(name, self._now_ns(), peer, wire)
         self._pending.letters.append(letter)
         return letter
+
+    def add_unpaid(self, unpaid: Unpaid) -> None:
+        """What this sale showed in vain; written with the next flush."""
+        self._pending.unpaid.append(unpaid)
 
     def forget(self, *kinds: str) -> None:
         """Rows of these kinds are of no more use; gone with the next flush."""

@@ -11,6 +11,8 @@ import sqlite3
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+import trio
+
 from p2pflop.dht.database import Database, Operation
 from p2pflop.dht.turns import Turn
 from p2pflop.errors import ProtocolError, VerificationError
@@ -20,7 +22,19 @@ from p2pflop.node.service import Json
 from p2pflop.wire import decode, encode
 
 MAX_LISTED: Final = 200
-SCHEMA: Final = "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body BLOB NOT NULL)"
+MAX_NODES: Final = 8
+"""Of one account, that are remembered as having traded with this one: the latest."""
+
+PAGE_ENTRIES: Final = 500
+"""Read at once, between which other tasks have their turn."""
+
+SCHEMA: Final = """
+CREATE TABLE entries (seq INTEGER PRIMARY KEY, account BLOB NOT NULL, body BLOB NOT NULL);
+CREATE INDEX entries_of ON entries (account);
+CREATE TABLE traders (
+    account BLOB NOT NULL, node BLOB NOT NULL, at_ns INTEGER NOT NULL, PRIMARY KEY (account, node)
+) WITHOUT ROWID
+"""
 
 Write = Callable[[Operation | None], Awaitable[None]]
 """Puts an entry on disk, if there is one, and with it whatever else the caller has to."""
@@ -36,24 +50,62 @@ class LedgerBook:
         self._lock = Turn()
         self._ledger = self._load()
 
-    async def delivered(self, receipt: Receipt, provider: bytes, at_ns: int, write: Write) -> None:
+    async def delivered(
+        self, receipt: Receipt, provider: bytes, at_ns: int, write: Write, *, node: bytes
+    ) -> None:
         """The buyer's entry for a receipt that it countersigns. ``write`` is called once.
 
-        Raises ProtocolError if it contradicts what is booked, and what ``write`` raises.
+        ``node`` is the key of the node that signed it: where payments are told. Raises
+        ProtocolError if it contradicts what is booked, and what ``write`` raises.
         """
 
         def post() -> Entry | None:
             return self._ledger.book_delivered(receipt, provider, at_ns)
 
-        await self._book(provider, post, write)
+        await self._book(provider, post, write, node)
 
-    async def earned(self, receipt: Receipt, buyer: bytes, at_ns: int, write: Write) -> None:
+    async def earned(
+        self, receipt: Receipt, buyer: bytes, at_ns: int, write: Write, *, node: bytes
+    ) -> None:
         """The provider's entry for a countersigned receipt; else as ``delivered``."""
 
         def post() -> Entry | None:
             return self._ledger.book_earned(receipt, buyer, at_ns)
 
-        await self._book(buyer, post, write)
+        await self._book(buyer, post, write, node)
+
+    async def paid(
+        self, payment: bytes, creditor: bytes, amount_nusd: int, at_ns: int, text: str, write: Write
+    ) -> None:
+        """The debtor's entry for money given. ``write`` is called once; raises what it raises."""
+
+        def post() -> Entry | None:
+            memo = _memo("paid", text)
+            return self._ledger.book_paid(payment, creditor, amount_nusd, at_ns, memo)
+
+        await self._book(creditor, post, write)
+
+    async def received(
+        self, payment: bytes, debtor: bytes, amount_nusd: int, at_ns: int, text: str, write: Write
+    ) -> None:
+        """The creditor's entry for money got; else as ``paid``."""
+
+        def post() -> Entry | None:
+            memo = _memo("received", text)
+            return self._ledger.book_received(payment, debtor, amount_nusd, at_ns, memo)
+
+        await self._book(debtor, post, write)
+
+    async def returned(
+        self, payment: bytes, creditor: bytes, amount_nusd: int, at_ns: int, text: str, write: Write
+    ) -> None:
+        """The debtor's entry that takes back what was booked by ``paid`` and refused."""
+
+        def post() -> Entry | None:
+            memo = _memo("refused", text)
+            return self._ledger.book_returned(payment, creditor, amount_nusd, at_ns, memo)
+
+        await self._book(creditor, post, write)
 
     def has_bought_from(self, provider: bytes) -> bool:
         """Whether that account has ever delivered something to this one."""
@@ -63,9 +115,47 @@ class LedgerBook:
         """What that account owes this one in nano-dollars; negative if this one owes it."""
         return self._ledger.due_nusd(counterparty)
 
-    def owed_nusd(self) -> int:
-        """What all other accounts together owe this one, in nano-dollars."""
-        return self._ledger.totals()[Kind.RECEIVABLE]
+    def received_nusd(self, counterparty: bytes) -> int:
+        """All money ever received from that account, in nano-dollars."""
+        return self._ledger.received_nusd(counterparty)
+
+    def uncovered_nusd(self, counterparty: bytes | None = None) -> int:
+        """See ``Ledger.uncovered_nusd``."""
+        return self._ledger.uncovered_nusd(counterparty)
+
+    def has_traded_with(self, counterparty: bytes) -> bool:
+        """Whether anything was ever booked with that account."""
+        return bool(
+            self._database.read("SELECT 1 FROM entries WHERE account = ? LIMIT 1", counterparty)
+        )
+
+    def nodes_of(self, account: bytes) -> list[bytes]:
+        """The keys of nodes of that account that traded with this one, the latest first."""
+        found = self._database.read(
+            "SELECT node FROM traders WHERE account = ? ORDER BY at_ns DESC LIMIT ?",
+            account,
+            MAX_NODES,
+        )
+        return [bytes(node) for (node,) in found]
+
+    async def entries_of(self, account: bytes) -> tuple[list[Entry], bytes]:
+        """All entries with that account, oldest first, and the hash of the book's newest entry."""
+        async with self._lock:
+            [(last,)] = self._database.read("SELECT COALESCE(MAX(seq), 0) FROM entries")
+            head = self._ledger.head
+        entries: list[Entry] = []
+        seq = 0
+        while True:
+            page = self._database.read(
+                "SELECT seq, body FROM entries WHERE account = ? AND seq > ? AND seq <= ?"
+                " ORDER BY seq LIMIT ?",
+                *(account, seq, last, PAGE_ENTRIES),
+            )
+            entries += [decode(Entry, body) for _, body in page]
+            if len(page) < PAGE_ENTRIES:
+                return entries, head
+            seq = page[-1][0]
+            await trio.lowlevel.checkpoint()
 
     def report(self) -> Json:
         """Balances by account, totals, and the newest entries, as JSON."""
@@ -74,7 +164,11 @@ class LedgerBook:
         return {
             "account": self._own_account.hex(),
             "balances": [
-                {"account": account.hex(), "due_nusd": self._ledger.due_nusd(account)}
+                {
+                    "account": account.hex(),
+                    "due_nusd": self._ledger.due_nusd(account),
+                    "received_nusd": self._ledger.received_nusd(account),
+                }
                 for account in accounts
             ],
             "owed_nusd": totals[Kind.RECEIVABLE],
@@ -86,7 +180,11 @@ class LedgerBook:
         }
 
     async def _book(
-        self, counterparty: bytes, post: Callable[[], Entry | None], write: Write
+        self,
+        counterparty: bytes,
+        post: Callable[[], Entry | None],
+        write: Write,
+        node: bytes = b"",
     ) -> None:
         """Post in memory, then on disk; if the disk fails, memory forgets it again."""
         if counterparty == self._own_account:
@@ -100,10 +198,17 @@ class LedgerBook:
             if entry is None:
                 await write(None)
                 return
-            body = encode(entry)
+            body, at_ns = encode(entry), entry.at_ns
 
             def insert(connection: sqlite3.Connection) -> None:
-                connection.execute("INSERT INTO entries (body) VALUES (?)", (body,))
+                connection.execute(
+                    "INSERT INTO entries (account, body) VALUES (?, ?)", (counterparty, body)
+                )
+                if node:
+                    connection.execute(
+                        "INSERT OR REPLACE INTO traders VALUES (?, ?, ?)",
+                        (counterparty, node, at_ns),
+                    )
 
             try:
                 await write(insert)
@@ -124,6 +229,10 @@ class LedgerBook:
     def _entries(self, limit: int) -> list[Entry]:
         rows = self._database.read("SELECT body FROM entries ORDER BY seq DESC LIMIT ?", limit)
         return [decode(Entry, body) for (body,) in rows]
+
+
+def _memo(what: str, text: str) -> str:
+    return f"{what}: {text}" if text else what
 
 
 def _describe(entry: Entry) -> Json:

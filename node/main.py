@@ -48,6 +48,9 @@ from p2pflop.node.journal import Journal
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.letters import JOB_PROTOCOL, Letters
 from p2pflop.node.network import HostConfig, Network
+from p2pflop.node.payment_book import PaymentBook
+from p2pflop.node.payment_stream import PROTOCOL as PAYMENT_PROTOCOL
+from p2pflop.node.payments import Payments
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.sheets import SheetService
@@ -112,6 +115,7 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
         books = await _closing(stack, open_books(home.path))
         journal = Journal(books)
         ledger_book = LedgerBook(books, home.account.public_key)
+        payment_book = PaymentBook(books)
         listener = bind_api(settings.http_port)
         stack.callback(listener.socket.close)
         nursery = await stack.enter_async_context(trio.open_nursery())
@@ -130,6 +134,7 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
             store,
             journal,
             ledger_book,
+            payment_book,
             network,
             workers,
             nursery,
@@ -141,6 +146,7 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
         stack.callback(ending.set)
         daemon.seller.resume()
         daemon.buyer.resume()
+        daemon.money.resume()
         await _sell(daemon)
         if settings.embedded:
             nursery.start_soon(_end_when_idle, daemon, activity, stop)
@@ -169,22 +175,13 @@ def _assemble(
     store: FileStore,
     journal: Journal,
     ledger_book: LedgerBook,
+    payment_book: PaymentBook,
     network: Network,
     workers: Workers,
     nursery: trio.Nursery,
 ) -> Daemon:
     dialer = NodeDialer(network, nursery)
-    known = Acquaintances(ledger_book)
-    network.on_connect(known.met)
-    network.on_disconnect(known.left)
-    for connected in network.peers():
-        known.met(connected.peer)
-    book = Book(
-        secrets.token_bytes(SECRET_BYTES),
-        network=settings.network,
-        own=identity.node.public_key,
-        is_known=known.is_known,
-    )
+    book = _open_book(identity, network, ledger_book)
     sheets = SheetService(identity, book, network, time.time_ns)
     runs = Runs(journal)
     buyer = Buyer(
@@ -214,6 +211,15 @@ def _assemble(
     )
     seller.allocator.on_free = buyer.room_freed
     announcer = Announcer(store, network)
+    money = Payments(
+        identity,
+        payment_book,
+        ledger_book,
+        dialer,
+        sheets.nodes_of,
+        nursery,
+        time.time_ns,
+    )
     return Daemon(
         settings,
         home,
@@ -229,6 +235,22 @@ def _assemble(
         ledger_book,
         buyer,
         seller,
+        money,
+    )
+
+
+def _open_book(identity: Identity, network: Network, ledger_book: LedgerBook) -> Book:
+    """An empty order book that knows who is connected and who has delivered."""
+    known = Acquaintances(ledger_book)
+    network.on_connect(known.met)
+    network.on_disconnect(known.left)
+    for connected in network.peers():
+        known.met(connected.peer)
+    return Book(
+        secrets.token_bytes(SECRET_BYTES),
+        network=identity.network,
+        own=identity.node.public_key,
+        is_known=known.is_known,
     )
 
 
@@ -247,6 +269,7 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     daemon.dialer.handle(BLOB_PROTOCOL, blobs.handle)
     daemon.dialer.handle(JOB_PROTOCOL, daemon.seller.handle)
     daemon.dialer.handle(sheets_module.PROTOCOL, daemon.sheets.answer)
+    daemon.dialer.handle(PAYMENT_PROTOCOL, daemon.money.handle)
     sink, source = trio.open_memory_channel[tuple[str, bytes]](MAX_GOSSIP_WAITING)
     nursery.start_soon(_drain, source)
     await daemon.network.subscribe(

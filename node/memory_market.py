@@ -6,7 +6,7 @@ ledger) on SQLite files in a folder, a ``MemoryStore`` that outlives restarts, a
 
 A node can lose power at any write to its journal or ledger (``cut_at``): nothing that comes after
 that write happens, and with ``cut_before`` the write itself does not either. A ``tamper`` sees each
-frame of a job stream and may change, add or drop some.
+frame of a job or payment stream and may change, add or drop some.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ from p2pflop.node.letters import JOB_PROTOCOL, Letters
 from p2pflop.node.memory_host import MemoryHost, MemoryNetwork
 from p2pflop.node.memory_workers import MEMORY_CLASS, CountingSession, MemoryWorkerPool
 from p2pflop.node.network import HostConfig
+from p2pflop.node.payment_book import PaymentBook
+from p2pflop.node.payment_stream import PROTOCOL as PAYMENT_PROTOCOL
+from p2pflop.node.payments import Payments
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
@@ -71,6 +74,8 @@ from p2pflop.wire import encode
 EPOCH_NS: Final = 1_800_000_000 * NS_PER_S
 PRICE_NUSD: Final = 10**15
 """High enough for a job of a few FLOP to cost something."""
+
+TAMPERED: Final = frozenset({JOB_PROTOCOL, PAYMENT_PROTOCOL})
 
 Tamper = Callable[[bytes], list[bytes]]
 """What becomes of a frame. May raise ProviderError: the stream breaks."""
@@ -196,6 +201,7 @@ class MemoryNode:
             setattr(books, "write", self._wired(books.write))  # noqa: B010 - a test's wire-tap
             self.journal = Journal(books)
             self.ledger_book = LedgerBook(books, self.account)
+            self.payment_book = PaymentBook(books)
             config = HostConfig(self.identity.node.seed)
             self.host = await stack.enter_async_context(self._network.open_host(config))
             nursery = await stack.enter_async_context(trio.open_nursery())
@@ -203,6 +209,7 @@ class MemoryNode:
             self._assemble(self.host, nursery)
             self.seller.resume()
             self.buyer.resume()
+            self.money.resume()
             if self.settings.ask_nusd is not None:
                 await self.sell()
             yield
@@ -255,6 +262,15 @@ class MemoryNode:
         )
 
         self.seller.allocator.on_free = self.buyer.room_freed
+        self.money = Payments(
+            self.identity,
+            self.payment_book,
+            self.ledger_book,
+            _TamperedDialer(dialer, self),
+            self.sheets.nodes_of,
+            nursery,
+            now_ns,
+        )
 
         async def authorise(peer: str, _token: bytes, address: bytes) -> bool:
             reader = public_key_of(peer)
@@ -267,6 +283,7 @@ class MemoryNode:
         dialer.handle(BLOB_PROTOCOL, BlobServer(self.store, authorise).handle)
         dialer.handle(JOB_PROTOCOL, self.seller.handle)
         dialer.handle(sheets_module.PROTOCOL, self.sheets.answer)
+        dialer.handle(PAYMENT_PROTOCOL, self.money.handle)
 
     def _asks(self, until_ns: int) -> tuple[Ask, ...]:
         settings = self.settings
@@ -284,7 +301,7 @@ class MemoryNode:
 
 
 class _TamperedDialer:
-    """Job streams that this node opens, as its tampers leave them."""
+    """Job and payment streams that this node opens, as its tampers leave them."""
 
     def __init__(self, inner: NodeDialer, node: MemoryNode) -> None:
         self._inner = inner
@@ -292,7 +309,7 @@ class _TamperedDialer:
 
     async def open(self, peer: str, protocol: str) -> Stream:
         stream = await self._inner.open(peer, protocol)
-        return _TamperedStream(stream, self._node) if protocol == JOB_PROTOCOL else stream
+        return _TamperedStream(stream, self._node) if protocol in TAMPERED else stream
 
 
 class _TamperedStream:

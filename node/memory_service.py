@@ -70,6 +70,7 @@ class MemoryService:
         self._script = script
         self._record = record
         self._elsewhere = dict(elsewhere or {})
+        self.money: dict[bytes, Json] = {}
 
     @property
     def store(self) -> Store:
@@ -154,6 +155,41 @@ class MemoryService:
         """Nobody owes anything."""
         return {"owed_nusd": 0, "owing_nusd": 0, "postings": []}
 
+    async def statement(self, account: bytes, since_ns: int) -> Json:
+        """Nothing was booked."""
+        return {
+            "account": account.hex(),
+            "own_account": "00" * 32,
+            "since_ns": since_ns,
+            "since": "",
+            "opening_nusd": 0,
+            "entries": [],
+            "closing_nusd": 0,
+            "head": "00" * 32,
+        }
+
+    async def payments(self) -> list[Json]:
+        """See NodeService."""
+        return list(self.money.values())
+
+    async def pay(self, payment: bytes, account: bytes, amount_nusd: int, reference: str) -> Json:
+        """Nobody is told."""
+        return self._note(payment, "paid", account, amount_nusd, reference, "claimed")
+
+    async def receive(
+        self, payment: bytes, account: bytes, amount_nusd: int, reference: str
+    ) -> Json:
+        """Nobody is told."""
+        return self._note(payment, "received", account, amount_nusd, reference, "acknowledged")
+
+    async def acknowledge(self, payment: bytes) -> Json:
+        """See NodeService."""
+        return self._answer(payment, "acknowledged", "")
+
+    async def refuse(self, payment: bytes, reason: str) -> Json:
+        """See NodeService."""
+        return self._answer(payment, "refused", reason)
+
     async def connect(self, multiaddr: str) -> Json:
         """See NodeService."""
         self.connected.append(multiaddr)
@@ -179,6 +215,35 @@ class MemoryService:
     async def doctor(self) -> Json:
         """All is well."""
         return {"problems": []}
+
+    def _note(
+        self,
+        payment: bytes,
+        side: str,
+        account: bytes,
+        amount_nusd: int,
+        reference: str,
+        state: str,
+    ) -> Json:
+        told = {
+            "id": payment.hex(),
+            "side": side,
+            "account": account.hex(),
+            "amount_nusd": amount_nusd,
+            "at_ns": 0,
+            "reference": reference,
+            "state": state,
+            "reason": "",
+            "told": False,
+            "trouble": "",
+        }
+        return self.money.setdefault(payment, told)
+
+    def _answer(self, payment: bytes, state: str, reason: str) -> Json:
+        if payment not in self.money:
+            raise ConfigError(f"nobody has claimed a payment {payment.hex()} here")
+        self.money[payment] |= {"state": state, "reason": reason}
+        return self.money[payment]
 
     def _run(self, run_id: str) -> MemoryRun:
         run = self.runs.get(run_id)

@@ -152,7 +152,8 @@ class Purchase:
             await self._run.rows.flush()
             return
         receipt = reopen(Receipt, countersigned, self._buyer.identity.network).record
-        account = self._bidding.account_of(self._bid().record.provider)
+        node = self._bid().record.provider
+        account = self._bidding.account_of(node)
         if account is None:
             raise StoreError("the journal does not tell the provider's account")
         ending = None
@@ -161,7 +162,7 @@ class Purchase:
             ending = self._last.ending()
             self._add_letter()
         write, now_ns = partial(self._run.rows.flush, ending), self._buyer.now_ns()
-        await self._buyer.ledger_book.delivered(receipt, account, now_ns, write)
+        await self._buyer.ledger_book.delivered(receipt, account, now_ns, write, node=node)
         self._booked = countersigned
 
     async def send(self, action: Send) -> None:
@@ -267,15 +268,14 @@ class Purchase:
         return peer_id(self._bid().record.provider)
 
     async def _tell_filled(self) -> None:
-        provider = self._bid().record.provider
-        if self._lent_to != provider:
+        bid = self._bid().record
+        if self._lent_to != bid.provider:
             self._take_back()
-            self._lent = await self._buyer.lend(self._stretches.now, provider)
-            self._lent_to = provider
+            self._lent = await self._buyer.lend(self._stretches.now, bid.provider)
+            self._lent_to = bid.provider
         if self._lifecycle.state is not State.CONFIRMING:
             return
-        bid = self._bid().record
-        told = {"quote_nusd": bid.quote_nusd, "first_step": bid.job.first_step}
+        told = self._bidding.describe(bid)
         total_nusd = self._owed_nusd() + bid.quote_nusd
         self._run.card |= {"provider": self._peer, "quote_nusd": total_nusd}
         await self._buyer.runs.emit(self._run, "filled", provider=self._peer, **told)

@@ -64,7 +64,7 @@ from p2pflop.node.execute import (
 )
 from p2pflop.node.feeding import Feeds
 from p2pflop.node.goods import check_inline
-from p2pflop.node.journal import JobRows, Row
+from p2pflop.node.journal import JobRows, Row, Unpaid
 from p2pflop.node.supply import Supply
 from p2pflop.node.worker_types import Rows
 from p2pflop.wire import Sealed, decode, encode, reopen
@@ -288,7 +288,8 @@ class Sale:
         async def write(entry: Operation | None) -> None:
             await self.rows.flush(entry=entry)
 
-        await seller.ledger_book.earned(receipt, self.account, seller.now_ns(), write)
+        node = self.bid.signer
+        await seller.ledger_book.earned(receipt, self.account, seller.now_ns(), write, node=node)
         self._booked = countersigned
 
     async def send(self, action: Send) -> None:
@@ -331,8 +332,9 @@ class Sale:
         side = self._lifecycle.side
         if not self.over and not self._had_ended:
             allocator, at_ns = self._seller.allocator, self._seller.now_ns()
-            unpaid_nusd = self._shown_nusd(action.blame) - self.signed_nusd
-            allocator.note_unpaid(self.account, unpaid_nusd, at_ns)
+            unpaid = Unpaid(self.account, at_ns, self._shown_nusd(action.blame) - self.signed_nusd)
+            if allocator.note_unpaid(unpaid):
+                self.rows.add_unpaid(unpaid)
             if side.fill and not side.confirm and action.blame is Blame.BUYER:
                 allocator.note_lapse(self.account, at_ns)
         self.rows.set_head(summary=action.reason.encode(), end_state=action.state)

@@ -95,6 +95,8 @@ class Seller:
             self.ledger_book,
             self.settings.resolved_disk_bytes(),
         )
+        for unpaid in self.journal.unpaid():
+            self.allocator.note_unpaid(unpaid)
         self.blobs = LeaseBlobs(self.store, self.now_ns)
         self.opener = Opener(self.now_ns)
 

@@ -13,7 +13,8 @@ kind            fields
 ``state``       ``state``: the buyer's lifecycle state
 ``ranked``      ``deals``: ``[{provider, account, total_nusd, minutes, price_nusd}]`` best first,
                 ``misses``: ``[{provider, reason}]``
-``filled``      ``provider``, ``quote_nusd``, ``first_step``: where its stretch begins
+``filled``      ``provider``, ``quote_nusd``, ``first_step``: where its stretch begins,
+                ``prepaid_nusd``: what is paid ahead to its account
 ``rejected``    ``provider``, ``reason`` (a peer's own words: clean them before a terminal)
 ``resubmitted`` ``provider``: the one that is lost, ``reason``, ``step``: how far its rows went,
                 ``from_step``: where the run goes on, ``next``: the provider that is asked now, or
@@ -121,6 +122,30 @@ class NodeService(Protocol):
 
     async def ledger(self) -> Json:
         """Who owes whom, and the newest postings."""
+
+    async def statement(self, account: bytes, since_ns: int) -> Json:
+        """All entries with an account from that time on, with balances. See ``node.statements``."""
+
+    async def payments(self) -> list[Json]:
+        """Payments both ways: ``id``, ``side``, ``account``, ``amount_nusd``, ``state`` ...
+
+        ``side`` is ``paid`` or ``received``, ``state`` ``claimed``, ``acknowledged`` or
+        ``refused``; ``told`` is whether the other side's node knows, ``trouble`` why not yet.
+        """
+
+    async def pay(self, payment: bytes, account: bytes, amount_nusd: int, reference: str) -> Json:
+        """Book money given to an account and claim it; the payment. Raises ConfigError."""
+
+    async def receive(
+        self, payment: bytes, account: bytes, amount_nusd: int, reference: str
+    ) -> Json:
+        """Book and acknowledge money got that nobody has claimed; the payment."""
+
+    async def acknowledge(self, payment: bytes) -> Json:
+        """Book and acknowledge what was claimed here; the payment. Raises ConfigError."""
+
+    async def refuse(self, payment: bytes, reason: str) -> Json:
+        """Say that what was claimed here did not come; the payment. Raises ConfigError."""
 
     async def connect(self, multiaddr: str) -> Json:
         """Dial a peer; ``{"peer": id}``. Raises ConfigError, ProviderError."""

@@ -116,6 +116,11 @@ class SheetService:
         """The node's own newest sheet."""
         return self._own[self._last_number] if self._own else None
 
+    def nodes_of(self, account: bytes) -> list[bytes]:
+        """The keys of nodes of that account in the book now."""
+        sheets = self.book.view(self._now_ns()).sheets
+        return [sheet.node for sheet in sheets if sheet.account == account]
+
     def honoured(self) -> dict[int, Sheet]:
         """Own sheets by number on which a bid is still taken."""
         return {number: sheet.sheet for number, sheet in self._own.items()}

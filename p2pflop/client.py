@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from p2pflop.errors import (
     StoreFullError,
     VerificationError,
 )
+from p2pflop.ids import HASH_BYTES
 from p2pflop.node.config import default_home
 from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions, check_run_id
 from p2pflop.replies import error_of, lines, not_a_node, raise_for, read, whole_bytes
@@ -113,6 +115,39 @@ class Client:
     def ledger(self) -> Json:
         """Who owes whom."""
         return self._json("GET", "/v1/ledger")
+
+    def statement(self, account: bytes, since_ns: int = 0) -> Json:
+        """Every entry with ``account`` since then (Unix time), with opening and closing balance."""
+        params = {"since_ns": str(since_ns)}
+        return self._json("GET", f"/v1/statement/{account.hex()}", params=params)
+
+    def payments(self) -> list[Json]:
+        """Payments both ways; claims that wait for an answer here first."""
+        return self._list("payments")
+
+    def pay(
+        self, account: bytes, amount_nusd: int, reference: str = "", *, payment: bytes = b""
+    ) -> Json:
+        """Book money given to ``account``, and claim it. Moves no money.
+
+        Every call is another payment, but with the same ``payment``, an id of 32 random bytes.
+        """
+        return self._pay("/v1/payments", account, amount_nusd, reference, payment)
+
+    def receive(
+        self, account: bytes, amount_nusd: int, reference: str = "", *, payment: bytes = b""
+    ) -> Json:
+        """Book and acknowledge money got that nobody has claimed; ``payment`` as in ``pay``."""
+        return self._pay("/v1/payments/received", account, amount_nusd, reference, payment)
+
+    def acknowledge(self, payment: bytes) -> Json:
+        """Book and acknowledge the money that a claim is about."""
+        return self._json("POST", f"/v1/payments/{payment.hex()}/received")
+
+    def refuse(self, payment: bytes, reason: str) -> Json:
+        """Say that the money that a claim is about has not come."""
+        content = json.dumps({"reason": reason}).encode()
+        return self._json("POST", f"/v1/payments/{payment.hex()}/refused", content=content)
 
     def connect(self, multiaddr: str) -> Json:
         """Let the node dial a peer."""
@@ -282,6 +317,17 @@ class Client:
         if not isinstance(reply, dict):
             raise not_a_node(response)
         return reply
+
+    def _pay(
+        self, path: str, account: bytes, amount_nusd: int, reference: str, payment: bytes
+    ) -> Json:
+        command = {
+            "payment": (payment or secrets.token_bytes(HASH_BYTES)).hex(),
+            "account": account.hex(),
+            "amount_nusd": amount_nusd,
+            "reference": reference,
+        }
+        return self._json("POST", path, content=json.dumps(command).encode())
 
     def _list(self, name: str) -> list[Json]:
         items: list[Json] = self._json("GET", f"/v1/{name}")[name]

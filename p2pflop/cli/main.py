@@ -45,6 +45,11 @@ COMMANDS: Final = {
     "book": ("market", "Show the order book."),
     "peers": ("market", "List the connected peers."),
     "ledger": ("market", "Show who owes whom."),
+    "statement": ("statement", "Show every entry with one account."),
+    "pay": ("money", "Book money that you have paid, and tell who got it."),
+    "payments": ("money", "List payments both ways."),
+    "received": ("money", "Acknowledge money that you have received."),
+    "refuse": ("money", "Refuse a claim: the money did not come."),
     "doctor": ("doctor", "Check this machine and its node."),
     "demo": ("demo", "Train a digit classifier between four nodes on this machine."),
 }

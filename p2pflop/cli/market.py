@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
 
+from p2pflop.cli.money import print_payments
 from p2pflop.cli.output import Flags, common_options, print_fields, print_json, print_table, short
 from p2pflop.kernels.classes import name_of
+from p2pflop.market.credit import ledger_risk
 from p2pflop.units import format_bytes, format_duration, format_flop, format_usd
 
 
@@ -88,7 +90,8 @@ def ledger_command(flags: Flags) -> None:
       p2pflop ledger
       p2pflop ledger --json
     """
-    ledger = flags.client(start=True).ledger()
+    client = flags.client(start=True)
+    ledger = client.ledger()
     if flags.json:
         print_json(ledger)
         return
@@ -100,19 +103,34 @@ def ledger_command(flags: Flags) -> None:
             ("spent", format_usd(int(ledger.get("spent_nusd", 0)))),
         ]
     )
+    click.echo(ledger_risk(*at_risk(ledger.get("balances", ()))))
     balances = [
-        (short(balance["account"]), format_usd(int(balance["due_nusd"])))
+        (
+            short(balance["account"]),
+            format_usd(int(balance["due_nusd"])),
+            format_usd(int(balance.get("received_nusd", 0))),
+        )
         for balance in ledger.get("balances", ())
     ]
     if balances:
         click.echo()
-        print_table(("ACCOUNT", "OWES US"), balances, "")
+        print_table(("ACCOUNT", "OWES US", "HAS PAID US"), balances, "")
+    waiting = [payment for payment in client.payments() if payment["state"] == "claimed"]
+    if waiting:
+        click.echo()
+        print_payments(waiting, "")
     click.echo()
     print_table(
         ("TIME", "ACCOUNT", "KIND", "AMOUNT", "MEMO"),
         (line for entry in ledger.get("entries", ()) for line in _entry_lines(entry)),
         "No entries yet: nothing was bought or sold.",
     )
+
+
+def at_risk(balances: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """What others owe this account, and what it owes, each over those whose balance is so."""
+    due = [int(balance["due_nusd"]) for balance in balances]
+    return sum(max(0, nusd) for nusd in due), sum(max(0, -nusd) for nusd in due)
 
 
 def _entry_lines(entry: dict[str, Any]) -> Iterator[tuple[str, ...]]:

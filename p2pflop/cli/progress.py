@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from p2pflop.cli.output import Flags, clean, print_json, short, table_lines
+from p2pflop.market.credit import job_risk
 from p2pflop.runs import Run, check_event
 from p2pflop.units import NS_PER_S, format_duration, format_usd
 
@@ -113,6 +114,8 @@ class RunView:
     def _on_filled(self, event: Mapping[str, Any]) -> None:
         quote = format_usd(int(event["quote_nusd"]))
         self._say(f"bought from {short(event['provider'])} for at most {quote}")
+        if int(event["quote_nusd"]):
+            self._say(job_risk(int(event["quote_nusd"]), int(event.get("prepaid_nusd", 0))))
 
     def _on_rejected(self, event: Mapping[str, Any]) -> None:
         self._say(f"{short(event['provider'])} refused: {clean(event['reason'])}")

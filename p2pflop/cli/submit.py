@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,7 @@ from p2pflop.errors import ConfigError
 from p2pflop.units import format_bytes, format_flop
 
 if TYPE_CHECKING:
+    from p2pflop.client import Client
     from p2pflop.sdk import Job
 
 
@@ -75,7 +77,7 @@ def submit_command(
       p2pflop submit digits.p2pj --from-step 500
       p2pflop submit digits.p2pj --json | jq -r 'select(.kind == "result") | .hash'
     """
-    from p2pflop.cli.progress import follow, ranked_lines
+    from p2pflop.cli.progress import follow
     from p2pflop.job.file import encode_file
     from p2pflop.sdk import submit, submit_options
 
@@ -94,8 +96,8 @@ def submit_command(
         ranking = client.quote(encode_file(job.file), options)
         if flags.json:
             print_json(ranking)
-        for line in [] if flags.json else ranked_lines(ranking):
-            click.echo(line)
+        else:
+            print_quote(client, ranking)
         return
     run = submit(
         job,
@@ -145,6 +147,20 @@ def show_command(flags: Flags, what: str) -> None:
         print_fields(
             (name, value) for name, value in run.items() if not isinstance(value, dict | list)
         )
+
+
+def print_quote(client: Client, ranking: Mapping[str, Any]) -> None:
+    """The ranked asks, and who would hold the risk of the best."""
+    from p2pflop.cli.accounts import due_from
+    from p2pflop.cli.progress import ranked_lines
+    from p2pflop.market.credit import job_risk
+
+    for line in ranked_lines(ranking):
+        click.echo(line)
+    best = next(iter(ranking["deals"]), None)
+    if best is not None and best["total_nusd"]:
+        due_nusd = due_from(client, bytes.fromhex(best["account"]))
+        click.echo(job_risk(int(best["total_nusd"]), due_nusd))
 
 
 def open_file(path: Path, arguments: tuple[str, ...] = ()) -> Job:

@@ -12,6 +12,10 @@ and money that changes hands::
     provider     cash       +amount   receivable -amount
     buyer        payable    +amount   cash       -amount
 
+A payment that was refused is taken back by an entry of its own; nothing is ever struck out::
+
+    buyer        cash       +amount   payable    -amount
+
 So what a buyer's ledger says it owes a provider is what the provider's ledger says is due from it.
 Entries form a chain: each holds the hash of the one before it, so that a book that was changed
 afterwards does not load. The ledger keeps balances; entries are handed out to be stored.
@@ -28,6 +32,7 @@ import msgspec
 
 from p2pflop.errors import VerificationError
 from p2pflop.ids import content_hash
+from p2pflop.market.credit import uncovered_nusd
 from p2pflop.market.records import ZERO_HASH, Receipt
 from p2pflop.wire import U32, U63, Hash, Key, Record, Text, encode
 
@@ -74,6 +79,7 @@ class StatementRow:
     at_ns: int
     memo: str
     reference: bytes
+    number: int
     amount_nusd: int
     owed_nusd: int
 
@@ -89,6 +95,8 @@ class Ledger:
     def __init__(self) -> None:
         self._balances: dict[tuple[bytes, Kind], int] = {}
         self._booked: dict[tuple[bytes, Kind], tuple[int, int]] = {}
+        self._received: dict[bytes, int] = {}
+        self._uncovered_nusd = 0
         self._ids: set[bytes] = set()
         self._head = ZERO_HASH
 
@@ -139,6 +147,31 @@ class Ledger:
         """Money got. ``payment`` is a 32-byte id; the same one is booked once."""
         kinds = (Kind.CASH, Kind.RECEIVABLE)
         return self._pay(payment, buyer, kinds, amount_nusd, at_ns, memo)
+
+    def book_returned(
+        self, payment: bytes, provider: bytes, amount_nusd: int, at_ns: int, memo: str = "refused"
+    ) -> Entry | None:
+        """Money that was booked as given and was not received: the entry of ``book_paid`` undone.
+
+        Raises ValueError if that payment was never booked.
+        """
+        if _id(b"payment", payment, 0, (Kind.PAYABLE, Kind.CASH)) not in self._ids:
+            raise ValueError("the payment was never booked")
+        kinds = (Kind.CASH, Kind.PAYABLE)
+        return self._pay(payment, provider, kinds, amount_nusd, at_ns, memo)
+
+    def received_nusd(self, counterparty: bytes) -> int:
+        """All money ever received from that account."""
+        return self._received.get(counterparty, 0)
+
+    def uncovered_nusd(self, counterparty: bytes | None = None) -> int:
+        """What that account owes beyond the money it has paid; below zero, what it still may.
+
+        Without an account, what all those owe together that owe more than they have paid.
+        """
+        if counterparty is None:
+            return self._uncovered_nusd
+        return uncovered_nusd(self.due_nusd(counterparty), self.received_nusd(counterparty))
 
     def balance_nusd(self, counterparty: bytes, kind: Kind) -> int:
         """Debits less credits."""
@@ -229,9 +262,16 @@ class Ledger:
             raise ValueError("its postings do not sum to zero")
         if entry.id in self._ids:
             raise ValueError("its id is used twice")
+        parties = {posting.counterparty for posting in entry.postings}
+        self._uncovered_nusd -= self._uncovered_by(parties)
         for posting in entry.postings:
             key = (posting.counterparty, Kind(posting.kind))
             self._balances[key] = self._balances.get(key, 0) + posting.amount_nusd
+        first, second = entry.postings[:2]
+        if (first.kind, second.kind) == (Kind.CASH, Kind.RECEIVABLE):
+            before = self.received_nusd(first.counterparty)
+            self._received[first.counterparty] = before + first.amount_nusd
+        self._uncovered_nusd += self._uncovered_by(parties)
         if entry.number:
             # Keyed by the debited kind too: an account that buys from itself books both sides.
             debit = entry.postings[0]
@@ -241,10 +281,17 @@ class Ledger:
         self._ids.add(entry.id)
         self._head = entry_hash(entry)
 
+    def _uncovered_by(self, parties: Iterable[bytes]) -> int:
+        return sum(max(0, self.uncovered_nusd(party)) for party in parties)
 
-def statement(entries: Iterable[Entry], counterparty: bytes) -> Iterator[StatementRow]:
-    """What each entry changed in what ``counterparty`` owes (receivable and payable)."""
-    owed_nusd = 0
+
+def statement(
+    entries: Iterable[Entry], counterparty: bytes, owed_nusd: int = 0
+) -> Iterator[StatementRow]:
+    """What each entry changed in what ``counterparty`` owes (receivable and payable).
+
+    ``owed_nusd`` is the balance before the first of them.
+    """
     for entry in entries:
         change = sum(
             posting.amount_nusd
@@ -254,7 +301,9 @@ def statement(entries: Iterable[Entry], counterparty: bytes) -> Iterator[Stateme
         )
         if change:
             owed_nusd += change
-            yield StatementRow(entry.at_ns, entry.memo, entry.reference, change, owed_nusd)
+            yield StatementRow(
+                entry.at_ns, entry.memo, entry.reference, entry.number, change, owed_nusd
+            )
 
 
 def _transfer(

@@ -25,6 +25,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.stored: dict[bytes, list[Entry]] = {account: [] for account in ACCOUNTS}
         self.fills: list[tuple[bytes, bytes, list[Receipt]]] = []
         self.owed = dict.fromkeys(PAIRS, 0)
+        self.paid = dict.fromkeys(PAIRS, 0)
         self.payments = 0
         self.now_ns = NOW_NS
 
@@ -64,12 +65,24 @@ class LedgerMachine(RuleBasedStateMachine):
                 seller, self.books[seller].book_received(payment, buyer, amount, self.now_ns)
             )
         self.owed[pair] -= amount
+        self.paid[pair] += amount
+
+    @rule(pair=st.sampled_from(PAIRS), amount=st.integers(1, 10**12))
+    def pay_in_vain(self, pair: tuple[bytes, bytes], amount: int) -> None:
+        """Claimed, refused, taken back; each told twice."""
+        buyer, seller = pair
+        self.payments += 1
+        payment = content_hash(b"payment %d" % self.payments)
+        book = self.books[buyer]
+        for post in (book.book_paid, book.book_paid, book.book_returned, book.book_returned):
+            self._keep(buyer, post(payment, seller, amount, self.now_ns))
 
     @rule(account=st.sampled_from(ACCOUNTS))
     def restart(self, account: bytes) -> None:
         stored = [decode(Entry, encode(entry)) for entry in self.stored[account]]
         again = Ledger.load(stored)
         assert again.balances() == self.books[account].balances()
+        assert again.uncovered_nusd() == self.books[account].uncovered_nusd()
         self.books[account] = again
 
     def _book(self, buyer: bytes, seller: bytes, receipt: Receipt) -> None:
@@ -95,6 +108,14 @@ class LedgerMachine(RuleBasedStateMachine):
             for entry in self.stored[account]:
                 assert sum(posting.amount_nusd for posting in entry.postings) == 0
         assert sum(book.totals()[Kind.CASH] for book in self.books.values()) == 0
+
+    @invariant()
+    def what_is_uncovered_is_owed_beyond_what_was_paid(self) -> None:
+        for seller, book in self.books.items():
+            for buyer in ACCOUNTS:
+                assert book.received_nusd(buyer) == self.paid[buyer, seller]
+            beyond = (book.due_nusd(buyer) - self.paid[buyer, seller] for buyer in ACCOUNTS)
+            assert book.uncovered_nusd() == sum(max(0, nusd) for nusd in beyond)
 
     @invariant()
     def statements_end_at_the_balance(self) -> None:

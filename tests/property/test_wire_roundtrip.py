@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey
-from p2pflop.market import records
+from p2pflop.market import payments, records
 from p2pflop.market.fills import check_bid, check_fill
 from p2pflop.market.ledger import Entry
 from p2pflop.market.ranking import Policy
@@ -27,6 +27,7 @@ U32 = st.integers(0, 2**32 - 1)
 HASH = st.binary(min_size=32, max_size=32)
 NONCE = st.binary(min_size=16, max_size=16)
 TEXT = st.text(max_size=200)
+AMOUNT = st.integers(1, payments.MAX_PAYMENT_NUSD)
 VERSION = st.just(1)
 DELEGATION = st.binary(max_size=records.MAX_DELEGATION_BYTES)
 EXT = st.dictionaries(
@@ -81,6 +82,10 @@ SIGNED: st.SearchStrategy[SignedRecord] = st.one_of(
     st.builds(records.Receipt, VERSION, HASH, U32, U63, HASH, U63, HASH, HASH, U63, EXT),
     st.builds(records.Abandon, VERSION, HASH, U63, HASH, TEXT, EXT),
     st.builds(records.Trade, VERSION, HASH, HASH, U63, U63, U32, EXT),
+    *(
+        st.builds(kind, VERSION, HASH, HASH, AMOUNT, U63, TEXT, DELEGATION, EXT)
+        for kind in (payments.PaymentClaim, payments.PaymentAck, payments.PaymentRefusal)
+    ),
 )
 KINDS: list[type[SignedRecord]] = [
     records.Delegation,
@@ -93,6 +98,9 @@ KINDS: list[type[SignedRecord]] = [
     records.Receipt,
     records.Abandon,
     records.Trade,
+    payments.PaymentClaim,
+    payments.PaymentAck,
+    payments.PaymentRefusal,
 ]
 UNSIGNED: list[type[Record]] = [Policy, Entry, Envelope, records.Ask, Job]
 SELLER, BUYER = party(2), party(1)

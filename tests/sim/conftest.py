@@ -18,6 +18,7 @@ from trio.testing import MockClock
 
 from p2pflop.dht.database import Database
 from p2pflop.errors import StoreError
+from p2pflop.market.ledger import Kind
 from p2pflop.node.journal import PROVIDER
 from p2pflop.node.memory_host import MemoryNetwork
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_data
@@ -88,13 +89,14 @@ class Market:
         assert not any(node.seller.busy for node in self.nodes)
 
     def watch(self) -> None:
-        """Note it if anybody's book has more due to it than the other's book has owing."""
+        """Note it if anybody's book has more earned than the other's book has spent."""
         for provider in self.nodes:
             for buyer in self.nodes:
-                due = provider.ledger_book.due_nusd(buyer.account)
-                owing = -buyer.ledger_book.due_nusd(provider.account)
-                if due > max(0, owing):
-                    self._breaches.append(f"{provider.folder.name} claims {due}, not {owing}")
+                theirs, ours = provider.ledger_book._ledger, buyer.ledger_book._ledger
+                earned = -theirs.balance_nusd(buyer.account, Kind.REVENUE)
+                spent = ours.balance_nusd(provider.account, Kind.EXPENSE)
+                if earned > spent:
+                    self._breaches.append(f"{provider.folder.name} claims {earned}, not {spent}")
 
     def check(self) -> None:
         """Nobody has ever claimed too much, and by now nobody claims too little."""

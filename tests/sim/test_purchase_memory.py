@@ -405,7 +405,11 @@ async def test_checkpoints_shown_before_a_short_deadline_count_as_unpaid(
     await tap.reached.wait()
     provider.workers.failure = ProviderError("the machine broke")
     await market.settle_down()
-    assert sum(amount for _, amount in provider.seller.allocator._unpaid) > 0
+    noted = list(provider.seller.allocator._unpaid)
+    assert sum(unpaid.amount_nusd for unpaid in noted) > 0
+    await provider.kill()
+    await market.restart(provider)
+    assert list(provider.seller.allocator._unpaid) == noted, "a restart forgets no debt"
 
 
 async def test_a_bug_in_one_sale_ends_that_sale_only(

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -33,7 +34,7 @@ from p2pflop.job.limits import DEFAULT_LIMITS
 from p2pflop.job.meter import WEIGHTS
 from p2pflop.market.ranking import total_nusd
 from p2pflop.market.sheets import make_ask
-from p2pflop.node import config, messages, service
+from p2pflop.node import config, messages, payment_stream, service
 from p2pflop.node.api import create_app
 
 ROOT = Path(__file__).parents[2]
@@ -248,11 +249,14 @@ def test_tables_of_numbers_are_the_codes_own() -> None:
     assert pairs("meter.md", "## FLOP") == weights
 
 
-def test_messages_of_the_job_stream_are_listed() -> None:
-    text = (ROOT / "docs" / "formats.md").read_text("utf-8").split("## The job stream")[1]
+@pytest.mark.parametrize(
+    ("title", "module"), [("## The job stream", messages), ("## Payments", payment_stream)]
+)
+def test_messages_of_a_stream_are_listed(title: str, module: ModuleType) -> None:
+    text = (ROOT / "docs" / "formats.md").read_text("utf-8").split(title)[1].split("\n## ")[0]
     told = {row[1]: (int(row[0]), row[2]) for row in table_rows(text)}
     found = {}
-    for name, kind in vars(messages).items():
+    for name, kind in vars(module).items():
         tag = getattr(getattr(kind, "__struct_config__", None), "tag", None)
         if tag is not None:
             found[name] = (tag, ", ".join(kind.__struct_fields__) or "none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,8 @@ from p2pflop.ids import content_hash
 from p2pflop.job.file import CheckedJob, decode_file, open_job
 from p2pflop.job.meter import METER_ID
 from p2pflop.market.fills import OpenBid
-from p2pflop.market.records import Bid
+from p2pflop.market.ledger import Ledger
+from p2pflop.market.records import ZERO_HASH, Bid, Receipt
 from p2pflop.market.samples import NOW_NS, TERMS, ask, bid, deals, party
 from p2pflop.node.allocator import (
     FIRST_LAPSE_NS,
@@ -21,15 +23,16 @@ from p2pflop.node.allocator import (
     MAX_LEASE_NS,
     MAX_OPEN_SALES,
     MAX_OPEN_SALES_PER_ACCOUNT,
-    UNPAID_FOR_NS,
     Allocator,
 )
 from p2pflop.node.config import Settings
 from p2pflop.node.execute import memory_bytes
+from p2pflop.node.journal import UNPAID_FOR_NS, Unpaid
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.memory_market import sample_file
 from p2pflop.node.memory_workers import MemoryWorkerPool
 from p2pflop.node.orders import MAX_CHECKPOINTS, cost_lines, moved_bytes
+from p2pflop.units import format_usd, parse_usd
 from p2pflop.wire import Sealed
 
 OWN = party(0)
@@ -37,16 +40,6 @@ OWN = party(0)
 SAMPLE = bid(party(1), DEAL)
 QUOTE = SAMPLE.record.quote_nusd
 MEMORY = TERMS.memory_bytes
-
-
-@dataclass
-class Owed:
-    """As much of a ledger as the allocator looks at."""
-
-    nusd: int = 0
-
-    def owed_nusd(self) -> int:
-        return self.nusd
 
 
 @dataclass
@@ -72,8 +65,24 @@ def taken(number: int, account: bytes = b"", signed_nusd: int = 0) -> Taken:
     return Taken(opened.sealed, opened.account, signed_nusd)
 
 
+def unpaid(amount_nusd: int, account: bytes = b"somebody") -> Unpaid:
+    return Unpaid(content_hash(account), NOW_NS, amount_nusd)
+
+
+def book(accounts: dict[bytes, tuple[int, int]]) -> Ledger:
+    """A ledger in which each account was delivered so much and has paid so much."""
+    ledger = Ledger()
+    for name, (delivered_nusd, paid_nusd) in accounts.items():
+        account = content_hash(name)
+        receipt = Receipt(1, account, 1, 0, ZERO_HASH, 1, ZERO_HASH, ZERO_HASH, delivered_nusd)
+        ledger.book_earned(receipt, account, NOW_NS)
+        if paid_nusd:
+            ledger.book_received(account, account, paid_nusd, NOW_NS)
+    return ledger
+
+
 def allocator(
-    owed_nusd: int = 0, level: int = 3, disk_bytes: int = 10**18, **settings: Any
+    ledger: Ledger | None = None, level: int = 3, disk_bytes: int = 10**18, **settings: Any
 ) -> Allocator:
     """With room for everything that ``settings`` do not limit."""
     roomy = {"slots": 10**6, "memory_bytes": 10**6 * MEMORY, "credit_nusd": 10**18}
@@ -81,7 +90,7 @@ def allocator(
         OWN.account.public_key,
         Settings(Path("home"), **{**roomy, **settings}),
         MemoryWorkerPool(level=level),
-        cast(LedgerBook, Owed(owed_nusd)),
+        cast(LedgerBook, ledger or Ledger()),
         disk_bytes=disk_bytes,
     )
 
@@ -134,11 +143,11 @@ def test_memory_is_given_up_to_its_last_byte() -> None:
 
 
 def test_the_credit_counts_what_is_owed_running_and_unpaid() -> None:
-    made = allocator(owed_nusd=5, credit_nusd=5 + 7 + (QUOTE - 3) + QUOTE)
+    made = allocator(book({b"debtor": (5, 0)}), credit_nusd=5 + 7 + (QUOTE - 3) + QUOTE)
     made.take(taken(1, signed_nusd=3))
-    made.note_unpaid(content_hash(b"somebody"), 7, NOW_NS)
+    assert made.note_unpaid(unpaid(7))
     assert made.objection(open_bid(2), NOW_NS) == ""
-    made.note_unpaid(content_hash(b"somebody"), 1, NOW_NS)
+    made.note_unpaid(unpaid(1))
     assert made.objection(open_bid(2), NOW_NS).startswith("over the credit of $")
 
 
@@ -146,7 +155,7 @@ def test_the_own_account_needs_no_credit_and_uses_none() -> None:
     own = OWN.account.public_key
     made = allocator(credit_nusd=QUOTE)
     made.take(taken(1, own))
-    made.note_unpaid(own, 10**18, NOW_NS)
+    assert not made.note_unpaid(Unpaid(own, NOW_NS, 10**18))
     assert made.objection(open_bid(2), NOW_NS) == ""
     made.take(taken(2))
     assert made.objection(open_bid(3), NOW_NS) != ""
@@ -155,15 +164,73 @@ def test_the_own_account_needs_no_credit_and_uses_none() -> None:
 
 def test_what_was_not_paid_is_forgotten_after_a_day() -> None:
     made = allocator(credit_nusd=QUOTE)
-    made.note_unpaid(content_hash(b"somebody"), 1, NOW_NS)
+    made.note_unpaid(unpaid(1))
     assert made.objection(open_bid(1), NOW_NS + UNPAID_FOR_NS) != ""
     assert made.objection(open_bid(1), NOW_NS + UNPAID_FOR_NS + 1) == ""
 
 
+def test_strangers_debts_do_not_end_sales_to_a_buyer_that_has_paid() -> None:
+    ledger = book({b"stranger": (QUOTE, 0), b"payer": (QUOTE, QUOTE)})
+    made, payer = allocator(ledger, credit_nusd=QUOTE), content_hash(b"payer")
+    assert made.objection(open_bid(1), NOW_NS).startswith("over the credit of $")
+    assert made.objection(open_bid(1, payer), NOW_NS) == ""
+    made.take(taken(1, payer))
+    assert made.objection(open_bid(2, payer), NOW_NS).startswith("over your credit of $")
+
+
+def test_beyond_its_own_limit_a_payer_may_use_the_pool_too() -> None:
+    payer = content_hash(b"payer")
+    made = allocator(book({b"payer": (QUOTE, QUOTE)}), credit_nusd=QUOTE)
+    made.take(taken(1, payer))
+    assert made.objection(open_bid(2, payer), NOW_NS) == ""
+    made.take(taken(2, payer))
+    assert made.objection(open_bid(3, payer), NOW_NS) != ""
+    assert made.objection(open_bid(3), NOW_NS) != "", "the pool is one"
+
+
+def test_many_accounts_that_paid_next_to_nothing_have_next_to_nothing() -> None:
+    accounts = {b"account %d" % number: (1, 1) for number in range(50)}
+    made = allocator(book(accounts), credit_nusd=2 * QUOTE)
+    filled = 0
+    for number in range(50):
+        account = content_hash(b"account %d" % number)
+        if not made.objection(open_bid(number, account), NOW_NS):
+            made.take(taken(number, account))
+            filled += 1
+    assert filled == 2
+
+
+@pytest.mark.parametrize("pool_nusd", [0, QUOTE // 2])
+def test_the_refusal_tells_what_to_pay_and_that_is_enough(pool_nusd: int) -> None:
+    """Exactly: one nano-dollar less is too little, where the pool has nothing to add."""
+    for ahead_nusd in (0, 1):
+        ledger = book({b"buyer": (10 * QUOTE, 3 * QUOTE), b"others": (pool_nusd, 0)})
+        buyer = content_hash(b"buyer")
+        made = allocator(ledger, credit_nusd=pool_nusd)
+        reason = made.objection(open_bid(1, buyer), NOW_NS)
+        told = re.search(r"pay \$([0-9.,]+) to go on", reason)
+        assert told is not None, reason
+        amount_nusd = parse_usd(told.group(1).replace(",", ""))
+        ledger.book_received(ZERO_HASH, buyer, amount_nusd - ahead_nusd, NOW_NS)
+        assert bool(made.objection(open_bid(1, buyer), NOW_NS)) == bool(ahead_nusd)
+
+
+def test_a_prepayment_is_money_already_there() -> None:
+    made = allocator(credit_nusd=0)
+    buyer = content_hash(b"buyer")
+    reason = made.objection(open_bid(1, buyer), NOW_NS)
+    assert f"pay {format_usd(-(-QUOTE // 2))} to have a limit of your own" in reason
+    made = allocator(book({b"buyer": (0, QUOTE)}), credit_nusd=0)
+    made.take(taken(1, buyer))
+    assert made.objection(open_bid(2, buyer), NOW_NS) == "", "what is there, and as much on credit"
+    made.take(taken(2, buyer))
+    assert made.objection(open_bid(3, buyer), NOW_NS) != ""
+
+
 def test_nothing_unpaid_is_not_noted() -> None:
     made = allocator(credit_nusd=QUOTE)
-    made.note_unpaid(content_hash(b"somebody"), 0, NOW_NS)
-    made.note_unpaid(content_hash(b"somebody"), -5, NOW_NS)
+    assert not made.note_unpaid(unpaid(0))
+    assert not made.note_unpaid(unpaid(-5))
     assert made.objection(open_bid(1), NOW_NS) == ""
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from p2pflop.errors import StoreError, StoreFullError
+from p2pflop.node import journal as journal_module
 from p2pflop.node.books import open_books
 from p2pflop.node.journal import (
     BUYER,
     PROVIDER,
+    UNPAID_FOR_NS,
     Batch,
     Ending,
     Head,
@@ -19,6 +21,7 @@ from p2pflop.node.journal import (
     Journal,
     KnownState,
     Letter,
+    Unpaid,
 )
 
 
@@ -125,7 +128,7 @@ async def test_an_ending_and_an_entry_go_to_disk_with_the_rows_or_not_at_all(
         await rows.flush(ending, fails)
     assert journal.head("run-1") is None
     assert rows.head.end_state == ""
-    insert = "INSERT INTO entries (body) VALUES (?)"
+    insert = "INSERT INTO entries (account, body) VALUES (x'', ?)"
     await rows.flush(ending, lambda connection: connection.execute(insert, (b"entry",)))
     assert books.read("SELECT body FROM entries") == [(b"entry",)]
     assert [row.kind for row in journal.rows("run-1")] == ["life:verified", "event"]
@@ -152,11 +155,38 @@ async def test_a_letter_is_there_until_it_is_acknowledged(tmp_path: Path) -> Non
     await books.aclose()
 
 
+async def test_what_was_shown_in_vain_is_there_for_a_day(tmp_path: Path) -> None:
+    books = open_books(tmp_path)
+    for number, at_ns in enumerate((5, UNPAID_FOR_NS + 5, UNPAID_FOR_NS + 6)):
+        rows = JobRows(Journal(books), head(f"sale-{number}"), now_ns=lambda: 6)
+        rows.add_unpaid(Unpaid(b"account", at_ns, number))
+        await rows.flush()
+        await rows.flush()
+    await books.aclose()
+    books = open_books(tmp_path)
+    kept = [(unpaid.at_ns, unpaid.amount_nusd) for unpaid in Journal(books).unpaid()]
+    assert kept == [(UNPAID_FOR_NS + 5, 1), (UNPAID_FOR_NS + 6, 2)]
+    await books.aclose()
+
+
+async def test_no_more_than_so_many_are_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "MAX_UNPAID", 2)
+    books = open_books(tmp_path)
+    for number in range(3):
+        rows = JobRows(Journal(books), head(f"sale-{number}"), now_ns=lambda: 6)
+        rows.add_unpaid(Unpaid(b"account", number, number))
+        await rows.flush()
+    assert [unpaid.at_ns for unpaid in Journal(books).unpaid()] == [1, 2]
+    await books.aclose()
+
+
 async def test_the_books_of_another_format_are_a_clear_error(tmp_path: Path) -> None:
     await open_books(tmp_path).aclose()
     with sqlite3.connect(tmp_path / "journal.db") as connection:
         connection.execute("PRAGMA user_version=1")
-    with pytest.raises(StoreError, match="has format 1, and this version reads format 2"):
+    with pytest.raises(StoreError, match="has format 1, and this version reads format 3"):
         open_books(tmp_path)
 
 

@@ -67,6 +67,20 @@ def test_a_payment_settles_once() -> None:
         seller.book_received(payment, BUYER, 0, NOW_NS)
 
 
+def test_a_refused_payment_is_taken_back_once_and_never_counts_as_paid() -> None:
+    buyer = Ledger()
+    payment = content_hash(b"payment")
+    buyer.book_delivered(receipt(1, 100), SELLER, NOW_NS)
+    with pytest.raises(ValueError, match="never booked"):
+        buyer.book_returned(payment, SELLER, 100, NOW_NS)
+    buyer.book_paid(payment, SELLER, 100, NOW_NS)
+    assert buyer.book_returned(payment, SELLER, 100, NOW_NS) is not None
+    assert buyer.book_returned(payment, SELLER, 100, NOW_NS) is None
+    assert buyer.due_nusd(SELLER) == -100
+    assert buyer.totals()[Kind.CASH] == 0
+    assert buyer.received_nusd(SELLER) == 0
+
+
 def test_an_account_that_buys_from_itself_owes_itself_nothing() -> None:
     ledger = Ledger()
     assert ledger.book_delivered(receipt(1, 100), SELLER, NOW_NS) is not None
