@@ -10,11 +10,11 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pflop.market.book import BookView
 from p2pflop.market.ranking import Deal, Experience, Miss, Need, Policy, best, rank, total_nusd
 from p2pflop.market.records import Ask
 from p2pflop.market.samples import CLASS_ID, DEADLINE_NS, NOW_NS, ask, need, party
 from p2pflop.market.sheets import OpenSheet
+from p2pflop.market.views import BookView
 from p2pflop.units import round_price
 
 PARTIES = [party(number, account=number // 2) for number in range(8)]
