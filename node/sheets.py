@@ -40,6 +40,8 @@ TOPIC: Final = "/p2pflop/sheets/1"
 REISSUE_S: Final = 900.0
 EXPIRE_S: Final = 10.0
 EXCHANGE_S: Final = 20.0
+SILENCE_S: Final = 4.0
+"""Longer than a book's signatures take: a stalled stream must not hold up the next comparison."""
 CLOSE_S: Final = 2.0
 MAX_TOLD_OF_WITHDRAWAL: Final = 16
 HONOURED_SHEETS: Final = 4
@@ -207,7 +209,7 @@ class SheetService:
             for frame in exchange.start(self._now_ns()):
                 await stream.send(frame)
             while not exchange.done:
-                message = await self._read(exchange.expects, await stream.receive())
+                message = await self._read(exchange.expects, await _hear(stream))
                 for frame in exchange.receive(message, self._now_ns()):
                     await stream.send(frame)
         except ProtocolError:
@@ -272,6 +274,12 @@ def subnet_of(addresses: Sequence[str]) -> str:
                 prefix = 24 if protocol == "ip4" else 48
                 return str(ip_network(f"{host}/{prefix}", strict=False))
     return ""
+
+
+async def _hear(stream: Stream) -> bytes:
+    with trio.move_on_after(SILENCE_S):
+        return await stream.receive()
+    raise ProviderError(f"{stream.peer} said nothing for {SILENCE_S:.0f} s while comparing books")
 
 
 def _too_slow(peer: str) -> ProviderError:

@@ -31,7 +31,7 @@ import msgspec
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.ids import content_hash
 from p2pflop.market.book import MAX_PROOFS, MAX_SHEETS
-from p2pflop.market.relay import MAX_SHEET_WIRE_BYTES, OpenedSheet, Outcome, Relay
+from p2pflop.market.relay import MAX_SHEET_WIRE_BYTES, OpenedSheet, Opener, Outcome, Relay
 from p2pflop.market.sheets import open_sheet
 from p2pflop.market.views import BUCKETS, BookView, bucket_of
 from p2pflop.units import KIB, MIB
@@ -124,14 +124,14 @@ class OpenParcel:
 Message = Outline | Listing | Want | OpenParcel
 
 
-def read(kind: type[Record], frame: bytes, network: str) -> Message:
+def read(kind: type[Record], frame: bytes, network: str, opener: Opener = open_sheet) -> Message:
     """Open a frame. Raises ProtocolError.
 
     Touches no state and costs up to two signature checks a sheet: may be called in a thread.
     """
     message = decode(kind, frame)
     if isinstance(message, Parcel):
-        opened = tuple(open_sheet(wire, network) for wire in message.sheets)
+        opened = tuple(opener(wire, network) for wire in message.sheets)
         return OpenParcel(opened, message.proofs, message.last)
     if isinstance(message, Outline | Listing | Want):
         return message
@@ -193,15 +193,17 @@ class Exchange:
         if ours is None:
             ours = self._outline(now_ns)
             yield encode(ours)
+        if ours == theirs:
+            self.done = True
+            return
         self._differing = frozenset(
             bucket
             for bucket in range(BUCKETS)
             if _bucket(ours.buckets, bucket) != _bucket(theirs.buckets, bucket)
         )
         self._proofs_differ = ours.proofs != theirs.proofs
-        self.done = ours == theirs
         self.expects = Listing
-        if not self.done and not self._dialling:
+        if not self._dialling:
             yield from self._listing()
 
     def _on_listing(self, page: Listing, now_ns: int) -> Iterator[bytes]:

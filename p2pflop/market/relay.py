@@ -20,9 +20,10 @@ What is refused for a quota, the clock or want of space is not remembered: anoth
 bring it, and comparing will.
 
 **Comparing** mends what gossip lost. ``due`` names ``COMPARED_AT_ONCE`` random neighbours every
-``COMPARE_S``. News that gossip can bring no more, as after a partition, is handed on the same way:
-who learnt it by comparing compares again after ``COMPARE_SOON_S``, so it spreads like a rumour,
-with a factor of ``1 + COMPARED_AT_ONCE`` a round. How two books compare is in ``exchange``.
+``COMPARE_S``. News that gossip can bring no more, because it is old, as after a partition, or its
+account is near its quota, is handed on the same way: who learnt it by comparing, or refused it for
+the quota, compares again after ``COMPARE_SOON_S``, so it spreads like a rumour, with a factor of up
+to ``1 + COMPARED_AT_ONCE`` a round. How two books compare is in ``exchange``.
 """
 
 from __future__ import annotations
@@ -61,11 +62,13 @@ ANSWERED_BURST: Final = 8
 COMPARED_AT_ONCE: Final = 3
 COMPARE_S: Final = 4.0
 COMPARE_SOON_S: Final = 0.5
-STALE_NEWS_NS: Final = 5 * NS_PER_S
+STALE_NEWS_NS: Final = 2 * NS_PER_S
 """A sheet issued longer ago than this is not on its way by gossip any more."""
 MAX_NEIGHBOURS: Final = 4_096
 
 OpenedSheet = OpenSheet | Rejected
+Opener = Callable[[bytes, str], OpenedSheet]
+"""``open_sheet``, or what gives the same."""
 
 
 class Outcome(StrEnum):
@@ -100,14 +103,19 @@ class Relay:
     """The sheets of a node's neighbours on their way into ``book`` and on.
 
     ``random()`` gives numbers in [0, 1) and chooses neighbours. ``counts`` has how often each
-    outcome was.
+    outcome was. A simulation of many nodes in one process may share an ``opener`` that remembers.
     """
 
     def __init__(
-        self, book: Book, random: Callable[[], float], network: str = DEFAULT_NETWORK
+        self,
+        book: Book,
+        random: Callable[[], float],
+        network: str = DEFAULT_NETWORK,
+        opener: Opener = open_sheet,
     ) -> None:
         self.book = book
         self.network = network
+        self.opener = opener
         self.counts: Counter[Outcome] = Counter()
         self._random = random
         self._subnets: dict[str, str] = {}
@@ -145,7 +153,7 @@ class Relay:
         verdict = self._enter(opened, source, now_ns)
         self.counts[verdict.outcome] += 1
         if verdict.outcome is Outcome.NEW and isinstance(opened, OpenSheet):
-            if opened.sheet.issued_ns + STALE_NEWS_NS < now_ns:
+            if self._is_off_gossip(opened, now_ns):
                 self._compare_soon(now_ns)
         elif verdict.outcome is Outcome.PROOF:
             self._compare_soon(now_ns)
@@ -192,6 +200,11 @@ class Relay:
         self._compare_at_ns = now_ns + int(COMPARE_S * (0.75 + self._random() / 4) * NS_PER_S)
         return self._sample([p for p in self._subnets if not self.is_shunned(p, now_ns)])
 
+    def _is_off_gossip(self, sheet: OpenSheet, now_ns: int) -> bool:
+        """Whether neighbours that lack this sheet can only learn it by comparing."""
+        left = self._accounts.left(sheet.account.hex(), now_ns / NS_PER_S)
+        return sheet.sheet.issued_ns + STALE_NEWS_NS < now_ns or left < ACCOUNT_BURST / 2
+
     def _sample(self, peers: list[str]) -> tuple[str, ...]:
         chosen = min(COMPARED_AT_ONCE, len(peers))
         for place in range(chosen):
@@ -215,12 +228,13 @@ class Relay:
         over = self._over_quota(forwarder, now_ns)
         if over is not None:
             return Verdict(over)
-        opened = open_sheet(wire, self.network)
+        opened = self.opener(wire, self.network)
         if isinstance(opened, OpenSheet):
             early = check_clock(opened, now_ns)
             if early is not None:
                 return Verdict(Outcome.CLOCK, early.reason)
             if not self._accounts.allow(opened.account.hex(), now_ns / NS_PER_S):
+                self._compare_soon(now_ns)  # what gossip may not bring, comparing will
                 return Verdict(Outcome.ACCOUNT)
         verdict = self._enter(opened, forwarder, now_ns)
         if verdict.outcome is not Outcome.BOOK:

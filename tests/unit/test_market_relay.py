@@ -112,7 +112,10 @@ def test_a_subnet_shares_a_quota(relay: Relay, monkeypatch: pytest.MonkeyPatch) 
 def test_an_account_gossips_a_bounded_number_of_sheets(relay: Relay) -> None:
     for number in range(1, ACCOUNT_BURST + 1):
         assert take(relay, wire(number)) is Outcome.NEW
+    relay.connected("peer", "")
+    relay.due(NOW_NS)
     assert take(relay, wire(number + 1)) is Outcome.ACCOUNT
+    assert relay.due(NOW_NS + int(COMPARE_SOON_S * NS_PER_S)) == ("peer",), "comparing brings it"
     later_ns = NOW_NS + int(NS_PER_S / ACCOUNT_PER_S)
     assert take(relay, wire(number + 1), now_ns=later_ns) is Outcome.NEW
     assert ACCOUNT_BURST >= MAX_SHEETS_PER_ACCOUNT
@@ -177,6 +180,15 @@ def test_old_news_is_handed_on_soon_and_fresh_news_is_not(relay: Relay) -> None:
     assert relay.due(late_ns + soon_ns) == ()
     assert relay.enter(SELLER.sheet(ask()), "peer", late_ns).outcome is Outcome.NEW
     assert relay.due(late_ns + soon_ns) == ("peer",)
+
+
+def test_news_of_an_account_near_its_quota_is_handed_on_soon(relay: Relay) -> None:
+    relay.connected("peer", "")
+    for number in range(1, ACCOUNT_BURST // 2 + 2):
+        take(relay, wire(number))
+    relay.due(NOW_NS)
+    assert relay.enter(SELLER.sheet(ask(), number=number + 1), "peer", NOW_NS).reason == ""
+    assert relay.due(NOW_NS + int(COMPARE_SOON_S * NS_PER_S)) == ("peer",)
 
 
 def test_a_new_proof_is_handed_on_soon(relay: Relay) -> None:
