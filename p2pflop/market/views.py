@@ -28,7 +28,7 @@ MIN_REBUILT: Final = 64
 """Up to so many changes between two views are made one by one."""
 
 PricedAsk = tuple[int, bytes, int, OpenSheet, Ask]
-"""Price, node, ask number: no two are equal, so sorting never compares the rest."""
+"""Price, node, ask number: on a shelf no two are equal, so sorting never compares the rest."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,7 @@ class BookView:
     @cached_property
     def index(self) -> ShelfIndex:
         """The buckets, and the asks of each class, cheapest price per PFLOP first."""
-        if self.shelf is not None:
-            return self.shelf
-        shelf = Shelf()
-        for sheet in self.sheets:
-            shelf.put(sheet)
-        return shelf.index()
+        return index_of(self.sheets) if self.shelf is None else self.shelf
 
     @property
     def buckets(self) -> tuple[bytes, ...]:
@@ -89,6 +84,19 @@ def bucket_hash(sheets: Iterable[OpenSheet]) -> bytes:
             for sheet in sheets
         )
     )
+
+
+def index_of(sheets: Iterable[OpenSheet]) -> ShelfIndex:
+    """The index of exactly these sheets, nodes rising; also of ones that no book would hold."""
+    buckets: list[list[OpenSheet]] = [[] for _ in range(BUCKETS)]
+    by_price: dict[bytes, list[PricedAsk]] = {}
+    for sheet in sheets:
+        buckets[bucket_of(sheet.node)].append(sheet)
+        for ask in sheet.sheet.asks:
+            by_price.setdefault(ask.class_id, []).append(_priced(sheet, ask))
+    for asks in by_price.values():
+        asks.sort(key=lambda each: each[:3])
+    return ShelfIndex(tuple(map(bucket_hash, buckets)), by_price)
 
 
 _EMPTY_BUCKET: Final = bucket_hash(())

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from p2pflop.market import views as views_module
-from p2pflop.market.samples import NOW_NS, ask, party
+from p2pflop.market.samples import CLASS_ID, NOW_NS, ask, party
 from p2pflop.market.sheets import OpenSheet
 from p2pflop.market.views import MIN_REBUILT, BookView, Shelf
 from p2pflop.units import NS_PER_S
@@ -66,3 +66,12 @@ def test_few_changes_do_not_sort_the_book_again(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(views_module.Shelf, "_rebuild", None)
     shelf.put(party(1).sheet(ask(), number=2))
     assert len(shelf.view(NOW_NS).sheets) == MIN_REBUILT + 1
+
+
+def test_a_view_names_every_sheet_that_it_is_given() -> None:
+    """A sheet too many, as in made-up evidence, is not hidden by another of its node."""
+    old, new = (party(1).sheet(ask(), number=number) for number in (1, 2))
+    alone = BookView((new,), NOW_NS)
+    both = BookView((old, new), NOW_NS)
+    assert both.digest != alone.digest != BookView((old,), NOW_NS).digest
+    assert [len(view.by_price[CLASS_ID]) for view in (both, alone)] == [2, 1]
