@@ -25,9 +25,9 @@ from libp2p.tools.anyio_service import background_trio_service
 
 from p2pflop.errors import ProviderError
 from p2pflop.ids import content_hash
+from p2pflop.market.rates import Rates
 from p2pflop.node.libp2p_addresses import texts
 from p2pflop.node.printable import printable
-from p2pflop.node.rates import Rates
 
 LOOKUP_S: Final = 10.0
 MAX_FOUND: Final = 20

@@ -28,8 +28,8 @@ from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
+from p2pflop.market.rates import Rates
 from p2pflop.node.network import MAX_MESSAGE_BYTES, Sink, Validator
-from p2pflop.node.rates import Rates
 from p2pflop.units import KIB
 
 FORWARDER_PER_S: Final = 50.0

@@ -36,6 +36,7 @@ from p2pflop.node.acquaintances import Acquaintances
 from p2pflop.node.api import create_app
 from p2pflop.node.api_guard import Activity
 from p2pflop.node.api_server import bind_api, serve_api
+from p2pflop.node.book_file import BookFile
 from p2pflop.node.books import open_books
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
@@ -126,6 +127,12 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
         await workers.start(nursery)
         await _closing(stack, workers)
         network = await stack.enter_async_context(_open_network(settings, home))
+        known = Acquaintances(ledger_book)
+        book = _make_book(settings, identity, known)
+        book_file = BookFile(home.path / "book")
+        await book_file.load(book, time.time_ns())
+        stack.push_async_callback(book_file.save, book)
+        nursery.start_soon(keep_going, book_file.keep, book)
         daemon = _assemble(
             settings,
             home,
@@ -137,6 +144,8 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
             payment_book,
             network,
             workers,
+            book,
+            known,
             nursery,
         )
         await _serve(daemon, nursery)
@@ -167,6 +176,25 @@ async def _open_network(settings: Settings, home: Home) -> AsyncIterator[Network
         yield host
 
 
+def _make_book(settings: Settings, identity: Identity, known: Acquaintances) -> Book:
+    return Book(
+        secrets.token_bytes(SECRET_BYTES),
+        network=settings.network,
+        own=identity.node.public_key,
+        is_known=known.is_known,
+    )
+
+
+def _introduce(network: Network, known: Acquaintances, sheets: SheetService) -> None:
+    """Tell those who keep count of peers who is there, comes and goes."""
+    network.on_connect(known.met)
+    network.on_disconnect(known.left)
+    network.on_disconnect(sheets.left)
+    for connected in network.peers():
+        known.met(connected.peer)
+        sheets.met(connected.peer, connected.addresses)
+
+
 def _assemble(
     settings: Settings,
     home: Home,
@@ -178,11 +206,13 @@ def _assemble(
     payment_book: PaymentBook,
     network: Network,
     workers: Workers,
+    book: Book,
+    known: Acquaintances,
     nursery: trio.Nursery,
 ) -> Daemon:
     dialer = NodeDialer(network, nursery)
-    book = _open_book(identity, network, ledger_book)
     sheets = SheetService(identity, book, network, time.time_ns)
+    _introduce(network, known, sheets)
     runs = Runs(journal)
     buyer = Buyer(
         identity=identity,
@@ -239,21 +269,6 @@ def _assemble(
     )
 
 
-def _open_book(identity: Identity, network: Network, ledger_book: LedgerBook) -> Book:
-    """An empty order book that knows who is connected and who has delivered."""
-    known = Acquaintances(ledger_book)
-    network.on_connect(known.met)
-    network.on_disconnect(known.left)
-    for connected in network.peers():
-        known.met(connected.peer)
-    return Book(
-        secrets.token_bytes(SECRET_BYTES),
-        network=identity.network,
-        own=identity.node.public_key,
-        is_known=known.is_known,
-    )
-
-
 async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     """Answer peers, and keep the book."""
 
@@ -276,9 +291,13 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
         sheets_module.TOPIC, lambda _, data, source: daemon.sheets.take(data, source), sink
     )
     daemon.network.on_connect(daemon.buyer.letters.met)
-    daemon.network.on_connect(
-        lambda peer: nursery.start_soon(survive, daemon.sheets.on_connect, peer)
-    )
+
+    def met(peer: str) -> None:
+        connected = (each.addresses for each in daemon.network.peers() if each.peer == peer)
+        daemon.sheets.met(peer, next(connected, ()))
+        nursery.start_soon(survive, daemon.sheets.on_connect, peer)
+
+    daemon.network.on_connect(met)
     nursery.start_soon(daemon.sheets.run)
     nursery.start_soon(keep_going, daemon.announcer.run)
 

@@ -16,9 +16,9 @@ from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, Work, shards_of, times_due
 from p2pflop.job.validate import Refusal
-from p2pflop.market.book import BookView
 from p2pflop.market.ranking import Deal, Miss, Policy
 from p2pflop.market.records import MIN_CHECKPOINT_SECONDS, CostLine, Terms
+from p2pflop.market.views import BookView
 from p2pflop.node.execute import memory_bytes, unsupported
 from p2pflop.node.messages import MAX_BODY_BYTES
 from p2pflop.node.service import MAX_DEADLINE_S, Json, SubmitOptions

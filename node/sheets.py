@@ -1,17 +1,11 @@
 """This node's sheets and everybody's book, kept alike by gossip and by comparing books.
 
-A new sheet is gossiped once; each node checks it and passes it on only if it changed its book. What
-gossip lost is mended by comparing: on every new connection, and with one neighbour in turn every
-``COMPARE_S``, the two books exchange summaries and then what each lacks::
-
-    dialler                          listener
-    Summaries...               ->
-                               <-    Summaries..., Sheets(what the dialler lacks)...
-    Sheets(what the other lacks)... ->
-                               <-    (end)
-
-Sheets are sent in any order, so that where one side stops listening, other ones are next the next
-time. Who brings more nodes that are new here than the book takes from one peer is heard no further.
+A new sheet is gossiped once; each node passes it on only if it changed its book. What gossip lost
+is mended by comparing books: on every new connection, and with a few neighbours in turn. What is
+taken, passed on and compared when is decided in ``p2pflop.market.relay``, how two books compare in
+``p2pflop.market.exchange``; here are the streams and the clock. The signatures of a long parcel are
+checked in a thread, a frame at a time. Those of a gossiped sheet take 0.1 ms and are checked where
+it arrives, as gossip waits for the verdict; quotas bound how often.
 
 Own sheets live for an hour and are issued anew every ``REISSUE_S``, so that a node that vanished
 leaves the book by itself.
@@ -22,60 +16,42 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Final, Protocol
+from contextlib import suppress
+from ipaddress import ip_network
+from typing import Any, Final, Protocol
 
-import msgspec
 import trio
 
 from p2pflop.dht.planes import Dialer, Stream
 from p2pflop.errors import ProtocolError, ProviderError
-from p2pflop.market.book import (
-    MAX_SHEETS,
-    Applied,
-    Book,
-    Equivocation,
-    Summaries,
-    Summary,
-)
-from p2pflop.market.records import MAX_SHEET_BYTES, Ask, Rejected, Sheet
-from p2pflop.market.sheets import OpenSheet, check_sheet, make_sheet
+from p2pflop.market.book import Book
+from p2pflop.market.exchange import Exchange, Message, read
+from p2pflop.market.records import Ask, Sheet
+from p2pflop.market.relay import COMPARE_SOON_S, Outcome, Relay
+from p2pflop.market.sheets import OpenSheet, make_sheet
 from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.printable import printable
 from p2pflop.units import KIB
-from p2pflop.wire import MAX_ENVELOPE_OVERHEAD_BYTES, Record, decode, encode
+from p2pflop.wire import Record
 
-PROTOCOL: Final = "/p2pflop/sheets/1"
+PROTOCOL: Final = "/p2pflop/sheets/2"
 TOPIC: Final = "/p2pflop/sheets/1"
 REISSUE_S: Final = 900.0
 EXPIRE_S: Final = 10.0
-COMPARE_S: Final = 30.0
 EXCHANGE_S: Final = 20.0
+SILENCE_S: Final = 4.0
+"""Longer than a book's signatures take: a stalled stream must not hold up the next comparison."""
 CLOSE_S: Final = 2.0
 MAX_TOLD_OF_WITHDRAWAL: Final = 16
 HONOURED_SHEETS: Final = 4
 """Superseded own sheets on which bids that were under way are still taken."""
-MAX_SHEETS_A_FRAME: Final = 64
-MAX_FRAMES_AN_EXCHANGE: Final = 512
-MAX_REFUSED_SHEETS: Final = 1_024
-"""In one exchange: checked, but the book has no place for them. More are not looked at."""
-MAX_BAD_SHEETS: Final = 64
-"""In one exchange; honest books differ by clocks, and a sheet may expire on its way."""
 MAX_EXCHANGES: Final = 16
 """Answered at once, one of each peer: each may cost a book's worth of bytes."""
-MAX_SHEET_WIRE_BYTES: Final = MAX_SHEET_BYTES + MAX_ENVELOPE_OVERHEAD_BYTES
+LONG_FRAME_BYTES: Final = 8 * KIB
+"""From here on the thread costs less than the wait for its signatures."""
 
 _log = logging.getLogger(__name__)
-_Wire = Annotated[bytes, msgspec.Meta(max_length=MAX_SHEET_WIRE_BYTES)]
-
-
-class Sheets(Record, frozen=True):
-    """Envelopes of sheets; ``last`` ends the series."""
-
-    MAX_BYTES = MAX_SHEETS_A_FRAME * (MAX_SHEET_WIRE_BYTES + 8) + KIB
-
-    wires: Annotated[tuple[_Wire, ...], msgspec.Meta(max_length=MAX_SHEETS_A_FRAME)]
-    last: bool
 
 
 class Gossip(Dialer, Protocol):
@@ -95,13 +71,14 @@ class SheetService:
         self, identity: Identity, book: Book, host: Gossip, now_ns: Callable[[], int]
     ) -> None:
         self.book = book
+        self.relay = Relay(book, secrets.SystemRandom().random, identity.network)
         self._identity = identity
         self._host = host
         self._now_ns = now_ns
         self._asks: Callable[[int], Sequence[Ask]] | None = None
         self._addresses: tuple[str, ...] = ()
         self._gossip = True
-        self._last_number = 0
+        self._last_number = book.last_number(identity.node.public_key)
         self._own: dict[int, OpenSheet] = {}
         self._answering: set[str] = set()
         self._comparing: set[str] = set()
@@ -114,7 +91,7 @@ class SheetService:
     @property
     def newest(self) -> OpenSheet | None:
         """The node's own newest sheet."""
-        return self._own[self._last_number] if self._own else None
+        return self._own.get(self._last_number)
 
     def nodes_of(self, account: bytes) -> list[bytes]:
         """The keys of nodes of that account in the book now."""
@@ -180,28 +157,21 @@ class SheetService:
         return sheet
 
     def take(self, wire: bytes, source: str) -> bool:
-        """Check a sheet that peer ``source`` brought and put it into the book.
+        """Judge a sheet that peer ``source`` brought; whether it is worth passing on."""
+        verdict = self.relay.take(wire, source, self._now_ns())
+        if verdict.reason:
+            _log.debug("sheet from %s: %s", source, printable(verdict.reason))
+        if verdict.outcome is Outcome.PROOF:
+            _log.warning("a node signed two sheets under one number; both are dropped")
+        return verdict.outcome.is_passed_on
 
-        Gives whether it is worth passing on.
-        """
-        sheet = self._check(wire)
-        if sheet is None:
-            return False
-        outcome = self._apply(sheet, source)
-        return isinstance(outcome, Equivocation) or outcome == Applied(changed=True)
+    def met(self, peer: str, addresses: Sequence[str]) -> None:
+        """A peer has connected from one of ``addresses``."""
+        self.relay.connected(peer, subnet_of(addresses))
 
-    def _check(self, wire: bytes) -> OpenSheet | None:
-        sheet = check_sheet(wire, self._identity.network, self._now_ns())
-        if isinstance(sheet, Rejected):
-            _log.debug("sheet refused: %s", printable(sheet.reason))
-            return None
-        return sheet
-
-    def _apply(self, sheet: OpenSheet, source: str) -> Applied | Equivocation | Rejected:
-        outcome = self.book.apply(sheet, self._now_ns(), source)
-        if isinstance(outcome, Equivocation):
-            _log.warning("%s signed two sheets under one number; both are dropped", sheet.peer)
-        return outcome
+    def left(self, peer: str) -> None:
+        """It is connected no more."""
+        self.relay.disconnected(peer)
 
     async def run(self) -> None:
         """Reissue, expire and compare, until cancelled."""
@@ -209,75 +179,54 @@ class SheetService:
             for task in (self._reissue, self._expire, self._compare_in_turn):
                 nursery.start_soon(keep_going, task)
 
-    async def compare(self, peer: str) -> None:
-        """Make both books whole, as the dialler. Raises ProviderError, ProtocolError."""
-        with trio.move_on_after(EXCHANGE_S) as scope:
+    async def compare(self, peer: str) -> int:
+        """Make both books whole, as the dialler; how much was new here.
+
+        Raises ProviderError, ProtocolError.
+        """
+        with trio.move_on_after(EXCHANGE_S):
             stream = await self._host.open(peer, PROTOCOL)
             try:
-                await self._send_summaries(stream)
-                theirs = await _receive_summaries(stream)
-                await self._receive_sheets(stream)
-                await self._send_sheets(stream, theirs)
+                return await self._converse(stream, dialling=True)
             finally:
                 with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
                     await stream.aclose()
-        if scope.cancelled_caught:
-            raise ProviderError(f"{peer} took over {EXCHANGE_S:.0f} s to compare books")
+        raise _too_slow(peer)
 
     async def answer(self, stream: Stream) -> None:
         """The listener's side of ``compare``. Raises ProviderError, ProtocolError."""
         peer = stream.peer
-        if peer in self._answering or len(self._answering) >= MAX_EXCHANGES:
-            raise ProviderError("too many comparisons of books at once")
+        is_busy = peer in self._answering or len(self._answering) >= MAX_EXCHANGES
+        if is_busy or not self.relay.may_compare(peer, self._now_ns()):
+            raise ProviderError("too many comparisons of books")
         self._answering.add(peer)
         try:
-            with trio.move_on_after(EXCHANGE_S) as scope:
-                theirs = await _receive_summaries(stream)
-                await self._send_summaries(stream)
-                await self._send_sheets(stream, theirs)
-                await self._receive_sheets(stream)
+            with trio.move_on_after(EXCHANGE_S):
+                await self._converse(stream, dialling=False)
+                return
         finally:
             self._answering.discard(peer)
-        if scope.cancelled_caught:
-            raise ProviderError(f"{peer} took over {EXCHANGE_S:.0f} s to compare books")
+        raise _too_slow(peer)
 
-    async def _send_summaries(self, stream: Stream) -> None:
-        for page in self.book.summaries(self._now_ns()):
-            await stream.send(encode(page))
+    async def _converse(self, stream: Stream, *, dialling: bool) -> int:
+        exchange = Exchange(self.relay, stream.peer, dialling=dialling)
+        try:
+            for frame in exchange.start(self._now_ns()):
+                await stream.send(frame)
+            while not exchange.done:
+                message = await self._read(exchange.expects, await _hear(stream))
+                for frame in exchange.receive(message, self._now_ns()):
+                    await stream.send(frame)
+        except ProtocolError:
+            self.relay.fault(stream.peer, self._now_ns())
+            raise
+        return exchange.news
 
-    async def _send_sheets(self, stream: Stream, theirs: Sequence[Summary]) -> None:
-        now_ns = self._now_ns()
-        held = {entry.node: entry for entry in theirs}
-        wires = [
-            sheet.sealed.wire
-            for sheet in self.book.view(now_ns).sheets
-            if (entry := held.get(sheet.node)) is None
-            or entry.number < sheet.sheet.number
-            or (entry.number == sheet.sheet.number and entry.id != sheet.sealed.id)
-        ]
-        secrets.SystemRandom().shuffle(wires)
-        for start in range(0, len(wires), MAX_SHEETS_A_FRAME):
-            batch = tuple(wires[start : start + MAX_SHEETS_A_FRAME])
-            await stream.send(encode(Sheets(batch, last=False)))
-        await stream.send(encode(Sheets((), last=True)))
-
-    async def _receive_sheets(self, stream: Stream) -> None:
-        bad = refused = 0
-        for _ in range(MAX_FRAMES_AN_EXCHANGE):
-            series = decode(Sheets, await stream.receive())
-            for wire in series.wires:
-                sheet = self._check(wire)
-                if sheet is not None:
-                    outcome = self._apply(sheet, stream.peer)
-                    refused += isinstance(outcome, Rejected)
-                    if refused > MAX_REFUSED_SHEETS:
-                        raise ProviderError(f"{stream.peer} has more sheets than there is room for")
-                elif (bad := bad + 1) > MAX_BAD_SHEETS:
-                    raise ProtocolError(f"{stream.peer} sends bad sheets", peer=stream.peer)
-                await trio.lowlevel.checkpoint()
-            if series.last:
-                return
-        raise ProtocolError(f"{stream.peer} sends sheets without end", peer=stream.peer)
+    async def _read(self, kind: type[Record], frame: bytes) -> Message:
+        if len(frame) < LONG_FRAME_BYTES:
+            await trio.lowlevel.checkpoint()
+            return read(kind, frame, self._identity.network)
+        return await trio.to_thread.run_sync(read, kind, frame, self._identity.network)
 
     async def _publish(self, wire: bytes) -> None:
         if not self._gossip:
@@ -299,14 +248,14 @@ class SheetService:
             self.book.expire(self._now_ns())
 
     async def _compare_in_turn(self) -> None:
-        while True:
-            await trio.sleep(COMPARE_S)
-            peers = self._host.peers()
-            if peers:
-                await self._compare_quietly(secrets.choice(peers).peer)
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.sleep(COMPARE_SOON_S)
+                for peer in self.relay.due(self._now_ns()):
+                    nursery.start_soon(survive, self._compare_quietly, peer)
 
     async def _compare_quietly(self, peer: str) -> None:
-        if peer in self._comparing:
+        if peer in self._comparing or self.relay.is_shunned(peer, self._now_ns()):
             return
         self._comparing.add(peer)
         try:
@@ -321,12 +270,22 @@ class SheetService:
         await self._compare_quietly(peer)
 
 
-async def _receive_summaries(stream: Stream) -> list[Summary]:
-    entries: list[Summary] = []
-    while len(entries) <= MAX_SHEETS:
-        page = decode(Summaries, await stream.receive())
-        entries += page.entries
-        if page.last:
-            return entries
-        await trio.lowlevel.checkpoint()
-    raise ProtocolError(f"{stream.peer} says that it has too many sheets", peer=stream.peer)
+def subnet_of(addresses: Sequence[str]) -> str:
+    """What of its addresses (multiaddrs) a peer shares a quota by: IPv4 /24, IPv6 /48."""
+    for address in addresses:
+        _, protocol, host, *_ = (*address.split("/"), "", "")
+        if protocol in ("ip4", "ip6"):
+            with suppress(ValueError):
+                prefix = 24 if protocol == "ip4" else 48
+                return str(ip_network(f"{host}/{prefix}", strict=False))
+    return ""
+
+
+async def _hear(stream: Stream) -> bytes:
+    with trio.move_on_after(SILENCE_S):
+        return await stream.receive()
+    raise ProviderError(f"{stream.peer} said nothing for {SILENCE_S:.0f} s while comparing books")
+
+
+def _too_slow(peer: str) -> ProviderError:
+    return ProviderError(f"{peer} took over {EXCHANGE_S:.0f} s to compare books")

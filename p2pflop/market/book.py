@@ -27,20 +27,18 @@ Identities are free, so chances alone would give the book to whoever makes the m
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, ClassVar, Final
+from typing import Final
 
-import msgspec
 from blake3 import blake3
 
 from p2pflop.errors import ProtocolError, VerificationError
-from p2pflop.ids import content_hash
-from p2pflop.market.records import MAX_SHEET_LIFETIME_NS, Ask, Rejected, Sheet
+from p2pflop.market.records import MAX_SHEET_LIFETIME_NS, Rejected, Sheet
 from p2pflop.market.sheets import OpenSheet, open_sheet
+from p2pflop.market.views import BookView, Shelf
 from p2pflop.units import NS_PER_S
-from p2pflop.wire import DEFAULT_NETWORK, U63, Hash, Key, Record, open_sealed
+from p2pflop.wire import DEFAULT_NETWORK, open_sealed
 
 MAX_SHEETS: Final = 16_384
 MAX_STRANGERS: Final = 4_096
@@ -54,7 +52,6 @@ SOURCE_WINDOW_NS: Final = 3_600 * NS_PER_S
 """As long as a sheet lives: what a source brought is gone when it may bring as much again."""
 MAX_SOURCES: Final = 4_096
 """Remembered; more than can be connected within a window of ordinary life."""
-MAX_SUMMARIES_A_PAGE: Final = 8_192
 
 Place = tuple[bytes, bytes]
 """The keyed hash that orders a group, and the node."""
@@ -86,63 +83,6 @@ class Dump:
 
     sheets: tuple[bytes, ...]
     proofs: tuple[tuple[bytes, bytes], ...]
-
-
-class Summary(Record, frozen=True):
-    """Which sheet of a node a book holds."""
-
-    node: Key
-    number: U63
-    id: Hash
-
-
-# Not inside the class: msgspec evaluates its annotations at the first use, not now.
-SummaryPage = Annotated[tuple[Summary, ...], msgspec.Meta(max_length=MAX_SUMMARIES_A_PAGE)]
-
-
-class Summaries(Record, frozen=True):
-    """A page of what a book holds, nodes rising: two books compare and exchange what differs.
-
-    A full page is followed by another one, which may be empty. One page fits a frame.
-    """
-
-    MAX_BYTES: ClassVar[int] = 1024 * 1024
-
-    entries: SummaryPage
-
-    @property
-    def last(self) -> bool:
-        """Whether no page follows."""
-        return len(self.entries) < MAX_SUMMARIES_A_PAGE
-
-
-@dataclass(frozen=True)
-class BookView:
-    """The live sheets of a book at a moment, nodes rising. Replaying a decision needs no more."""
-
-    sheets: tuple[OpenSheet, ...]
-    at_ns: int
-
-    @cached_property
-    def digest(self) -> bytes:
-        """BLAKE3 over (node, number as 8 bytes big-endian, id) of each sheet, nodes rising."""
-        return content_hash(
-            b"".join(
-                sheet.node + sheet.sheet.number.to_bytes(8, "big") + sheet.sealed.id
-                for sheet in self.sheets
-            )
-        )
-
-    @cached_property
-    def by_price(self) -> dict[bytes, list[tuple[int, OpenSheet, Ask]]]:
-        """The asks of each class, cheapest price per PFLOP first."""
-        found: dict[bytes, list[tuple[int, OpenSheet, Ask]]] = {}
-        for sheet in self.sheets:
-            for ask in sheet.sheet.asks:
-                found.setdefault(ask.class_id, []).append((ask.price_nusd, sheet, ask))
-        for asks in found.values():
-            asks.sort(key=lambda entry: entry[0])
-        return found
 
 
 @dataclass(slots=True)
@@ -203,8 +143,7 @@ class Book:
         self._accounts: dict[bytes, list[Place]] = {}
         self._sources: dict[str, tuple[int, int]] = {}
         self._proofs: dict[bytes, tuple[Equivocation, int]] = {}
-        self._view: BookView | None = None
-        self._view_until_ns = 0
+        self._shelf = Shelf()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -270,18 +209,11 @@ class Book:
 
     def view(self, now_ns: int) -> BookView:
         """The live sheets, nodes rising, fixed: later changes of the book do not show in it."""
-        if self._view is None or not self._view.at_ns <= now_ns < self._view_until_ns:
-            live = [
-                entry.sheet
-                for entry in self._entries.values()
-                if entry.sheet.sheet.expires_ns > now_ns
-            ]
-            live.sort(key=lambda sheet: sheet.sealed.signer)
-            self._view = BookView(tuple(live), now_ns)
-            self._view_until_ns = min(
-                (sheet.sheet.expires_ns for sheet in live), default=now_ns + MAX_SHEET_LIFETIME_NS
-            )
-        return self._view
+        if now_ns < self._shelf.at_ns:  # the clock went back, and some sheets live again
+            self._shelf = Shelf()
+            for entry in self._entries.values():
+                self._shelf.put(entry.sheet)
+        return self._shelf.view(now_ns)
 
     def digest(self, now_ns: int) -> bytes:
         """The digest of ``view(now_ns)``: what a bid commits to."""
@@ -291,37 +223,30 @@ class Book:
         """The kept equivocations, at most ``MAX_PROOFS``, oldest first."""
         return tuple(proof for proof, _ in self._proofs.values())
 
-    def summaries(self, now_ns: int) -> tuple[Summaries, ...]:
-        """What to tell a peer so that it can say what it lacks: pages, of which one is last."""
-        entries = tuple(
-            Summary(sheet.node, sheet.sheet.number, sheet.sealed.id)
-            for sheet in self.view(now_ns).sheets
-        )
-        return tuple(
-            Summaries(entries[start : start + MAX_SUMMARIES_A_PAGE])
-            for start in range(0, len(entries) + 1, MAX_SUMMARIES_A_PAGE)
-        )
+    def lacks(self, node: bytes, number: int, sheet_id: bytes) -> bool:
+        """Whether that sheet, which a peer says it has, is worth asking for."""
+        proof = self._proofs.get(node)
+        if proof is not None and number <= proof[0].number:
+            return False
+        known = self._entries.get(node)
+        if known is None:
+            return True
+        held = known.sheet.sealed
+        return (held.record.number, held.id) != (number, sheet_id) and held.record.number <= number
 
-    def missing(self, theirs: Iterable[Summaries]) -> tuple[bytes, ...]:
-        """The nodes whose sheets are worth asking that peer for."""
-        wanted = []
-        for entry in (entry for page in theirs for entry in page.entries):
-            proof = self._proofs.get(entry.node)
-            if proof is not None and entry.number <= proof[0].number:
-                continue
-            known = self._entries.get(entry.node)
-            if (
-                known is None
-                or known.sheet.sheet.number < entry.number
-                or (known.sheet.sheet.number == entry.number and known.sheet.sealed.id != entry.id)
-            ):
-                wanted.append(entry.node)
-        return tuple(wanted)
+    def last_number(self, node: bytes) -> int:
+        """The number of the newest sheet of ``node`` that is remembered, expired or not; or 0."""
+        entry = self._entries.get(node)
+        return 0 if entry is None else entry.sheet.sheet.number
 
-    def wires(self, nodes: Iterable[bytes], now_ns: int) -> tuple[bytes, ...]:
-        """The envelopes of the live sheets among ``nodes``: the answer to what ``missing`` asks."""
-        found = (self.get(node, now_ns) for node in nodes)
-        return tuple(sheet.sealed.wire for sheet in found if sheet is not None)
+    def convicted(self) -> dict[bytes, int]:
+        """Nodes of which a proof is kept, and the number up to which their sheets are refused."""
+        return {node: proof.number for node, (proof, _) in self._proofs.items()}
+
+    def proof(self, node: bytes) -> Equivocation | None:
+        """The kept proof against a node."""
+        found = self._proofs.get(node)
+        return None if found is None else found[0]
 
     def dump(self) -> Dump:
         """All that a restart must not forget, expired sheets that guard against replay too."""
@@ -380,6 +305,7 @@ class Book:
         entry = _Entry(sheet, (key, node), self._new, since_ns)
         entry.group = self._known if was_known else self._group(entry, now_ns)
         self._entries[node] = entry
+        self._shelf.put(sheet)
         insort(entry.group, entry.place)
         insort(self._accounts.setdefault(account, []), entry.place)
         self._make_space(account)
@@ -429,10 +355,10 @@ class Book:
             self._remove((self._new or self._known or self._attested)[-1][1])
 
     def _remove(self, node: bytes) -> None:
-        self._view = None
         entry = self._entries.pop(node, None)
         if entry is None:
             return
+        self._shelf.drop(node)
         places = self._accounts[entry.sheet.account]
         for group in (entry.group, places):
             del group[bisect_left(group, entry.place)]

@@ -16,10 +16,10 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from p2pflop.errors import ProtocolError, VerificationError
-from p2pflop.market.book import BookView
 from p2pflop.market.ranking import Deal, Miss, Need, Policy, rank, sum_costs
 from p2pflop.market.records import MAX_SHEET_BYTES, Bid, Fill, Reject, Rejected
 from p2pflop.market.sheets import OpenSheet, open_sheet
+from p2pflop.market.views import BookView
 from p2pflop.wire import U63, Hash, Record, Sealed, Text, open_sealed
 
 MAX_SHEETS: Final = 256

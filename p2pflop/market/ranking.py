@@ -19,9 +19,10 @@ import msgspec
 from p2pflop.errors import MarketError
 from p2pflop.ids import content_hash
 from p2pflop.keys import peer_id
-from p2pflop.market.book import BookView, IsAttested, nobody
+from p2pflop.market.book import IsAttested, nobody
 from p2pflop.market.records import Ask, CostLine
 from p2pflop.market.sheets import OpenSheet
+from p2pflop.market.views import BookView
 from p2pflop.units import FLOP_PER_PFLOP, MAX_NUSD, NS_PER_S, format_bytes, format_usd
 from p2pflop.wire import U63, Hash, Key, Record, encode
 
@@ -250,7 +251,7 @@ def best(
     judge = _Judge(need, policy, now_ns, is_attested)
     found: tuple[int, OpenSheet, Ask] | None = None
     for class_id in need.class_ids:
-        for price_nusd, sheet, ask in view.by_price.get(class_id, ()):
+        for price_nusd, _, _, sheet, ask in view.by_price.get(class_id, ()):
             bound = -(-price_nusd * need.flop // FLOP_PER_PFLOP)
             if bound > (need.max_nusd if found is None else found[0]):
                 break

@@ -157,11 +157,16 @@ def check_sheet(data: bytes, network: str, now_ns: int) -> OpenSheet | Rejected:
     opened = open_sheet(data, network)
     if isinstance(opened, Rejected):
         return opened
-    if opened.sheet.issued_ns > now_ns + CLOCK_TOLERANCE_NS:
+    return check_clock(opened, now_ns) or opened
+
+
+def check_clock(sheet: OpenSheet, now_ns: int) -> Rejected | None:
+    """Why a sheet is not for now: peers' clocks may differ by ``CLOCK_TOLERANCE_NS``."""
+    if sheet.sheet.issued_ns > now_ns + CLOCK_TOLERANCE_NS:
         return Rejected("sheet is from the future")
-    if opened.sheet.expires_ns <= now_ns:
+    if sheet.sheet.expires_ns <= now_ns:
         return Rejected("sheet has expired")
-    return opened
+    return None
 
 
 def open_sheet(data: bytes, network: str) -> OpenSheet | Rejected:

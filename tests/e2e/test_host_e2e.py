@@ -26,13 +26,13 @@ from multiaddr import Multiaddr
 from p2pflop.dht.planes import EndOfStream, Stream
 from p2pflop.errors import ConfigError, ProviderError
 from p2pflop.keys import PrivateKey, peer_id
+from p2pflop.market.rates import Rates
 from p2pflop.node import host as hosting
 from p2pflop.node import inbound, libp2p_directory, libp2p_streams
 from p2pflop.node.host import Host, open_host
 from p2pflop.node.libp2p_gossip import ORIGIN_BURST, ORIGIN_PER_S
 from p2pflop.node.libp2p_streams import MAX_HANDSHAKES_PER_ADDRESS
 from p2pflop.node.network import MAX_MESSAGE_BYTES, HostConfig
-from p2pflop.node.rates import Rates
 
 LIMIT_S = 20.0
 PROTOCOL = "/p2pflop/echo/1"

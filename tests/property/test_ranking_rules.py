@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pflop.market.book import BookView
+from p2pflop.ids import content_hash
+from p2pflop.market.book import Book
 from p2pflop.market.ranking import Deal, Experience, Miss, Need, Policy, best, rank, total_nusd
 from p2pflop.market.records import Ask
 from p2pflop.market.samples import CLASS_ID, DEADLINE_NS, NOW_NS, ask, need, party
-from p2pflop.market.sheets import OpenSheet
+from p2pflop.market.sheets import OpenSheet, open_sheet
+from p2pflop.market.views import BookView
 from p2pflop.units import round_price
+from p2pflop.wire import decode, encode
 
 PARTIES = [party(number, account=number // 2) for number in range(8)]
 PRICES = st.integers(0, 10**12).map(round_price) | st.integers(0, 3)
@@ -72,6 +76,66 @@ def test_the_order_of_arrival_changes_nothing(
     shuffled = list(sheets)
     random.shuffle(shuffled)
     assert rank(shuffled, wanted, policy, NOW_NS) == ranked
+
+
+@given(SHEETS, NEEDS, POLICIES, st.randoms(), st.binary(min_size=32, max_size=32))
+def test_the_same_book_and_policy_rank_alike_everywhere(
+    sheets: list[OpenSheet], wanted: Need, policy: Policy, random: Any, secret: bytes
+) -> None:
+    """Two nodes with secrets of their own, told in different orders, the second over the wire."""
+    here, there = Book(bytes(32)), Book(secret)
+    for sheet in sheets:
+        here.apply(sheet, NOW_NS, "neighbour")
+    shuffled = list(sheets)
+    random.shuffle(shuffled)
+    for sheet in shuffled:
+        opened = open_sheet(bytes(bytearray(sheet.sealed.wire)), "main")
+        assert isinstance(opened, OpenSheet)
+        there.apply(opened, NOW_NS + 1, "another")
+    one, other = here.view(NOW_NS), there.view(NOW_NS + 1)
+    assert one.digest == other.digest
+    again = decode(Policy, encode(policy))
+    assert again.digest() == policy.canonical().digest()
+    ranked = rank(one.sheets, wanted, policy, NOW_NS)
+    assert rank(other.sheets, wanted, again.canonical(), NOW_NS) == ranked
+    assert best(other, wanted, again, NOW_NS) == best(one, wanted, policy, NOW_NS)
+
+
+@given(SHEETS, NEEDS, POLICIES, st.lists(st.sampled_from(["/ip4/192.0.2.7/tcp/1", "/dns/far"])))
+def test_where_a_provider_is_ranks_nothing(
+    sheets: list[OpenSheet], wanted: Need, policy: Policy, addresses: list[str]
+) -> None:
+    """Nor how new its sheet is."""
+    moved = [
+        next(p for p in PARTIES if p.node.public_key == sheet.node).sheet(
+            *sheet.sheet.asks, addresses=addresses[:8], number=9, now_ns=NOW_NS - number
+        )
+        for number, sheet in enumerate(sheets)
+    ]
+    order = [(e.node, e.ask.number) for e in rank(sheets, wanted, policy, NOW_NS)]
+    assert [(e.node, e.ask.number) for e in rank(moved, wanted, policy, NOW_NS)] == order
+
+
+@settings(max_examples=10)
+@given(NEEDS)
+def test_ties_are_drawn_anew_for_each_bid_and_favour_nobody(wanted: Need) -> None:
+    """Over 400 nonces, each of four equal accounts wins about as often."""
+    sheets = [seller.sheet(ask(1, 0)) for seller in PARTIES[::2]]
+    wins = Counter(
+        rank(
+            sheets,
+            replace(
+                wanted,
+                max_nusd=10**9,
+                nonce=content_hash(wanted.nonce + bytes([n // 256, n % 256]))[:16],
+            ),
+            Policy(),
+            NOW_NS,
+        )[0].account
+        for n in range(400)
+    )
+    assert len(wins) == len(sheets)
+    assert max(wins.values()) < 170
 
 
 @given(SHEETS, NEEDS, POLICIES)

@@ -33,6 +33,7 @@ from p2pflop.job.graph import Dtype, Op
 from p2pflop.job.limits import DEFAULT_LIMITS
 from p2pflop.job.meter import WEIGHTS
 from p2pflop.market.ranking import total_nusd
+from p2pflop.market.relay import Outcome
 from p2pflop.market.sheets import make_ask
 from p2pflop.node import config, messages, payment_stream, service
 from p2pflop.node.api import create_app
@@ -42,7 +43,7 @@ DOCS = sorted((ROOT / "docs").glob("**/*.md"))
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 PAGES = [ROOT / "README.md", *DOCS, ROOT / "examples" / "README.md", ROOT / "tests" / "README.md"]
 EXAMPLE_PAGES = [ROOT / "docs" / "examples" / f"{name}.md" for name in EXAMPLES]
-RUNNING = [ROOT / "docs" / name for name in ("formats.md", "meter.md")] + EXAMPLE_PAGES
+RUNNING = [ROOT / "docs" / name for name in ("formats.md", "market.md", "meter.md")] + EXAMPLE_PAGES
 REFERENCE = (ROOT / "docs" / "reference.md").read_text("utf-8")
 
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -261,6 +262,13 @@ def test_messages_of_a_stream_are_listed(title: str, module: ModuleType) -> None
         if tag is not None:
             found[name] = (tag, ", ".join(kind.__struct_fields__) or "none")
     assert told == found
+
+
+def test_what_becomes_of_a_gossiped_sheet_is_listed() -> None:
+    text = (ROOT / "docs" / "market.md").read_text("utf-8").split("## Gossip")[1].split("\n## ")[0]
+    told = {each for row in table_rows(text) for each in row[1].split(", ")}
+    good = {Outcome.NEW, Outcome.PROOF}
+    assert told == {each.value for each in Outcome if each not in good}
 
 
 # Exit codes, settings, routes, events, limits

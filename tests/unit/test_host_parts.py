@@ -6,9 +6,9 @@ import pytest
 import trio
 
 from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.market.rates import MAX_BUCKETS, Rates
 from p2pflop.node import multistream
 from p2pflop.node.mux import MuxStream
-from p2pflop.node.rates import MAX_BUCKETS, Rates
 
 NAME = "/p2pflop/main/job/1"
 GREETING = b"\x13/multistream/1.0.0\n"

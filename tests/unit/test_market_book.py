@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from p2pflop.market.book import MAX_PROOFS, Applied, Book, Dump, Equivocation, Summaries
+from p2pflop.market.book import MAX_PROOFS, Applied, Book, Dump, Equivocation
 from p2pflop.market.records import MAX_SHEET_LIFETIME_NS, Rejected
-from p2pflop.market.samples import NOW_NS, ask, book, party
-from p2pflop.market.sheets import OpenSheet, check_sheet
+from p2pflop.market.samples import NOW_NS, ROOT, ask, book, party
 from p2pflop.units import NS_PER_S
-from p2pflop.wire import decode, encode
 
 SELLER = party(1)
-
-
-def tell(book: Book, wires: tuple[bytes, ...]) -> None:
-    for wire in wires:
-        sheet = check_sheet(wire, "main", NOW_NS)
-        assert isinstance(sheet, OpenSheet)
-        book.apply(sheet, NOW_NS)
 
 
 def test_the_latest_number_wins_in_either_order() -> None:
@@ -203,25 +194,29 @@ def test_who_loses_attestation_becomes_a_stranger() -> None:
     assert len(made) == 2
 
 
-def test_two_books_exchange_what_differs_and_no_more() -> None:
-    common, mine, theirs = (party(number).sheet(ask()) for number in range(3))
-    newer = SELLER.sheet(ask(), number=2)
-    here, there = book(common, mine), book(common, theirs, newer)
-    told = [decode(Summaries, encode(page)) for page in there.summaries(NOW_NS)]
-    wanted = here.missing(told)
-    assert set(wanted) == {theirs.node, newer.node}
-    tell(here, there.wires(wanted, NOW_NS))
-    tell(there, here.wires(there.missing(here.summaries(NOW_NS)), NOW_NS))
-    assert here.digest(NOW_NS) == there.digest(NOW_NS)
-    assert here.missing(there.summaries(NOW_NS)) == ()
+def test_a_book_lacks_what_is_newer_or_in_conflict() -> None:
+    here = book(SELLER.sheet(ask(1), number=2))
+    node = SELLER.node.public_key
+    held = here.get(node, NOW_NS)
+    assert held is not None
+    assert not here.lacks(node, 1, ROOT)
+    assert not here.lacks(node, 2, held.sealed.id)
+    assert here.lacks(node, 2, ROOT)
+    assert here.lacks(node, 3, ROOT)
+    assert here.lacks(party(2).node.public_key, 1, ROOT)
+    here.apply(SELLER.sheet(ask(2), number=2), NOW_NS)
+    assert here.convicted() == {node: 2}
+    assert not here.lacks(node, 2, ROOT)
+    assert here.lacks(node, 3, ROOT)
 
 
-def test_a_conflict_is_worth_asking_for() -> None:
-    here, there = book(SELLER.sheet(ask(1))), book(SELLER.sheet(ask(2)))
-    (node,) = here.missing(there.summaries(NOW_NS))
-    tell(here, there.wires([node], NOW_NS))
-    assert len(here.proofs()) == 1
-    assert here.missing(there.summaries(NOW_NS)) == ()
+def test_the_clock_may_go_back() -> None:
+    short, long = SELLER.sheet(lifetime_ns=60 * NS_PER_S), party(2).sheet(ask())
+    made = book(short, long)
+    later = made.view(NOW_NS + 60 * NS_PER_S)
+    assert later.sheets == (long,)
+    assert set(made.view(NOW_NS).sheets) == {short, long}
+    assert made.view(NOW_NS + 60 * NS_PER_S).digest == later.digest
 
 
 def test_a_dump_loads_with_its_proofs() -> None:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from p2pflop.dht.planes import MAX_FRAME_BYTES
 from p2pflop.market import book as book_module
 from p2pflop.market.book import (
     KNOWN_AFTER_NS,
-    MAX_SHEETS,
     MAX_STRANGERS,
-    MAX_SUMMARIES_A_PAGE,
     SOURCE_WINDOW_NS,
     Applied,
     Book,
-    Summaries,
-    Summary,
 )
 from p2pflop.market.records import Rejected
 from p2pflop.market.samples import NOW_NS, Party, ask, party
 from p2pflop.market.sheets import OpenSheet
 from p2pflop.units import NS_PER_S
-from p2pflop.wire import encode
 
 OWN = party(0)
 FRIENDS = [party(number) for number in range(1, 4)]
@@ -165,23 +159,3 @@ def test_a_source_over_its_bound_still_brings_known_and_attested_nodes() -> None
 def test_the_share_of_one_source_is_less_than_what_newcomers_have() -> None:
     """So that a single peer cannot turn over the book, with the constants as they are."""
     assert book_module.MAX_NEW_PER_SOURCE <= MAX_STRANGERS - book_module.MAX_KNOWN
-
-
-@pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_summaries_come_in_pages_that_fit_a_frame(
-    monkeypatch: pytest.MonkeyPatch, extra: int
-) -> None:
-    monkeypatch.setattr(book_module, "MAX_SUMMARIES_A_PAGE", 4)
-    made = Book(bytes(32))
-    for number in range(4 + extra):
-        made.apply(party(number).sheet(ask()), NOW_NS)
-    pages = made.summaries(NOW_NS)
-    assert sum(len(page.entries) for page in pages) == 4 + extra
-    assert [page.last for page in pages] == [False] * (len(pages) - 1) + [True]
-
-
-def test_a_full_page_fits_a_frame() -> None:
-    entry = Summary(bytes(32), 2**63 - 1, bytes(32))
-    page = encode(Summaries((entry,) * MAX_SUMMARIES_A_PAGE))
-    assert len(page) <= min(MAX_FRAME_BYTES, Summaries.MAX_BYTES)
-    assert len(page) * MAX_SHEETS // MAX_SUMMARIES_A_PAGE > MAX_FRAME_BYTES, "one would not do"

@@ -11,13 +11,18 @@ from p2pflop.dht.planes import MemoryStream, Stream, memory_stream_pair
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.ids import content_hash
 from p2pflop.keys import PrivateKey
-from p2pflop.market import book as book_module
-from p2pflop.market.book import Book, Summaries, Summary
+from p2pflop.market import exchange as exchange_module
+from p2pflop.market.book import Book
+from p2pflop.market.exchange import OUTLINE_BYTES, Listing, Outline, Parcel, Summary, Want
+from p2pflop.market.relay import ANSWERED_BURST, MAX_FAULTS
 from p2pflop.market.samples import NOW_NS, ask, party
-from p2pflop.node import sheets as sheets_module
+from p2pflop.node.guard import survive
 from p2pflop.node.identity import Identity
-from p2pflop.node.sheets import Sheets, SheetService
+from p2pflop.node.sheets import SheetService, subnet_of
+from p2pflop.units import NS_PER_S
 from p2pflop.wire import encode
+
+OTHER_OUTLINE = encode(Outline(bytes(OUTLINE_BYTES), bytes(32)))
 
 
 class OneStream:
@@ -58,7 +63,8 @@ async def compare(left: SheetService, right: SheetService, far_end: Stream) -> N
 async def test_books_of_several_pages_become_the_same(
     streams: tuple[MemoryStream, MemoryStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(book_module, "MAX_SUMMARIES_A_PAGE", 4)
+    monkeypatch.setattr(exchange_module, "MAX_SUMMARIES_A_PAGE", 4)
+    monkeypatch.setattr(exchange_module, "MAX_SHEETS_A_FRAME", 3)
     left, right = (service(str(end), stream) for end, stream in enumerate(streams))
     for number in range(13):
         left.book.apply(party(number).sheet(ask()), NOW_NS)
@@ -69,42 +75,93 @@ async def test_books_of_several_pages_become_the_same(
     assert left.book.digest(NOW_NS) == right.book.digest(NOW_NS)
 
 
-async def test_summaries_without_end_are_a_fault(
+async def test_listings_without_end_are_a_fault(
     streams: tuple[MemoryStream, MemoryStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(book_module, "MAX_SUMMARIES_A_PAGE", 2)
-    monkeypatch.setattr(sheets_module, "MAX_SHEETS", 4)
+    monkeypatch.setattr(exchange_module, "MAX_SHEETS", 4)
     ours, theirs = streams
     left = service("left", ours)
-    page = encode(Summaries((Summary(bytes(32), 1, bytes(32)),) * 2))
+    page = encode(Listing((Summary(bytes(32), 1, bytes(32)),) * 2, (), last=False))
     async with trio.open_nursery() as nursery:
 
         @nursery.start_soon
         async def flood() -> None:
+            await theirs.send(OTHER_OUTLINE)
             for _ in range(3):
                 await theirs.send(page)
 
         with pytest.raises(ProtocolError, match="too many"):
             await left.compare("right")
+    assert left.relay.score("right", NOW_NS) == MAX_FAULTS - 1
+
+
+async def test_what_nobody_asked_for_is_a_fault(streams: tuple[MemoryStream, MemoryStream]) -> None:
+    ours, theirs = streams
+    left = service("left", ours)
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def push() -> None:
+            await theirs.send(OTHER_OUTLINE)
+            await theirs.send(encode(Listing((), (), last=True)))
+            await theirs.send(encode(Want((), ())))
+            await theirs.send(encode(Parcel((party(1).sheet().sealed.wire,), (), last=True)))
+
+        with pytest.raises(ProtocolError, match="nobody asked"):
+            await left.compare("right")
+    assert len(left.book) == 0
 
 
 async def test_who_brings_too_many_strangers_is_not_heard_to_the_end(
     streams: tuple[MemoryStream, MemoryStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sheets_module, "MAX_REFUSED_SHEETS", 8)
-    ours, theirs = streams
-    left = service("left", ours, max_per_source=3)
-    wires = tuple(party(number).sheet(ask()).sealed.wire for number in range(30))
+    monkeypatch.setattr(exchange_module, "MAX_REFUSED_SHEETS", 8)
+    left, right = service("left", streams[0], max_per_source=3), service("right", streams[1])
+    for number in range(30):
+        right.book.apply(party(number).sheet(ask()), NOW_NS)
     async with trio.open_nursery() as nursery:
-
-        @nursery.start_soon
-        async def flood() -> None:
-            await theirs.send(encode(Summaries(())))
-            await theirs.send(encode(Sheets(wires, last=True)))
-
+        nursery.start_soon(survive, right.answer, streams[1])
         with pytest.raises(ProviderError, match="room"):
             await left.compare("right")
     assert len(left.book) == 3
+    assert left.relay.score("right", NOW_NS) == MAX_FAULTS, "that is nobody's fault"
+
+
+async def test_one_peer_begins_a_bounded_number_of_comparisons(
+    streams: tuple[MemoryStream, MemoryStream],
+) -> None:
+    left = service("left", streams[0])
+    begun = [left.relay.may_compare("right", NOW_NS) for _ in range(ANSWERED_BURST + 1)]
+    assert begun == [True] * ANSWERED_BURST + [False]
+    with pytest.raises(ProviderError, match="too many"):
+        await left.answer(streams[0])
+
+
+async def test_a_restarted_node_goes_on_with_higher_numbers(
+    streams: tuple[MemoryStream, MemoryStream],
+) -> None:
+    """Also where its clock has gone back, as peers remember the numbers."""
+    before = service("left", streams[0])
+    identity = before._identity
+    await before.offer(lambda _: (), (), gossip=False)
+    again = SheetService(identity, before.book, OneStream(streams[0]), lambda: NOW_NS - NS_PER_S)
+    sheet = await again.offer(lambda _: (), (), gossip=False)
+    assert sheet.sheet.number == NOW_NS + 1
+    assert again.newest == sheet
+
+
+@pytest.mark.parametrize(
+    ("addresses", "subnet"),
+    [
+        (("/ip4/192.0.2.77/tcp/4001/p2p/x",), "192.0.2.0/24"),
+        (("/ip6/2001:db8:1:2::3/tcp/1",), "2001:db8:1::/48"),
+        (("/memory/1/p2p/x", "/ip4/192.0.2.1"), "192.0.2.0/24"),
+        (("/ip4/nonsense", ""), ""),
+        ((), ""),
+    ],
+)
+def test_subnets(addresses: tuple[str, ...], subnet: str) -> None:
+    assert subnet_of(addresses) == subnet
 
 
 async def test_gossip_counts_for_who_forwards_it(

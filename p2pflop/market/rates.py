@@ -1,0 +1,42 @@
+"""How much of something each of many peers may do: token buckets, a bounded number of them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+MAX_BUCKETS: Final = 4096
+
+
+class Rates:
+    """Lets each key do something ``burst`` times at once and ``per_s`` times a second after that.
+
+    At most ``MAX_BUCKETS`` keys are remembered; the one unseen for longest starts afresh.
+    """
+
+    def __init__(self, per_s: float, burst: int) -> None:
+        self._per_s = per_s
+        self._burst = burst
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def allow(self, key: str, now_s: float) -> bool:
+        """Whether ``key`` may do it now; if so, it is counted."""
+        tokens, since = self._buckets.pop(key, (float(self._burst), now_s))
+        tokens = min(float(self._burst), tokens + (now_s - since) * self._per_s)
+        allowed = tokens >= 1
+        self._buckets[key] = (tokens - 1 if allowed else tokens, now_s)
+        if len(self._buckets) > MAX_BUCKETS:
+            self._buckets.popitem(last=False)
+        return allowed
+
+    def left(self, key: str, now_s: float) -> float:
+        """How many times ``key`` may do it now."""
+        tokens, since = self._buckets.get(key, (float(self._burst), now_s))
+        return min(float(self._burst), tokens + (now_s - since) * self._per_s)
+
+    def wait_s(self, key: str, now_s: float) -> float:
+        """How long until ``allow`` would say yes."""
+        return max(0.0, (1 - self.left(key, now_s)) / self._per_s)

@@ -1,0 +1,273 @@
+"""The relay: what a node takes from its peers, what it passes on, with whom it compares books.
+
+Sans-IO: every call is given the time and says what to do; the same class runs in the daemon, over
+libp2p, and in the simulation, over a virtual network.
+
+**Gossip.** ``take`` looks at a sheet in this order, cheapest first, and passes on only what changed
+the book, or proved an equivocation:
+
+1. whether the forwarder is shunned for its faults;
+2. the size, and whether these bytes were judged before;
+3. what the forwarder and its subnet may still cost this node: a check of signatures each;
+4. signatures and rules. Every honest forwarder has checked them, and they do not depend on the
+   clock: what is wrong here is the forwarder's **fault**. It may have ``MAX_FAULTS``, and one is
+   forgiven every ``FORGIVEN_S``; beyond them it is shunned;
+5. the clock, which may differ by ``CLOCK_TOLERANCE_NS``;
+6. what the account may still gossip;
+7. the book.
+
+What is refused for a quota, the clock or want of space is not remembered: another forwarder may
+bring it, and comparing will.
+
+**Comparing** mends what gossip lost. ``due`` names ``COMPARED_AT_ONCE`` random neighbours every
+``COMPARE_S``. News that gossip can bring no more, because it is old, as after a partition, or its
+account is near its quota, is handed on the same way: who learnt it by comparing, or refused it for
+the quota, compares again after ``COMPARE_SOON_S``, so it spreads like a rumour, with a factor of up
+to ``1 + COMPARED_AT_ONCE`` a round. How two books compare is in ``exchange``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from p2pflop.ids import content_hash
+from p2pflop.market.book import Book, Equivocation
+from p2pflop.market.rates import Rates
+from p2pflop.market.records import MAX_SHEET_BYTES, Rejected
+from p2pflop.market.sheets import OpenSheet, check_clock, open_sheet
+from p2pflop.units import NS_PER_S
+from p2pflop.wire import DEFAULT_NETWORK, MAX_ENVELOPE_OVERHEAD_BYTES
+
+MAX_SHEET_WIRE_BYTES: Final = MAX_SHEET_BYTES + MAX_ENVELOPE_OVERHEAD_BYTES
+FORWARDER_PER_S: Final = 50.0
+FORWARDER_BURST: Final = 200
+SUBNET_PER_S: Final = 200.0
+SUBNET_BURST: Final = 800
+ACCOUNT_PER_S: Final = 4.0
+ACCOUNT_BURST: Final = 64
+"""As many as the nodes that an account may have in a book: all may renew their sheets at once."""
+MAX_FAULTS: Final = 16
+FORGIVEN_S: Final = 30.0
+MAX_SEEN: Final = 16_384
+MAX_TURNED_AWAY: Final = 16_384
+TURNED_AWAY_NS: Final = 60 * NS_PER_S
+"""For so long a sheet that was refused is not asked of the same peer again."""
+ANSWERED_PER_S: Final = 2.0
+ANSWERED_BURST: Final = 8
+"""Comparisons that one peer may begin; each may cost a book's worth of summaries."""
+COMPARED_AT_ONCE: Final = 3
+COMPARE_S: Final = 4.0
+COMPARE_SOON_S: Final = 0.5
+STALE_NEWS_NS: Final = 2 * NS_PER_S
+"""A sheet issued longer ago than this is not on its way by gossip any more."""
+MAX_NEIGHBOURS: Final = 4_096
+
+OpenedSheet = OpenSheet | Rejected
+Opener = Callable[[bytes, str], OpenedSheet]
+"""``open_sheet``, or what gives the same."""
+
+
+class Outcome(StrEnum):
+    """What became of a sheet that a peer brought."""
+
+    NEW = "new"
+    PROOF = "proof of an equivocation"
+    KNOWN = "known already"
+    SHUNNED = "its forwarder has brought too much that is wrong"
+    FORWARDER = "over the forwarder's quota"
+    SUBNET = "over the quota of the forwarder's subnet"
+    BAD = "not a valid sheet"
+    CLOCK = "not for now"
+    ACCOUNT = "over the account's quota"
+    BOOK = "refused by the book"
+
+    @property
+    def is_passed_on(self) -> bool:
+        """Whether neighbours should have it too."""
+        return self in (Outcome.NEW, Outcome.PROOF)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """An outcome, and of a refusal the reason in words."""
+
+    outcome: Outcome
+    reason: str = ""
+
+
+class Relay:
+    """The sheets of a node's neighbours on their way into ``book`` and on.
+
+    ``random()`` gives numbers in [0, 1) and chooses neighbours. ``counts`` has how often each
+    outcome was. A simulation of many nodes in one process may share an ``opener`` that remembers.
+    """
+
+    def __init__(
+        self,
+        book: Book,
+        random: Callable[[], float],
+        network: str = DEFAULT_NETWORK,
+        opener: Opener = open_sheet,
+    ) -> None:
+        self.book = book
+        self.network = network
+        self.opener = opener
+        self.counts: Counter[Outcome] = Counter()
+        self._random = random
+        self._subnets: dict[str, str] = {}
+        self._forwarders = Rates(FORWARDER_PER_S, FORWARDER_BURST)
+        self._subnet_rates = Rates(SUBNET_PER_S, SUBNET_BURST)
+        self._accounts = Rates(ACCOUNT_PER_S, ACCOUNT_BURST)
+        self._faults = Rates(1 / FORGIVEN_S, MAX_FAULTS)
+        self._answered = Rates(ANSWERED_PER_S, ANSWERED_BURST)
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+        self._turned_away: OrderedDict[tuple[bytes, str], int] = OrderedDict()
+        self._compare_at_ns = 0
+
+    @property
+    def neighbours(self) -> tuple[str, ...]:
+        """Who is connected."""
+        return tuple(self._subnets)
+
+    def connected(self, peer: str, subnet: str) -> None:
+        """A peer is a neighbour from now on; ``subnet`` is what it shares a quota with."""
+        if len(self._subnets) < MAX_NEIGHBOURS:
+            self._subnets[peer] = subnet
+
+    def disconnected(self, peer: str) -> None:
+        """It is one no more. Its quotas and faults are remembered."""
+        self._subnets.pop(peer, None)
+
+    def take(self, wire: bytes, forwarder: str, now_ns: int) -> Verdict:
+        """Judge a gossiped sheet. Costs at most two signature checks."""
+        verdict = self._take(wire, forwarder, now_ns)
+        self.counts[verdict.outcome] += 1
+        return verdict
+
+    def enter(self, opened: OpenedSheet, source: str, now_ns: int) -> Verdict:
+        """Judge a sheet that came by comparing; its signatures were checked already."""
+        verdict = self._enter(opened, source, now_ns)
+        self.counts[verdict.outcome] += 1
+        if verdict.outcome is Outcome.NEW and isinstance(opened, OpenSheet):
+            if self._is_off_gossip(opened, now_ns):
+                self._compare_soon(now_ns)
+        elif verdict.outcome is Outcome.PROOF:
+            self._compare_soon(now_ns)
+        return verdict
+
+    def enter_proof(self, first: bytes, second: bytes, source: str, now_ns: int) -> bool:
+        """Judge a proof of an equivocation that came by comparing; whether it is new."""
+        outcome = self.book.apply_equivocation(first, second, now_ns)
+        if isinstance(outcome, Rejected):
+            self.fault(source, now_ns)
+        elif isinstance(outcome, Equivocation):
+            self.counts[Outcome.PROOF] += 1
+            self._compare_soon(now_ns)
+        return isinstance(outcome, Equivocation)
+
+    def wants(self, node: bytes, number: int, sheet_id: bytes, peer: str, now_ns: int) -> bool:
+        """Whether to ask ``peer`` for a sheet that it says it has."""
+        if self._turned_away.get((sheet_id, peer), now_ns) > now_ns:
+            return False
+        return self.book.lacks(node, number, sheet_id)
+
+    def fault(self, peer: str, now_ns: int) -> None:
+        """Note that ``peer`` did what no honest one does."""
+        self._faults.allow(peer, now_ns / NS_PER_S)
+
+    def score(self, peer: str, now_ns: int) -> float:
+        """How many faults ``peer`` may still have; below one, it is shunned."""
+        return self._faults.left(peer, now_ns / NS_PER_S)
+
+    def is_shunned(self, peer: str, now_ns: int) -> bool:
+        """Whether nothing from ``peer`` is looked at."""
+        return self.score(peer, now_ns) < 1
+
+    def may_compare(self, peer: str, now_ns: int) -> bool:
+        """Whether to answer ``peer``, which begins a comparison; if so, it is counted."""
+        allowed = self._answered.allow(peer, now_ns / NS_PER_S)
+        return allowed and not self.is_shunned(peer, now_ns)
+
+    def due(self, now_ns: int) -> tuple[str, ...]:
+        """With whom to compare now: nobody, most of the time. Ask every ``COMPARE_SOON_S``."""
+        if now_ns < self._compare_at_ns:
+            return ()
+        # Spread, so that nodes that start together do not go on comparing together.
+        self._compare_at_ns = now_ns + int(COMPARE_S * (0.75 + self._random() / 4) * NS_PER_S)
+        return self._sample([p for p in self._subnets if not self.is_shunned(p, now_ns)])
+
+    def _is_off_gossip(self, sheet: OpenSheet, now_ns: int) -> bool:
+        """Whether neighbours that lack this sheet can only learn it by comparing."""
+        left = self._accounts.left(sheet.account.hex(), now_ns / NS_PER_S)
+        return sheet.sheet.issued_ns + STALE_NEWS_NS < now_ns or left < ACCOUNT_BURST / 2
+
+    def _sample(self, peers: list[str]) -> tuple[str, ...]:
+        chosen = min(COMPARED_AT_ONCE, len(peers))
+        for place in range(chosen):
+            other = place + int(self._random() * (len(peers) - place))
+            peers[place], peers[other] = peers[other], peers[place]
+        return tuple(peers[:chosen])
+
+    def _compare_soon(self, now_ns: int) -> None:
+        soon_ns = now_ns + int(COMPARE_SOON_S * NS_PER_S)
+        self._compare_at_ns = min(self._compare_at_ns, soon_ns)
+
+    def _take(self, wire: bytes, forwarder: str, now_ns: int) -> Verdict:
+        if self.is_shunned(forwarder, now_ns):
+            return Verdict(Outcome.SHUNNED)
+        if len(wire) > MAX_SHEET_WIRE_BYTES:
+            self.fault(forwarder, now_ns)
+            return Verdict(Outcome.BAD, f"{len(wire)} bytes are over the limit of a sheet")
+        key = content_hash(wire)
+        if key in self._seen:
+            return Verdict(Outcome.KNOWN)
+        over = self._over_quota(forwarder, now_ns)
+        if over is not None:
+            return Verdict(over)
+        opened = self.opener(wire, self.network)
+        if isinstance(opened, OpenSheet):
+            early = check_clock(opened, now_ns)
+            if early is not None:
+                return Verdict(Outcome.CLOCK, early.reason)
+            if not self._accounts.allow(opened.account.hex(), now_ns / NS_PER_S):
+                self._compare_soon(now_ns)  # what gossip may not bring, comparing will
+                return Verdict(Outcome.ACCOUNT)
+        verdict = self._enter(opened, forwarder, now_ns)
+        if verdict.outcome is not Outcome.BOOK:
+            self._seen[key] = None
+            if len(self._seen) > MAX_SEEN:
+                self._seen.popitem(last=False)
+        return verdict
+
+    def _over_quota(self, forwarder: str, now_ns: int) -> Outcome | None:
+        now_s = now_ns / NS_PER_S
+        if not self._forwarders.allow(forwarder, now_s):
+            return Outcome.FORWARDER
+        if not self._subnet_rates.allow(self._subnets.get(forwarder, ""), now_s):
+            return Outcome.SUBNET
+        return None
+
+    def _enter(self, opened: OpenedSheet, source: str, now_ns: int) -> Verdict:
+        if isinstance(opened, Rejected):
+            self.fault(source, now_ns)
+            return Verdict(Outcome.BAD, opened.reason)
+        wrong = check_clock(opened, now_ns)
+        if wrong is not None:
+            self._turn_away(opened, source, now_ns)
+            return Verdict(Outcome.CLOCK, wrong.reason)
+        outcome = self.book.apply(opened, now_ns, source)
+        if isinstance(outcome, Equivocation):
+            return Verdict(Outcome.PROOF)
+        if isinstance(outcome, Rejected):
+            self._turn_away(opened, source, now_ns)
+            return Verdict(Outcome.BOOK, outcome.reason)
+        return Verdict(Outcome.NEW if outcome.changed else Outcome.KNOWN)
+
+    def _turn_away(self, sheet: OpenSheet, source: str, now_ns: int) -> None:
+        self._turned_away[sheet.sealed.id, source] = now_ns + TURNED_AWAY_NS
+        if len(self._turned_away) > MAX_TURNED_AWAY:
+            self._turned_away.popitem(last=False)

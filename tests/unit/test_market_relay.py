@@ -1,0 +1,201 @@
+"""What is passed on and why not: quotas, faults, clocks; with whom books are compared."""
+
+from __future__ import annotations
+
+import pytest
+
+from p2pflop.market import relay as relay_module
+from p2pflop.market.book import MAX_SHEETS_PER_ACCOUNT, Book
+from p2pflop.market.records import MAX_SHEET_LIFETIME_NS
+from p2pflop.market.relay import (
+    ACCOUNT_BURST,
+    ACCOUNT_PER_S,
+    COMPARE_S,
+    COMPARE_SOON_S,
+    COMPARED_AT_ONCE,
+    FORGIVEN_S,
+    FORWARDER_BURST,
+    MAX_FAULTS,
+    MAX_SHEET_WIRE_BYTES,
+    STALE_NEWS_NS,
+    SUBNET_BURST,
+    Outcome,
+    Relay,
+)
+from p2pflop.market.samples import NOW_NS, ask, book, party
+from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
+from p2pflop.units import NS_PER_S
+
+SELLER = party(1)
+
+
+@pytest.fixture
+def relay() -> Relay:
+    return Relay(book(), lambda: 0.5)
+
+
+def take(relay: Relay, wire: bytes, forwarder: str = "peer", now_ns: int = NOW_NS) -> Outcome:
+    return relay.take(wire, forwarder, now_ns).outcome
+
+
+def wire(number: int = 1, node: int = 1) -> bytes:
+    return party(node).sheet(ask(), number=number).sealed.wire
+
+
+def test_news_is_passed_on_once(relay: Relay) -> None:
+    assert take(relay, wire()) is Outcome.NEW
+    assert take(relay, wire()) is Outcome.KNOWN
+    assert take(relay, wire(), "another") is Outcome.KNOWN
+    assert [Outcome.NEW.is_passed_on, Outcome.KNOWN.is_passed_on] == [True, False]
+    assert relay.counts == {Outcome.NEW: 1, Outcome.KNOWN: 2}
+
+
+def test_an_old_sheet_goes_no_further(relay: Relay) -> None:
+    take(relay, wire(number=2))
+    assert take(relay, wire(number=1)) is Outcome.BOOK
+
+
+def test_both_sheets_of_an_equivocation_are_passed_on_but_no_third(relay: Relay) -> None:
+    sheets = [SELLER.sheet(ask(number)).sealed.wire for number in (1, 2, 3)]
+    outcomes = [take(relay, each) for each in sheets]
+    assert outcomes == [Outcome.NEW, Outcome.PROOF, Outcome.BOOK]
+    assert [each.is_passed_on for each in outcomes] == [True, True, False]
+
+
+def test_what_is_wrong_is_its_forwarders_fault_until_it_is_shunned(relay: Relay) -> None:
+    for number in range(MAX_FAULTS):
+        assert relay.score("peer", NOW_NS) == MAX_FAULTS - number
+        assert take(relay, b"junk %d" % number) is Outcome.BAD
+    assert relay.is_shunned("peer", NOW_NS)
+    assert take(relay, wire()) is Outcome.SHUNNED
+    assert not relay.may_compare("peer", NOW_NS)
+    assert take(relay, wire(), "another") is Outcome.NEW
+    later_ns = NOW_NS + int(FORGIVEN_S * NS_PER_S)
+    assert take(relay, wire(node=2), "peer", later_ns) is Outcome.NEW
+
+
+def test_an_oversized_sheet_is_not_looked_into(relay: Relay) -> None:
+    assert take(relay, bytes(MAX_SHEET_WIRE_BYTES + 1)) is Outcome.BAD
+    assert relay.score("peer", NOW_NS) == MAX_FAULTS - 1
+
+
+def test_clocks_are_nobodys_fault_and_what_is_early_may_come_again(relay: Relay) -> None:
+    early_ns = NOW_NS - CLOCK_TOLERANCE_NS - 1
+    assert take(relay, wire(), now_ns=early_ns) is Outcome.CLOCK
+    assert take(relay, wire(), now_ns=early_ns + 1) is Outcome.NEW
+    assert take(relay, wire(node=2), now_ns=NOW_NS + MAX_SHEET_LIFETIME_NS) is Outcome.CLOCK
+    assert relay.score("peer", NOW_NS) == MAX_FAULTS
+
+
+def test_a_forwarder_costs_a_bounded_number_of_checks(relay: Relay) -> None:
+    number = 0
+    while take(relay, wire(number := number + 1, node=number)) is Outcome.NEW:
+        pass
+    assert number == FORWARDER_BURST + 1
+    assert take(relay, wire(1)) is Outcome.KNOWN, "what is known costs nothing"
+    assert take(relay, wire(number, node=number), "another") is Outcome.NEW
+    assert relay.score("peer", NOW_NS) == MAX_FAULTS, "to be busy is no fault"
+
+
+def test_a_subnet_shares_a_quota(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "FORWARDER_BURST", 10**6)
+    relay = Relay(book(), lambda: 0.5)
+    for peer, subnet in (("a", "192.0.2.0/24"), ("b", "192.0.2.0/24"), ("c", "198.51.100.0/24")):
+        relay.connected(peer, subnet)
+    number = 0
+    while take(relay, wire(number := number + 1, node=number), "ab"[number % 2]) is Outcome.NEW:
+        pass
+    assert number == SUBNET_BURST + 1
+    assert take(relay, wire(number, node=number), "c") is Outcome.NEW
+
+
+def test_an_account_gossips_a_bounded_number_of_sheets(relay: Relay) -> None:
+    for number in range(1, ACCOUNT_BURST + 1):
+        assert take(relay, wire(number)) is Outcome.NEW
+    relay.connected("peer", "")
+    relay.due(NOW_NS)
+    assert take(relay, wire(number + 1)) is Outcome.ACCOUNT
+    assert relay.due(NOW_NS + int(COMPARE_SOON_S * NS_PER_S)) == ("peer",), "comparing brings it"
+    later_ns = NOW_NS + int(NS_PER_S / ACCOUNT_PER_S)
+    assert take(relay, wire(number + 1), now_ns=later_ns) is Outcome.NEW
+    assert ACCOUNT_BURST >= MAX_SHEETS_PER_ACCOUNT
+
+
+def test_what_one_peer_may_not_bring_another_may() -> None:
+    relay = Relay(Book(bytes(32), max_per_source=2), lambda: 0.5)
+    wires = [wire(node=number) for number in range(4)]
+    outcomes = [take(relay, each, "forwarder") for each in wires]
+    assert outcomes == [Outcome.NEW, Outcome.NEW, Outcome.BOOK, Outcome.BOOK]
+    assert take(relay, wires[2], "another") is Outcome.NEW
+
+
+def test_memory_is_bounded(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MAX_SEEN", "MAX_TURNED_AWAY", "MAX_NEIGHBOURS"):
+        monkeypatch.setattr(relay_module, name, 3)
+    for number in range(1, 9):
+        take(relay, wire(node=number))
+        relay.connected(f"peer {number}", "")
+        sheet = party(number).sheet(lifetime_ns=1)
+        assert relay.enter(sheet, "peer", NOW_NS + 1).outcome is Outcome.CLOCK
+    assert len(relay._seen) == len(relay._turned_away) == len(relay.neighbours) == 3
+
+
+def test_books_are_compared_with_three_neighbours_in_turn(relay: Relay) -> None:
+    for number in range(8):
+        relay.connected(str(number), "")
+    first = relay.due(NOW_NS)
+    assert len(set(first)) == COMPARED_AT_ONCE == 3
+    assert relay.due(NOW_NS + NS_PER_S) == ()
+    assert len(relay.due(NOW_NS + int(COMPARE_S * NS_PER_S))) == 3
+    for number in range(7):
+        relay.disconnected(str(number))
+    assert relay.due(NOW_NS + int(2 * COMPARE_S * NS_PER_S)) == ("7",)
+
+
+def test_every_neighbour_has_its_turn() -> None:
+    numbers = iter(range(10**6))
+    relay = Relay(book(), lambda: (next(numbers) * 0.618034) % 1)
+    for number in range(20):
+        relay.connected(str(number), "")
+    met: set[str] = set()
+    for turn in range(60):
+        met.update(relay.due(NOW_NS + int(turn * COMPARE_S * NS_PER_S)))
+    assert len(met) == 20
+
+
+def test_nobody_compares_with_the_shunned(relay: Relay) -> None:
+    relay.connected("peer", "")
+    for _ in range(MAX_FAULTS):
+        relay.fault("peer", NOW_NS)
+    assert relay.due(NOW_NS) == ()
+
+
+def test_old_news_is_handed_on_soon_and_fresh_news_is_not(relay: Relay) -> None:
+    relay.connected("peer", "")
+    soon_ns = int(COMPARE_SOON_S * NS_PER_S)
+    late_ns = NOW_NS + STALE_NEWS_NS + 1
+    relay.due(late_ns)
+    fresh = party(2).sheet(ask(), now_ns=late_ns)
+    assert relay.enter(fresh, "peer", late_ns).outcome is Outcome.NEW
+    assert relay.due(late_ns + soon_ns) == ()
+    assert relay.enter(SELLER.sheet(ask()), "peer", late_ns).outcome is Outcome.NEW
+    assert relay.due(late_ns + soon_ns) == ("peer",)
+
+
+def test_news_of_an_account_near_its_quota_is_handed_on_soon(relay: Relay) -> None:
+    relay.connected("peer", "")
+    for number in range(1, ACCOUNT_BURST // 2 + 2):
+        take(relay, wire(number))
+    relay.due(NOW_NS)
+    assert relay.enter(SELLER.sheet(ask(), number=number + 1), "peer", NOW_NS).reason == ""
+    assert relay.due(NOW_NS + int(COMPARE_SOON_S * NS_PER_S)) == ("peer",)
+
+
+def test_a_new_proof_is_handed_on_soon(relay: Relay) -> None:
+    relay.connected("peer", "")
+    relay.due(NOW_NS)
+    pair = (SELLER.sheet(ask(1)).sealed.wire, SELLER.sheet(ask(2)).sealed.wire)
+    assert relay.enter_proof(*pair, "peer", NOW_NS)
+    assert not relay.enter_proof(*pair, "peer", NOW_NS)
+    assert relay.due(NOW_NS + int(COMPARE_SOON_S * NS_PER_S)) == ("peer",)
+    assert relay.score("peer", NOW_NS) == MAX_FAULTS
