@@ -185,14 +185,18 @@ def _make_book(settings: Settings, identity: Identity, known: Acquaintances) -> 
     )
 
 
-def _introduce(network: Network, known: Acquaintances, sheets: SheetService) -> None:
-    """Tell those who keep count of peers who is there, comes and goes."""
+def _open_sheets(
+    identity: Identity, book: Book, network: Network, known: Acquaintances
+) -> SheetService:
+    """The sheets, and all who keep count of peers told who is there, comes and goes."""
+    sheets = SheetService(identity, book, network, time.time_ns)
     network.on_connect(known.met)
     network.on_disconnect(known.left)
     network.on_disconnect(sheets.left)
     for connected in network.peers():
         known.met(connected.peer)
         sheets.met(connected.peer, connected.addresses)
+    return sheets
 
 
 def _assemble(
@@ -211,8 +215,7 @@ def _assemble(
     nursery: trio.Nursery,
 ) -> Daemon:
     dialer = NodeDialer(network, nursery)
-    sheets = SheetService(identity, book, network, time.time_ns)
-    _introduce(network, known, sheets)
+    sheets = _open_sheets(identity, book, network, known)
     runs = Runs(journal)
     buyer = Buyer(
         identity=identity,
@@ -240,7 +243,6 @@ def _assemble(
         now_ns=time.time_ns,
     )
     seller.allocator.on_free = buyer.room_freed
-    announcer = Announcer(store, network)
     money = Payments(
         identity,
         payment_book,
@@ -258,7 +260,7 @@ def _assemble(
         store,
         network,
         dialer,
-        announcer,
+        Announcer(store, network),
         workers,
         sheets,
         runs,
