@@ -173,18 +173,19 @@ class Mesh:
         self._cut = []
 
     def churn(self, until_s: float, *, selling: bool) -> None:
-        """Crash peers by chance until then; ``selling`` ones issue a new sheet when they return."""
+        """Crash peers by chance until then; if ``selling``, who is back by then issues a sheet."""
         per_s = self.settings.churn_per_minute * len(self.honest) / 60
         at_s = self.now_s
         while per_s > 0 and (at_s := at_s + self.random.expovariate(per_s)) < until_s:
-            self.after(at_s - self.now_s, self._crash_one, selling)
+            self.after(at_s - self.now_s, self._crash_one, until_s if selling else 0.0)
 
-    def _crash_one(self, selling: bool) -> None:
+    def _crash_one(self, selling_until_s: float) -> None:
         peer = self.random.choice(self.honest)
         if peer.up:
             self.counts["crashes"] += 1
             peer.crash()
-            self.after(self.random.uniform(*DOWN_S), peer.start, selling)
+            down_s = self.random.uniform(*DOWN_S)
+            self.after(down_s, peer.start, self.now_s + down_s < selling_until_s)
 
     def trade(self, until_s: float, per_s: float) -> None:
         """Let honest peers issue sheets by chance until then; the last comes just then."""

@@ -140,6 +140,7 @@ def run_ordeal(
     mesh.trade(healed_s, sheets_per_s / 4)
     mesh.run(healed_s)
     mesh.heal()
+    mesh.churn(healed_s + within_s, selling=False)
     after_partition_s = mesh.converge(within_s)
     mesh.check()
     return Ordeal(mesh, after_last_sheet_s, after_partition_s)
