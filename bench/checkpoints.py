@@ -101,7 +101,9 @@ def bought(client: Client, job: Any) -> Run:
 
     async def run(every: int) -> float:
         await trio.lowlevel.checkpoint()
-        run_id = client.submit(data, SubmitOptions(checkpoint_steps=every, checkpoint_s=0))
+        run_id = client.submit(
+            data, SubmitOptions(checkpoint_steps=every, checkpoint_s=0, fresh=True)
+        )
         stamps = []
         for event in client.events(run_id):
             if event["kind"] == "rows":

@@ -139,7 +139,7 @@ def p2pflop(runs: int) -> dict[str, Any]:
             buyer.put(blob)
 
         def once() -> None:
-            run_id = buyer.submit(data, SubmitOptions())
+            run_id = buyer.submit(data, SubmitOptions(fresh=True))
             ids.append(run_id)
             for event in buyer.events(run_id):
                 if event["kind"] in ("failed", "cancelled"):

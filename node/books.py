@@ -13,7 +13,7 @@ from p2pflop.dht.database import Database
 from p2pflop.node import journal, ledger_book
 
 FILE_NAME: Final = "journal.db"
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 
 
 def open_books(folder: Path) -> Database:
