@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from submit_latency import two_nodes
+from submit_latency import start_nodes
 from train_steps import load
 
 from p2pflop.client import Client
@@ -134,7 +134,7 @@ async def measure(name: str, pairs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         async with provider(Path(folder), job) as run:
             alone = await compare(run, pairs)
-    with tempfile.TemporaryDirectory() as folder, two_nodes(Path(folder)) as (client, _):
+    with tempfile.TemporaryDirectory() as folder, start_nodes(Path(folder)) as (client, _):
         beside = await compare(bought(client, job), pairs)
     return {"steps": STEPS[name], "provider": alone, "between_two_nodes": beside}
 

@@ -105,7 +105,8 @@ class Buyer:
         self._waiting.pop(run_id, None)
 
     def room_freed(self) -> None:
-        """This node itself has room again: let the purchase try that has waited longest."""
+        """Somebody has room again, this node itself or a provider that has ended a run of it: let
+        the purchase try that has waited longest."""
         if self._waiting:
             run_id = next(iter(self._waiting))
             self.nursery.start_soon(survive, self._waiting.pop(run_id).try_again)
@@ -289,6 +290,7 @@ class Buyer:
             await self.fail(run, P2PFlopError(f"the node failed: {error!r}"))
         finally:
             self._needed.pop(run.id, None)
+            self.room_freed()
 
     async def fail(self, run: Run, error: P2PFlopError) -> None:
         """End a run with an error. Never raises: without a disk, only this process knows of it."""
