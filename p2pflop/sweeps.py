@@ -186,7 +186,11 @@ class Sweep:
 
     def results(self) -> list[Result]:
         """Wait for all; the results in the order of the arguments. Raises the first failure."""
-        return [outcome.result() for outcome in self.outcomes()]
+        outcomes = self.outcomes()
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise outcome.error
+        return [outcome.result() for outcome in outcomes]
 
     def best(
         self, name: str, choose: Callable[[Sequence[float]], float] = min
