@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from submit_latency import two_nodes
+from submit_latency import start_nodes
 from train_steps import load
 
 from p2pflop.client import Client
@@ -101,7 +101,9 @@ def bought(client: Client, job: Any) -> Run:
 
     async def run(every: int) -> float:
         await trio.lowlevel.checkpoint()
-        run_id = client.submit(data, SubmitOptions(checkpoint_steps=every, checkpoint_s=0))
+        run_id = client.submit(
+            data, SubmitOptions(checkpoint_steps=every, checkpoint_s=0, fresh=True)
+        )
         stamps = []
         for event in client.events(run_id):
             if event["kind"] == "rows":
@@ -132,7 +134,7 @@ async def measure(name: str, pairs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         async with provider(Path(folder), job) as run:
             alone = await compare(run, pairs)
-    with tempfile.TemporaryDirectory() as folder, two_nodes(Path(folder)) as (client, _):
+    with tempfile.TemporaryDirectory() as folder, start_nodes(Path(folder)) as (client, _):
         beside = await compare(bought(client, job), pairs)
     return {"steps": STEPS[name], "provider": alone, "between_two_nodes": beside}
 

@@ -65,7 +65,7 @@ def buy(client: Client, data: bytes, providers: list[DemoNode], *, kills: bool) 
     """One run, and the seconds from its submission to the events that matter."""
     peers = {str((node.note() or {})["peer"]): node for node in providers}
     began = time.perf_counter()
-    run_id = client.submit(data, SubmitOptions(checkpoint_steps=EVERY, checkpoint_s=0))
+    run_id = client.submit(data, SubmitOptions(checkpoint_steps=EVERY, checkpoint_s=0, fresh=True))
     seen: dict[str, Any] = {"lost_at_step": 0}
     provider = ""
     for event in client.events(run_id):

@@ -57,7 +57,8 @@ def trivial_job() -> Any:
 
 
 @contextmanager
-def two_nodes(folder: Path) -> Iterator[tuple[Client, Client]]:
+def start_nodes(folder: Path, sellers: int = 1) -> Iterator[tuple[Client, list[Client]]]:
+    """A buyer and those who sell, real nodes over loopback."""
     processes: list[subprocess.Popen[bytes]] = []
     clients: list[Client] = []
 
@@ -75,11 +76,12 @@ def two_nodes(folder: Path) -> Iterator[tuple[Client, Client]]:
         return clients[-1]
 
     try:
-        seller = start("seller", "--ask", "0.05")
-        buyer = start("buyer", "--connect", seller.status()["addresses"][0])
-        while not buyer.book():
+        selling = [start(f"seller{number}", "--ask", "0.05") for number in range(sellers)]
+        flags = [("--connect", seller.status()["addresses"][0]) for seller in selling]
+        buyer = start("buyer", *(text for flag in flags for text in flag))
+        while len(buyer.book()) < sellers:
             time.sleep(0.05)
-        yield buyer, seller
+        yield buyer, selling
     finally:
         for client in clients:
             client.close()
@@ -134,12 +136,12 @@ def p2pflop(runs: int) -> dict[str, Any]:
     job = trivial_job()
     data = encode_file(job.file)
     ids: list[str] = []
-    with tempfile.TemporaryDirectory() as folder, two_nodes(Path(folder)) as (buyer, _):
+    with tempfile.TemporaryDirectory() as folder, start_nodes(Path(folder)) as (buyer, _):
         for blob in job.inputs.values():
             buyer.put(blob)
 
         def once() -> None:
-            run_id = buyer.submit(data, SubmitOptions())
+            run_id = buyer.submit(data, SubmitOptions(fresh=True))
             ids.append(run_id)
             for event in buyer.events(run_id):
                 if event["kind"] in ("failed", "cancelled"):

@@ -5,7 +5,7 @@
 ``HEAD /blob/<hash>``                  whether this node itself holds them; no token
 ``PUT /blob?public=0|1``               keep the request's body
 ``DELETE /blob/<hash>``                forget a blob of this node's own
-``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=&checkpoint_s=&class=``
+``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=&checkpoint_s=&class=&fresh=&id=``
 ``POST /v1/quote?...``                 what a submission would choose from
 ``GET /v1/jobs``, ``/v1/jobs/<id>``    runs of this node
 ``GET /v1/jobs/<id>/events?after=&wait_ms=``  server-sent events after ``after`` or
@@ -335,6 +335,8 @@ def _options(request: Request) -> SubmitOptions:
         checkpoint_steps=_number(request, "checkpoint_steps", MAX_STEPS),
         checkpoint_s=_number(request, "checkpoint_s", MAX_DEADLINE_S),
         classes=_classes(request),
+        fresh=bool(_number(request, "fresh", 1)),
+        run_id=request.query_params.get("id"),
     )
 
 

@@ -29,6 +29,7 @@ from p2pflop.kernels.classes import chosen_family, descriptor
 from p2pflop.market.ranking import Deal, Need, Policy, rank
 from p2pflop.market.records import NONCE_BYTES
 from p2pflop.node import messages as m
+from p2pflop.node.earlier import answer, find_earlier, result_record
 from p2pflop.node.evidence import evidence_of
 from p2pflop.node.experience import Experience
 from p2pflop.node.feeding import open_feed
@@ -50,7 +51,6 @@ from p2pflop.node.purchase import Purchase
 from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
-from p2pflop.node.stretches import RESULT_ROW, WHOLE_ROW
 from p2pflop.wire import encode
 
 JOB_ROW: Final = "job"
@@ -105,13 +105,20 @@ class Buyer:
         self._waiting.pop(run_id, None)
 
     def room_freed(self) -> None:
-        """This node itself has room again: let the purchase try that has waited longest."""
+        """Somebody has room again, this node itself or a provider that has ended a run of it: let
+        the purchase try that has waited longest."""
         if self._waiting:
             run_id = next(iter(self._waiting))
             self.nursery.start_soon(survive, self._waiting.pop(run_id).try_again)
 
     async def submit(self, body: bytes, options: SubmitOptions) -> str:
-        """Check, journal and start. Raises JobError, BlobNotFoundError, ConfigError."""
+        """Check, journal and start. Raises JobError, BlobNotFoundError, ConfigError.
+
+        What has been bought before ends at once with the earlier run's result, unless the options
+        want it fresh. A submission with the id of a run that there is changes nothing.
+        """
+        if options.run_id is not None and await self._has_run(options.run_id, body):
+            return options.run_id
         if self.runs.under_way() >= MAX_RUNS_UNDER_WAY:
             raise ConfigError(
                 f"{MAX_RUNS_UNDER_WAY} jobs are under way", hint="Wait for some, or cancel them."
@@ -131,11 +138,30 @@ class Buyer:
             order.checkpoint_s,
             tuple(sorted(order.classes)),
         )
-        run = self.runs.create(order_card(order))
+        earlier = None
+        if not options.fresh:
+            earlier = await find_earlier(order, self.class_id, self.runs, self.store)
+        if options.run_id is not None and await self._has_run(options.run_id, body):
+            return options.run_id
+        run = self.runs.create(order_card(order), options.run_id)
         run.rows.add(JOB_ROW, msgspec.msgpack.encode(row))
+        if earlier is not None:
+            try:
+                await answer(run, order, earlier, self.runs)
+            except StoreError as error:
+                await self.fail(run, error)
+            return run.id
         self.nursery.start_soon(self._buy, run, order)
         await run.rows.wait_flushed()
         return run.id
+
+    async def _has_run(self, run_id: str, body: bytes) -> bool:
+        """Whether that run exists. Raises ConfigError if it is of another job."""
+        if not await self.runs.knows(run_id):
+            return False
+        if self.job_file(run_id) != body:
+            raise ConfigError(f"job {run_id} is another job", hint="Give each job its own id.")
+        return True
 
     async def quote(self, body: bytes, options: SubmitOptions) -> Json:
         """What ``submit`` would choose from now."""
@@ -181,14 +207,7 @@ class Buyer:
 
     def result_record(self, run_id: str) -> bytes:
         """The encoded Result of a run that has settled. Raises ConfigError before."""
-        run = self.runs.get(run_id)
-        rows = [row for row in self.runs.rows(run.id) if row.kind in (RESULT_ROW, WHOLE_ROW)]
-        if not rows or run.card["end_state"] != "settled":
-            raise ConfigError(
-                f"job {run_id} has no result: it is {run.card['state']}",
-                hint=f"See p2pflop watch {run_id}.",
-            )
-        return rows[-1].body
+        return result_record(self.runs, run_id)
 
     def evidence(self, run_id: str) -> bytes:
         """The encoded Evidence of how a run's providers were chosen."""
@@ -271,6 +290,7 @@ class Buyer:
             await self.fail(run, P2PFlopError(f"the node failed: {error!r}"))
         finally:
             self._needed.pop(run.id, None)
+            self.room_freed()
 
     async def fail(self, run: Run, error: P2PFlopError) -> None:
         """End a run with an error. Never raises: without a disk, only this process knows of it."""

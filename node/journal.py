@@ -6,10 +6,11 @@ end state; a restart reads the heads that have none and resumes or closes them.
 
 Beside the rows stand: **states**, where the verified state of a work after some step is kept, so
 that a stretch that starts there can be bought without saying from what; **fills**, which sale each
-belongs to, for a buyer who comes back late; **letters**, what was countersigned last in a run that
-is over, until its provider has acknowledged it; **sheets**, by which runs were decided, the newest
-``MAX_SHEETS`` of them; **unpaid**, what a sale that is over had shown of its work and its buyer
-never countersigned, which counts against the buyer's credit for a day.
+belongs to, for a buyer who comes back late; **results**, which run computed what, so that nothing
+is bought twice; **letters**, what was countersigned last in a run that is over, until its provider
+has acknowledged it; **sheets**, by which runs were decided, the newest ``MAX_SHEETS`` of them;
+**unpaid**, what a sale that is over had shown of its work and its buyer never countersigned, which
+counts against the buyer's credit for a day.
 
 A job's rows are collected in ``JobRows`` and flushed together, before the first thing that others
 can see: a signed record that leaves, an answer to the user, the end. So a purchase costs a few
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Final
 
 import trio
@@ -52,6 +53,11 @@ CREATE TABLE rows (
 CREATE TABLE states (
     work BLOB NOT NULL, class_id BLOB NOT NULL, step INTEGER NOT NULL, addresses BLOB NOT NULL,
     PRIMARY KEY (work, class_id, step)
+) WITHOUT ROWID;
+CREATE TABLE results (
+    work BLOB NOT NULL, first_step INTEGER NOT NULL, steps INTEGER NOT NULL,
+    root_from BLOB NOT NULL, class_id BLOB NOT NULL, job TEXT NOT NULL,
+    PRIMARY KEY (work, first_step, steps, root_from, class_id)
 ) WITHOUT ROWID;
 CREATE TABLE fills (fill BLOB PRIMARY KEY, job TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE sheets (
@@ -90,6 +96,21 @@ class KnownState:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownResult:
+    """A run that has settled, by the stretch of a work that it computed in a class.
+
+    ``root_from`` is the state root that it started from, zeros at step 0.
+    """
+
+    work: bytes
+    first_step: int
+    steps: int
+    root_from: bytes
+    class_id: bytes
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
 class Letter:
     """The newest countersignature of a stretch that is over, for the provider ``peer``: what is
     signed is owed, however it ended. ``job`` is its run, with the number of the stretch if another
@@ -116,6 +137,7 @@ class Batch:
 
     rows: list[tuple[int, str, bytes]] = field(default_factory=list)
     states: list[KnownState] = field(default_factory=list)
+    results: list[KnownResult] = field(default_factory=list)
     fills: list[bytes] = field(default_factory=list)
     letters: list[Letter] = field(default_factory=list)
     sheets: list[tuple[bytes, bytes]] = field(default_factory=list)
@@ -142,6 +164,7 @@ class Ending:
     rows: tuple[tuple[str, bytes], ...]
     summary: bytes
     end_state: str
+    result: KnownResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +215,10 @@ class Journal:
                 [(s.work, s.class_id, s.step, s.addresses) for s in batch.states],
             )
             connection.executemany(
+                "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?)",
+                [astuple(result) for result in batch.results],
+            )
+            connection.executemany(
                 "INSERT OR REPLACE INTO fills VALUES (?, ?)",
                 [(fill, head.job) for fill in batch.fills],
             )
@@ -227,6 +254,20 @@ class Journal:
             "SELECT class_id, addresses FROM states WHERE work = ? AND step = ?", work, step
         )
         return {bytes(class_id): bytes(addresses) for class_id, addresses in found}
+
+    def results(
+        self, work: bytes, first_step: int, steps: int, root_from: bytes
+    ) -> list[KnownResult]:
+        """The newest run of that stretch in each class."""
+        found = self._database.read(
+            "SELECT * FROM results WHERE work = ? AND first_step = ? AND steps = ?"
+            " AND root_from = ?",
+            work,
+            first_step,
+            steps,
+            root_from,
+        )
+        return [KnownResult(*row) for row in found]
 
     def job_of_fill(self, fill: bytes) -> str | None:
         """The sale that a fill is of, or None if there is none."""
@@ -355,6 +396,7 @@ class JobRows:
             batch = kept.copy()
             if ending is not None:
                 batch.rows += [(self._now_ns(), *row) for row in ending.rows]
+                batch.results += [] if ending.result is None else [ending.result]
                 head = replace(head, summary=ending.summary, end_state=ending.end_state)
             try:
                 await self._journal.append(head, batch, forget=self._to_forget, entry=entry)

@@ -268,6 +268,7 @@ def order_card(order: Order) -> Json:
         "first_step": order.checked.job.first_step,
         "step": order.checked.job.first_step,
         "steps": order.checked.job.steps,
+        "root_from": order.checked.root_from.hex(),
         "body_bytes": len(order.body),
         "max_nusd": order.max_nusd,
         "deadline_ns": order.deadline_ns,

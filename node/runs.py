@@ -20,7 +20,7 @@ import trio
 
 from p2pflop.errors import ConfigError
 from p2pflop.ids import HASH_BYTES
-from p2pflop.node.journal import BUYER, Ending, Head, JobRows, Journal, Row
+from p2pflop.node.journal import BUYER, Ending, Head, JobRows, Journal, KnownResult, Row
 from p2pflop.node.service import LAST_EVENT_KINDS, Json
 
 MAX_LIVE_EVENTS: Final = 10_000
@@ -69,7 +69,8 @@ class Last:
 
     def ending(self) -> Ending:
         """For the run's rows."""
-        return Ending(((EVENT_ROW, _dump(self.event)),), _dump(self.card), self.card["end_state"])
+        rows, card = ((EVENT_ROW, _dump(self.event)),), self.card
+        return Ending(rows, _dump(card), card["end_state"], _known_result(card))
 
 
 class Runs:
@@ -81,9 +82,9 @@ class Runs:
         self._live: dict[str, Run] = {}
         self._finished: deque[str] = deque()
 
-    def create(self, card: Json) -> Run:
+    def create(self, card: Json, run_id: str | None = None) -> Run:
         """A new run, on disk with its first flush. ``card`` is JSON; id and state are added."""
-        run_id = secrets.token_hex(6)
+        run_id = secrets.token_hex(6) if run_id is None else run_id
         now_ns = self._now_ns()
         card = {"id": run_id, "state": "ranking", "end_state": "", "submitted_ns": now_ns, **card}
         head = Head(run_id, BUYER, now_ns, "", _dump(card))
@@ -152,6 +153,20 @@ class Runs:
             raise ConfigError(f"there is no job {run_id[:40]!r} here", hint="See p2pflop jobs.")
         return self.adopt(head)
 
+    async def knows(self, run_id: str) -> bool:
+        """Whether there is such a run; if so, it is on disk. Raises ConfigError for no id."""
+        if _RUN_ID.fullmatch(run_id) is None:
+            raise ConfigError(f"{run_id[:40]!r} is no id of a job", hint="Use 12 hex digits.")
+        if self._journal.head(run_id) is None and run_id in self._live:
+            await self._live[run_id].rows.wait_flushed()
+        return run_id in self._live or self._journal.head(run_id) is not None
+
+    def results(
+        self, work: bytes, first_step: int, steps: int, root_from: bytes
+    ) -> list[KnownResult]:
+        """The newest run of that stretch in each class."""
+        return self._journal.results(work, first_step, steps, root_from)
+
     def rows(self, run_id: str) -> list[Row]:
         """What the journal has of a run."""
         return self._journal.rows(run_id)
@@ -205,6 +220,20 @@ class Runs:
         self._finished.append(run.id)
         if len(self._finished) > MAX_FINISHED:
             self._live.pop(self._finished.popleft(), None)
+
+
+def _known_result(card: Json) -> KnownResult | None:
+    """What the end of a run with that card lets later submissions find."""
+    if card["end_state"] != "settled" or "class_id" not in card or "earlier" in card:
+        return None
+    return KnownResult(
+        bytes.fromhex(card["work"]),
+        card["first_step"],
+        card["steps"],
+        bytes.fromhex(card["root_from"]),
+        bytes.fromhex(card["class_id"]),
+        card["id"],
+    )
 
 
 def _tell(run: Run, event: Json) -> None:

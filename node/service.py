@@ -25,7 +25,8 @@ kind            fields
 ``progress``    ``step``, ``steps``
 ``checkpoint``  ``step``, ``state_root``
 ``receipt``     ``number``, ``amount_nusd``, ``to_step``, ``provider``
-``result``      ``hash``: of the record, ``cost_nusd``; last
+``result``      ``hash``: of the record, ``cost_nusd``, ``earlier``: the run whose result it is, if
+                it was bought before; last
 ``failed``      ``error``: the name of the error's class, ``message``, ``hint``; last
 ``cancelled``   last
 =============== ===================================================================================
@@ -64,7 +65,8 @@ class SubmitOptions:
     ``checkpoint_steps`` is how many steps lie between two checkpoints, ``checkpoint_s`` after how
     many seconds without one there should be another (0: never). ``classes`` names the
     classes that it may be computed in: ids in hex, names of this machine's, or ``any`` alone; none
-    are this node's own.
+    are this node's own. ``fresh`` buys even what has been bought before.
+    ``run_id`` (12 hex digits) makes a submission safe to repeat: if that run exists, it is the one.
     """
 
     max_nusd: int | None = None
@@ -72,6 +74,8 @@ class SubmitOptions:
     checkpoint_steps: int | None = None
     checkpoint_s: int | None = None
     classes: tuple[str, ...] = ()
+    fresh: bool = False
+    run_id: str | None = None
 
 
 class NodeService(Protocol):

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from p2pflop.results import Result
     from p2pflop.runs import Row, Run
     from p2pflop.sdk import Job, attach, feed, get, load, put, submit, trace
+    from p2pflop.sweeps import Outcome, Sweep, attach_sweep, map  # noqa: A004 - as pf.map
 
     step: Any
 
@@ -54,6 +55,7 @@ __all__ = [
     "JobError",
     "MarketError",
     "NodeUnreachableError",
+    "Outcome",
     "P2PFlopError",
     "ProtocolError",
     "ProviderError",
@@ -62,14 +64,17 @@ __all__ = [
     "Run",
     "StoreError",
     "StoreFullError",
+    "Sweep",
     "TraceWarning",
     "VerificationError",
     "__version__",
     "attach",
+    "attach_sweep",
     "feed",
     "get",
     "load",
     "load_safetensors",
+    "map",
     "put",
     "step",
     "submit",
@@ -84,10 +89,14 @@ _HOMES = {
     "Run": "runs",
     "Job": "sdk",
     "attach": "sdk",
+    "attach_sweep": "sweeps",
     "feed": "sdk",
     "get": "sdk",
     "load": "sdk",
     "load_safetensors": "models",
+    "map": "sweeps",
+    "Outcome": "sweeps",
+    "Sweep": "sweeps",
     "put": "sdk",
     "submit": "sdk",
     "trace": "sdk",

@@ -88,6 +88,10 @@ class Client:
     ) -> None:
         self.close()
 
+    def another(self) -> Client:
+        """A client of the same node, for another thread."""
+        return Client(self.home, start=self._start, transport=self._transport)
+
     def close(self) -> None:
         """Close the connections. The next call opens new ones."""
         if self._http is not None:
@@ -458,8 +462,10 @@ def _run_path(run_id: str, part: str = "") -> str:
 def _params(options: SubmitOptions | None) -> Params:
     fields = asdict(options) if options is not None else {}
     classes = list(fields.pop("classes", ()))
+    fresh = {"fresh": "1"} if fields.pop("fresh", False) else {}
+    run_id = fields.pop("run_id", None)
     given = {name: str(value) for name, value in fields.items() if value is not None}
-    return {**given, "class": classes}
+    return {**given, **fresh, **({"id": run_id} if run_id else {}), "class": classes}
 
 
 def _blob(item: Json) -> BlobStat:

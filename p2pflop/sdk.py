@@ -295,6 +295,7 @@ def submit(
     checkpoint_steps: int | None = None,
     checkpoint_every: str | float | None = None,
     classes: Sequence[str] = (),
+    fresh: bool = False,
     client: Client | None = None,
 ) -> Run:
     """Buy the run of a job on the best deal; returns as soon as the node has it in its journal.
@@ -304,8 +305,9 @@ def submit(
     times), and whenever it has not come for ``checkpoint_every`` (10 minutes; 0: for however long).
     ``classes`` are the determinism classes that it may be computed in: names, ids, or
     ``["any"]``; the first provider fixes it. By default it is that of this machine, so that
-    ``run_local`` gives the same hash. Inputs that the node lacks are put into its store first,
-    privately.
+    ``run_local`` gives the same hash. What this node has bought before, and still has, is
+    not bought again: the run ends at once, at no cost; ``fresh`` buys it all the same. Inputs that
+    the node lacks are put into its store first, privately.
 
     Raises ConfigError for what is no job, BlobNotFoundError or VerificationError for an input that
     neither the job nor the node has whole.
@@ -314,14 +316,22 @@ def submit(
         raise ConfigError(
             f"submit takes a Job, not {job!r:.80}", hint="Make one with pf.trace or pf.load."
         )
-    options = submit_options(max_usd, deadline, checkpoint_steps, checkpoint_every, classes)
+    options = submit_options(max_usd, deadline, checkpoint_steps, checkpoint_every, classes, fresh)
     client = client or Client(start=True)
+    put_inputs(job, client)
+    run_id = client.submit(encode_file(job.file), options)
+    return Run(run_id, client)
+
+
+def put_inputs(job: Job, client: Client) -> None:
+    """Put what a job needs and the node lacks into its store.
+
+    Raises BlobNotFoundError or VerificationError for what neither has whole.
+    """
     _check_inputs(job, client.has)
     for address in job.inputs:
         if not client.has(address) and client.put(job.inputs[address]).address != address:
             raise VerificationError(f"input {blob_url(address)} has changed since it was loaded")
-    run_id = client.submit(encode_file(job.file), options)
-    return Run(run_id, client)
 
 
 def attach(run_id: str) -> Run:
@@ -394,6 +404,7 @@ def submit_options(
     checkpoint_steps: int | None = None,
     checkpoint_every: str | float | None = None,
     classes: Sequence[str] = (),
+    fresh: bool = False,
 ) -> SubmitOptions:
     """Options in the node's units. Raises ConfigError."""
     seconds = None
@@ -410,6 +421,7 @@ def submit_options(
         checkpoint_steps=checkpoint_steps,
         checkpoint_s=None if checkpoint_every is None else _seconds(checkpoint_every),
         classes=tuple(classes),
+        fresh=fresh,
     )
 
 

@@ -103,7 +103,7 @@ def _trade(
             f"{job.steps} steps, {format_flop(cost.flop)}, "
             f"touches {format_bytes(cost.touched_bytes)}, seed {seed}\n"
         )
-        run = pf.submit(job, max_usd="0.01", client=client)
+        run = pf.submit(job, max_usd="0.01", fresh=True, client=client)
         victim = _Victim(names)
         result, result_event = _follow(run, victim, as_json=as_json)
         winner = names[result_event["provider"]]

@@ -30,6 +30,7 @@ EXIT_BROKEN_PIPE: Final = 141
 COMMANDS: Final = {
     "node": ("node", "Run a node: buy, and with --ask sell, compute."),
     "submit": ("submit", "Buy a job's run and follow it to its result."),
+    "sweep": ("sweep", "Buy many runs of a job with other arguments, under one budget."),
     "trace": ("script", "Turn a script's job into a .p2pj file."),
     "run": ("script", "Run a Python script with its environment prepared."),
     "show": ("submit", "Show a job file or a run."),

@@ -153,6 +153,8 @@ class RunView:
         self._bar.stop()
         click.echo(clean(event["hash"]))
         fields = [("cost", format_usd(int(event["cost_nusd"])))]
+        if earlier := event.get("earlier"):
+            fields.append(("bought before", f"run {earlier}; --fresh buys it again"))
         fields += [(name, _number(value, 6)) for name, value in self._values.items()]
         for name, value in fields:
             self._say(f"{name}  {value}")

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="Go on from a checkpoint after N steps.",
 )
+@click.option("--fresh", is_flag=True, help="Buy it even if it was bought before.")
 @click.option("--detach", is_flag=True, help="Print the run's id and leave it.")
 @click.option("--quote", is_flag=True, help="Show the ranked asks and buy nothing.")
 @common_options
@@ -60,6 +61,7 @@ def submit_command(
     checkpoint_every: str | None,
     classes: tuple[str, ...],
     from_step: int | None,
+    fresh: bool,
     detach: bool,
     quote: bool,
 ) -> None:
@@ -106,6 +108,7 @@ def submit_command(
         checkpoint_steps=checkpoint_steps,
         checkpoint_every=checkpoint_every,
         classes=classes,
+        fresh=fresh,
         client=client,
     )
     if detach:

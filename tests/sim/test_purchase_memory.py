@@ -147,7 +147,7 @@ async def test_of_sales_that_are_over_memory_keeps_the_latest(
     monkeypatch.setattr(sell, "MAX_REMEMBERED", 2)
     provider, buyer = await market.provider(), await market.buyer()
     for _ in range(4):
-        await market.end_of(buyer, await buyer.submit(sample_file(1)))
+        await market.end_of(buyer, await buyer.submit(sample_file(1), fresh=True))
     await market.settle_down()
     assert sales(provider) == ["settled"] * 4
     assert len(provider.seller._sales) == len(provider.seller._by_fill) == 2
@@ -458,7 +458,7 @@ async def test_warm_workers_never_cross_accounts(market: Market, autojump_clock:
     provider.seller.warm.lease = noting  # type: ignore[method-assign]
     buyers = [await market.buyer("one"), await market.buyer("two")]
     for buyer in (*buyers, *buyers, buyers[1]):
-        end = await market.end_of(buyer, await buyer.submit(sample_file()))
+        end = await market.end_of(buyer, await buyer.submit(sample_file(), fresh=True))
         assert end["kind"] == "result"
     users: dict[int, set[bytes]] = {}
     for account, worker in leased:

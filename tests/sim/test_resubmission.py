@@ -179,10 +179,10 @@ async def test_a_provider_that_failed_is_avoided_ever_longer(
     cheap, dear, buyer = await three(market)
     cheap.workers.failure = ProviderError("the sandbox is lost")
     for round_number in range(3):
-        run_id = await submit(buyer)
+        run_id = await submit(buyer, fresh=True)
         assert (await market.end_of(buyer, run_id))["provider"] == dear.peer
         assert len(buyer.events(run_id, "resubmitted")) == 1
-        again = await submit(buyer)
+        again = await submit(buyer, fresh=True)
         end = await market.end_of(buyer, again)
         assert (end["provider"], buyer.events(again, "resubmitted")) == (dear.peer, [])
         await trio.sleep(60 << round_number)

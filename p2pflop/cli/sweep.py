@@ -1,0 +1,191 @@
+"""``p2pflop sweep``: many runs of one job, under one budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from p2pflop.cli.output import Flags, clean, common_options, print_json, print_table, say
+from p2pflop.errors import ConfigError
+from p2pflop.units import format_usd
+
+if TYPE_CHECKING:
+    from p2pflop.sweeps import Outcome, Sweep
+
+MAX_MAP_BYTES: Final = 16 * 1024 * 1024
+
+
+@click.command("sweep")
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--args",
+    "grid",
+    metavar="NAME=VALUES",
+    multiple=True,
+    help="Values of an argument, like lr=1e-3,1e-2; of several, every combination.",
+)
+@click.option(
+    "--map",
+    "file_of_args",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Arguments: JSON.",
+)
+@click.option("--max-usd", metavar="USD", help="The most that all of it may cost.")
+@click.option("--deadline", metavar="TIME", help="How long all of it may take, like 90s or 2h.")
+@click.option("--under-way", type=int, metavar="N", help="Runs at once; default 8.")
+@click.option("--fresh", is_flag=True, help="Buy even what was bought before.")
+@click.option("--attach", metavar="ID", help="Go on with that sweep instead of a new one.")
+@common_options
+@click.pass_obj
+def sweep_command(
+    flags: Flags,
+    file: Path | None,
+    grid: tuple[str, ...],
+    file_of_args: Path | None,
+    max_usd: str | None,
+    deadline: str | None,
+    under_way: int | None,
+    fresh: bool,
+    attach: str | None,
+) -> int:
+    """Buy many runs of a job with other arguments, under one budget.
+
+    FILE is a .p2pj file or a script (see 'p2pflop submit'); its job was traced with args=. The file
+    of --map has a list of objects like {"lr": 0.001}. Runs that fail are in the table, and make the
+    exit code 1. Ctrl-C cancels what is under way; --attach goes on with what was not bought. With
+    --json every outcome is a line of JSON, the last line how it all ended.
+
+    \b
+    Examples:
+      p2pflop sweep digits.p2pj --args lr=1e-3,3e-3,1e-2 --max-usd 0.05
+      p2pflop sweep digits.p2pj --map rates.json --json
+    """
+    from p2pflop import sweeps
+    from p2pflop.cli.submit import open_file
+
+    if attach is not None:
+        if file is not None or grid or file_of_args is not None:
+            raise ConfigError("--attach takes no file and no arguments: the sweep has its own")
+        sweep = sweeps.attach_sweep(attach, ordered=False, client=flags.client(start=True))
+    elif file is None:
+        raise ConfigError("which job?", hint="Name a .p2pj file or a script, or --attach a sweep.")
+    else:
+        sweep = sweeps.map(
+            open_file(file),
+            combinations(grid) if file_of_args is None else read_map(file_of_args, grid),
+            max_usd=max_usd,
+            deadline=deadline,
+            ordered=False,
+            under_way=sweeps.DEFAULT_UNDER_WAY if under_way is None else under_way,
+            fresh=fresh,
+            client=flags.client(start=True),
+        )
+    return _follow(flags, sweep)
+
+
+def _follow(flags: Flags, sweep: Sweep) -> int:
+    """Show outcomes as they come, and all of them in a table; the exit code."""
+    if not flags.json:
+        say(f"sweep {sweep.id}: {len(sweep)} jobs")
+    for outcome in sweep:
+        progress = sweep.progress()
+        if flags.json:
+            print_json(_described(outcome))
+        else:
+            spent = format_usd(progress.spent_nusd)
+            say(f"{progress.done}/{progress.jobs}  {_named(outcome)}  {outcome.state}  {spent}")
+    progress = sweep.progress()
+    if flags.json:
+        print_json({"kind": "sweep", "id": sweep.id, **asdict(progress)})
+        return int(progress.failed > 0)
+    print_table(
+        ("ARGUMENTS", "STATE", "RUN", "COST", "LAST"),
+        (
+            (
+                _named(outcome),
+                outcome.state,
+                "" if outcome.run is None else outcome.run.id,
+                format_usd(outcome.cost_nusd),
+                _last(outcome),
+            )
+            for outcome in sweep.outcomes()
+        ),
+        "no jobs",
+    )
+    return int(progress.failed > 0)
+
+
+def _described(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "kind": "outcome",
+        "place": outcome.place,
+        "args": dict(outcome.args),
+        "state": outcome.state,
+        "cost_nusd": outcome.cost_nusd,
+        "run": "" if outcome.run is None else outcome.run.id,
+        "earlier": outcome.earlier,
+        "row": None if outcome.row is None else dict(outcome.row),
+        "error": "" if outcome.error is None else outcome.error.message,
+    }
+
+
+def _named(outcome: Outcome) -> str:
+    return " ".join(f"{clean(name)}={value:g}" for name, value in outcome.args.items())
+
+
+def _last(outcome: Outcome) -> str:
+    """The last row, or what went wrong."""
+    if outcome.error is not None:
+        return clean(outcome.error.message)
+    if outcome.row is None:
+        return f"bought before, run {clean(outcome.earlier)}" if outcome.earlier else ""
+    return " ".join(f"{clean(name)}={value:.4g}" for name, value in outcome.row.items())
+
+
+def combinations(grid: Sequence[str]) -> list[dict[str, float]]:
+    """Every combination of the values in texts like ``lr=1e-3,1e-2``. Raises ConfigError."""
+    axes: dict[str, list[float]] = {}
+    for text in grid:
+        name, _, values = text.partition("=")
+        if name in axes:
+            raise ConfigError(f"--args {name} is given twice")
+        try:
+            axes[name] = [_number(value) for value in values.split(",")]
+        except ValueError as error:
+            raise ConfigError(
+                f"{text[:80]!r} is not like lr=1e-3,1e-2", hint="Give numbers between commas."
+            ) from error
+    if not axes:
+        raise ConfigError("which arguments?", hint="Give --args lr=1e-3,1e-2, or --map FILE.")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def read_map(path: Path, grid: Sequence[str]) -> list[dict[str, float]]:
+    """The list of arguments in a JSON file. Raises ConfigError."""
+    if grid:
+        raise ConfigError("--map and --args together", hint="Give one of them.")
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(MAX_MAP_BYTES))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON") from error
+    is_list = isinstance(found, list) and all(isinstance(each, dict) for each in found)
+    if not is_list or not all(isinstance(v, int | float) for each in found for v in each.values()):
+        raise ConfigError(f'{path} is not a list like [{{"lr": 0.001}}, {{"lr": 0.01}}]')
+    return list(found)
+
+
+def _number(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
