@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NoReturn
 
+from tinygrad.dtype import dtypes
 from tinygrad.uop.ops import Ops, UOp
 
 from p2pflop.errors import JobError
@@ -30,6 +31,7 @@ _SIZE_HINT: Final = (
     "A shape cannot depend on values: keep all elements and mask them, mask.where(x, 0), or give "
     "size=."
 )
+_MASKED_WRITE_HINT: Final = "Write all of it: x.assign(mask.where(value, x))."
 _INDEX_HINT: Final = (
     "A tensor can index a tensor, X[i], but not a Python list, and cannot be the count of a loop."
 )
@@ -92,6 +94,19 @@ def _shown(represent: Callable[[Any], str]) -> Callable[[Any], str]:
     return show
 
 
+def _indexed(get_item: Callable[..., Any]) -> Callable[..., Any]:
+    """``Tensor._getitem``, which reads and, with a third argument, writes."""
+
+    def get(tensor: Any, indices: Any, *value: Any) -> Any:
+        each = indices if isinstance(indices, tuple) else (indices,)
+        if any(getattr(index, "dtype", None) == dtypes.bool for index in each):
+            hint = _MASKED_WRITE_HINT if value and value[0] is not None else _SIZE_HINT
+            raise JobError(at(find_place(), "a bool tensor cannot be an index"), hint=hint)
+        return get_item(tensor, indices, *value)
+
+    return get
+
+
 def replacements(tensor_class: Any) -> dict[str, Any]:
     """Attributes of Tensor to replace while a function is traced."""
     return {
@@ -105,6 +120,7 @@ def replacements(tensor_class: Any) -> dict[str, Any]:
         "__array__": _refusal("a numpy array", _READ_HINT),
         "__format__": _format,
         "__repr__": _shown(tensor_class.__repr__),
+        "_getitem": _indexed(tensor_class._getitem),
     }
 
 

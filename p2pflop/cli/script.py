@@ -130,8 +130,13 @@ def job_from_script(script: Path, arguments: tuple[str, ...] = ()) -> Job:
         ) from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(script)]
-        place = f"{script}:{lines[-1]}" if lines else str(script)
+        own = script.parent.resolve()
+        lines = [
+            f"{script if path == script.resolve() else path}:{frame.lineno}"
+            for frame in frames
+            if (path := Path(frame.filename).resolve()).parent == own
+        ]
+        place = lines[-1] if lines else str(script)
         raise JobError(
             f"{place}: {type(error).__name__}: {error}", hint="--debug shows the whole traceback."
         ) from error

@@ -449,13 +449,23 @@ class TestScripts:
         assert run(["show", str(tmp_path / "train.p2pj"), "--json"]) == 0
         assert '"steps": 7' in capsys.readouterr().out
 
-    def test_scripts_that_offer_nothing_or_break(self, tmp_path: Path, capsys: Output) -> None:
+    def test_scripts_that_offer_nothing_or_break(
+        self, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         assert run(["trace", script(tmp_path, "")]) == 5
         assert "make_job" in capsys.readouterr().err
         assert run(["trace", script(tmp_path, "x = 1\ny = 1 / 0")]) == 5
         text = capsys.readouterr().err
         assert "train.py:12: ZeroDivisionError" in text
         assert "Traceback" not in text
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "helper.py").write_text("def fail():\n    return [][0]\n")
+        script(tmp_path, "x = 1\nimport helper\nhelper.fail()")
+        assert run(["trace", "train.py"]) == 5
+        assert "helper.py:2: IndexError: list index out of range" in capsys.readouterr().err
+        script(tmp_path, "job = pf.trace(lambda: {'a': w + Tensor([1, 2, 3])}, steps=1)")
+        assert run(["trace", "train.py"]) == 5
+        assert "train.py:11: " in capsys.readouterr().err
         assert run(["trace", str(tmp_path / "nothing.py")]) == 2
 
     def test_submit_follows_to_the_hash(

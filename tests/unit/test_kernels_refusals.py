@@ -93,6 +93,15 @@ def use_selection() -> Any:
     return {"a": X.masked_select(X > 0)}
 
 
+def use_mask() -> Any:
+    return {"a": X[X > 0].sum()}
+
+
+def write_by_mask() -> Any:
+    W[W > 0] = 1.0
+    return {"a": W}
+
+
 def use_nothing() -> Any:
     return {"a": Tensor.empty(3) + 1}
 
@@ -151,6 +160,8 @@ CASES = [
     (use_percent, r"float\(tensor\) needs", "Return the tensor"),
     (use_nonzero, r"\.nonzero\(\) needs", r"mask\.where"),
     (use_selection, r"\.masked_select\(\) needs", r"mask\.where"),
+    (use_mask, "bool tensor cannot be an index", r"mask\.where\(x, 0\)"),
+    (write_by_mask, "bool tensor cannot be an index", r"assign\(mask\.where"),
     (use_nothing, "never given a value", r"Tensor\.zeros"),
     (use_variable, "bound Variable", r"pf\.step"),
     (use_size, "bound Variable", r"pf\.step"),
