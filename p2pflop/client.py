@@ -9,12 +9,11 @@ the same class of ``p2pflop.errors``.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,14 +21,12 @@ from typing import Any, Final, Self
 
 import httpx
 
-from p2pflop.dht.files import NO_ROOM
 from p2pflop.dht.manifest import CHUNK_BYTES, ManifestBuilder, address_of
+from p2pflop.drafts import whole_file
 from p2pflop.embedded import NodeNote, read_note, start_embedded
 from p2pflop.errors import (
-    ConfigError,
     NodeUnreachableError,
     StoreError,
-    StoreFullError,
     VerificationError,
 )
 from p2pflop.ids import HASH_BYTES
@@ -283,30 +280,19 @@ class Client:
         timeout_s: float | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> int:
-        """Write a blob to ``out``, which appears only when it is whole and verified; its size."""
-        if out.is_dir():
-            raise ConfigError(f"{out} is a folder", hint=f"Name a file in it, like {out / 'data'}.")
+        """Write a blob to ``out``, which appears only when it is whole and verified; its size.
+
+        Raises as ``drafts.whole_file``, beside what ``get`` raises.
+        """
         builder = ManifestBuilder()
-        draft = out.with_name(f".{out.name}.{os.getpid()}.part")
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file:
-                for piece in self._blob_stream(address, timeout_s):
-                    builder.update(piece)
-                    file.write(piece)
-                    if progress is not None:
-                        progress(builder.size_bytes)
-                if builder.finish().address != address:
-                    raise VerificationError(f"the node sent other bytes than blob {address.hex()}")
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(out)
-        except OSError as error:
-            kind = StoreFullError if error.errno in NO_ROOM else StoreError
-            raise kind(f"cannot write {out}: {error.strerror}") from error
-        finally:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
+        with whole_file(out) as file:
+            for piece in self._blob_stream(address, timeout_s):
+                builder.update(piece)
+                file.write(piece)
+                if progress is not None:
+                    progress(builder.size_bytes)
+            if builder.finish().address != address:
+                raise VerificationError(f"the node sent other bytes than blob {address.hex()}")
         return builder.size_bytes
 
     # The line to the node

@@ -7,15 +7,14 @@ against its address when it is fetched anyway.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from p2pflop.dht.manifest import address_of
-from p2pflop.errors import ConfigError, JobError, VerificationError
+from p2pflop.drafts import whole_file
+from p2pflop.errors import JobError, VerificationError
 from p2pflop.ids import content_hash
 from p2pflop.job.collection import Collection, CollectionEntry
 from p2pflop.job.file import JobFile, open_job
@@ -322,24 +321,15 @@ class State(Mapping[str, "Array"]):
     def save(self, path: str | Path) -> Path:
         """Write all of them to a safetensors file, which appears only when it is whole; its path.
 
-        They are fetched one at a time. Raises ConfigError if the file cannot be written.
+        They are fetched one at a time. Raises ConfigError if the file cannot be written,
+        StoreFullError if the disk is full.
         """
         target = Path(path)
-        draft = target.with_name(f".{target.name}.{os.getpid()}.part")
         kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in self._tensors.items()}
-        try:
-            with draft.open("wb") as file:
-                file.write(format_header(kinds))
-                for tensor in self._tensors.values():
-                    file.write(tensor.read_bytes(self._fetch))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(target)
-        except OSError as error:
-            raise ConfigError(f"cannot write {target}: {error.strerror}") from error
-        finally:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
+        with whole_file(target) as file:
+            file.write(format_header(kinds))
+            for tensor in self._tensors.values():
+                file.write(tensor.read_bytes(self._fetch))
         return target
 
 

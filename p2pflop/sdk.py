@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
+from p2pflop.drafts import cannot_write, whole_file
 from p2pflop.errors import (
     BlobNotFoundError,
     ConfigError,
@@ -224,16 +225,22 @@ class Job:
         return Result(record, self.file, blobs.__getitem__, 0)
 
     def save(self, path: str | Path) -> Path:
-        """Write the job to ``path``, and its inputs into the folder ``<path>.inputs``."""
+        """Write the job to ``path``, and its inputs into the folder ``<path>.inputs``.
+
+        The inputs come first: where the job is, they are. Raises ConfigError if they cannot be
+        written, StoreFullError if the disk is full.
+        """
         target = Path(path)
-        try:
-            target.write_bytes(encode_file(self.file))
-            folder = target.with_name(target.name + INPUTS_SUFFIX)
-            for address in self.inputs:
+        folder = target.with_name(target.name + INPUTS_SUFFIX)
+        for address in self.inputs:
+            try:
                 folder.mkdir(exist_ok=True)
-                (folder / address.hex()).write_bytes(self.inputs[address])
-        except OSError as error:
-            raise ConfigError(f"cannot write {target}: {error.strerror}") from error
+            except OSError as error:
+                raise cannot_write(folder, error) from error
+            with whole_file(folder / address.hex()) as file:
+                file.write(self.inputs[address])
+        with whole_file(target) as file:
+            file.write(encode_file(self.file))
         return target
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from p2pflop.cli.output import Flags, clean, common_options, print_json, print_table, say, short
+from p2pflop.drafts import whole_file
 from p2pflop.errors import ConfigError, ProtocolError
 from p2pflop.keys import peer_id
 from p2pflop.market.evidence import Evidence, Replay, Replayed, replay
@@ -39,10 +40,8 @@ def explain_command(flags: Flags, run: str, out: Path | None, provider: str) -> 
     is_file = Path(run).exists()
     data = _read(Path(run)) if is_file else flags.client(start=True).evidence(run)
     if out is not None:
-        try:
-            out.write_bytes(data)
-        except OSError as error:
-            raise ConfigError(f"cannot write {out}: {error.strerror}") from error
+        with whole_file(out) as file:
+            file.write(data)
     replays = replay(_decode(data, run))
     if flags.json:
         print_json([_look_json(each, provider) for each in replays])

@@ -18,7 +18,7 @@ from click.shell_completion import shell_complete
 
 from p2pflop import __version__
 from p2pflop.cli.output import Flags, print_error, print_traceback, print_warning, say
-from p2pflop.errors import ConfigError, P2PFlopError
+from p2pflop.errors import ConfigError, P2PFlopError, StoreFullError
 
 PROGRAM: Final = "p2pflop"
 COMPLETION: Final = "_P2PFLOP_COMPLETE"
@@ -142,6 +142,8 @@ def _invoke(arguments: Sequence[str], flags: Flags) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return _reader_left()
+    except OSError as error:
+        raise _no_room(error) from error
     return code if isinstance(code, int) else 0
 
 
@@ -154,9 +156,26 @@ def _flushed(code: int) -> int:
 
 
 def _reader_left() -> int:
-    """Whoever read our output has gone: without this, Python would complain while it flushes."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    """Whoever read our output has gone."""
+    _drop_output()
     return EXIT_BROKEN_PIPE
+
+
+def _no_room(error: OSError) -> Exception:
+    """What to raise for an error of the system's: where our output goes may be full."""
+    from p2pflop.dht.files import NO_ROOM
+
+    if error.errno not in NO_ROOM:
+        return error
+    _drop_output()
+    return StoreFullError(
+        f"there is no room for the output: {error.strerror}", hint="Free space, or write elsewhere."
+    )
+
+
+def _drop_output() -> None:
+    """Without this, Python would complain of what it cannot flush at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
 
 
 def _report_usage(error: click.ClickException, *, as_json: bool) -> int:

@@ -22,7 +22,7 @@ from p2pflop.cli.output import clean, short, table_lines
 from p2pflop.cli.progress import RunView, ranked_lines
 from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
-from p2pflop.errors import P2PFlopError
+from p2pflop.errors import P2PFlopError, StoreFullError
 
 StartNode = Callable[..., Any]
 Output = pytest.CaptureFixture[str]
@@ -69,6 +69,20 @@ STORY: list[tuple[str, dict[str, Any]]] = [
     ("of a later version", {}),
 ]
 RESULT = ("result", {"hash": "ef" * 32, "cost_nusd": 900_000})
+
+
+def test_a_full_output_is_told_as_such() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "p2pflop.cli.main", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == StoreFullError.exit_code
+    assert "there is no room for the output: No space left on device" in done.stderr
+    assert done.stderr.count("\n") == 2  # the error and its hint
 
 
 def script(tmp_path: Path, more: str) -> str:
