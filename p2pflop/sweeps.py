@@ -158,6 +158,7 @@ class Sweep:
         self._spent_nusd = 0
         self._outcomes: dict[int, Outcome] = {}
         self._arrived: list[int] = []
+        self._pricing = threading.Lock()
         self._price_nusd: int | None = None
         self._priced_at = -math.inf
         self._stopped = ""
@@ -336,15 +337,12 @@ class Sweep:
         """What the best deal for one of the jobs asks now; they all cost the same."""
         if self._plan.max_nusd is None:
             return None
-        now = time.monotonic()
-        with self._changed:
-            if now - self._priced_at < QUOTE_FOR_S:
-                return self._price_nusd
-            self._priced_at = now
-        options = SubmitOptions(classes=tuple(self._plan.classes))
-        deals = client.quote(encode_file(self._job.file), options)["deals"]
-        with self._changed:
-            self._price_nusd = int(deals[0]["total_nusd"]) if deals else None
+        with self._pricing:  # Whoever comes meanwhile waits for the price, too.
+            if time.monotonic() - self._priced_at >= QUOTE_FOR_S:
+                options = SubmitOptions(classes=tuple(self._plan.classes))
+                deals = client.quote(encode_file(self._job.file), options)["deals"]
+                self._price_nusd = int(deals[0]["total_nusd"]) if deals else None
+                self._priced_at = time.monotonic()
             return self._price_nusd
 
     def _give_up_rest(self) -> None:

@@ -226,7 +226,7 @@ def test_two_takers_of_one_slot_get_one_fill(start_node: StartNode, wait_until: 
     second.result(timeout=30).verify()
     third = submit(counting_job(steps=LONG_STEPS), node)
     next(iter(third))
-    impatient = submit(counting_job(steps=3), node, deadline=2)
+    impatient = submit(counting_job(steps=3), node, deadline=2, fresh=True)
     with pytest.raises(pf.MarketError, match="the deadline passed while waiting"):
         impatient.result(timeout=30)
     third.cancel()

@@ -36,7 +36,7 @@ def embeddings() -> ModuleType:
 
 def submit(job: pf.Job, client: Client) -> tuple[pf.Result, list[dict[str, Any]]]:
     """The result, and the ``fetching`` events on the way to it."""
-    run = pf.submit(job, client=client)
+    run = pf.submit(job, client=client, fresh=True)
     fetching = [event for event in run.events() if event["kind"] == "fetching"]
     return run.result(timeout=90), fetching
 
