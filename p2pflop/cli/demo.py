@@ -2,8 +2,9 @@
 
 Four node processes on loopback, a buyer and three providers, one of them too small for the job. A
 digit classifier is traced and bought; its provider is killed with -9 after the first checkpoint,
-and the run goes on at the next best. The result is fetched by its hash over plain HTTP, evaluated,
-and the job run again locally, without a break, to compare the hash. All ledgers have to agree.
+and the run goes on at the next best. Then twelve learning rates of a smaller job are bought under
+one budget, over whoever has room. All ledgers have to agree. The result is fetched by its hash over
+plain HTTP, evaluated, and the job run again locally, without a break, to compare the hash.
 Nothing is shown that was not just measured.
 """
 
@@ -16,6 +17,7 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -33,12 +35,14 @@ if TYPE_CHECKING:
     from p2pflop.runs import Run
 
 SCRIPT: Final = Path("examples") / "digits.py"
+SWEEP: Final = Path("examples") / "sweep.py"
 HOME: Final = Path(".demo")
 BOOK_S: Final = 30.0
 POLL_S: Final = 0.05
 MIN_ACCURACY: Final = 0.95
 OFFERED: Final = ("make_job", "evaluate")
 """What a script must define: the job for a seed, and the accuracy of weights by name."""
+SWEPT: Final = ("make_job",)
 
 
 @click.command("demo")
@@ -70,7 +74,8 @@ def demo_command(flags: Flags, script: Path, seed: int | None) -> int:
     began = time.monotonic()
     try:
         with four_nodes(home) as (buyer, providers):
-            report = _trade(program, seed, buyer, providers, as_json=flags.json)
+            sweep = _load(script.with_name(SWEEP.name), SWEPT)
+            report = _trade(program, sweep, seed, buyer, providers, as_json=flags.json)
     except KeyboardInterrupt:
         # Not the run's own interrupt: that one tells how to come back to a run that goes on.
         stopped = KeyboardInterrupt()
@@ -89,7 +94,13 @@ def demo_command(flags: Flags, script: Path, seed: int | None) -> int:
 
 
 def _trade(
-    program: ModuleType, seed: int, buyer: DemoNode, providers: list[DemoNode], *, as_json: bool
+    program: ModuleType,
+    swept: ModuleType,
+    seed: int,
+    buyer: DemoNode,
+    providers: list[DemoNode],
+    *,
+    as_json: bool,
 ) -> dict[str, Any]:
     import p2pflop as pf
     from p2pflop.client import Client
@@ -108,7 +119,10 @@ def _trade(
         result, result_event = _follow(run, victim, as_json=as_json)
         winner = names[result_event["provider"]]
         say(f"\n'{winner.name}' has finished what '{victim.name}' had begun.")
-        ledgers = _show_ledgers(client, victim.start_again(winner), result.cost_nusd)
+        paid = victim.start_again(winner)
+        sold = _sweep(swept, client, names)
+        paid += [node for node in providers if node.name in sold and node not in paid]
+        ledgers = _show_ledgers(client, paid, result.cost_nusd + sum(sold.values()))
         accuracy, example = _fetch_and_evaluate(program, client, result_event)
         say("\nRunning the same job here, without a market, to compare...")
         local = job.run_local()
@@ -122,6 +136,7 @@ def _trade(
             "weights": example,
             "killed": victim.name,
             "provider": winner.name,
+            "sweep_nusd": sold,
             "job_bytes": job.size_bytes,
             **ledgers,
         }
@@ -174,6 +189,31 @@ def _follow(run: Run, victim: _Victim, *, as_json: bool) -> tuple[Result, dict[s
         with suppress(P2PFlopError, KeyboardInterrupt):
             run.cancel()
         raise
+
+
+def _sweep(program: ModuleType, client: Any, names: dict[str, DemoNode]) -> dict[str, int]:
+    """Buy the same job at many learning rates; what each provider has earned, in nano-dollars."""
+    import p2pflop as pf
+
+    job, args = program.make_job(), [{"lr": rate} for rate in program.RATES]
+    say(f"\n{len(args)} learning rates of a smaller job, under one budget, two at once:")
+    sweep = pf.map(job, args, max_usd="0.01", under_way=2, fresh=True, client=client)
+    sold: dict[str, int] = {}
+    try:
+        for outcome in sweep:
+            result, run = outcome.result(), outcome.run
+            if run is None:
+                raise VerificationError("a job that was bought has no run")
+            name = names[client.job(run.id)["provider"]].name
+            sold[name] = sold.get(name, 0) + result.cost_nusd
+            accuracy = result["acc"][-1]
+            say(f"  lr {outcome.args['lr']:<6}  acc {accuracy:.3f}  at '{name}'")
+    except BaseException:
+        sweep.cancel()
+        raise
+    best, result = sweep.best("acc", max)
+    say(f"Best: lr {best.args['lr']}, accuracy {result['acc'][-1]:.3f}.\n")
+    return sold
 
 
 def _wait_for_book(client: Any, providers: list[DemoNode]) -> dict[str, DemoNode]:
@@ -266,12 +306,12 @@ def _program() -> str:
     return "p2pflop" if shutil.which("p2pflop") else sys.argv[0]
 
 
-def _load(script: Path) -> ModuleType:
+def _load(script: Path, offered: Sequence[str] = OFFERED) -> ModuleType:
     if not script.is_file():
         raise ConfigError(
             f"there is no {script} here", hint="Run it from a clone of the repository."
         )
-    for name in _missing_names(script):
+    for name in _missing_names(script, offered):
         raise ConfigError(f"{script} has no {name}()", hint=f"See how {SCRIPT} does it.")
     os.environ.setdefault("DEV", "CPU")
     spec = importlib.util.spec_from_file_location(script.stem, script)
@@ -282,11 +322,11 @@ def _load(script: Path) -> ModuleType:
     return module
 
 
-def _missing_names(script: Path) -> list[str]:
-    """Which of ``OFFERED`` a script does not define, without running it."""
+def _missing_names(script: Path, offered: Sequence[str]) -> list[str]:
+    """Which of ``offered`` a script does not define, without running it."""
     try:
         tree = ast.parse(script.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:
         raise ConfigError(f"{script} is not a Python program: {error}") from error
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    return [name for name in OFFERED if name not in defined]
+    return [name for name in offered if name not in defined]
