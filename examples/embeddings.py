@@ -103,7 +103,7 @@ def main() -> None:
     job = make_job(sys.argv[1] if len(sys.argv) > 1 else None)
     print(job)
     result = pf.submit(job, max_usd=0.05).result()
-    print(f"result {result.hash}, ${result.cost_usd:.6f}")
+    print(f"result {result.hash}, ${result.cost_usd:.9f}")
     print(f"nearest neighbour is the same digit: {neighbours(result['vectors']):.1%}")
 
 

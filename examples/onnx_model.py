@@ -48,7 +48,7 @@ def main() -> None:
     job = make_job()
     print(job)
     result = pf.submit(job, max_usd=0.01).result()
-    print(f"result {result.hash}, ${result.cost_usd:.6f}")
+    print(f"result {result.hash}, ${result.cost_usd:.9f}")
     print(f"digits read: {accuracy(result['chances']):.1%}")
 
 

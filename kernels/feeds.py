@@ -86,7 +86,10 @@ def feed(data: Any, *, batch: int | None = None, steps: int = 1, drop_last: bool
         raise ConfigError(f"a feed is of one kind, not of {told}", hint=_HINT)
     shards = _whole(arrays) if batch is None else _cut(arrays, batch, drop_last)
     if not 1 <= len(shards) <= MAX_COLLECTION_ENTRIES:
-        raise ConfigError(f"{len(shards)} shards; a feed has 1 to {MAX_COLLECTION_ENTRIES}")
+        raise ConfigError(
+            f"{len(shards)} shards; a feed has 1 to {MAX_COLLECTION_ENTRIES}",
+            hint="Choose another batch: so many rows make a shard.",
+        )
     first = _copy(shards[0].array())
     if 0 in first.shape:
         raise ConfigError(f"shards of shape {first.shape} hold nothing", hint=_HINT)
@@ -124,7 +127,7 @@ def _items(data: Any) -> Sequence[Any]:
         return [data]
     paths = sorted(glob.glob(str(data)))  # noqa: PTH207 - the pattern may be absolute
     if not paths:
-        raise ConfigError(f"no file matches {data}")
+        raise ConfigError(f"no file matches {data}", hint="Name .npy files, like 'data/*.npy'.")
     return paths
 
 
@@ -140,11 +143,21 @@ def _open(item: Any) -> Array:
     # Its parser of headers raises whatever Python's own does: TokenError, SyntaxError and more.
     except Exception as error:
         raise ConfigError(
-            f"cannot read {item} as an .npy file: {str(error)[:200]}", hint=_HINT
+            f"cannot read {item} as an .npy file: {_why(item, error)}", hint=_HINT
         ) from error
     if not isinstance(found, np.ndarray):
         raise ConfigError(f"{item} holds several arrays", hint="Save each as an .npy file.")
     return found
+
+
+def _why(item: str | Path, error: Exception) -> str:
+    """What numpy means, in words that are of use here."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    with suppress(OSError):
+        if not Path(item).read_bytes()[:6].startswith(b"\x93NUMPY"):
+            return "it is not one"
+    return "it is damaged, cut off, or holds Python objects"
 
 
 def _intact(array: Array) -> Array:
@@ -193,7 +206,7 @@ def _cut(arrays: list[Array], batch: int, drop_last: bool) -> list[_Shard]:
 def _copy(array: Array) -> Array:
     import numpy as np
 
-    return np.array(array)
+    return np.array(array, array.dtype.newbyteorder("="))
 
 
 def _bytes(array: Array) -> bytes:

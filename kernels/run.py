@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from typing import Final
 
-from p2pflop.errors import ProtocolError
+from p2pflop.errors import JobError, ProtocolError
 from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import ITEM_BYTES
 from p2pflop.job.spec import (
@@ -72,10 +72,17 @@ class Session:
         self._ever: set[int] = set()
 
     def write(self, slot: int, offset_bytes: int, data: bytes | memoryview) -> None:
-        """Put ``data`` into a slot. Raises ProtocolError if it does not fit."""
+        """Put ``data`` into a slot. Raises ProtocolError if it does not fit, JobError for a bool
+        that is neither 0 nor 1: it would be read as the compiler likes, and no hash stand for it.
+        """
         memory = self._slots[self._known(slot)]
         if offset_bytes < 0 or offset_bytes + len(data) > memory.size_bytes:
             raise ProtocolError(f"{len(data)} bytes at {offset_bytes} do not fit slot {slot}")
+        if self._work.params[slot].dtype == Dtype.BOOL and bytes(data).translate(None, b"\0\1"):
+            raise JobError(
+                f"slot {slot} is of bools, and has bytes other than 0 and 1",
+                hint="Write the data anew: numpy.asarray(data) != 0.",
+            )
         memory.write(offset_bytes, data)
 
     def initialise(self) -> None:

@@ -48,6 +48,7 @@ def test_the_other_byte_order_and_strides_become_ours() -> None:
 
 
 def test_an_entry_goes_with_its_tensor() -> None:
+    gc.collect()
     before = len(feeds._feeds)
     tensor = feed(ROWS)
     assert len(feeds._feeds) == before + 1
@@ -148,4 +149,29 @@ def test_an_array_that_changed_after_tracing_is_noticed() -> None:
     job = pf.trace(lambda: {"sum": rows.sum()}, steps=2)
     data += 1
     with pytest.raises(JobError, match=r"^data of 16 bytes has changed"):
+        job.run_local()
+
+
+def test_a_feed_of_another_byte_order_is_the_same_in_and_outside_of_a_job() -> None:
+    rows = feed(np.arange(8, dtype=">f4"), batch=2)
+    assert rows.numpy().tolist() == [0, 1]
+    job = pf.trace(lambda: {"sum": rows.sum()}, steps=4)
+    assert job.run_local()["sum"].tolist() == [1, 5, 9, 13]
+
+
+def test_files_that_are_no_arrays_are_told_in_plain_words(tmp_path: Path) -> None:
+    junk, cut, whole = tmp_path / "junk.npy", tmp_path / "cut.npy", tmp_path / "whole.npy"
+    junk.write_bytes(b"nothing of the kind")
+    np.save(whole, np.arange(1000.0))
+    cut.write_bytes(whole.read_bytes()[:500])
+    with pytest.raises(ConfigError, match=r"junk\.npy as an \.npy file: it is not one"):
+        feed(junk)
+    with pytest.raises(ConfigError, match="it is damaged, cut off, or holds Python objects"):
+        feed(cut)
+
+
+def test_bools_of_other_bytes_than_0_and_1_are_refused() -> None:
+    mask = feed([np.array([1, 2, 0, 255], np.uint8).view(np.bool_)])
+    job = pf.trace(lambda: {"sum": mask.where(1, 0).sum()}, steps=1)
+    with pytest.raises(JobError, match="is of bools, and has bytes other than 0 and 1"):
         job.run_local()
