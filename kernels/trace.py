@@ -128,10 +128,16 @@ def trace(
     Each function is called once; no kernel is compiled, and the program's tensors are afterwards as
     they were before. Raises JobError for what cannot travel.
     """
+    every = {} if every is None else every
+    if not isinstance(every, Mapping) or not all(map(callable, (fn, *every.values()))):
+        raise JobError(
+            "trace takes a function, and for every a dict of periods to functions",
+            hint="Like pf.trace(train, steps=1000, every={100: test}).",
+        )
     steps = whole_number("steps", steps, MAX_STEPS - 1)
     seed = whole_number("seed", seed, MAX_SEED, lowest=0)
-    functions = [unwrap(function) for function in (fn, *(every or {}).values())]
-    periods = [1, *(whole_number("every", period, MAX_STEPS - 1) for period in every or {})]
+    functions = [unwrap(function) for function in (fn, *every.values())]
+    periods = [1, *(whole_number("every", period, MAX_STEPS - 1) for period in every)]
     with Stage() as stage:
         arguments = _stand_in_arguments(stage, functions, args or {})
         tensors = find_tensors(functions)

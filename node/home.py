@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from p2pflop.errors import ConfigError, HomeLockedError
+from p2pflop.dht.files import NO_ROOM
+from p2pflop.errors import ConfigError, HomeLockedError, P2PFlopError, StoreFullError
 from p2pflop.keys import SEED_BYTES, PrivateKey
 
 TOKEN_BYTES: Final = 32
@@ -64,10 +65,7 @@ def held(path: Path) -> Iterator[None]:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise ConfigError(
-            f"the home {path} is not writable: {error.strerror}",
-            hint="Choose another with --home or P2PFLOP_HOME.",
-        ) from error
+        raise _unusable(f"the home {path} is not writable", error) from error
     try:
         _lock(lock, path)
         yield
@@ -81,10 +79,7 @@ def _furnish(path: Path) -> Home:
         (path / "node.json").unlink(missing_ok=True)
         return Home(path, _key(path / "account.pem"), _key(path / "node.pem"), _token(path))
     except OSError as error:
-        raise ConfigError(
-            f"the home {path} cannot be used: {error.strerror}",
-            hint="Choose another with --home or P2PFLOP_HOME.",
-        ) from error
+        raise _unusable(f"the home {path} cannot be used", error) from error
 
 
 def _lock(lock: int, path: Path) -> None:
@@ -97,10 +92,10 @@ def _lock(lock: int, path: Path) -> None:
             hint="Stop it, or give this one a home of its own with --home.",
         ) from error
     try:
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        holder = f"{os.getpid()}\n"
+        os.ftruncate(lock, os.pwrite(lock, holder.encode(), 0))
     except OSError as error:
-        raise ConfigError(f"cannot write {path / 'lock'}: {error.strerror}") from error
+        raise _unusable(f"cannot write {path / 'lock'}", error) from error
 
 
 def _key(path: Path) -> PrivateKey:
@@ -143,4 +138,11 @@ def _write(path: Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+        raise _unusable(f"cannot write {path}", error) from error
+
+
+def _unusable(what: str, error: OSError) -> P2PFlopError:
+    message = f"{what}: {error.strerror}"
+    if error.errno in NO_ROOM:
+        return StoreFullError(message, hint="Free space on its disk.")
+    return ConfigError(message, hint="Choose another home with --home or P2PFLOP_HOME.")
