@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from p2pflop.errors import ConfigError, HomeLockedError
+from p2pflop.dht.files import NO_ROOM
+from p2pflop.errors import ConfigError, HomeLockedError, P2PFlopError, StoreFullError
 from p2pflop.keys import SEED_BYTES, PrivateKey
 
 TOKEN_BYTES: Final = 32
@@ -47,7 +48,8 @@ class Home:
 
 @contextmanager
 def open_home(path: Path) -> Iterator[Home]:
-    """Lock and, at first, furnish a home. Raises ConfigError, HomeLockedError."""
+    """Lock and, at first, furnish a home. Raises ConfigError, HomeLockedError,
+    StoreFullError."""
     with held(path):
         home = _furnish(path)
         try:
@@ -59,15 +61,15 @@ def open_home(path: Path) -> Iterator[Home]:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Lock the folder of a home, made if need be. Raises ConfigError, HomeLockedError."""
+    """Lock the folder of a home, made if need be.
+
+    Raises ConfigError, HomeLockedError, StoreFullError.
+    """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise ConfigError(
-            f"the home {path} is not writable: {error.strerror}",
-            hint="Choose another with --home or P2PFLOP_HOME.",
-        ) from error
+        raise _cannot_write(f"the home {path} is not writable", error) from error
     try:
         _lock(lock, path)
         yield
@@ -100,7 +102,7 @@ def _lock(lock: int, path: Path) -> None:
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     except OSError as error:
-        raise ConfigError(f"cannot write {path / 'lock'}: {error.strerror}") from error
+        raise _cannot_write(f"cannot write {path / 'lock'}", error) from error
 
 
 def _key(path: Path) -> PrivateKey:
@@ -143,4 +145,13 @@ def _write(path: Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+        raise _cannot_write(f"cannot write {path}", error) from error
+
+
+def _cannot_write(what: str, error: OSError) -> P2PFlopError:
+    """The error to raise for what the disk said of a home's folder or of a file in it."""
+    message = f"{what}: {error.strerror}"
+    if error.errno in NO_ROOM:
+        hint = "Free space on that disk, or choose another home with --home or P2PFLOP_HOME."
+        return StoreFullError(message, hint=hint)
+    return ConfigError(message, hint="Choose another home with --home or P2PFLOP_HOME.")
