@@ -88,7 +88,7 @@ def feed(data: Any, *, batch: int | None = None, steps: int = 1, drop_last: bool
     if not 1 <= len(shards) <= MAX_COLLECTION_ENTRIES:
         raise ConfigError(
             f"{len(shards)} shards; a feed has 1 to {MAX_COLLECTION_ENTRIES}",
-            hint="Choose another batch: so many rows make a shard.",
+            hint="Give batch=, or another one: so many rows make a shard.",
         )
     first = _copy(shards[0].array())
     if 0 in first.shape:

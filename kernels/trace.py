@@ -33,7 +33,7 @@ from p2pflop.errors import JobError
 from p2pflop.ids import content_hash
 from p2pflop.job.blobs import LazyBlobs, Read
 from p2pflop.job.collection import collection_of, number_name, numbered
-from p2pflop.job.counts import whole_number
+from p2pflop.job.counts import shown, whole_number
 from p2pflop.job.file import JobBody, Labels, open_job
 from p2pflop.job.graph import Attr, Graph, GraphParam, Output, encode_graph
 from p2pflop.job.shapes import stored_bytes
@@ -128,12 +128,8 @@ def trace(
     Each function is called once; no kernel is compiled, and the program's tensors are afterwards as
     they were before. Raises JobError for what cannot travel.
     """
+    _check_types(fn, every, args)
     every = {} if every is None else every
-    if not isinstance(every, Mapping) or not all(map(callable, (fn, *every.values()))):
-        raise JobError(
-            "trace takes a function, and for every a dict of periods to functions",
-            hint="Like pf.trace(train, steps=1000, every={100: test}).",
-        )
     steps = whole_number("steps", steps, MAX_STEPS - 1)
     seed = whole_number("seed", seed, MAX_SEED, lowest=0)
     functions = [unwrap(function) for function in (fn, *every.values())]
@@ -155,6 +151,25 @@ def trace(
         builder = _Builder(stage, recordings, slots, address_of, frozenset(collect))
         graphs = [builder.phase(recording) for recording in recordings]
         return builder.finish(graphs, periods, steps, seed, stop_at, title)
+
+
+def _check_types(fn: object, every: object, args: object) -> None:
+    if every is not None and not isinstance(every, Mapping):
+        raise JobError(
+            "every is not a dict of a number of steps to a function",
+            hint="Write every={100: evaluate} to run evaluate after every 100 steps.",
+        )
+    for function in (fn, *(every or {}).values()):
+        if not callable(function):
+            raise JobError(
+                f"{shown(function)} is not a function",
+                hint="Give the function itself, without calling it: pf.trace(step, steps=100).",
+            )
+    if args is not None and not isinstance(args, Mapping):
+        raise JobError(
+            "args is not a dict of names to numbers",
+            hint="Write args={'rate': 0.1} for a function that takes a parameter named rate.",
+        )
 
 
 def _record(

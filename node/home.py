@@ -144,5 +144,7 @@ def _write(path: Path, data: bytes) -> None:
 def _unusable(what: str, error: OSError) -> P2PFlopError:
     message = f"{what}: {error.strerror}"
     if error.errno in NO_ROOM:
-        return StoreFullError(message, hint="Free space on its disk.")
+        return StoreFullError(
+            message, hint="Free space on it, or choose another home with --home or P2PFLOP_HOME."
+        )
     return ConfigError(message, hint="Choose another home with --home or P2PFLOP_HOME.")

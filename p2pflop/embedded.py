@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from p2pflop.errors import ConfigError, HomeLockedError, P2PFlopError
+from p2pflop.errors import ConfigError, HomeLockedError, P2PFlopError, StoreFullError
 from p2pflop.replies import error_from
 
 START_TIMEOUT_S: Final = 60.0
@@ -121,6 +121,11 @@ def failure_of(name: str, code: int, log_path: Path) -> P2PFlopError:
         told = json.loads(last)["error"]
         return error_from(str(told["kind"]), str(told["message"]), str(told["hint"]))
     except (ValueError, KeyError, TypeError):
+        if code == StoreFullError.exit_code:  # nor was there room for its last line
+            return StoreFullError(
+                f"the {name} did not start: the disk of {log_path.parent} is full",
+                hint="Free space on it, or choose another home with --home or P2PFLOP_HOME.",
+            )
         return ConfigError(
             f"the {name} did not start (exit code {code}): {last or 'it said nothing'}",
             hint=f"Its log is {log_path}; 'p2pflop doctor' checks this machine.",

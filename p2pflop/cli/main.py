@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import click
@@ -122,7 +123,8 @@ def run(arguments: Sequence[str]) -> int:
             f"{type(error).__name__}: {error}",
             hint="This is a fault of p2pflop itself; --debug shows where. Please report it.",
         )
-    print_error(fault, as_json=flags.json)
+    with suppress(OSError):  # where it goes may be full too: then the exit code tells
+        print_error(fault, as_json=flags.json)
     return fault.exit_code
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,8 +20,8 @@ import pytest
 from p2pflop.cli import embedded as taking_over
 from p2pflop.cli.embedded import end_embedded
 from p2pflop.client import Client
-from p2pflop.embedded import node_command
-from p2pflop.errors import HomeLockedError
+from p2pflop.embedded import failure_of, node_command
+from p2pflop.errors import ConfigError, HomeLockedError, StoreFullError
 from p2pflop.node.config import load_settings
 from p2pflop.node.home import held
 from p2pflop.node.main import _announce_start
@@ -52,6 +54,37 @@ def test_a_log_says_what_the_node_is_for(
         _announce_start(daemon)
     assert re.search(words, caplog.text)
     assert ("selling at" in caplog.text) == ("ask_nusd" in settings)
+
+
+def test_a_home_on_a_full_disk_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StoreFullError, match=r"^cannot write .*lock: No space left") as caught:
+        held(tmp_path).__enter__()
+    assert "Free space" in caught.value.hint
+
+
+def test_a_node_that_had_no_room_for_its_last_words_is_told_as_such(tmp_path: Path) -> None:
+    log = tmp_path / "embedded.log"
+    log.touch()
+    error = failure_of("embedded node", StoreFullError.exit_code, log)
+    assert isinstance(error, StoreFullError)
+    assert str(tmp_path) in error.message
+    assert "Free space" in error.hint
+    assert isinstance(failure_of("embedded node", 1, log), ConfigError)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
+def test_an_error_that_cannot_be_printed_keeps_its_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = node_command(tmp_path / "file" / "home")
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(command, stdout=full, stderr=full, check=False, timeout=60)
+    assert ended.returncode == ConfigError.exit_code
 
 
 class TestMakingWay:

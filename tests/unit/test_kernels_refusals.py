@@ -250,10 +250,3 @@ def test_tensors_work_as_before_after_a_trace() -> None:
     assert "UOp" in f"{values}"
     with pytest.raises(TypeError):
         bool(values)
-
-
-@pytest.mark.parametrize(("fn", "every"), [(5, None), (use_item, [use_item]), (use_item, {3: 4})])
-def test_what_is_no_function_is_refused(fn: Any, every: Any) -> None:
-    with pytest.raises(JobError, match="trace takes a function") as told:
-        trace(fn, steps=2, every=every, address_of=content_hash)
-    assert "every={100: test}" in told.value.hint

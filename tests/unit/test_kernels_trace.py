@@ -485,6 +485,23 @@ def test_a_state_of_open_dtype_is_refused() -> None:
         trace(step)
 
 
+@pytest.mark.parametrize(
+    ("fn", "options", "message", "hint"),
+    [
+        (5, {}, "^5 is not a function", "pf.trace"),
+        (dict, {"every": [dict]}, "^every is not a dict", "every={100: evaluate}"),
+        (dict, {"every": {2: "show"}}, "^'show' is not a function", "pf.trace"),
+        (dict, {"args": 3}, "^args is not a dict", "args={'rate': 0.1}"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(
+    fn: Any, options: dict[str, Any], message: str, hint: str
+) -> None:
+    with pytest.raises(JobError, match=message) as caught:
+        trace(fn, **options)
+    assert hint in caught.value.hint
+
+
 @pytest.mark.parametrize("options", [{"steps": 0}, {"seed": -1}, {"seed": 2**32}])
 def test_numbers_out_of_range_are_refused(options: dict[str, int]) -> None:
     ((name, value),) = options.items()
