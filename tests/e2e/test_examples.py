@@ -43,7 +43,7 @@ CASES = {
 
 
 # Each costs 5 to 17 s of compiling, half tinygrad's own. The digits example has convolutions, too.
-SLOW = ("conv",)
+SLOW = ("conv", "vae")
 
 
 @cache

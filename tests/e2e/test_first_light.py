@@ -142,7 +142,7 @@ def test_without_another_provider_a_run_waits_until_its_deadline(
     seller = start_node("seller", "--ask", "0.01")
     buyer = start_node("buyer", "--connect", seller.addresses()[0])
     wait_for_asks(buyer, 1, wait_until)
-    run = submit(counting_job(steps=LONG_STEPS), buyer, deadline=20)
+    run = submit(counting_job(steps=LONG_STEPS), buyer, deadline=12)
     for row in run:
         if row.step > 50:
             break

@@ -87,7 +87,9 @@ def test_a_provider_killed_after_a_checkpoint(market: Market, whole_hash: str) -
     assert paid == {lost["provider"], lost["next"]}
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    "seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4, 5))]
+)
 def test_a_provider_killed_at_a_random_moment(market: Market, whole_hash: str, seed: int) -> None:
     market.wait_for("filled")
     time.sleep(random.Random(seed).uniform(0, 4))  # noqa: S311
