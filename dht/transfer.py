@@ -48,6 +48,9 @@ MAX_TOKEN_BYTES: Final = 256
 PIECE_BYTES: Final = MIB
 WHOLE_BLOB: Final[tuple[Range, ...]] = ((0, 2**32 - 1),)
 
+Ranges = Annotated[tuple[tuple[U32, U32], ...], msgspec.Meta(min_length=1, max_length=MAX_RANGES)]
+Token = Annotated[bytes, msgspec.Meta(max_length=MAX_TOKEN_BYTES)]
+
 FOUND: Final = 0
 ABSENT: Final = 1
 BUSY: Final = 2
@@ -60,10 +63,8 @@ class Request(Record, frozen=True):
 
     version: Literal[1]
     address: Hash
-    ranges: Annotated[
-        tuple[tuple[U32, U32], ...], msgspec.Meta(min_length=1, max_length=MAX_RANGES)
-    ]
-    token: Annotated[bytes, msgspec.Meta(max_length=MAX_TOKEN_BYTES)]
+    ranges: Ranges
+    token: Token
 
     def __post_init__(self) -> None:
         previous = -1
