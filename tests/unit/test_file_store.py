@@ -6,13 +6,17 @@ import errno
 import os
 import sqlite3
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
+from p2pflop.dht import database as database_module
 from p2pflop.dht import files, writing
 from p2pflop.dht.blobs import SMALL_BYTES
 from p2pflop.dht.database import Database
@@ -421,3 +425,26 @@ async def test_without_a_reserve_a_full_disk_is_an_error(
             await store.delete(blob.address)
         with pytest.raises(StoreFullError):
             await store.delete(blob.address)
+
+
+async def test_only_so_many_writes_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_module, "MAX_WAITING", 2)
+    database = Database(tmp_path / "some.db", "CREATE TABLE numbers (number INTEGER)", 1)
+    disk = threading.Event()
+
+    def insert(number: int, connection: sqlite3.Connection) -> None:
+        disk.wait()
+        connection.execute("INSERT INTO numbers VALUES (?)", (number,))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(7):
+            nursery.start_soon(database.write, partial(insert, number))
+        await trio.testing.wait_all_tasks_blocked()
+        assert database._unfinished == 2
+        disk.set()
+    assert database._unfinished == 0
+    written = database.read("SELECT number FROM numbers ORDER BY number")
+    assert written == [(number,) for number in range(7)]
+    await database.aclose()
