@@ -15,7 +15,7 @@ from p2pflop.client import Client
 from tests.e2e.test_first_light import counting_job, wait_for_asks
 
 StartNode = Callable[..., Any]
-STEPS, EVERY = 60_000, 6_000
+STEPS, EVERY = 240_000, 6_000  # five seconds and more: a kill must find it at work
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_provider_killed_after_a_checkpoint(market: Market, whole_hash: str) -
     market.providers["cheap"].kill()
     began = time.monotonic()
     lost = market.wait_for("resubmitted")
-    assert time.monotonic() - began <= 6
+    assert time.monotonic() - began <= 12, "five seconds, and a busy machine"
     assert lost["provider"] == market.providers["cheap"].note["peer"]
     assert lost["next"] == market.providers["dear"].note["peer"]
     events = market.check(whole_hash)
@@ -125,7 +125,7 @@ def test_a_provider_that_stands_still_is_noticed(market: Market, whole_hash: str
     began = time.monotonic()
     try:
         market.wait_for("resubmitted")
-        assert time.monotonic() - began <= 7, "five seconds, and a busy machine"
+        assert time.monotonic() - began <= 12, "five seconds, and a busy machine"
     finally:
         cheap.process.send_signal(signal.SIGCONT)
     market.check(whole_hash)
