@@ -1,6 +1,7 @@
 """How many trivial jobs a second ``pf.map`` buys over two real providers on loopback.
 
-Each job is a whole purchase with its own bid, receipt and ledger entries (see submit_latency.py).
+Each job is a whole purchase with its own bid, receipt and ledger entries (see submit_latency.py);
+then the same jobs packed, as ``pf.map`` buys them unless told otherwise.
 Beside it, in the same run, as many Ray and Dask tasks over two workers, where the ``bench`` extra
 is installed; they do none of that. ``--jobs N`` sets how many, ``--under-way N`` how many at once.
 The last number is of the same jobs once more, which this node's journal answers.
@@ -50,16 +51,19 @@ def p2pflop(jobs: int, under_way: int) -> dict[str, Any]:
     args = [{"number": float(number)} for number in range(jobs)]
     with tempfile.TemporaryDirectory() as folder, start_nodes(Path(folder), 2) as (buyer, _):
 
-        def sweep(variants: list[dict[str, float]], *, fresh: bool) -> None:
-            found = pf.map(job, variants, under_way=under_way, fresh=fresh, client=buyer)
+        def sweep(variants: list[dict[str, float]], *, fresh: bool, pack: bool = False) -> None:
+            found = pf.map(job, variants, under_way=under_way, fresh=fresh, pack=pack, client=buyer)
             for outcome in found:
                 if outcome.error is not None:
                     raise outcome.error
 
         sweep(args[: 2 * under_way], fresh=True)
+        sweep(args[: 2 * under_way], fresh=True, pack=True)
         return {
             "jobs_per_s": per_second(jobs, lambda: sweep(args, fresh=True)),
             "target_jobs_per_s": 80,
+            "packed_jobs_per_s": per_second(jobs, lambda: sweep(args, fresh=True, pack=True)),
+            "target_packed_jobs_per_s": 200,
             "bought_before_per_s": per_second(jobs, lambda: sweep(args, fresh=False)),
         }
 

@@ -6,6 +6,8 @@
 ``PUT /blob?public=0|1``               keep the request's body
 ``DELETE /blob/<hash>``                forget a blob of this node's own
 ``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=&checkpoint_s=&class=&fresh=&id=``
+``POST /v1/packs?...``                 variants of a job, to be bought as one run; takes an ``id``
+``POST /v1/packs/<id>/unpack``         the runs of a settled pack's variants
 ``POST /v1/quote?...``                 what a submission would choose from
 ``GET /v1/jobs``, ``/v1/jobs/<id>``    runs of this node
 ``GET /v1/jobs/<id>/events?after=&wait_ms=``  server-sent events after ``after`` or
@@ -100,6 +102,8 @@ class Api:
             Route("/blob/{address}", self.delete_blob, methods=["DELETE"]),
             Route("/blob", self.put_blob, methods=["PUT"]),
             Route("/v1/jobs", self.submit, methods=post),
+            Route("/v1/packs", self.submit_pack, methods=post),
+            Route("/v1/packs/{run}/unpack", self.unpack, methods=post),
             Route("/v1/quote", self.quote, methods=post),
             Route("/v1/jobs", partial(_listing, "jobs", service.jobs), methods=get),
             Route("/v1/jobs/{run}", self.job, methods=get),
@@ -208,6 +212,20 @@ class Api:
         except ProtocolError as error:
             raise _bad_job(error) from error
         return json_response({"id": run}, 201)
+
+    async def submit_pack(self, request: Request) -> Response:
+        """Start the run of a pack; answers as soon as it is journalled."""
+        options = _options(request)
+        body = await self._body(request, self._limits.max_job_bytes)
+        try:
+            return json_response(await self._service.submit_pack(body, options), 201)
+        except ProtocolError as error:
+            raise _bad_job(error) from error
+
+    async def unpack(self, request: Request) -> Response:
+        """The runs of a settled pack's variants."""
+        jobs = await self._service.unpack(_run_id(request))
+        return json_response({"jobs": jobs})
 
     async def quote(self, request: Request) -> Response:
         """Rank without buying."""

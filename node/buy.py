@@ -111,11 +111,14 @@ class Buyer:
             run_id = next(iter(self._waiting))
             self.nursery.start_soon(survive, self._waiting.pop(run_id).try_again)
 
-    async def submit(self, body: bytes, options: SubmitOptions) -> str:
+    async def submit(
+        self, body: bytes, options: SubmitOptions, rows: Sequence[tuple[str, bytes]] = ()
+    ) -> str:
         """Check, journal and start. Raises JobError, BlobNotFoundError, ConfigError.
 
         What has been bought before ends at once with the earlier run's result, unless the options
-        want it fresh. A submission with the id of a run that there is changes nothing.
+        want it fresh. A submission with the id of a run that there is changes nothing. ``rows`` are
+        journalled with it.
         """
         if options.run_id is not None and await self._has_run(options.run_id, body):
             return options.run_id
@@ -130,21 +133,15 @@ class Buyer:
             order = await trio.to_thread.run_sync(open_order, body, options, classes, self.now_ns())
         order = await self._with_members(self._with_start(order))
         await self._check_inputs(order)
-        row = _JobRow(
-            body,
-            order.max_nusd,
-            order.deadline_ns,
-            order.checkpoint_steps,
-            order.checkpoint_s,
-            tuple(sorted(order.classes)),
-        )
         earlier = None
         if not options.fresh:
             earlier = await find_earlier(order, self.class_id, self.runs, self.store)
         if options.run_id is not None and await self._has_run(options.run_id, body):
             return options.run_id
         run = self.runs.create(order_card(order), options.run_id)
-        run.rows.add(JOB_ROW, msgspec.msgpack.encode(row))
+        self.add_job(run, order, body)
+        for kind, data in rows:
+            run.rows.add(kind, data)
         if earlier is not None:
             try:
                 await answer(run, order, earlier, self.runs)
@@ -154,6 +151,18 @@ class Buyer:
         self.nursery.start_soon(self._buy, run, order)
         await run.rows.wait_flushed()
         return run.id
+
+    def add_job(self, run: Run, order: Order, body: bytes) -> None:
+        """Have a submission journalled with the run's next flush; ``body`` is its job file."""
+        row = _JobRow(
+            body,
+            order.max_nusd,
+            order.deadline_ns,
+            order.checkpoint_steps,
+            order.checkpoint_s,
+            tuple(sorted(order.classes)),
+        )
+        run.rows.add(JOB_ROW, msgspec.msgpack.encode(row))
 
     async def _has_run(self, run_id: str, body: bytes) -> bool:
         """Whether that run exists. Raises ConfigError if it is of another job."""
@@ -210,8 +219,9 @@ class Buyer:
         return result_record(self.runs, run_id)
 
     def evidence(self, run_id: str) -> bytes:
-        """The encoded Evidence of how a run's providers were chosen."""
+        """The encoded Evidence of how a run's providers were chosen, or those of its pack."""
         run = self.runs.get(run_id)
+        run = self.runs.get(run.card.get("pack", run_id))
         network = self.identity.network
         return encode(evidence_of(self.runs.rows(run.id), self.runs.sheet, network))
 

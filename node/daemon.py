@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Final
 
@@ -29,6 +29,7 @@ from p2pflop.node.home import Home
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.network import Network
+from p2pflop.node.packs import Packs
 from p2pflop.node.payments import Payments
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
@@ -61,6 +62,10 @@ class Daemon:
     buyer: Buyer
     seller: Seller
     money: Payments
+    packs: Packs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.packs = Packs(self.buyer)
 
     async def status(self) -> Json:
         """See NodeService."""
@@ -87,6 +92,14 @@ class Daemon:
     async def submit(self, body: bytes, options: SubmitOptions) -> str:
         """See NodeService."""
         return await self.buyer.submit(body, options)
+
+    async def submit_pack(self, body: bytes, options: SubmitOptions) -> Json:
+        """See NodeService."""
+        return await self.packs.submit(body, options)
+
+    async def unpack(self, run_id: str) -> list[Json]:
+        """See NodeService."""
+        return await self.packs.unpack(run_id)
 
     async def quote(self, body: bytes, options: SubmitOptions) -> Json:
         """See NodeService."""

@@ -91,6 +91,16 @@ class NodeService(Protocol):
     async def submit(self, body: bytes, options: SubmitOptions) -> str:
         """Journal a job file and start its run; the run's id. Raises JobError, MarketError."""
 
+    async def submit_pack(self, body: bytes, options: SubmitOptions) -> Json:
+        """Buy variants of a job as one run (``p2pflop.job.variants``), whose id is the options'.
+
+        ``known``: the lines of those that are here already; ``bought``: how many are not. Raises
+        JobError, ProtocolError, ConfigError, MarketError.
+        """
+
+    async def unpack(self, run_id: str) -> list[Json]:
+        """The lines of the variants of a pack that has settled, from now on runs of their own."""
+
     async def quote(self, body: bytes, options: SubmitOptions) -> Json:
         """What ``submit`` would choose from: ``deals`` and ``misses`` as in a ``ranked`` event."""
 

@@ -37,10 +37,11 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from p2pflop.models import load_safetensors, trace_onnx
+    from p2pflop.outcomes import Outcome
     from p2pflop.results import Result
     from p2pflop.runs import Row, Run
     from p2pflop.sdk import Job, attach, feed, get, load, put, submit, trace
-    from p2pflop.sweeps import Outcome, Sweep, attach_sweep, map  # noqa: A004 - as pf.map
+    from p2pflop.sweeps import Sweep, attach_sweep, map  # noqa: A004 - as pf.map
 
     step: Any
 
@@ -95,7 +96,7 @@ _HOMES = {
     "load": "sdk",
     "load_safetensors": "models",
     "map": "sweeps",
-    "Outcome": "sweeps",
+    "Outcome": "outcomes",
     "Sweep": "sweeps",
     "put": "sdk",
     "submit": "sdk",

@@ -162,6 +162,20 @@ class Client:
         reply = self._json("POST", "/v1/jobs", content=body, params=_params(options))
         return str(reply["id"])
 
+    def submit_pack(self, body: bytes, options: SubmitOptions) -> tuple[list[Json], int]:
+        """Submit encoded ``Variants`` as one run: those that are known, and how many are not.
+
+        If all are known there is no run.
+        """
+        reply = self._json("POST", "/v1/packs", content=body, params=_params(options))
+        return list(reply["known"]), int(reply["bought"])
+
+    def unpack(self, run_id: str) -> list[Json]:
+        """The runs of the variants of a pack that has settled."""
+        path = f"/v1/packs/{check_run_id(run_id)}/unpack"
+        jobs: list[Json] = self._json("POST", path)["jobs"]
+        return jobs
+
     def quote(self, body: bytes, options: SubmitOptions | None = None) -> Json:
         """``deals`` and ``misses`` that a submission would choose from."""
         return self._json("POST", "/v1/quote", content=body, params=_params(options))

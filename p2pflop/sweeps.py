@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from p2pflop.client import Client
@@ -30,7 +30,10 @@ from p2pflop.errors import ConfigError, MarketError, NodeUnreachableError, P2PFl
 from p2pflop.ids import content_hash, parse_hash
 from p2pflop.job.counts import whole_number
 from p2pflop.job.file import decode_file, encode_file
-from p2pflop.node.service import SubmitOptions
+from p2pflop.job.variants import encode_variants
+from p2pflop.node.service import Json, SubmitOptions
+from p2pflop.outcomes import Costs, Outcome, SweepProgress
+from p2pflop.packs import room_for, variants_of
 from p2pflop.runs import Row, Run, check_event
 from p2pflop.sdk import Job, Number, Usd, put_inputs, submit_options
 from p2pflop.units import NS_PER_S
@@ -48,6 +51,9 @@ QUOTE_FOR_S: Final = 10.0
 CANCEL_WITHIN_S: Final = 30.0
 RUN_ID_DIGITS: Final = 12
 SWEEP_VERSION: Final = 1
+
+Unit = tuple[int, ...]
+"""The places of jobs that are bought as one; mostly there is but one."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class SweepPlan:
     classes: list[str]
     fresh: bool
     under_way: int
+    room: int = 1
+    """How many jobs are bought together, as one (``p2pflop.job.packing``)."""
 
     def encode(self) -> bytes:
         """The blob."""
@@ -82,48 +90,6 @@ class SweepPlan:
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ConfigError("that blob is not a sweep", hint="Give the id of a sweep.") from error
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one job of a sweep has ended, as a future of ``concurrent.futures`` tells it.
-
-    ``place`` is its number in the arguments, from 0; ``state`` is ``settled``, ``failed``,
-    ``cancelled`` or, of one that was never submitted, ``not bought``. ``row`` is the last row that
-    it told; ``earlier`` the id of the run whose result it has, if it was bought before.
-    """
-
-    place: int
-    args: Mapping[str, Number]
-    state: str
-    cost_nusd: int = 0
-    run: Run | None = None
-    row: Row | None = None
-    earlier: str = ""
-    error: P2PFlopError | None = field(default=None, repr=False)
-
-    def result(self) -> Result:
-        """Its result. Raises what the job failed with."""
-        if self.error is not None or self.run is None:
-            raise self.error or P2PFlopError("the job was not bought")
-        return self.run.result()
-
-    def exception(self) -> P2PFlopError | None:
-        """What it failed with, or None."""
-        return self.error
-
-
-@dataclass(frozen=True)
-class SweepProgress:
-    """How far a sweep is: numbers of jobs, of which ``done`` have ended, ``failed`` of them without
-    a result."""
-
-    jobs: int
-    done: int
-    failed: int
-    under_way: int
-    waiting: int
-    spent_nusd: int
 
 
 class Sweep:
@@ -153,8 +119,11 @@ class Sweep:
         self._cancel_if = cancel_if
         self._prune_if = prune_if
         self._changed = threading.Condition()
-        self._todo: deque[int] = deque(range(len(plan.args)))
-        self._limits: dict[int, int] = {}
+        self._todo: deque[Unit] = deque(
+            tuple(range(first, min(first + plan.room, len(plan.args))))
+            for first in range(0, len(plan.args), plan.room)
+        )
+        self._limits: dict[Unit, int] = {}
         self._spent_nusd = 0
         self._outcomes: dict[int, Outcome] = {}
         self._arrived: list[int] = []
@@ -214,8 +183,8 @@ class Sweep:
         """How far it is now."""
         with self._changed:
             failed = sum(outcome.error is not None for outcome in self._outcomes.values())
-            done = len(self._outcomes)
-            under_way, waiting = len(self._limits), len(self) - done - len(self._limits)
+            done, under_way = len(self._outcomes), sum(len(unit) for unit in self._limits)
+            waiting = len(self) - done - under_way
             return SweepProgress(len(self), done, failed, under_way, waiting, self._spent_nusd)
 
     def cancel(self) -> None:
@@ -231,7 +200,7 @@ class Sweep:
         """Begin to buy; ``known`` asks the node first which runs there are already."""
         if known:
             self._recall()
-        for _ in range(min(self._plan.under_way, len(self))):
+        for _ in range(min(self._plan.under_way, len(self._todo))):
             thread = threading.Thread(target=self._work, daemon=True, name=f"sweep {self.id[:12]}")
             self._threads.append(thread)
         for thread in self._threads:
@@ -240,19 +209,23 @@ class Sweep:
 
     def _recall(self) -> None:
         """Runs that there are come first, and what they may cost is not free for others."""
-        found: list[int] = []
-        for place in range(len(self)):
-            try:
-                card = self._client.job(self.run_id(place))
-            except NodeUnreachableError:
-                raise
-            except ConfigError:
+        found: list[Unit] = []
+        for unit in self._todo:
+            card = _card(self._client, self._unit_id(unit))
+            if card is None:
                 continue  # nobody has submitted it
-            found.append(place)
+            found.append(unit)
             cost_nusd = card["cost_nusd"] if card["end_state"] == "settled" else card["max_nusd"]
-            self._limits[place] = int(cost_nusd)
-        fresh = [place for place in self._todo if place not in self._limits]
+            self._limits[unit] = int(cost_nusd)
+        fresh = [unit for unit in self._todo if unit not in self._limits]
         self._todo = deque([*found, *fresh])
+
+    def _unit_id(self, unit: Unit) -> str:
+        """The id of the run of a job, or of the pack of several."""
+        if len(unit) == 1:
+            return self.run_id(unit[0])
+        name = f"{self.id} {unit[0]}-{unit[-1]}"
+        return content_hash(name.encode()).hex()[:RUN_ID_DIGITS]
 
     def _wait(self, number: int) -> Outcome:
         """The outcome that an iteration gives as its ``number``-th."""
@@ -279,59 +252,82 @@ class Sweep:
             under_way = list(self._limits)
             self._changed.notify_all()
         with self._client.another() as client:
-            for place in under_way:
+            for unit in under_way:
                 with suppress(P2PFlopError):  # not submitted yet: whoever does so cancels it
-                    client.cancel(self.run_id(place))
+                    client.cancel(self._unit_id(unit))
 
     def _work(self) -> None:
         """One thread: one run at a time."""
         with self._client.another() as client:
             try:
                 while (claimed := self._claim(client)) is not None:
-                    place, limit_nusd = claimed
-                    outcome = self._buy(client, place, limit_nusd)
-                    self._settle(outcome)
-                    if self._cancel_if is not None and outcome.state == "settled":
-                        # The outcome's own client may be another thread's by now.
-                        run = Run(self.run_id(place), client)
-                        if not self._stopped and self._cancel_if(run.result()):
-                            self._stop("cancel_if ended the sweep")
+                    unit, limit_nusd = claimed
+                    if len(unit) == 1:
+                        outcomes = [self._buy(client, unit[0], limit_nusd)]
+                    else:
+                        outcomes = self._buy_pack(client, unit, limit_nusd)
+                    self._settle(unit, outcomes)
+                    self._look_at(client, outcomes)
             except BaseException as fault:  # noqa: BLE001 - raised where the user waits
                 with self._changed:
                     self._fault = self._fault or fault
                 self._stop("the sweep failed")
 
-    def _claim(self, client: Client) -> tuple[int, int | None] | None:
-        """The next job and its limit, once the budget has room for it; None if there is none."""
+    def _look_at(self, client: Client, outcomes: Sequence[Outcome]) -> None:
+        """Let ``cancel_if`` see what has come."""
+        if self._cancel_if is None:
+            return
+        for outcome in outcomes:
+            if outcome.state == "settled" and not self._stopped:
+                # The outcome's own client may be another thread's by now.
+                run = Run(self.run_id(outcome.place), client)
+                if self._cancel_if(run.result()):
+                    self._stop("cancel_if ended the sweep")
+
+    def _claim(self, client: Client) -> tuple[Unit, int | None] | None:
+        """The next job, or pack of several, and its limit, once the budget has room for it; None if
+        there is none."""
         while True:
             price_nusd = self._price(client)
             with self._changed:
                 if not self._todo:
                     return None
-                place = self._todo[0]
-                known = place in self._limits
+                unit = self._todo[0]
+                known = unit in self._limits
                 if self._stopped and not known:
                     self._give_up_rest()
                     continue
-                limit_nusd = self._limits[place] if known else self._limit(price_nusd)
+                limit_nusd = self._limits[unit] if known else self._limit(unit, price_nusd)
                 if known or limit_nusd is not None or self._plan.max_nusd is None:
                     self._todo.popleft()
-                    self._limits[place] = limit_nusd or 0
-                    return place, limit_nusd
-                self._changed.wait(QUOTE_FOR_S)
+                    self._limits[unit] = limit_nusd or 0
+                    return unit, limit_nusd
+                if len(unit) > 1:
+                    self._split(unit)  # what does not fit together may fit one by one
+                else:
+                    self._changed.wait(QUOTE_FOR_S)
 
-    def _limit(self, price_nusd: int | None) -> int | None:
+    def _limit(self, unit: Unit, price_nusd: int | None) -> int | None:
         """What the next job may cost: an even share of what is left, or the price if that is more.
 
-        None if it has to wait. With nothing under way it gets all that is left.
+        A pack is to cost no more than its jobs would one by one. None if it has to wait. With
+        nothing under way it gets all that is left.
         """
         if self._plan.max_nusd is None:
             return None
         left_nusd = max(0, self._plan.max_nusd - self._spent_nusd - sum(self._limits.values()))
-        wanted_nusd = max(left_nusd // len(self._todo), price_nusd or 0)
+        jobs = sum(len(each) for each in self._todo)
+        wanted_nusd = max(left_nusd * len(unit) // jobs, (price_nusd or 0) * len(unit))
         if wanted_nusd <= left_nusd:
             return wanted_nusd
-        return None if self._limits else left_nusd
+        return None if self._limits or len(unit) > 1 else left_nusd
+
+    def _split(self, unit: Unit) -> None:
+        """Under the lock: have the jobs of the pack at the front, or of one that was, bought one by
+        one."""
+        if self._todo and self._todo[0] == unit:
+            self._todo.popleft()
+        self._todo.extendleft((place,) for place in reversed(unit))
 
     def _price(self, client: Client) -> int | None:
         """What the best deal for one of the jobs asks now; they all cost the same."""
@@ -348,17 +344,17 @@ class Sweep:
     def _give_up_rest(self) -> None:
         """Under the lock: nobody is going to buy these."""
         error = MarketError(f"not bought: {self._stopped}", hint="Attach the sweep again to go on.")
-        for place in self._todo:
-            if place not in self._limits:
-                outcome = Outcome(place, self._plan.args[place], "not bought", error=error)
-                self._add(outcome)
+        for unit in self._todo:
+            for place in unit if unit not in self._limits else ():
+                self._add(Outcome(place, self._plan.args[place], "not bought", error=error))
         self._todo.clear()
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle(self, unit: Unit, outcomes: Sequence[Outcome]) -> None:
         with self._changed:
-            self._limits.pop(outcome.place, None)
-            self._spent_nusd += outcome.cost_nusd
-            self._add(outcome)
+            self._limits.pop(unit, None)
+            for outcome in outcomes:
+                self._spent_nusd += outcome.cost_nusd
+                self._add(outcome)
 
     def _add(self, outcome: Outcome) -> None:
         """Under the lock."""
@@ -398,20 +394,80 @@ class Sweep:
                 return Outcome(place, args, "settled", cost_nusd, run, row, earlier)
         raise P2PFlopError(f"run {run.id} ended without a result")
 
-    def _submit(self, client: Client, place: int, limit_nusd: int | None) -> None:
-        plan, run_id = self._plan, self.run_id(place)
-        deadline_s = None
+    def _buy_pack(self, client: Client, unit: Unit, limit_nusd: int | None) -> list[Outcome]:
+        """Buy several jobs as one. If that fails they are to be bought one by one: no outcome."""
+        plan, pack_id = self._plan, self._unit_id(unit)
+        args = [plan.args[place] for place in unit]
+        run_ids = [self.run_id(place) for place in unit]
+        rows: dict[str, Row] = {}
+        cards: list[Json] = []
+        costs, ended = Costs(), ""
+        try:
+            options = self._options(client, pack_id, limit_nusd)
+            variants = variants_of(self._job, args, run_ids, plan.room, client)
+            if options is not None:
+                cards, bought = client.submit_pack(encode_variants(variants), options)
+            if options is None or bought:
+                if self._stopped:
+                    client.cancel(pack_id)
+                rest = [run_id for run_id in run_ids if run_id not in {c["id"] for c in cards}]
+                for event in client.events(pack_id):
+                    costs.hear(event)
+                    ended = str(event["kind"])
+                    if ended == "rows":
+                        rows |= self._rows_of(event, rest)
+                    check_event(event, pack_id)
+                cards += client.unpack(pack_id)
+        except NodeUnreachableError:
+            raise
+        except P2PFlopError as error:
+            return self._broken_pack(unit, costs.nusd, error, split=ended != "cancelled")
+        places = dict(zip(run_ids, unit, strict=True))
+        return [self._outcome(places[card["id"]], card, rows) for card in cards]
+
+    def _rows_of(self, event: Json, run_ids: Sequence[str]) -> dict[str, Row]:
+        """The last row of each job in some rows of its pack."""
+        steps = self._job.steps
+        return {
+            run_ids[row["step"] // steps]: Row(row["step"] % steps, row["values"])
+            for row in event["rows"]
+        }
+
+    def _broken_pack(
+        self, unit: Unit, cost_nusd: int, error: P2PFlopError, *, split: bool
+    ) -> list[Outcome]:
+        with self._changed:
+            self._spent_nusd += cost_nusd
+            if split and not self._stopped:
+                self._split(unit)
+                return []
+        args = self._plan.args
+        return [Outcome(place, args[place], "cancelled", error=error) for place in unit]
+
+    def _outcome(self, place: int, card: Json, rows: Mapping[str, Row]) -> Outcome:
+        run = Run(str(card["id"]), self._client)
+        return Outcome(
+            place,
+            self._plan.args[place],
+            str(card["end_state"]),
+            int(card["cost_nusd"]),
+            run,
+            rows.get(run.id),
+            str(card.get("earlier", "")),
+            str(card.get("pack", "")),
+        )
+
+    def _options(self, client: Client, run_id: str, limit_nusd: int | None) -> SubmitOptions | None:
+        """Those of a run. None if it is there and its deadline has passed; MarketError if it is
+        not there."""
+        plan, deadline_s = self._plan, None
         if plan.deadline_ns is not None:
             deadline_s = math.ceil((plan.deadline_ns - time.time_ns()) / NS_PER_S)
             if deadline_s < 1:
-                if _is_there(client, run_id):
-                    return
+                if _card(client, run_id) is not None:
+                    return None
                 raise MarketError("not bought: the sweep's deadline has passed")
-        job = self._job.with_args(**plan.args[place])
-        for address, data in job.inputs.items():
-            if address not in self._job.inputs:
-                client.put(data)
-        options = SubmitOptions(
+        return SubmitOptions(
             max_nusd=limit_nusd,
             deadline_s=deadline_s,
             checkpoint_steps=plan.checkpoint_steps,
@@ -420,27 +476,17 @@ class Sweep:
             fresh=plan.fresh,
             run_id=run_id,
         )
+
+    def _submit(self, client: Client, place: int, limit_nusd: int | None) -> None:
+        plan = self._plan
+        options = self._options(client, self.run_id(place), limit_nusd)
+        if options is None:
+            return
+        job = self._job.with_args(**plan.args[place])
+        for address, data in job.inputs.items():
+            if address not in self._job.inputs:
+                client.put(data)
         client.submit(encode_file(job.file), options)
-
-
-class Costs:
-    """What a run owes, from its events: receipts are cumulative under each fill."""
-
-    def __init__(self) -> None:
-        self._before_nusd = 0
-        self._now_nusd = 0
-
-    @property
-    def nusd(self) -> int:
-        """All fills together."""
-        return self._before_nusd + self._now_nusd
-
-    def hear(self, event: Mapping[str, Any]) -> None:
-        """Take an event into account."""
-        if event["kind"] == "filled":
-            self._before_nusd, self._now_nusd = self.nusd, 0
-        elif event["kind"] == "receipt":
-            self._now_nusd = max(self._now_nusd, int(event["amount_nusd"]))
 
 
 def map(  # noqa: A001 - the word of Python and of all that run many jobs
@@ -457,6 +503,7 @@ def map(  # noqa: A001 - the word of Python and of all that run many jobs
     checkpoint_every: str | float | None = None,
     classes: Sequence[str] = (),
     fresh: bool = False,
+    pack: bool = True,
     client: Client | None = None,
 ) -> Sweep:
     """Buy a run of ``job`` for each of ``args`` (see ``Job.with_args``), ``under_way`` at once.
@@ -466,6 +513,10 @@ def map(  # noqa: A001 - the word of Python and of all that run many jobs
     and ends the rest when it is true; ``prune_if`` is told each row and ends that run alone (a run
     that changed its provider may tell rows twice). Both are called from threads of the sweep. The
     other options are those of ``submit``, for each run.
+
+    Jobs so small that a purchase would take longer than they do are bought many at a time, as one
+    job; their results are the same as if each had been bought alone. ``pack=False`` buys each
+    alone, and so does ``prune_if``.
 
     It returns at once, and the sweep goes on in the background; see ``Sweep``. Raises ConfigError,
     JobError for arguments that the job does not have, and what ``submit`` raises for its inputs.
@@ -478,6 +529,7 @@ def map(  # noqa: A001 - the word of Python and of all that run many jobs
         job.with_args(**each)
     client = client or Client(start=True)
     put_inputs(job, client)
+    room = room_for(job, variants) if pack and prune_if is None else 1
     plan = SweepPlan(
         secrets.token_hex(16),
         client.put(encode_file(job.file)).address.hex(),
@@ -489,6 +541,7 @@ def map(  # noqa: A001 - the word of Python and of all that run many jobs
         list(options.classes),
         fresh,
         under_way,
+        room,
     )
     sweep_id = client.put(plan.encode()).address.hex()
     sweep = Sweep(
@@ -526,11 +579,11 @@ def _plain(value: Any) -> Number:
     return number
 
 
-def _is_there(client: Client, run_id: str) -> bool:
+def _card(client: Client, run_id: str) -> Json | None:
+    """How a run stands; None if nobody has submitted it."""
     try:
-        client.job(run_id)
+        return client.job(run_id)
     except NodeUnreachableError:
         raise
     except ConfigError:
-        return False
-    return True
+        return None

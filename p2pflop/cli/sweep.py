@@ -16,7 +16,8 @@ from p2pflop.errors import ConfigError
 from p2pflop.units import format_usd
 
 if TYPE_CHECKING:
-    from p2pflop.sweeps import Outcome, Sweep
+    from p2pflop.outcomes import Outcome
+    from p2pflop.sweeps import Sweep
 
 MAX_MAP_BYTES: Final = 16 * 1024 * 1024
 
@@ -41,6 +42,7 @@ MAX_MAP_BYTES: Final = 16 * 1024 * 1024
 @click.option("--deadline", metavar="TIME", help="How long all of it may take, like 90s or 2h.")
 @click.option("--under-way", type=int, metavar="N", help="Runs at once; default 8.")
 @click.option("--fresh", is_flag=True, help="Buy even what was bought before.")
+@click.option("--no-pack", is_flag=True, help="Buy each job alone, however small.")
 @click.option("--attach", metavar="ID", help="Go on with that sweep instead of a new one.")
 @common_options
 @click.pass_obj
@@ -53,6 +55,7 @@ def sweep_command(
     deadline: str | None,
     under_way: int | None,
     fresh: bool,
+    no_pack: bool,
     attach: str | None,
 ) -> int:
     """Buy many runs of a job with other arguments, under one budget.
@@ -85,6 +88,7 @@ def sweep_command(
             ordered=False,
             under_way=sweeps.DEFAULT_UNDER_WAY if under_way is None else under_way,
             fresh=fresh,
+            pack=not no_pack,
             client=flags.client(start=True),
         )
     return _follow(flags, sweep)
@@ -131,6 +135,7 @@ def _described(outcome: Outcome) -> dict[str, Any]:
         "cost_nusd": outcome.cost_nusd,
         "run": "" if outcome.run is None else outcome.run.id,
         "earlier": outcome.earlier,
+        "pack": outcome.pack,
         "row": None if outcome.row is None else dict(outcome.row),
         "error": "" if outcome.error is None else outcome.error.message,
     }

@@ -204,24 +204,24 @@ class CheckedJob:
 
 def encode_body(body: JobBody) -> bytes:
     """``body``, compressed. Raises JobError if it is over the limits of a receiver."""
-    return _deflate("job", encode(body))
+    return deflate("job", encode(body))
 
 
 def decode_body(data: bytes) -> JobBody:
     """The body in ``data``; its work and graphs are still bytes. Raises ProtocolError."""
-    return decode(JobBody, _inflate("job", data))
+    return decode(JobBody, inflate("job", data))
 
 
 def encode_file(file: JobFile) -> bytes:
     """The bytes of a ``.p2pj`` file. Raises JobError if it is over the limits of a reader."""
-    return FILE_MAGIC + _deflate("job file", encode(file))
+    return FILE_MAGIC + deflate("job file", encode(file))
 
 
 def decode_file(data: bytes) -> JobFile:
     """The job in a ``.p2pj`` file, whose labels fit its work. Raises ProtocolError."""
     if data[: len(FILE_MAGIC)] != FILE_MAGIC:
         raise ProtocolError("not a job file", hint="Write one with 'p2pflop trace'.")
-    file = decode(JobFile, _inflate("job file", data[len(FILE_MAGIC) :]))
+    file = decode(JobFile, inflate("job file", data[len(FILE_MAGIC) :]))
     work = decode(Work, file.body.work)
     labels = file.labels
     counts = [len(names) for names in labels.outputs]
@@ -277,14 +277,16 @@ def _finish(
     return CheckedJob(job, work, work_id(work), dict(graphs), cost, body.state)
 
 
-def _deflate(what: str, data: bytes) -> bytes:
+def deflate(what: str, data: bytes) -> bytes:
+    """``data``, compressed. Raises JobError if it is over the limits of a receiver."""
     compressed = zlib.compress(data, _LEVEL)
     if len(data) > MAX_INFLATED_BYTES or len(compressed) > MAX_COMPRESSED_BYTES:
         raise JobError(f"{what} of {len(data)} bytes ({len(compressed)} compressed) is too large")
     return compressed
 
 
-def _inflate(what: str, data: bytes) -> bytes:
+def inflate(what: str, data: bytes) -> bytes:
+    """What was compressed, within the limits. Raises ProtocolError; ``what`` it is called there."""
     if len(data) > MAX_COMPRESSED_BYTES:
         raise ProtocolError(f"{what} of {len(data)} bytes is over {MAX_COMPRESSED_BYTES}")
     stream = zlib.decompressobj()

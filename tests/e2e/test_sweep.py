@@ -51,7 +51,7 @@ def test_twelve_jobs_over_two_providers_under_one_budget(buyer: Client) -> None:
     args = [{"lr": number / 10} for number in range(JOBS)]
     quote = int(buyer.quote(encode_file(job.file))["deals"][0]["total_nusd"])
     budget_usd = f"{(JOBS * quote) / 1e9:.9f}"
-    sweep = pf.map(job, args, max_usd=budget_usd, under_way=4, client=buyer)
+    sweep = pf.map(job, args, max_usd=budget_usd, under_way=4, pack=False, client=buyer)
     outcomes = list(sweep)
     assert [outcome.state for outcome in outcomes] == ["settled"] * JOBS
     for outcome, given in zip(outcomes, args, strict=True):
@@ -65,10 +65,21 @@ def test_twelve_jobs_over_two_providers_under_one_budget(buyer: Client) -> None:
     assert sweep.progress().spent_nusd == spent_nusd <= JOBS * quote
     assert spent_nusd == buyer.ledger()["owing_nusd"]
 
+    packed = pf.map(job, args, fresh=True, client=buyer)
+    for outcome, alone in zip(packed, outcomes, strict=True):
+        assert outcome.result().hash == alone.result().hash
+        assert outcome.row == alone.row
+        outcome.result().verify()
+    [pack] = {outcome.pack for outcome in packed}
+    assert pf.Run(pack, buyer).result().cost_nusd == packed.progress().spent_nusd
+    assert buyer.ledger()["owing_nusd"] == spent_nusd + packed.progress().spent_nusd
+    assert buyer.evidence(packed.run_id(3)) == buyer.evidence(pack)
+    spent_nusd += packed.progress().spent_nusd
+
     attached = pf.attach_sweep(sweep.id, client=Client(buyer.home))
     assert [outcome.cost_nusd for outcome in attached] == [each.cost_nusd for each in outcomes]
     again = pf.map(job, args, max_usd=0, client=buyer)
     for outcome, old in zip(again, outcomes, strict=True):
-        assert (outcome.cost_nusd, outcome.earlier) == (0, old.run.id if old.run else "")
+        assert (outcome.cost_nusd, outcome.earlier) == (0, packed.run_id(old.place))
         assert outcome.result().hash == old.result().hash
     assert spent_nusd == buyer.ledger()["owing_nusd"]

@@ -18,7 +18,8 @@ from p2pflop import sweeps
 from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import ConfigError, JobError, MarketError, P2PFlopError
-from p2pflop.sweeps import Costs, Outcome, SweepPlan
+from p2pflop.outcomes import Costs, Outcome
+from p2pflop.sweeps import SweepPlan
 
 PRICE_NUSD = 100
 WAIT_S = 20.0
@@ -155,7 +156,7 @@ def sse(event: dict[str, Any]) -> bytes:
 @pytest.fixture(scope="module")
 def job() -> pf.Job:
     def step(lr: Tensor) -> dict[str, Tensor]:
-        return {"loss": lr * 2}
+        return {"loss": lr * Tensor.rand(2**22).sum()}  # too much to be packed
 
     return pf.trace(step, steps=1, args={"lr": 0.0})
 
