@@ -321,13 +321,13 @@ def _send_parts(stdout: BinaryIO, head: list[Any], view: memoryview) -> None:
 def main() -> None:
     """The child's entry. What tinygrad or a user's library prints goes to stderr.
 
-    A child whose parent has gone has nobody to tell.
+    A child whose parent has gone has nobody to tell, and Ctrl-C is the parent's to tell of.
     """
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
         _serve(sys.stdin.buffer, stdout)
-    except (EOFError, BrokenPipeError):
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
         os._exit(ORPHANED_CODE)
 
 

@@ -389,9 +389,9 @@ class Sweep:
                 state = str(event["kind"])
                 return Outcome(place, args, state, costs.nusd, run, row, error=error)
             if event["kind"] == "result":
-                earlier = str(event.get("earlier", ""))
+                earlier, pack = str(event.get("earlier", "")), str(event.get("pack", ""))
                 cost_nusd = int(event["cost_nusd"])
-                return Outcome(place, args, "settled", cost_nusd, run, row, earlier)
+                return Outcome(place, args, "settled", cost_nusd, run, row, earlier, pack)
         raise P2PFlopError(f"run {run.id} ended without a result")
 
     def _buy_pack(self, client: Client, unit: Unit, limit_nusd: int | None) -> list[Outcome]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,19 @@ def test_an_input_that_cannot_be_read_is_its_own_error_and_no_traceback(
     blobs = LazyBlobs(dict.fromkeys(job.blobs, fail))
     with pytest.raises(JobError, match="the disk is gone"):
         run_local(file_of(job), blobs, address_of)
+    assert capfd.readouterr().err == ""
+
+
+def test_ctrl_c_ends_the_child_without_a_word(
+    started: list[subprocess.Popen[bytes]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = traced(steps=10**6)
+
+    def interrupt(*_: object) -> None:
+        started[0].send_signal(signal.SIGINT)
+
+    with pytest.raises(ProviderError, match=f"ended with code {ORPHANED_CODE}"):
+        run_local(file_of(job), job.blobs, address_of, interrupt)
     assert capfd.readouterr().err == ""
 
 
