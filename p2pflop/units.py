@@ -21,6 +21,9 @@ GIB: Final = 1024**3
 MAX_NUSD: Final = 2**62
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_FLOP = re.compile(
+    r"(\d{1,18}(?:\.\d{1,18})?(?:e\d{1,2})?)\s*([kmgtpe]?)(?:flops?)?", re.IGNORECASE
+)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)?")
 _SECONDS: Final = {
     "ms": "0.001",
@@ -89,6 +92,16 @@ def format_flop(flop: int) -> str:
     """``1.23 GFLOP``; past exa in powers of ten."""
     units = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
     return _scaled(flop, units) if flop < 10**21 else f"{flop:.2e} FLOP"
+
+
+def parse_flop(text: str) -> int:
+    """FLOP from ``35G``, ``1.5e13``, ``80 TFLOP``. Raises ConfigError."""
+    found = _FLOP.fullmatch(text.strip())
+    if found is None:
+        hint = "Write it like 35G, 80T or 1.5e13."
+        raise ConfigError(f"{text[:40]!r} is not a number of FLOP", hint=hint)
+    number, prefix = found.groups()
+    return int(Decimal(number) * 1000 ** "_kmgtpe".index((prefix or "_").lower()))
 
 
 def parse_duration(text: str) -> int:
