@@ -111,6 +111,14 @@ class Allocator:
             self._unpaid.append(unpaid)
         return counts
 
+    def window_nusd(self, account: bytes) -> int | None:
+        """How far a lease of that account may run ahead of what is countersigned: never by more
+        than its credit, the pool included. None is no limit, for this node's own."""
+        if account == self.own_account:
+            return None
+        credit_nusd = self.settings.credit_nusd + self.ledger_book.received_nusd(account)
+        return min(self.settings.window_nusd, credit_nusd)
+
     def objection(self, bid: OpenBid, now_ns: int) -> str:
         """Why this bid is not taken, whatever its job is, or nothing. Costs no time."""
         own = bid.account == self.own_account

@@ -10,6 +10,7 @@
 ``POST /v1/packs/<id>/unpack``         the runs of a settled pack's variants
 ``POST /v1/quote?...``                 what a submission would choose from
 ``GET /v1/jobs``, ``/v1/jobs/<id>``    runs of this node
+``GET /v1/sales``                      what runs here for others
 ``GET /v1/jobs/<id>/events?after=&wait_ms=``  server-sent events after ``after`` or
                                        ``Last-Event-ID``, for ``wait_ms`` at most
 ``GET /v1/jobs/<id>/file``             the job file as submitted
@@ -106,6 +107,7 @@ class Api:
             Route("/v1/packs/{run}/unpack", self.unpack, methods=post),
             Route("/v1/quote", self.quote, methods=post),
             Route("/v1/jobs", partial(_listing, "jobs", service.jobs), methods=get),
+            Route("/v1/sales", partial(_listing, "sales", service.sales), methods=get),
             Route("/v1/jobs/{run}", self.job, methods=get),
             Route("/v1/jobs/{run}/events", self.events, methods=get),
             Route("/v1/jobs/{run}/file", partial(_octets, service.job_file), methods=get),

@@ -109,6 +109,10 @@ class Daemon:
         """See NodeService."""
         return self.runs.cards()
 
+    async def sales(self) -> list[Json]:
+        """See NodeService."""
+        return self.seller.cards()
+
     async def job(self, run_id: str) -> Json:
         """See NodeService."""
         return self.runs.get(run_id).card

@@ -72,6 +72,7 @@ class MemoryService:
         self._record = record
         self._elsewhere = dict(elsewhere or {})
         self.money: dict[bytes, Json] = {}
+        self.sold: list[Json] = []
 
     @property
     def store(self) -> Store:
@@ -114,6 +115,10 @@ class MemoryService:
     async def jobs(self) -> list[Json]:
         """See NodeService."""
         return [run.line() for run in reversed(self.runs.values())]
+
+    async def sales(self) -> list[Json]:
+        """See NodeService."""
+        return self.sold
 
     async def job(self, run_id: str) -> Json:
         """See NodeService."""

@@ -42,6 +42,7 @@ from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.opening import Opener
 from p2pflop.node.sale import Sale, SaleRow, first_row
+from p2pflop.node.service import Json
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.warm import WarmWorkers
 from p2pflop.node.worker_types import Workers
@@ -127,6 +128,23 @@ class Seller:
     def resume(self) -> None:
         """Bring every sale that a restart found unfinished to its end, and sweep old blobs."""
         self.nursery.start_soon(survive, self._take_all_up)
+
+    def cards(self) -> list[Json]:
+        """Sales that are not over, oldest first, as JSON. See ``NodeService.sales``."""
+        return [
+            {
+                "id": bid_id.hex(),
+                "account": sale.account.hex(),
+                "state": sale.state.value,
+                "paused": sale.is_standing,
+                "step": sale.shown_to,
+                "end_step": sale.bid.record.job.first_step + sale.bid.record.job.steps,
+                "signed_nusd": sale.signed_nusd,
+                "quote_nusd": sale.bid.record.quote_nusd,
+            }
+            for bid_id, sale in self._sales.items()
+            if not sale.over
+        ]
 
     async def stop(self) -> None:
         """Take no more bids and give running leases back."""

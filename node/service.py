@@ -107,6 +107,13 @@ class NodeService(Protocol):
     async def jobs(self) -> list[Json]:
         """One line a run, newest first: ``id``, ``title``, ``state``, ``step``, ``steps``..."""
 
+    async def sales(self) -> list[Json]:
+        """What runs here for others: ``id`` of the bid, ``account``, ``state``, ``step`` of
+        ``end_step``, ``signed_nusd`` of ``quote_nusd``.
+
+        ``paused``: the work waits for the buyer to countersign what was delivered.
+        """
+
     async def job(self, run_id: str) -> Json:
         """The line of ``jobs`` for one run, and all that is known beyond."""
 

@@ -184,6 +184,10 @@ class Client:
         """The runs of the node, newest first."""
         return self._list("jobs")
 
+    def sales(self) -> list[Json]:
+        """What runs at the node for others, oldest first; ``paused`` waits for a signature."""
+        return self._list("sales")
+
     def job(self, run_id: str) -> Json:
         """One run."""
         return self._json("GET", _run_path(run_id))

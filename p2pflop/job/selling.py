@@ -272,16 +272,16 @@ class Selling:
                 return Move(Edge.DONE, parts, [Send("commit", commit), Start("reveal")])
             case Reveal():
                 return self._bill(Edge.REVEAL, *self._done, self.salt)
-            case Withdraw(reason):
-                return self._withdraw(reason, state)
+            case Withdraw(reason, blame):
+                return self._withdraw(reason, blame, state)
             case _:
                 return Move(Edge.QUIET)
 
-    def _withdraw(self, reason: str, state: State) -> Move:
+    def _withdraw(self, reason: str, blame: Blame, state: State) -> Move:
         if state is State.OFFERED:
             return self._deny(reason)
         if state in (State.LEASED, State.PREPARING, State.RUNNING):
-            return self._end(Edge.WITHDRAW, reason, Blame.PROVIDER)
+            return self._end(Edge.WITHDRAW, reason, blame)
         return Move(Edge.QUIET)
 
     def _bill(self, edge: Edge, step: int, root: bytes, result: bytes, salt: bytes) -> Move:

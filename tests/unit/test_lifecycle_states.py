@@ -234,6 +234,13 @@ def test_a_confirm_must_come_within_two_seconds() -> None:
     assert again
 
 
+def test_who_a_lease_is_given_back_for_bears_the_blame() -> None:
+    for blame in (Blame.PROVIDER, Blame.BUYER):
+        sale = pair(State.RUNNING).provider
+        [finish] = [a for a in sale.on(Withdraw("x", blame), NOW_NS) if isinstance(a, Finish)]
+        assert (finish.state, finish.blame) == (State.RELEASED, blame)
+
+
 @pytest.mark.parametrize("end", [Withdraw("shutdown"), Fault("broken")])
 def test_what_is_countersigned_is_owed_even_after_the_providers_end(end: Event) -> None:
     both = pair(State.RUNNING)
