@@ -14,7 +14,7 @@ from p2pflop.node import payments as payments_module
 from p2pflop.node.memory_market import MemoryNode, sample_file
 from p2pflop.node.payment_book import Payment, Side, State
 from p2pflop.node.payment_stream import PROTOCOL
-from p2pflop.node.service import Json
+from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.statements import make_statement
 
 if TYPE_CHECKING:
@@ -169,6 +169,36 @@ async def test_a_stranger_may_pay_ahead_and_is_found_by_its_sheet(
     end = await buy(market, buyer, seed=2, deadline_s=20)
     assert end["kind"] == "result"
     assert market.debts(buyer, provider) == (end["cost_nusd"] - 10**9,) * 2
+
+
+async def test_what_is_paid_ahead_is_spent_to_the_last_and_outlives_restarts(
+    market: Market, autojump_clock: object
+) -> None:
+    """Three jobs paid ahead, three more owed, and the seventh refused: all of it in both books."""
+    provider, buyer = await market.provider(credit_nusd=0), await market.buyer()
+    [deal] = (await buyer.buyer.quote(sample_file(), SubmitOptions()))["deals"]
+    price_nusd = deal["total_nusd"]
+    paid_nusd = 3 * price_nusd
+    await buyer.money.pay(payment_id(), provider.account, paid_nusd, "ahead")
+    await trio.sleep(5)
+    assert market.debts(buyer, provider) == (-paid_nusd, 0), "the buyer's word alone"
+    await provider.money.acknowledge(payment_id())
+    await trio.sleep(5)
+    assert market.debts(buyer, provider) == (-paid_nusd,) * 2
+    for bought in range(1, 7):
+        for node in (provider, buyer):
+            await node.kill()
+            await market.restart(node)
+        end = await buy(market, buyer, seed=bought, deadline_s=30)
+        assert end["kind"] == "result", bought
+        assert market.debts(buyer, provider) == (bought * price_nusd - paid_nusd,) * 2
+        assert provider.ledger_book.received_nusd(buyer.account) == paid_nusd
+    run_id = await buyer.submit(sample_file(seed=7), deadline_s=30)
+    assert (await market.end_of(buyer, run_id))["kind"] == "failed"
+    assert "over your credit" in buyer.events(run_id, "rejected")[0]["reason"]
+    ours, _ = await statements(buyer, provider)
+    assert ours["closing_nusd"] == -paid_nusd
+    market.check()
 
 
 async def test_a_word_waits_for_a_node_that_is_away_over_restarts_of_both(
