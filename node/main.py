@@ -293,6 +293,7 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
         sheets_module.TOPIC, lambda _, data, source: daemon.sheets.take(data, source), sink
     )
     daemon.network.on_connect(daemon.buyer.letters.met)
+    daemon.network.on_connect(daemon.money.met)
 
     def met(peer: str) -> None:
         connected = (each.addresses for each in daemon.network.peers() if each.peer == peer)

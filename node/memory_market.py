@@ -271,6 +271,7 @@ class MemoryNode:
             nursery,
             now_ns,
         )
+        host.on_connect(self.money.met)
 
         async def authorise(peer: str, _token: bytes, address: bytes) -> bool:
             reader = public_key_of(peer)

@@ -227,6 +227,60 @@ async def test_a_word_waits_for_a_node_that_is_away_over_restarts_of_both(
     market.check()
 
 
+async def test_a_word_is_brought_at_once_when_its_node_connects(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer, due = await indebted(market)
+    await provider.kill()
+    await buyer.money.pay(payment_id(), provider.account, due, "")
+    await trio.sleep(10 * LONG_S)
+    assert not only(buyer)["told"]
+    await market.restart(provider)
+    began = trio.current_time()
+    stranger = await market.buyer("stranger")
+    await (await stranger.host.open(buyer.peer, PROTOCOL)).aclose()
+    await trio.sleep(2 * payments_module.AGAIN_S)
+    told_by_strangers = only(buyer)["told"]
+    await (await provider.host.open(buyer.peer, PROTOCOL)).aclose()
+    await trio.sleep(2 * payments_module.AGAIN_S)
+    assert (told_by_strangers, only(buyer)["told"]) == (False, True)
+    assert trio.current_time() - began < payments_module.MAX_AGAIN_S / 2
+
+
+async def test_a_word_for_an_unknown_node_is_tried_again_when_anybody_connects(
+    market: Market, autojump_clock: object
+) -> None:
+    buyer, provider = await market.buyer(), await market.provider()
+    await buyer.money.pay(payment_id(), provider.account, 10**9, "ahead")
+    await trio.sleep(10 * LONG_S)
+    assert only(buyer)["trouble"] == "no node of that account is known"
+    began = trio.current_time()
+    await provider.sell()
+    await (await provider.host.open(buyer.peer, PROTOCOL)).aclose()
+    buyer.meet(provider)
+    await trio.sleep(3 * payments_module.AGAIN_S)
+    assert only(buyer)["told"]
+    assert trio.current_time() - began < payments_module.MAX_AGAIN_S / 2
+
+
+async def test_who_connects_again_and_again_is_told_no_more_often_than_every_second(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider, buyer, due = await indebted(market)
+    await provider.kill()
+    tries: list[float] = []
+
+    async def fails(_self: object, _payment: bytes) -> str:
+        tries.append(trio.current_time())
+        buyer.money.met(provider.peer)
+        return "it is gone again"
+
+    monkeypatch.setattr(payments_module.Payments, "_try", fails)
+    await buyer.money.pay(payment_id(), provider.account, due, "")
+    await trio.sleep(10)
+    assert 5 < len(tries) <= 11
+
+
 async def test_nothing_is_claimed_that_is_not_on_disk(
     market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
