@@ -40,6 +40,7 @@ from p2pflop.job.spec import (
     MemberSource,
     NoSource,
     Phase,
+    Stop,
     Work,
     WorkParam,
     work_id,
@@ -296,6 +297,7 @@ class MemoryNode:
             memory_bytes=settings.resolved_memory_bytes(),
             flop_per_s=10**9,
             setup_nusd=settings.setup_nusd,
+            min_charge_nusd=settings.min_charge_nusd,
             byte_price_nusd=settings.byte_price_nusd,
         )
         return (ask,)
@@ -359,9 +361,11 @@ def sample_file(
     seed: int = 0,
     first_step: int = 0,
     members: bool = False,
+    stop_every: int = 0,
 ) -> bytes:
-    """A job file with a state, an input, a traced scalar and a last output.
+    """A job file with a state, an input, a traced scalar, a last output and a flag to stop by.
 
+    With ``stop_every`` it stops by that, which memory's workers do the first time it is looked at.
     With ``members`` state and input are entries of ``sample_collection``.
     """
     step = int(Dtype.INT32)
@@ -379,8 +383,9 @@ def sample_file(
                 Node(Op.PARAM, (2,)),
                 Node(Op.ADD, (), (3, 3)),
                 Node(Op.CAST, (int(Dtype.INT64),), (4,)),
+                *([Node(Op.CMPNE, (), (3, 3))] if stop_every else []),
             ),
-            (Output(4), Output(5), Output(2, 0)),
+            (Output(4), Output(6 if stop_every else 5), Output(2, 0)),
         )
     )
     blobs = [BlobSource(address_of(data), len(data)) for data in sample_data(floats)]
@@ -396,6 +401,7 @@ def sample_file(
             WorkParam(step, (), ROLE_STEP, NoSource()),
         ),
         seed=seed,
+        stop=Stop(0, 1, stop_every) if stop_every else None,
     )
     body = JobBody(Job(work_id(work), first_step, steps), encode(work), (graph,))
     labels = Labels("sample", ("weights", "data", "step"), ("train",), (("loss", "last"),))

@@ -22,6 +22,7 @@ from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey, peer_id
 from p2pflop.market.ranking import Deal, sum_costs, total_nusd
 from p2pflop.market.records import (
+    FIXED_EXT,
     MAX_COST_LINES,
     ZERO_HASH,
     Abandon,
@@ -37,10 +38,11 @@ from p2pflop.market.records import (
     Terms,
     Trade,
     checkpoint_ext,
+    fixed_ext,
 )
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, check_delegation
 from p2pflop.units import MAX_NUSD, NS_PER_S
-from p2pflop.wire import DEFAULT_NETWORK, Sealed, SignedRecord, reopen, seal
+from p2pflop.wire import DEFAULT_NETWORK, Ext, Sealed, SignedRecord, reopen, seal
 
 MAX_BID_AGE_NS: Final = 60 * NS_PER_S
 SALT_BYTES: Final = 32
@@ -111,7 +113,7 @@ def make_bid(
         book_digest=book_digest,
         policy_digest=policy_digest,
         delegation=delegation,
-        ext=checkpoint_ext(checkpoint_s),
+        ext=(*_charges(deal.ask), *checkpoint_ext(checkpoint_s)),
     )
     return seal(bid, key, network)
 
@@ -166,10 +168,16 @@ def _asked(bid: Bid, sheet: Sheet | None, now_ns: int) -> Ask | Rejected:
         return Rejected("the ask is for another class")
     if bid.terms.memory_bytes > ask.memory_bytes:
         return Rejected("the ask has too little memory")
+    if tuple(said for said in bid.ext if said[0] == FIXED_EXT) != _charges(ask):
+        return Rejected("the bid does not name the setup and minimum charge of the ask")
     quote_nusd = quote(ask, bid.costs, bid.terms)
     if quote_nusd != bid.quote_nusd or quote_nusd > MAX_NUSD:
         return Rejected(f"the quote should be {quote_nusd} nusd, not {bid.quote_nusd}")
     return ask
+
+
+def _charges(ask: Ask) -> Ext:
+    return fixed_ext(ask.setup_nusd, ask.min_charge_nusd)
 
 
 def check_costs(bid: Bid, meter_id: str, metered: Sequence[CostLine]) -> Rejected | None:

@@ -115,6 +115,9 @@ class Terms(Record, frozen=True):
     deadline_ns: U63
 
 
+FIXED_EXT: Final = 1
+
+
 class Bid(SignedRecord, frozen=True):
     """A directed bid: this stretch of this work, on that ask, for exactly ``quote_nusd``.
 
@@ -123,6 +126,7 @@ class Bid(SignedRecord, frozen=True):
     """
 
     KIND: ClassVar[str] = "bid"
+    KNOWN_EXT: ClassVar[frozenset[int]] = frozenset({FIXED_EXT})
 
     version: Version
     provider: Key
@@ -141,6 +145,20 @@ class Bid(SignedRecord, frozen=True):
     policy_digest: Hash
     delegation: DelegationBytes
     ext: Ext = ()
+
+
+def fixed_ext(setup_nusd: int, min_charge_nusd: int) -> Ext:
+    """What a bid says of the fixed charges in its quote: setup and minimum charge of the ask, 8
+    bytes each, big-endian; none where both are zero. Receipts follow from it, so it is critical."""
+    if not setup_nusd and not min_charge_nusd:
+        return ()
+    return ((FIXED_EXT, setup_nusd.to_bytes(8, "big") + min_charge_nusd.to_bytes(8, "big")),)
+
+
+def fixed_charges(bid: Bid) -> tuple[int, int]:
+    """Setup and minimum charge in nano-dollars, as a bid says that was checked."""
+    said = dict(bid.ext).get(FIXED_EXT, b"")
+    return int.from_bytes(said[:8], "big"), int.from_bytes(said[8:], "big")
 
 
 CHECKPOINT_EXT: Final = 2

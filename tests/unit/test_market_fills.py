@@ -31,6 +31,7 @@ from p2pflop.market.fills import (
 )
 from p2pflop.market.records import (
     CHECKPOINT_EXT,
+    FIXED_EXT,
     MAX_CHECKPOINT_SECONDS,
     MIN_CHECKPOINT_SECONDS,
     Bid,
@@ -40,6 +41,8 @@ from p2pflop.market.records import (
     Terms,
     checkpoint_ext,
     checkpoint_seconds,
+    fixed_charges,
+    fixed_ext,
 )
 from p2pflop.market.samples import (
     ASK_LIFE_NS,
@@ -109,6 +112,24 @@ def test_a_bid_opens_with_buyer_and_ask() -> None:
 )
 def test_a_provider_refuses_a_bid_that_is_not_right(values: dict[str, Any], why: str) -> None:
     assert why in refusal(checked(altered(**values)))
+
+
+def test_a_bid_names_the_setup_and_minimum_charge_of_its_ask() -> None:
+    for charges in ((0, 0), (1000, 0), (0, 2000), (1000, 2000)):
+        dear = ask(setup_nusd=charges[0], min_charge_nusd=charges[1])
+        sheet = SELLER.sheet(dear)
+        sheets = {sheet.sheet.number: sheet.sheet}
+        sealed = bid(BUYER, deals(sheet)[0])
+        assert (sealed.record.ext == ()) == (charges == (0, 0))
+        node = SELLER.node.public_key
+        opened = check_bid(sealed.wire, node=node, sheets=sheets, now_ns=NOW_NS)
+        assert isinstance(opened, OpenBid)
+        assert fixed_charges(opened.bid) == charges
+        for ext in (fixed_ext(charges[0], 999), ((FIXED_EXT, b""),), ((FIXED_EXT, bytes(17)),)):
+            wrong = seal(msgspec.structs.replace(sealed.record, ext=ext), BUYER.node)
+            refused = check_bid(wrong.wire, node=node, sheets=sheets, now_ns=NOW_NS)
+            assert isinstance(refused, Rejected)
+            assert "does not name the setup and minimum charge" in refused.reason
 
 
 @pytest.mark.parametrize(
