@@ -116,7 +116,7 @@ class Allocator:
         than its credit, the pool included. None is no limit, for this node's own."""
         if account == self.own_account:
             return None
-        credit_nusd = self.settings.credit_nusd + self.ledger_book.received_nusd(account)
+        credit_nusd = self.settings.credit_nusd + self.ledger_book.credit_nusd(account)
         return min(self.settings.window_nusd, credit_nusd)
 
     def objection(self, bid: OpenBid, now_ns: int) -> str:
@@ -191,7 +191,7 @@ class Allocator:
             taken_nusd += max(0, booked_nusd + amount_nusd) - max(0, booked_nusd)
         if taken_nusd <= pool_nusd:
             return ""
-        return credit_reason(uncovered, ledger.received_nusd(bid.account), pool_nusd)
+        return credit_reason(uncovered, ledger.credit_nusd(bid.account), pool_nusd)
 
     def _pending(self, now_ns: int) -> Counter[bytes]:
         """By account, what is not in the ledger: open sales, and what was shown unpaid."""

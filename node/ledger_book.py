@@ -119,6 +119,10 @@ class LedgerBook:
         """All money ever received from that account, in nano-dollars."""
         return self._ledger.received_nusd(counterparty)
 
+    def credit_nusd(self, counterparty: bytes) -> int:
+        """See ``Ledger.credit_nusd``."""
+        return self._ledger.credit_nusd(counterparty)
+
     def uncovered_nusd(self, counterparty: bytes | None = None) -> int:
         """See ``Ledger.uncovered_nusd``."""
         return self._ledger.uncovered_nusd(counterparty)
