@@ -28,7 +28,7 @@ kind            fields
 ``result``      ``hash``: of the record, ``cost_nusd``, ``earlier``: the run whose result it is, if
                 it was bought before; last
 ``failed``      ``error``: the name of the error's class, ``message``, ``hint``; last
-``cancelled``   last
+``cancelled``   last: ``cost_nusd``
 =============== ===================================================================================
 """
 

@@ -100,6 +100,7 @@ async def test_a_buyer_that_cancels_owes_the_setup_whole_once_it_has_countersign
     assert end["kind"] == "cancelled"
     [*_, last] = buyer.events(buyer.runs.cards()[0]["id"], "receipt")
     due_nusd = SETUP_NUSD + METERED_NUSD * last["to_step"] // STEPS
+    assert end["cost_nusd"] == due_nusd
     assert last["to_step"] < STEPS
     assert market.debts(buyer, provider) == (due_nusd, due_nusd)
     assert buyer.journal.letters() == []

@@ -376,3 +376,5 @@ def test_receipts_are_cumulative_under_each_fill() -> None:
     ):
         costs.hear({"kind": kind, "amount_nusd": amount})
     assert costs.nusd == 13
+    costs.hear({"kind": "cancelled", "cost_nusd": 20})
+    assert costs.nusd == 20, "a cancel owes the setup whole"
