@@ -36,6 +36,7 @@ from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.statements import make_statement
+from p2pflop.node.tape import TapeService
 from p2pflop.node.worker_types import Workers
 from p2pflop.units import MIB
 
@@ -57,6 +58,7 @@ class Daemon:
     announcer: Announcer
     workers: Workers
     sheets: SheetService
+    tape: TapeService
     runs: Runs
     ledger_book: LedgerBook
     buyer: Buyer

@@ -18,8 +18,8 @@ comparing.
                                             <- TapeParcel...
 
 An outline has a hash of each hour's ids; the listing the ids of the hours that differ, both as far
-as ``SHORT_ID_BYTES``. If nothing is wanted, the dialler ends it there. Every node does so with each
-new neighbour and with a random one every ``COMPARE_TAPES_S``.
+as ``SHORT_ID_BYTES``. An empty want ends it. Every node does so with each new
+neighbour and with a random one every ``COMPARE_TAPES_S``.
 """
 
 from __future__ import annotations
@@ -144,10 +144,11 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """An outcome, and of a refusal the reason in words."""
+    """An outcome, of a refusal the reason in words, and a trade that is new."""
 
     outcome: Outcome
     reason: str = ""
+    trade: OpenTrade | None = None
 
 
 class TapeRelay:
@@ -228,7 +229,7 @@ class TapeRelay:
             if len(self._turned_away) > MAX_TURNED_AWAY:
                 self._turned_away.popitem(last=False)
             return Verdict(Outcome.TAPE if wrong is None else Outcome.CLOCK, added.reason)
-        return Verdict(Outcome.NEW if added else Outcome.KNOWN)
+        return Verdict(Outcome.NEW, trade=opened) if added else Verdict(Outcome.KNOWN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,8 +262,8 @@ class Pull:
         """The first frame."""
         return encode(outline_of(self._relay.tape.ids(now_ns)))
 
-    def want(self, frame: bytes, now_ns: int) -> bytes | None:
-        """The answer to a listing; None if nothing is wanted. Raises ProtocolError."""
+    def want(self, frame: bytes, now_ns: int) -> bytes:
+        """The answer to a listing; an empty want ends it. Raises ProtocolError."""
         listed = _split(decode(TapeListing, frame).ids)
         ids = self._relay.tape.ids(now_ns).values()
         here = {each[:SHORT_ID_BYTES] for of_hour in ids for each in of_hour}
@@ -271,7 +272,7 @@ class Pull:
         ]
         self._due = set(wanted)
         self.done = not wanted
-        return encode(TapeWant(b"".join(wanted))) if wanted else None
+        return encode(TapeWant(b"".join(wanted)))
 
     def receive(self, parcel: OpenParcel, now_ns: int) -> None:
         """Take in a parcel. Raises ProtocolError."""
@@ -285,10 +286,10 @@ class Pull:
                         f"{self._peer} sends trades that nobody asked for", peer=self._peer
                     )
                 self._due.discard(short_id)
-            outcome = self._relay.enter(opened, self._peer, now_ns).outcome
-            if outcome is Outcome.NEW and isinstance(opened, OpenTrade):
-                self.new.append(opened)
-            self._refused += outcome in (Outcome.TAPE, Outcome.CLOCK)
+            verdict = self._relay.enter(opened, self._peer, now_ns)
+            if verdict.trade is not None:
+                self.new.append(verdict.trade)
+            self._refused += verdict.outcome in (Outcome.TAPE, Outcome.CLOCK)
         if self._relay.peers.is_shunned(self._peer, now_ns):
             raise ProtocolError(f"{self._peer} sends bad trades", peer=self._peer)
         self.done = parcel.last or self._refused > MAX_REFUSED_TRADES
@@ -305,8 +306,13 @@ def listing_for(tape: Tape, frame: bytes, now_ns: int) -> bytes:
 
 
 def parcels_for(tape: Tape, frame: bytes, now_ns: int) -> Iterator[bytes]:
-    """The listener's answer to a want: what of it is still here. Raises ProtocolError."""
+    """The listener's answer to a want: what of it is still here. Nothing to an empty one.
+
+    Raises ProtocolError.
+    """
     wanted = set(_split(decode(TapeWant, frame).ids))
+    if not wanted:
+        return
     found = [
         trade.sealed.wire
         for trade in tape.trades(now_ns)

@@ -180,10 +180,9 @@ def pull(here: TapeRelay, there: TapeRelay, now_ns: int = NOW_NS) -> list[OpenTr
     """What was new here."""
     each = Pull(here, "there")
     want = each.want(listing_for(there.tape, each.outline(now_ns), now_ns), now_ns)
-    if want is not None:
-        for frame in parcels_for(there.tape, want, now_ns):
-            assert not each.done
-            each.receive(read_parcel(frame, "main"), now_ns)
+    for frame in parcels_for(there.tape, want, now_ns):
+        assert not each.done
+        each.receive(read_parcel(frame, "main"), now_ns)
     assert each.done
     return each.new
 
@@ -238,7 +237,8 @@ def test_who_has_more_than_there_is_room_for_is_heard_no_further(
 
 def started(here: TapeRelay, there: TapeRelay) -> Pull:
     each = Pull(here, "there")
-    assert each.want(listing_for(there.tape, each.outline(NOW_NS), NOW_NS), NOW_NS) is not None
+    each.want(listing_for(there.tape, each.outline(NOW_NS), NOW_NS), NOW_NS)
+    assert not each.done
     return each
 
 
@@ -285,7 +285,7 @@ def test_lists_are_bounded_and_of_whole_ids() -> None:
     with pytest.raises(ProtocolError, match="middle of an id"):
         list(parcels_for(here.tape, encode(TapeWant(bytes(3))), NOW_NS))
     long = bytes(tape_module.MAX_TRADES * SHORT_ID_BYTES)
-    assert Pull(here, "").want(encode(TapeListing(long)), NOW_NS) is not None
+    assert Pull(here, "").want(encode(TapeListing(long)), NOW_NS)
     with pytest.raises(ProtocolError):
         Pull(here, "").want(encode(TapeListing(long + bytes(SHORT_ID_BYTES))), NOW_NS)
     hours = tuple(HourHash(hour, bytes(SHORT_ID_BYTES)) for hour in range(MAX_NAMED_HOURS))
