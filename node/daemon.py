@@ -28,6 +28,7 @@ from p2pflop.node.dialing import NodeDialer
 from p2pflop.node.home import Home
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
+from p2pflop.node.market_view import classes, countersigned, describe_take
 from p2pflop.node.network import Network
 from p2pflop.node.packs import Packs
 from p2pflop.node.payments import Payments
@@ -158,6 +159,24 @@ class Daemon:
         ]
         return sorted(asks, key=lambda ask: (ask["price_nusd"], ask["provider"]))
 
+    async def market(self) -> Json:
+        """See NodeService."""
+        now_ns = time.time_ns()
+        view = self.sheets.book.view(now_ns)
+        shown = classes(view, self.tape.tape.trades(now_ns), now_ns)
+        return {"classes": shown, "take": self._take()}
+
+    async def trades(self, since_ns: int) -> list[Json]:
+        """See NodeService."""
+        return self.tape.listed(since_ns)
+
+    def trade_events(self, after_seq: int) -> AsyncIterator[list[Json]]:
+        """See NodeService."""
+        return self.tape.follow(after_seq)
+
+    def _take(self) -> Json:
+        return describe_take(self.ledger_book.take(countersigned(self.seller.journal)))
+
     async def peers(self) -> list[Json]:
         """See NodeService."""
         return [
@@ -172,7 +191,7 @@ class Daemon:
 
     async def ledger(self) -> Json:
         """See NodeService."""
-        return self.ledger_book.report()
+        return {**self.ledger_book.report(), "take": self._take()}
 
     async def statement(self, account: bytes, since_ns: int) -> Json:
         """See NodeService."""

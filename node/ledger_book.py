@@ -8,7 +8,7 @@ A book whose chain does not hold is not opened: somebody changed it, or the disk
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 import trio
@@ -18,6 +18,7 @@ from p2pflop.dht.turns import Turn
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.market.ledger import Entry, Kind, Ledger
 from p2pflop.market.records import Receipt
+from p2pflop.market.take import Take, take_of
 from p2pflop.node.service import Json
 from p2pflop.wire import decode, encode
 
@@ -178,6 +179,10 @@ class LedgerBook:
             "entries": [_describe(entry) for entry in self._entries(MAX_LISTED)],
             "head": self._ledger.head.hex(),
         }
+
+    def take(self, receipts: Iterable[Receipt]) -> Take:
+        """See ``take_of``."""
+        return take_of(self._ledger, receipts)
 
     async def _book(
         self,

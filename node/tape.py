@@ -24,6 +24,7 @@ from p2pflop.market.tape import (
     MAX_TRADES_AN_ACCOUNT,
     OpenTrade,
     Tape,
+    hour_of,
     make_trade,
 )
 from p2pflop.market.tape_relay import (
@@ -116,9 +117,10 @@ class TapeService:
             self._note([verdict.trade])
         return verdict.outcome.is_passed_on
 
-    def listed(self) -> list[Json]:
-        """All trades that are kept, newest hour first."""
-        return [self._tell(trade) for trade in self.tape.trades(self._now_ns())]
+    def listed(self, since_ns: int = 0) -> list[Json]:
+        """The trades from the hour of ``since_ns`` on, newest hour first."""
+        trades = self.tape.trades(self._now_ns())
+        return [self._tell(each) for each in trades if each.trade.hour >= hour_of(since_ns)]
 
     async def follow(self, after_seq: int) -> AsyncIterator[list[Json]]:
         """What came after ``after_seq``, as far as it is still live, and then what comes."""

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from p2pflop.dht.planes import Stream
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.market.relay import MAX_FAULTS
 from p2pflop.market.samples import CLASS_ID, Party
 from p2pflop.market.sheets import make_delegation
+from p2pflop.market.take import Take
 from p2pflop.market.tape import (
     HOUR_NS,
     KEPT_HOURS,
@@ -31,6 +33,7 @@ from p2pflop.market.tape_relay import (
     TapeParcel,
 )
 from p2pflop.node import tape as tape_module
+from p2pflop.node.market_view import countersigned
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, now_ns, sample_file
 from p2pflop.node.tape import MAX_EXCHANGES, SILENCE_S, TELL_S
 from p2pflop.units import NS_PER_S
@@ -301,3 +304,23 @@ async def test_an_honest_clock_that_is_ahead_is_no_fault(
     assert honest.sheets.relay.score(ahead.peer, now_ns()) == MAX_FAULTS
     await trio.sleep(HOUR_NS / NS_PER_S)
     assert tape_of(honest) == tape_of(ahead)
+
+
+# The take rate
+
+
+async def test_buyer_and_seller_both_see_that_nothing_is_taken(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    for seed in range(2):
+        run_id = await buyer.submit(sample_file(seed=seed), checkpoint_steps=5)
+        await ended(market, buyer, run_id)
+    takes = [node.ledger_book.take(countersigned(node.journal)) for node in (provider, buyer)]
+    spent_nusd = buyer.ledger_book.report()["spent_nusd"]
+    assert spent_nusd > 0
+    assert takes == [Take(2, spent_nusd, spent_nusd)] * 2
+    receipts = countersigned(buyer.journal)
+    assert len(receipts) > 2
+    cheaper = [replace(each, amount_nusd=each.amount_nusd - 1) for each in receipts]
+    assert buyer.ledger_book.take(cheaper).take_nusd == 2
