@@ -66,7 +66,7 @@ MAX_SEEN: Final = 8_192
 MAX_TURNED_AWAY: Final = 8_192
 MAX_REFUSED_TRADES: Final = 512
 """In one comparison: checked, but with no place here. More are not looked at."""
-COMPARE_TAPES_S: Final = 30.0
+COMPARE_TAPES_S: Final = 15.0
 SHORT_ID_BYTES: Final = 16
 MAX_TRADES_A_FRAME: Final = 64
 MAX_NAMED_HOURS: Final = KEPT_HOURS + 1
