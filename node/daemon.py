@@ -164,7 +164,7 @@ class Daemon:
         now_ns = time.time_ns()
         view = self.sheets.book.view(now_ns)
         shown = classes(view, self.tape.tape.trades(now_ns), now_ns)
-        return {"classes": shown, "take": self._take()}
+        return {"classes": shown, "take": await self._take()}
 
     async def trades(self, since_ns: int) -> list[Json]:
         """See NodeService."""
@@ -174,8 +174,9 @@ class Daemon:
         """See NodeService."""
         return self.tape.follow(after_seq)
 
-    def _take(self) -> Json:
-        return describe_take(self.ledger_book.take(countersigned(self.seller.journal)))
+    async def _take(self) -> Json:
+        journal = self.seller.journal
+        return describe_take(await self.ledger_book.take(lambda: countersigned(journal)))
 
     async def peers(self) -> list[Json]:
         """See NodeService."""
@@ -191,7 +192,7 @@ class Daemon:
 
     async def ledger(self) -> Json:
         """See NodeService."""
-        return {**self.ledger_book.report(), "take": self._take()}
+        return {**self.ledger_book.report(), "take": await self._take()}
 
     async def statement(self, account: bytes, since_ns: int) -> Json:
         """See NodeService."""

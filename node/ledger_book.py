@@ -50,6 +50,7 @@ class LedgerBook:
         self._own_account = own_account
         self._lock = Turn()
         self._ledger = self._load()
+        self._take: tuple[bytes, Take] | None = None
 
     async def delivered(
         self, receipt: Receipt, provider: bytes, at_ns: int, write: Write, *, node: bytes
@@ -180,9 +181,15 @@ class LedgerBook:
             "head": self._ledger.head.hex(),
         }
 
-    def take(self, receipts: Iterable[Receipt]) -> Take:
-        """See ``take_of``."""
-        return take_of(self._ledger, receipts)
+    async def take(self, receipts: Callable[[], Iterable[Receipt]]) -> Take:
+        """See ``take_of``. Reckoned anew, and ``receipts`` called, if the ledger has changed.
+
+        Not while an entry is on its way to disk: its receipt goes there in the same commit.
+        """
+        async with self._lock:
+            if self._take is None or self._take[0] != self._ledger.head:
+                self._take = (self._ledger.head, take_of(self._ledger, receipts()))
+            return self._take[1]
 
     async def _book(
         self,

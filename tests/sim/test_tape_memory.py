@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -316,11 +317,46 @@ async def test_buyer_and_seller_both_see_that_nothing_is_taken(
     for seed in range(2):
         run_id = await buyer.submit(sample_file(seed=seed), checkpoint_steps=5)
         await ended(market, buyer, run_id)
-    takes = [node.ledger_book.take(countersigned(node.journal)) for node in (provider, buyer)]
+    takes = [await take_of(node) for node in (provider, buyer)]
     spent_nusd = buyer.ledger_book.report()["spent_nusd"]
     assert spent_nusd > 0
     assert takes == [Take(2, spent_nusd, spent_nusd)] * 2
     receipts = countersigned(buyer.journal)
     assert len(receipts) > 2
+    buyer.ledger_book._take = None
     cheaper = [replace(each, amount_nusd=each.amount_nusd - 1) for each in receipts]
-    assert buyer.ledger_book.take(cheaper).take_nusd == 2
+    assert (await buyer.ledger_book.take(lambda: cheaper)).take_nusd == 2
+
+
+async def test_nothing_seems_taken_while_a_receipt_is_on_its_way_to_disk(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    seen: list[int] = []
+
+    def look_at(node: MemoryNode) -> None:
+        write = node.journal._database.write
+
+        async def slow(operation: Callable[[Any], Any]) -> Any:
+            await trio.sleep(0.1)
+            return await write(operation)
+
+        node.journal._database.write = slow  # type: ignore[method-assign]
+
+    async def look(node: MemoryNode) -> None:
+        while True:
+            taken = await take_of(node)
+            seen.append(taken.paid_nusd)
+            assert taken.take_nusd == 0
+            await trio.sleep(0.01)
+
+    for node in (provider, buyer):
+        look_at(node)
+        market.nursery.start_soon(look, node)
+    run_id = await buyer.submit(sample_file(), checkpoint_steps=5)
+    await ended(market, buyer, run_id)
+    assert len(set(seen)) > 2, "nobody looked while it was bought"
+
+
+async def take_of(node: MemoryNode) -> Take:
+    return await node.ledger_book.take(lambda: countersigned(node.journal))
