@@ -28,15 +28,17 @@ from p2pflop.dht.store import FileStore
 from p2pflop.dht.transfer import BLOB_PROTOCOL
 from p2pflop.errors import ConfigError, first_error
 from p2pflop.keys import public_key_of
-from p2pflop.market.book import SECRET_BYTES, Book
+from p2pflop.market.book import SECRET_BYTES, Book, Dump
 from p2pflop.market.records import Ask
 from p2pflop.market.sheets import make_ask
+from p2pflop.market.tape import SECRET_BYTES as TAPE_SECRET_BYTES
+from p2pflop.market.tape import Tape, TapeDump
 from p2pflop.node import sheets as sheets_module
+from p2pflop.node import tape as tape_module
 from p2pflop.node.acquaintances import Acquaintances
 from p2pflop.node.api import create_app
 from p2pflop.node.api_guard import Activity
 from p2pflop.node.api_server import bind_api, serve_api
-from p2pflop.node.book_file import BookFile
 from p2pflop.node.books import open_books
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
@@ -46,6 +48,7 @@ from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.home import Home, open_home
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
+from p2pflop.node.kept_file import Kept, KeptFile
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.letters import JOB_PROTOCOL, Letters
 from p2pflop.node.network import HostConfig, Network
@@ -55,6 +58,7 @@ from p2pflop.node.payments import Payments
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.sheets import SheetService
+from p2pflop.node.tape import TapeService
 from p2pflop.node.warm import WarmWorkers
 from p2pflop.node.worker_types import Workers
 from p2pflop.node.workers import WorkerPool
@@ -76,6 +80,7 @@ class _Closable(Protocol):
     async def aclose(self) -> None: ...
 
 
+D = TypeVar("D")
 _ClosableT = TypeVar("_ClosableT", bound=_Closable)
 
 
@@ -129,10 +134,9 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
         network = await stack.enter_async_context(_open_network(settings, home))
         known = Acquaintances(ledger_book)
         book = _make_book(settings, identity, known)
-        book_file = BookFile(home.path / "book")
-        await book_file.load(book, time.time_ns())
-        stack.push_async_callback(book_file.save, book)
-        nursery.start_soon(keep_going, book_file.keep, book)
+        tape = Tape(secrets.token_bytes(TAPE_SECRET_BYTES), settings.network)
+        await _keep(KeptFile(home.path / "book", Dump), book, stack, nursery)
+        await _keep(KeptFile(home.path / "tape", TapeDump), tape, stack, nursery)
         daemon = _assemble(
             settings,
             home,
@@ -145,6 +149,7 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
             network,
             workers,
             book,
+            tape,
             known,
             nursery,
         )
@@ -185,6 +190,15 @@ def _make_book(settings: Settings, identity: Identity, known: Acquaintances) -> 
     )
 
 
+async def _keep(
+    file: KeptFile[D], kept: Kept[D], stack: AsyncExitStack, nursery: trio.Nursery
+) -> None:
+    """Load what was saved; save it from time to time, and at the end."""
+    await file.load(kept, time.time_ns())
+    stack.push_async_callback(file.save, kept)
+    nursery.start_soon(keep_going, file.keep, kept)
+
+
 def _open_sheets(
     identity: Identity, book: Book, network: Network, known: Acquaintances
 ) -> SheetService:
@@ -211,11 +225,13 @@ def _assemble(
     network: Network,
     workers: Workers,
     book: Book,
+    tape: Tape,
     known: Acquaintances,
     nursery: trio.Nursery,
 ) -> Daemon:
     dialer = NodeDialer(network, nursery)
     sheets = _open_sheets(identity, book, network, known)
+    tapes = TapeService(identity, tape, sheets.relay, network, time.time_ns)
     runs = Runs(journal)
     buyer = Buyer(
         identity=identity,
@@ -239,18 +255,13 @@ def _assemble(
         warm=WarmWorkers(workers, nursery),
         journal=journal,
         ledger_book=ledger_book,
+        tape=tapes,
         nursery=nursery,
         now_ns=time.time_ns,
     )
     seller.allocator.on_free = buyer.room_freed
     money = Payments(
-        identity,
-        payment_book,
-        ledger_book,
-        dialer,
-        sheets.nodes_of,
-        nursery,
-        time.time_ns,
+        identity, payment_book, ledger_book, dialer, sheets.nodes_of, nursery, time.time_ns
     )
     return Daemon(
         settings,
@@ -263,6 +274,7 @@ def _assemble(
         Announcer(store, network),
         workers,
         sheets,
+        tapes,
         runs,
         ledger_book,
         buyer,
@@ -286,11 +298,15 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     daemon.dialer.handle(BLOB_PROTOCOL, blobs.handle)
     daemon.dialer.handle(JOB_PROTOCOL, daemon.seller.handle)
     daemon.dialer.handle(sheets_module.PROTOCOL, daemon.sheets.answer)
+    daemon.dialer.handle(tape_module.PROTOCOL, daemon.tape.answer)
     daemon.dialer.handle(PAYMENT_PROTOCOL, daemon.money.handle)
     sink, source = trio.open_memory_channel[tuple[str, bytes]](MAX_GOSSIP_WAITING)
     nursery.start_soon(_drain, source)
     await daemon.network.subscribe(
         sheets_module.TOPIC, lambda _, data, source: daemon.sheets.take(data, source), sink
+    )
+    await daemon.network.subscribe(
+        tape_module.TOPIC, lambda _, data, source: daemon.tape.take(data, source), sink.clone()
     )
     daemon.network.on_connect(daemon.buyer.letters.met)
     daemon.network.on_connect(daemon.money.met)
@@ -299,14 +315,16 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
         connected = (each.addresses for each in daemon.network.peers() if each.peer == peer)
         daemon.sheets.met(peer, next(connected, ()))
         nursery.start_soon(survive, daemon.sheets.on_connect, peer)
+        nursery.start_soon(survive, daemon.tape.on_connect, peer)
 
     daemon.network.on_connect(met)
     nursery.start_soon(daemon.sheets.run)
+    nursery.start_soon(daemon.tape.run)
     nursery.start_soon(keep_going, daemon.announcer.run)
 
 
 async def _drain(source: trio.MemoryReceiveChannel[tuple[str, bytes]]) -> None:
-    # The validator has put each sheet into the book already; this only keeps the channel empty.
+    # The validators have put each sheet and trade in its place; this keeps the channel empty.
     async for _ in source:
         pass
 

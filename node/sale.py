@@ -85,6 +85,7 @@ class SaleRow(StrEnum):
     BID = "bid"
     ACCOUNT = "account"
     BODY = "body"
+    PRICE = "price"
     RESULT = "result"
     INTERVAL = "interval"
 
@@ -114,6 +115,7 @@ class Sale:
         self.rows = rows
         self.body_bytes = 0
         self.fill_id = b""
+        self.price_nusd: int | None = None
         self._had_ended = bool(rows.head.end_state)
         self._seller = seller
         self._body = body
@@ -199,6 +201,8 @@ class Sale:
             elif row.kind == SaleRow.INTERVAL:
                 checkpoint = decode(m.Checkpoint, row.body)
                 self._checkpoints[checkpoint.step] = checkpoint
+            elif row.kind == SaleRow.PRICE:
+                self.price_nusd = int.from_bytes(row.body, "big")
         await self.driver.resume(rows)
         self._bind()
         if self._delivery is not None and not self.over:
@@ -356,6 +360,8 @@ class Sale:
         kinds = [SaleRow.RESULT, SaleRow.INTERVAL, *([] if side.confirm else [SaleRow.BODY])]
         self.rows.forget(*kinds)
         await self.write()
+        if action.state is State.SETTLED and not self._had_ended:
+            self._seller.tell_trade(self)
         if not self.over and action.state is not State.SETTLED:
             self._finish_talk()  # what is signed is acknowledged first
         _log.info("sale %s: %s %s", self.rows.head.job[:12], action.state, action.reason)

@@ -138,11 +138,24 @@ class NodeService(Protocol):
     async def book(self) -> list[Json]:
         """The asks that this node knows."""
 
+    async def market(self) -> Json:
+        """``classes``: of each the ``depth`` of its asks, ``last_nusd``, ``low_nusd``,
+        ``high_nusd``, ``hour_gflop``, ``day_gflop`` and more of the tape; and ``take``, of the
+        newest purchases and sales: ``fills``, ``paid_nusd``, ``got_nusd``, ``take_nusd``."""
+
+    async def trades(self, since_ns: int) -> list[Json]:
+        """The tape from the hour of that time on, newest hour first: ``id``, ``provider``,
+        ``account``, ``own``, ``class_id``, ``price_nusd``, ``gflop``, ``hour_ns``."""
+
+    def trade_events(self, after_seq: int) -> AsyncIterator[list[Json]]:
+        """Trades as they come to the tape, as events of kind ``trade``; first those that came
+        lately, after number ``after_seq``."""
+
     async def peers(self) -> list[Json]:
         """The peers that this node is connected to."""
 
     async def ledger(self) -> Json:
-        """Who owes whom, and the newest postings."""
+        """Who owes whom, the newest postings, and ``take`` as in ``market``."""
 
     async def statement(self, account: bytes, since_ns: int) -> Json:
         """All entries with an account from that time on, with balances. See ``node.statements``."""

@@ -193,6 +193,10 @@ class Ledger:
         """Every ledger account that is not zero."""
         return {key: amount for key, amount in self._balances.items() if amount}
 
+    def booked(self) -> dict[tuple[bytes, Kind], int]:
+        """What was booked for each fill by the kind that was debited: expense or receivable."""
+        return {key: amount for key, (_, amount) in self._booked.items()}
+
     def totals(self) -> dict[Kind, int]:
         """Balances over all counterparties; their sum is zero."""
         totals = dict.fromkeys(Kind, 0)

@@ -77,6 +77,12 @@ def _share(bid: Bid, work: Work, steps_done: int, of_nusd: int) -> int:
     return of_nusd * steps_done // bid.job.steps
 
 
+def delivered_flop(bid: Bid, amount_nusd: int) -> int:
+    """The metered FLOP that were delivered for so much of the quote; all, if it is free."""
+    flop = sum(line.flop * line.times for line in bid.costs)
+    return flop * amount_nusd // bid.quote_nusd if bid.quote_nusd else flop
+
+
 def make_receipt(
     key: PrivateKey,
     fill: Sealed[Fill],

@@ -22,6 +22,7 @@ MAX_SHEET_BYTES: Final = 8 * 1024
 MAX_SHEET_ORDERS: Final = 32
 MAX_SHEET_LIFETIME_NS: Final = 3600 * 10**9
 MAX_DELEGATION_BYTES: Final = 512
+MAX_TRADE_BYTES: Final = 2 * 1024
 MAX_COST_LINES: Final = 64
 NONCE_BYTES: Final = 16
 ZERO_HASH: Final = bytes(HASH_BYTES)
@@ -261,9 +262,14 @@ class Abandon(SignedRecord, frozen=True):
 
 
 class Trade(SignedRecord, frozen=True):
-    """What the public tape shows of a settled fill: class, price, rounded size, hour. No names."""
+    """What the public tape shows of a settled fill. Signed by the seller; the buyer is not in it.
+
+    ``fill_digest`` is a hash that only who knows the fill can make, ``price_nusd`` the price per
+    PFLOP of the ask, ``gflop_rounded`` what was delivered, to one digit. ``hour`` counts from 1970.
+    """
 
     KIND: ClassVar[str] = "trade"
+    MAX_BYTES: ClassVar[int] = MAX_TRADE_BYTES
 
     version: Version
     fill_digest: Hash
@@ -271,4 +277,5 @@ class Trade(SignedRecord, frozen=True):
     price_nusd: U63
     gflop_rounded: U63
     hour: U32
+    delegation: DelegationBytes
     ext: Ext = ()

@@ -20,14 +20,11 @@ from p2pflop.market.fills import (
     check_fill,
     check_opening,
     check_reject,
-    check_trade,
     make_abandon,
     make_commit,
     make_confirm,
     make_fill,
     make_reject,
-    make_trade,
-    round_gflop,
 )
 from p2pflop.market.records import (
     CHECKPOINT_EXT,
@@ -48,7 +45,6 @@ from p2pflop.market.samples import (
     ASK_LIFE_NS,
     COSTS,
     DEADLINE_NS,
-    JOB,
     METER_ID,
     NOW_NS,
     RESULT,
@@ -256,33 +252,6 @@ def test_either_party_abandons_within_the_stretch() -> None:
     for key, step in [(STRANGER.node, 0), (BUYER.node, STEPS + 1)]:
         wire = make_abandon(key, FILL, from_step=step, root=ROOT, reason="").wire
         assert refusal(check_abandon(wire, BID, FILL))
-
-
-@pytest.mark.parametrize(
-    ("flop", "gflop"),
-    [
-        (0, 1),
-        (10**9, 1),
-        (99 * 10**9, 99),
-        (104 * 10**9, 100),
-        (105 * 10**9, 110),
-        (10**40, 9 * 10**18),
-    ],
-)
-def test_the_tape_shows_two_digits(flop: int, gflop: int) -> None:
-    assert round_gflop(flop) == gflop
-
-
-def test_a_trade_names_nobody_and_is_checked() -> None:
-    trade = make_trade(SELLER.node, BID.record, FILL, 10**6, NOW_NS)
-    assert check_trade(trade.wire, NOW_NS) == trade
-    body = trade.wire
-    for secret in (BUYER.node.public_key, BUYER.account.public_key, FILL.id, BID.id, JOB.work):
-        assert secret not in body
-    exact = seal(msgspec.structs.replace(trade.record, gflop_rounded=123), SELLER.node)
-    assert "rounded" in refusal(check_trade(exact.wire, NOW_NS))
-    later = seal(msgspec.structs.replace(trade.record, hour=trade.record.hour + 1), SELLER.node)
-    assert "future" in refusal(check_trade(later.wire, NOW_NS))
 
 
 def test_the_largest_bid_fits() -> None:
