@@ -141,9 +141,9 @@ def p2pflop(runs: int) -> dict[str, Any]:
             buyer.put(blob)
 
         def once() -> None:
-            run_id = buyer.submit(data, SubmitOptions(fresh=True))
+            run_id, events = buyer.submit_and_follow(data, SubmitOptions(fresh=True))
             ids.append(run_id)
-            for event in buyer.events(run_id):
+            for event in events:
                 if event["kind"] in ("failed", "cancelled"):
                     raise SystemExit(f"run failed: {event}")
 

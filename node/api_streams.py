@@ -25,6 +25,7 @@ from p2pflop.node.api_guard import dump_json, error_body
 
 READ_AHEAD_CHUNKS: Final = 1
 MAX_EVENTS_A_WRITE: Final = 64
+EVENT_STREAM: Final = "text/event-stream"
 HEARTBEAT: Final = b": still here\n\n"
 HEADERS_S: Final = 0.01
 """How long the headers wait for an event to leave with them."""
@@ -110,20 +111,23 @@ class BlobStream(Response):
 class EventStream(Response):
     """Server-sent events with a comment line whenever ``heartbeat_s`` pass without one.
 
-    ``events`` gives those that leave together: they go in one write.
+    ``events`` gives those that leave together: they go in one write. ``opening`` is an event
+    without a number that goes before all others, and makes the response one that created something.
     """
 
     def __init__(
         self,
         events: AsyncIterator[Sequence[dict[str, Any]]],
         *,
+        opening: dict[str, Any] | None = None,
         heartbeat_s: float,
         wait_s: float,
         stopping: trio.Event,
     ) -> None:
-        self.status_code = 200
+        self.status_code = 200 if opening is None else 201
         self.background = None
-        self.init_headers({"content-type": "text/event-stream", "cache-control": "no-store"})
+        self.init_headers({"content-type": EVENT_STREAM, "cache-control": "no-store"})
+        self._opening = b"" if opening is None else b"data: " + dump_json(opening) + b"\n\n"
         self._events = events
         self._heartbeat_s = heartbeat_s
         self._wait_s = wait_s
@@ -133,7 +137,9 @@ class EventStream(Response):
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
         async with trio.open_nursery() as nursery:
             nursery.cancel_scope.deadline = trio.current_time() + self._wait_s
             nursery.start_soon(_until_gone, receive, nursery.cancel_scope)
@@ -141,7 +147,7 @@ class EventStream(Response):
             nursery.start_soon(self._beat)
             await self._forward()
             nursery.cancel_scope.cancel()
-        await send({"type": "http.response.body"})
+        await send({"type": "http.response.body", "body": self._opening})
 
     async def _forward(self) -> None:
         try:
@@ -168,7 +174,8 @@ class EventStream(Response):
 
     async def _write(self, data: bytes) -> None:
         self._silent_since = trio.current_time()
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        opening, self._opening = self._opening, b""
+        await self._send({"type": "http.response.body", "body": opening + data, "more_body": True})
 
 
 def _frame(event: dict[str, Any]) -> bytes:
