@@ -401,20 +401,21 @@ class Sale:
         supply = self._supply()
         feeds = Feeds(checked, seller.store, supply.bring, self._hold)
 
-        async def fetch_inputs() -> None:
+        async def bring() -> None:
             self._checked = await supply.resolve(checked)
             await supply.fetch_all(self._inputs(), self._at_hand, self._tell_fetching)
+            await feeds.open()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_confirm)
             async with trio.open_nursery() as bringing:
-                bringing.start_soon(fetch_inputs)
-                bringing.start_soon(feeds.open)
+                bringing.start_soon(bring)
                 plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)
             if is_too_dear(seller.workers, checked, plans):
                 await self.driver.on(Withdraw("cost: it computes over four times what was metered"))
                 return
-            nursery.start_soon(feeds.run)
+            if checked.feeds:
+                nursery.start_soon(feeds.run)
             async with seller.warm.lease(self.account, limits) as worker:
                 execution = Execution(
                     self._checked,
@@ -458,7 +459,8 @@ class Sale:
 
     async def _tell_rows(self, rows: Rows) -> None:
         # Else a restart would not know of the confirm, and the buyer be told the rows twice.
-        await self._confirm_kept.wait()
+        if not self._confirm_kept.is_set():
+            await self._confirm_kept.wait()
         if rows.values:
             self._shown_to = rows.last_step + 1
         self._offer(m.Rows(rows.first_step, rows.last_step, rows.values))
