@@ -216,12 +216,13 @@ class MemoryStore:
     def stage(self, blobs: Sequence[bytes]) -> Staged:
         """See Store. Kept in memory while ``keep`` runs, whatever becomes of its transaction."""
         self.quota.check(sum(map(len, blobs)))
+        now_ns = self._clock_ns()
 
         def keep(_: sqlite3.Connection) -> None:
             for data in blobs:
                 self.quota.used_bytes += len(data)
                 chunks = {0: data} if data else {}
-                self._keep(manifest_of(data), chunks, False, b"", self._clock_ns())
+                self._keep(manifest_of(data), chunks, False, b"", now_ns)
 
         return Staged(keep, trio.lowlevel.checkpoint)
 
