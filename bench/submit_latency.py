@@ -151,7 +151,7 @@ def p2pflop(runs: int) -> dict[str, Any]:
         samples = measure(once, runs, between=commits.once)
         return {
             **percentiles(samples),
-            "target_p50_ms": 15,
+            "target_p50_ms": 10,
             "one_commit_ms": percentiles(commits.samples_ms),
             "to_event_ms": where_time_goes(buyer, ids[-50:]),
         }
