@@ -193,6 +193,17 @@ class Execution:
         self._drained.set()
         self._late = False
         self._checkpointed_at = trio.current_time()
+        self._leaving = trio.Event()
+        self._worker_stopped = self._has_left = False
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it has ended early because of ``leave``; its last checkpoint is given by then."""
+        return self._has_left
+
+    def leave(self) -> None:
+        """End the run after the current step, with a checkpoint there."""
+        self._leaving.set()
 
     async def load(self, plans: dict[bytes, bytes]) -> None:
         """Give the worker its plans and inputs, and let the weights be born."""
@@ -227,8 +238,8 @@ class Execution:
         for index in range(len(manifest.chunks)):
             yield await self._store.read_chunk(address, index)
 
-    async def run(self, checkpoints: Checkpoints, on_rows: OnRows) -> Outcome:
-        """Run to the end, or to the work's own stop.
+    async def run(self, checkpoints: Checkpoints, on_rows: OnRows) -> Outcome | None:
+        """Run to the end, or to the work's own stop. None if it was left before.
 
         The worker stands still while the state of a checkpoint is read, and no longer: it goes on
         while that is brought to disk and told. Where the window is full it stands still, too.
@@ -237,6 +248,7 @@ class Execution:
         end = job.first_step + job.steps
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            nursery.start_soon(self._ask_to_leave)
             if checkpoints.seconds:
                 nursery.start_soon(self._run_clock, checkpoints.seconds)
             try:
@@ -253,6 +265,9 @@ class Execution:
                 raise
             await self._drained.wait()
             nursery.cancel_scope.cancel()
+        if self._worker_stopped:
+            self._has_left = True
+            return None
         if not job.first_step < self._done_to <= end:
             raise ProviderError(f"the worker stopped at step {self._done_to}")
         return await self._finish()
@@ -263,8 +278,12 @@ class Execution:
         if event.ended:
             return
         due = checkpoints.steps > 0 and event.step % checkpoints.steps == 0
-        if due or self._late:
+        if due or self._late or self._leaving.is_set():
             await self._checkpoint(event.step, checkpoints, late=not due)
+        if self._leaving.is_set():
+            self._worker_stopped = True
+            await self._worker.stop()
+            return
         await self._feed(event.step)
         if checkpoints.window is not None:
             await self._stand(event.step, checkpoints, checkpoints.window)
@@ -292,7 +311,7 @@ class Execution:
 
     async def _checkpoint(self, step: int, checkpoints: Checkpoints, *, late: bool) -> None:
         await self._drained.wait()  # one at a time: the disk may be slower than the steps
-        if checkpoints.wanted(late):
+        if checkpoints.wanted(late and not self._leaving.is_set()):
             self._late, self._checkpointed_at = False, trio.current_time()
             interval, self._interval = self._interval, Gathering(self._checked, step)
             drafts = await self._draft(interval, step)
@@ -319,6 +338,13 @@ class Execution:
             else:
                 self._late = True
                 await self._worker.pause()
+
+    async def _ask_to_leave(self) -> None:
+        """Have the worker stand still; while it does so for another reason it does not hear."""
+        await self._leaving.wait()
+        while True:
+            await self._worker.pause()
+            await trio.sleep(ASK_AGAIN_S)
 
     def _note(self, rows: Rows) -> None:
         work = self._checked.work

@@ -282,9 +282,11 @@ class Purchase:
 
     def _note_failure(self) -> None:
         """Whoever had the lease did not do the job: not to be asked again for a while."""
-        account = self._bidding.account_of(self._lent_to)
+        account, experience = self._bidding.account_of(self._lent_to), self._buyer.experience
         if account is not None:
-            self._buyer.experience.note_failure(account, self._buyer.now_ns())
+            was_handed_over = self._lifecycle.side.was_handed_over
+            note = experience.note_handed_over if was_handed_over else experience.note_failure
+            note(account, self._buyer.now_ns())
         self._take_back()
 
     def _take_back(self) -> None:

@@ -127,6 +127,7 @@ class Sale:
         self._delivery: _Delivery | None = None
         self._booked = b""
         self._window: Window | None = None
+        self._execution: Execution | None = None
         self._working = trio.CancelScope()
         self._may_run = trio.Event()
         self._tasks, self._due = trio.open_memory_channel[str](16)
@@ -183,6 +184,24 @@ class Sale:
             if failure is not None:
                 self._break_off(failure)
             self._seller.release(self)
+
+    @property
+    def waits_for(self) -> str:
+        """What a node that is to stop waits for, in words: nothing once all is handed over."""
+        execution, state = self._execution, self.state
+        if self.over or self.driver.failure is not None:
+            return ""
+        if state is State.RUNNING and execution is not None:
+            if not execution.has_left:
+                return "the running step and its checkpoint"
+            return "the buyer to verify the checkpoint" if self._lifecycle.side.unsigned else ""
+        delivered = state in (State.COMMITTED, State.RECEIPTED)
+        return "the buyer to verify the result" if delivered and self._conversation else ""
+
+    def leave(self) -> None:
+        """Compute no further than the current step."""
+        if self._execution is not None:
+            self._execution.leave()
 
     async def tell(self, event: Event) -> None:
         """Tell the lifecycle of something that happened here."""
@@ -422,7 +441,7 @@ class Sale:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(feeds.run)
             async with seller.warm.lease(self.account, limits) as worker:
-                execution = Execution(
+                execution = self._execution = Execution(
                     self._checked,
                     seller.workers.class_id,
                     seller.store,
@@ -437,6 +456,8 @@ class Sale:
                 await self._may_run.wait()
                 outcome = await execution.run(self._checkpoint_plan(), self._tell_rows)
             nursery.cancel_scope.cancel()
+        if outcome is None:
+            return
         self._delivery = _Delivery(encode(outcome.result), inline_blobs(outcome.kept))
         self.rows.add(SaleRow.RESULT, msgspec.msgpack.encode(self._delivery))
         salt = secrets.token_bytes(SALT_BYTES)

@@ -46,6 +46,8 @@ JOB_FAULT_PREFIX: Final = "job: "
 GAVE_BACK: Final = "the provider gave the lease back: "
 BUSY_PREFIX: Final = "busy: "
 """How a provider's reason begins that holds now and may not hold later."""
+PREEMPTED_PREFIX: Final = "pre-empted: "
+"""How a provider's reason begins whose operator wants it to stop."""
 
 FIRST_WAIT_NS: Final = NS_PER_S // 2
 MAX_STALLED: Final = 5
@@ -194,6 +196,11 @@ class Buying:
                 self.countersigned = b"".join(closing) or self.countersigned
             case _:
                 raise ValueError(f"{edge} with {len(parts)} parts")
+
+    @property
+    def was_handed_over(self) -> bool:
+        """Whether the latest provider had to stop, and brought what it had computed first."""
+        return self.was_paid and self._reason.startswith(GAVE_BACK + PREEMPTED_PREFIX)
 
     def _leave(self, reason: str, bid: bytes, resubmits: bool) -> None:
         """A provider is of no use; ``bid`` is for the next one, empty to wait for another round."""

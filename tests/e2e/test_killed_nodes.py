@@ -27,7 +27,7 @@ def whole_hash() -> str:
 class Market:
     """A buyer and two providers, the first one cheaper."""
 
-    def __init__(self, start_node: StartNode, wait_until: Any) -> None:
+    def __init__(self, start_node: StartNode, wait_until: Any, every: int = EVERY) -> None:
         self.start_node = start_node
         self.wait_until = wait_until
         self.buyer = start_node("buyer")
@@ -35,7 +35,7 @@ class Market:
         self.providers = {name: self.start(name) for name in ("cheap", "dear")}
         wait_for_asks(self.buyer, 2, wait_until)
         self.run = pf.submit(
-            counting_job(STEPS), client=Client(self.buyer.home), checkpoint_steps=EVERY
+            counting_job(STEPS), client=Client(self.buyer.home), checkpoint_steps=every
         )
 
     def start(self, name: str) -> Any:
