@@ -30,6 +30,7 @@ from p2pflop.job.events import (
     Blame,
     Cancel,
     Event,
+    Fetched,
     Finish,
     Lost,
     Ranked,
@@ -60,7 +61,7 @@ from p2pflop.node.letters import FAREWELL_S, JOB_PROTOCOL, leave_word
 from p2pflop.node.orders import Order, describe_ranking
 from p2pflop.node.outcomes import describe_result, error_of
 from p2pflop.node.printable import printable
-from p2pflop.node.returning import OPEN_S, Returns
+from p2pflop.node.returning import BOUND, OPEN_S, UNCONFIRMED, Returns
 from p2pflop.node.runs import Last, Run
 from p2pflop.node.stretches import RESULT_ROW, Stretches, last_state, owed_nusd
 from p2pflop.wire import Sealed, reopen
@@ -72,10 +73,6 @@ RETRY_S: Final = 1.0
 MAX_RETRY_S: Final = 15.0
 LAST_VERIFY_S: Final = 5.0
 """For what was billed before the provider gave the lease back; shorter than its silence may be."""
-
-UNCONFIRMED: Final = frozenset({State.RANKING, State.WAITING, State.BIDDING})
-BOUND: Final = frozenset({State.CONFIRMING, State.RUNNING, State.VERIFYING})
-"""When a provider is bound by a confirm."""
 
 _log = logging.getLogger(__name__)
 
@@ -299,7 +296,7 @@ class Purchase:
         if not self._lent_to:
             return
         side, peer = self._lifecycle.side, peer_id(self._lent_to)
-        told_to = 0 if self._goods is None else self._goods.told_to
+        told_to = 0 if self._goods is None else self._goods.leave()
         self._stretches.lose(peer, side.outcome()[0], told_to)
         if edge == Edge.RESUBMIT and side.was_paid:
             letter = self._run.rows.add_letter(peer, side.delivered[-1], len(side.delivered))
@@ -318,7 +315,7 @@ class Purchase:
         buyer, order = self._buyer, self._stretches.now
         self._note_failure()
         self._returns, self._gone = Returns(), ""
-        self._goods = Goods(order.checked, buyer.store, buyer.dialer, self._peer)
+        self._goods = Goods(order.checked, buyer.store, buyer.dialer, self._peer, self._moved)
         await self._tell_loss(self._peer)
         self._say(m.Offer(bid, order.body))
 
@@ -500,6 +497,9 @@ class Purchase:
                 wait_s = min(2 * wait_s, MAX_RETRY_S)
             self._looked.set()
 
+    def _moved(self) -> None:
+        self._nursery.start_soon(self._driver.hear, Fetched())
+
     async def _verify_the_last(self) -> None:
         """A checkpoint that came before the provider gave up is not to be lost."""
         with trio.move_on_after(LAST_VERIFY_S):
@@ -565,7 +565,8 @@ class Purchase:
         buyer = self._buyer
         rows = buyer.runs.rows(self._run.id)
         result = self._stretches.recall(rows)
-        goods = self._goods = Goods(self._stretches.now.checked, buyer.store, buyer.dialer)
+        checked = self._stretches.now.checked
+        goods = self._goods = Goods(checked, buyer.store, buyer.dialer, on_moved=self._moved)
         if result:
             goods.recall_result(result)
         self._bidding.recall(rows, self._stretches.now)

@@ -16,6 +16,7 @@ from p2pflop.job.events import (
     Cancel,
     Event,
     Fault,
+    Fetched,
     Lost,
     Ranked,
     Received,
@@ -30,7 +31,8 @@ from p2pflop.job.events import (
 from p2pflop.job.lifecycle import (
     BUYER,
     BUYER_LIMITS,
-    STALLS,
+    DELIVERY,
+    STALL,
     Edge,
     Lifecycle,
     Limit,
@@ -66,6 +68,7 @@ BUYER_EDGES: Final[Mapping[str, tuple[Edge, ...]]] = {
     "alive": (Edge.STARTED, Edge.ALIVE, Edge.WORKED, Edge.QUIET),
     "verified": (Edge.VERIFIED, Edge.COUNTERSIGN, Edge.QUIET),
     "refuted": (Edge.RESUBMIT, Edge.REFUTED, Edge.QUIET),
+    "fetched": (Edge.WORKED, Edge.QUIET),
     "unreachable": (Edge.RESUBMIT, Edge.LOST, Edge.QUIET),
     "cancel": (Edge.CANCEL, Edge.QUIET),
     "timer": (Edge.NEXT, Edge.SILENT, Edge.AGAIN),
@@ -126,7 +129,6 @@ class Buying:
 
     table: Table = BUYER
     limits: Mapping[State, Limit] = BUYER_LIMITS
-    stalls: Mapping[State, Limit] = STALLS
     edges: Mapping[str, tuple[Edge, ...]] = BUYER_EDGES
     initial = State.RANKING
 
@@ -232,6 +234,12 @@ class Buying:
             return limit
         wait_ns = FIRST_WAIT_NS << min(self.rounds, 16) if self.rounds else 0
         return Limit(limit.name, min(limit.after_ns, wait_ns))
+
+    def stall(self, state: State) -> Limit | None:
+        """See ``Side``. What was billed and is not here weighs more than what is told."""
+        if state is State.RUNNING and not self.unsigned:
+            return STALL
+        return DELIVERY if state in (State.RUNNING, State.VERIFYING) else None
 
     def revive(self, _state: State) -> Sequence[Move]:
         """See ``Side``: a buyer goes on where it was."""
@@ -349,7 +357,7 @@ class Buying:
             case Alive(worked):
                 if state is State.CONFIRMING:
                     return Move(Edge.STARTED)
-                alive = Edge.WORKED if worked else Edge.ALIVE
+                alive = Edge.WORKED if worked and not self.unsigned else Edge.ALIVE
                 return Move(alive if state is State.RUNNING else Edge.QUIET)
             case _ if state in (State.RANKING, State.WAITING, State.VERIFYING):
                 # No stream is needed yet, or all that is needed can come over another one.
@@ -366,15 +374,13 @@ class Buying:
             return self._end(Edge.SILENT, "no deal was found in time", Blame.MARKET)
         if state is State.WAITING:
             return Move(Edge.AGAIN, (), [Start("rank")])
-        if state is State.VERIFYING:
-            reason = "the result could not be verified in time"
-            return self._start_over(reason, state, now_ns, Edge.SILENT)
-        stall = STALLS.get(state)
-        if stall is not None and name == stall.name:
-            reason = f"the provider made no progress for {stall.after_ns // NS_PER_S} s"
-            return self._fall(reason, state, now_ns, Edge.SILENT)
-        seconds = BUYER_LIMITS[state].after_ns // NS_PER_S
-        return self._fall(f"the provider was silent for {seconds} s", state, now_ns, Edge.SILENT)
+        limit, did = BUYER_LIMITS[state], "was silent"
+        if name == DELIVERY.name:
+            limit, did = DELIVERY, "handed over nothing more of what it billed"
+        elif name == STALL.name:
+            limit, did = STALL, "made no progress"
+        reason = f"the provider {did} for {limit.after_ns // NS_PER_S} s"
+        return self._fall(reason, state, now_ns, Edge.SILENT)
 
     def _on_deadline(self, state: State) -> Move:
         blame = Blame.PROVIDER if state is State.RUNNING else Blame.MARKET
@@ -395,6 +401,8 @@ class Buying:
                 return self._on_verified(number)
             case Refuted(reason, wire) if wire in self.unsigned.values():
                 return self._start_over(f"wrong delivery: {reason}", state, now_ns, Edge.REFUTED)
+            case Fetched() if self.unsigned:
+                return Move(Edge.WORKED)
             case Unreachable(reason) if state is State.VERIFYING:
                 reason = f"the provider was lost: {reason}"
                 return self._start_over(reason, state, now_ns, Edge.LOST)

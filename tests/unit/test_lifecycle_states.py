@@ -31,6 +31,7 @@ from p2pflop.job.events import (
     Done,
     Event,
     Fault,
+    Fetched,
     Finish,
     Grant,
     Lost,
@@ -52,6 +53,7 @@ from p2pflop.job.lifecycle import (
     BUYER,
     BUYER_LIMITS,
     CONFIRM_WITHIN_NS,
+    DELIVERY,
     MAX_WAIT_NS,
     PROVIDER,
     PROVIDER_LIMITS,
@@ -333,6 +335,41 @@ def test_signs_of_life_renew_the_limit() -> None:
     assert both.provider.state is State.RUNNING
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_what_was_billed_has_to_come_whatever_else_is_told(last: bool) -> None:
+    both = pair(State.RUNNING)
+    both.to_buyer(both.provider.on(Checkpointed(1, HALF), NOW_NS))
+    half_ns = NOW_NS + DELIVERY.after_ns // 2
+    for at_ns in range(NOW_NS, half_ns, 10 * NS_PER_S):
+        both.buyer.on(Alive(worked=True), at_ns)
+    both.to_buyer(both.provider.on(Checkpointed(2, HALF), half_ns), half_ns)
+    if last:
+        both.to_buyer(both.provider.on(Done(STEPS, ROOT, RESULT, SALT), half_ns), half_ns)
+        both.to_buyer(both.provider.on(Reveal(), half_ns), half_ns)
+    due_ns = NOW_NS + DELIVERY.after_ns
+    assert both.buyer.on(Timer(DELIVERY.name), due_ns - 1) == []
+    assert both.buyer.on(Timer(DELIVERY.name), due_ns)
+    assert "handed over nothing more" in both.buyer.side.outcome()[0]
+    assert both.buyer.state is State.WAITING
+
+
+@pytest.mark.parametrize("renews", [Fetched(), "countersignature"])
+def test_a_delivery_that_moves_is_waited_for(renews: Event | str) -> None:
+    both = pair(State.RUNNING)
+    for step in (1, 2):
+        both.to_buyer(both.provider.on(Checkpointed(step, HALF), NOW_NS))
+    later_ns = NOW_NS + 20 * NS_PER_S
+    event = verified(both.buyer, 1) if isinstance(renews, str) else renews
+    both.buyer.on(Alive(), later_ns)
+    both.buyer.on(event, later_ns)
+    due_ns = later_ns + DELIVERY.after_ns
+    for at_ns in range(later_ns, due_ns, 10 * NS_PER_S):
+        assert both.buyer.on(Alive(), at_ns)
+    assert both.buyer.state.value == "running"
+    assert both.buyer.on(Timer(DELIVERY.name), due_ns)
+    assert both.buyer.state is State.WAITING
+
+
 def test_the_deadline_ends_what_is_not_delivered_and_spares_what_is() -> None:
     running = pair(State.RUNNING)
     for at_ns in range(NOW_NS, DEADLINE_NS, 20 * NS_PER_S):
@@ -343,6 +380,8 @@ def test_the_deadline_ends_what_is_not_delivered_and_spares_what_is() -> None:
         assert isinstance(actions[-1], Finish)
         assert "deadline" in actions[-1].reason
     delivered = pair(State.VERIFYING)
+    for at_ns in range(NOW_NS, DEADLINE_NS, 20 * NS_PER_S):
+        delivered.buyer.on(Fetched(), at_ns)
     assert not [
         a
         for a in delivered.buyer.on(verified(delivered.buyer, 1), DEADLINE_NS + 1)
@@ -498,6 +537,7 @@ ALL_EVENTS: list[Event] = [
     Alive(),
     Lost("x"),
     Fault("x"),
+    Fetched(),
     Ranked(),
     Verified(1, b""),
     Refuted("x", b""),
