@@ -1,9 +1,9 @@
 """What this buyer has seen of providers, for its policy: whoever failed is avoided for a while.
 
 Each failure doubles the pause, a job that was done forgives all. Who hands a job over because its
-operator stops it has not failed; only if it does so again, with no job done in between, as if to be
-paid for the setup of ever new leases. It is this node's own experience, audited by nobody, and it
-is part of the policy that each bid commits to.
+operator stops it has not failed, unless it does so again with no job done in between: each time
+costs the buyer a start elsewhere. It is this node's own experience, audited by nobody, and it is
+part of the policy that each bid commits to.
 """
 
 from __future__ import annotations

@@ -46,7 +46,6 @@ from p2pflop.job.naming import output_names
 from p2pflop.job.results import result_hash
 from p2pflop.job.spec import Result
 from p2pflop.keys import peer_id
-from p2pflop.market.desk import BuyerDesk
 from p2pflop.market.ranking import no_deal
 from p2pflop.market.records import ZERO_HASH, Bid, Receipt
 from p2pflop.node import messages as m
@@ -100,14 +99,7 @@ class Purchase:
         self._looked = trio.Event()
         self._names = output_names(order.file.labels)
         self._nursery: trio.Nursery
-        desk = BuyerDesk(
-            buyer.identity.node,
-            order.checked.work,
-            bid_on=self._bidding.bid_on,
-            account_of=self._bidding.account_of,
-            network=buyer.identity.network,
-        )
-        self._lifecycle = buyer_lifecycle(desk, order.deadline_ns)
+        self._lifecycle = buyer_lifecycle(self._bidding.desk(), order.deadline_ns)
         self._driver = Driver(self._lifecycle, run.rows, self, buyer.now_ns)
 
     async def run(self, *, resume: bool = False) -> None:

@@ -45,6 +45,7 @@ from p2pflop.units import NS_PER_S
 MAX_ATTEMPTS: Final = 64
 MAX_UNSIGNED_RECEIPTS: Final = 64
 JOB_FAULT_PREFIX: Final = "job: "
+ONE_OPINION: Final = " (so one account says; there is no other to ask)"
 GAVE_BACK: Final = "the provider gave the lease back: "
 BUSY_PREFIX: Final = "busy: "
 """How a provider's reason begins that holds now and may not hold later."""
@@ -91,8 +92,12 @@ class BuyerDesk(Protocol):
 
     def confirm(self, fill: bytes) -> bytes: ...
 
-    def provider_of(self, bid: bytes) -> bytes:
-        """The key of the provider's node that a bid is for."""
+    def account_of(self, bid: bytes) -> bytes:
+        """The account that a bid is to: its nodes have one opinion between them."""
+        ...
+
+    def is_own(self, bid: bytes) -> bool:
+        """Whether that account is the buyer's own."""
         ...
 
     def check_commit(self, wire: bytes, fill: bytes) -> None: ...
@@ -212,7 +217,7 @@ class Buying:
             self.stalled, self.faulted_by = 0, set()
         self.attempt += 1
         if reason.startswith(GAVE_BACK + JOB_FAULT_PREFIX):
-            self.faulted_by.add(self.desk.provider_of(self.bid))
+            self.faulted_by.add(self.desk.account_of(self.bid))
         self.bid, self._reason = bid, reason
         self._busy = self._busy or BUSY_PREFIX in reason
         if not bid:
@@ -314,18 +319,21 @@ class Buying:
         return self._start_over(reason, state, now_ns, Edge.GIVEN_UP, fence=False)
 
     def _on_job_fault(self, reason: str, now_ns: int) -> Move:
-        """One provider says that the job itself is to blame: believed when a second one says so,
-        or when there is no other to ask, not even one that has no room now."""
-        if self.faulted_by - {self.desk.provider_of(self.bid)}:
+        """A provider says that the job itself is to blame: believed of the buyer's own account,
+        when a second account says so, or when there is no other to ask, not even one that has no
+        room now. If its other nodes come next, ranking anew finds others first: it is avoided."""
+        account = self.desk.account_of(self.bid)
+        if self.faulted_by - {account} or self.desk.is_own(self.bid):
             return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
         bid = self._next_bid(now_ns)
-        if bid is not None and self.countersigned:
+        is_same = bid is not None and self.desk.account_of(bid) == account
+        if bid is not None and (self.countersigned or (is_same and not self.faulted_by)):
             return self._resubmit(reason, fence=False)
         if bid is not None:
             return self._go_to(bid, reason, fence=False)
         if self._busy:
             return self._wait(reason, fence=False)
-        return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
+        return self._end(Edge.JOB_FAULT, reason + ONE_OPINION, Blame.JOB, fence=False)
 
     def _start_over(
         self, reason: str, state: State, now_ns: int, edge: Edge, *, fence: bool = True

@@ -185,46 +185,6 @@ def test_a_check_of_a_receipt_counts_for_that_receipt_alone() -> None:
     assert pair(State.CONFIRMING).buyer.on(Verified(1, b"another receipt"), NOW_NS) == []
 
 
-def job_fault(seller: Party, made: Lifecycle[Buying]) -> None:
-    """The provider that is asked now fills and then says that the job is at fault."""
-    sale = provider(provider_desk(seller), made.side.bid, DEADLINE_NS)
-    sale.start(NOW_NS)
-    both = Pair(made, sale, seller)
-    both.to_provider(both.to_buyer(sale.on(Grant(), NOW_NS)))
-    both.to_buyer(sale.on(Fault("it faulted", job_fault=True), NOW_NS))
-
-
-def test_a_job_fault_is_believed_when_a_second_provider_says_so() -> None:
-    sellers = [party(number) for number in (1, 2, 3)]
-    found = [deal for seller in sellers for deal in deals(seller.sheet(ask()))]
-    made = buyer(buyer_desk(SHOPPER, found), DEADLINE_NS)
-    made.start(NOW_NS)
-    made.on(Ranked(), NOW_NS)
-    states = []
-    for seller in sellers[:2]:
-        job_fault(seller, made)
-        states.append(made.state)
-    assert states == [State.BIDDING, State.FAILED], "another one is asked first"
-    assert made.side.outcome()[1] is Blame.JOB
-
-
-def test_a_job_fault_of_one_provider_twice_is_one_opinion() -> None:
-    busy, liar = party(1), party(2)
-    (first,), (second,) = deals(busy.sheet(ask())), deals(liar.sheet(ask()))
-    found = [first, second]
-    made = buyer(buyer_desk(SHOPPER, found), DEADLINE_NS)
-    made.start(NOW_NS)
-    for _ in range(3):
-        made.on(Ranked(), NOW_NS)
-        sale = provider(provider_desk(busy), made.side.bid, DEADLINE_NS)
-        sale.start(NOW_NS)
-        Pair(made, sale, busy).to_buyer(sale.on(Deny(BUSY_PREFIX + "full"), NOW_NS))
-        job_fault(liar, made)
-        assert made.state is State.WAITING, "the other one may have room later"
-        found += [first, second]
-        made.on(Again(), NOW_NS)
-
-
 def test_a_confirm_must_come_within_two_seconds() -> None:
     both = pair(State.LEASED)
     late = NOW_NS + CONFIRM_WITHIN_NS
