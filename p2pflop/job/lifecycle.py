@@ -256,7 +256,6 @@ PROVIDER: Final[Table] = {
         Edge.FAULT: State.FAILED,
         Edge.ABANDONED: State.RELEASED,
         Edge.SILENT: State.RELEASED,
-        Edge.ALIVE: State.COMMITTED,
         Edge.REPEAT: State.COMMITTED,
         Edge.QUIET: State.COMMITTED,
     },

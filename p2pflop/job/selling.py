@@ -244,7 +244,7 @@ class Selling:
         match event:
             case Timer(name):
                 return self._on_deadline(state) if name == DEADLINE else self._limit(state)
-            case Alive() if working:
+            case Alive() if state in (State.PREPARING, State.RUNNING):
                 return Move(Edge.ALIVE)
             case Fault(reason, job_fault) if working:
                 if job_fault:

@@ -77,7 +77,7 @@ async def test_what_is_billed_and_withheld_is_never_owed(
     market: Market, autojump_clock: object
 ) -> None:
     cheap, _, buyer = await strangers(market)
-    withholder = Withholder(buyer, cheap.peer, 1e9)
+    withholder = Withholder(buyer.buyer, cheap.peer, 1e9)
     withholder.starts = False
     run_id = await buyer.submit(sample_file(STEPS, floats=LARGE), checkpoint_steps=EVERY)
     await trio.sleep(EVERY + 1)

@@ -10,7 +10,10 @@ import trio
 from p2pflop.dht.planes import Stream
 from p2pflop.dht.transfer import BLOB_PROTOCOL
 from p2pflop.job.lifecycle import DELIVERY
+from p2pflop.node.buy import Buyer
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_file
+from p2pflop.node.sell import Seller
+from p2pflop.node.supply import INPUT_S, MIN_INPUT_BYTES_PER_S
 from p2pflop.units import NS_PER_S
 from tests.sim.test_bad_input import LARGE, Quick
 from tests.sim.test_resubmission import told
@@ -24,14 +27,14 @@ STEPS, EVERY = 40, 10
 
 
 class Withholder:
-    """A dialer of the buyer whose blob streams from one peer say nothing, or very little."""
+    """A dialer of one side whose blob streams from the other say nothing, or very little."""
 
-    def __init__(self, node: MemoryNode, peer: str, pause_s: float) -> None:
-        self._inner = node.buyer.dialer
+    def __init__(self, side: Buyer | Seller, peer: str, pause_s: float) -> None:
+        self._inner = side.dialer
         self._peer = peer
         self._pause_s = pause_s
         self.starts = True
-        node.buyer.dialer = self
+        side.dialer = self
 
     async def open(self, peer: str, protocol: str) -> Stream:
         stream = await self._inner.open(peer, protocol)
@@ -67,7 +70,7 @@ async def test_blobs_that_do_not_come_lose_the_provider_in_a_minute(
     market: Market, autojump_clock: object, pause_s: float, from_step: int
 ) -> None:
     cheap, dear, buyer = await market_of(market)
-    withholder = Withholder(buyer, cheap.peer, pause_s)
+    withholder = Withholder(buyer.buyer, cheap.peer, pause_s)
     withholder.starts = not from_step
     file = sample_file(STEPS, floats=LARGE)
     run_id = await buyer.submit(file, checkpoint_steps=EVERY)
@@ -94,7 +97,7 @@ async def test_a_result_that_does_not_come_loses_the_provider_in_a_minute(
     market: Market, autojump_clock: object
 ) -> None:
     cheap, dear, buyer = await market_of(market)
-    Withholder(buyer, cheap.peer, 1e9)
+    Withholder(buyer.buyer, cheap.peer, 1e9)
     run_id = await buyer.submit(sample_file(STEPS, floats=LARGE), checkpoint_steps=0)
     began = trio.current_time()
     await told(buyer, run_id, "resubmitted")
@@ -109,9 +112,25 @@ async def test_one_that_is_slow_and_moves_is_waited_for(
     cheap = await market.provider("cheap", session=Quick)
     await market.provider("dear", price_nusd=2 * PRICE_NUSD, session=Quick)
     buyer = await market.buyer(floats=floats)
-    Withholder(buyer, cheap.peer, 19.0)
+    Withholder(buyer.buyer, cheap.peer, 19.0)
     run_id = await buyer.submit(sample_file(4, floats=floats), checkpoint_steps=0)
     began = trio.current_time()
     end = await market.end_of(buyer, run_id)
     assert (end["kind"], end["provider"]) == ("result", cheap.peer)
     assert trio.current_time() - began > 3 * BOUND_S
+
+
+@pytest.mark.parametrize("pause_s", [1e9, 20.0], ids=["nothing", "a trickle"])
+async def test_inputs_that_do_not_come_end_the_lease(
+    market: Market, autojump_clock: object, pause_s: float
+) -> None:
+    cheap, dear, buyer = await market_of(market)
+    Withholder(cheap.seller, buyer.peer, pause_s)
+    run_id = await buyer.submit(sample_file(STEPS, floats=LARGE))
+    began = trio.current_time()
+    await told(buyer, run_id, "resubmitted")
+    assert trio.current_time() - began <= INPUT_S + 4 * LARGE / MIN_INPUT_BYTES_PER_S + SOON_S
+    assert not cheap.seller.busy
+    [lost] = buyer.events(run_id, "resubmitted")
+    assert "of the job did not come within" in lost["reason"]
+    assert (await market.end_of(buyer, run_id))["provider"] == dear.peer
