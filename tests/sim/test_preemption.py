@@ -12,7 +12,7 @@ from p2pflop.node.experience import FIRST_PAUSE_NS, Experience
 from p2pflop.node.handing_over import HAND_OVER_S
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_file, unchanged
 from tests.sim.test_bad_input import LARGE, Quick
-from tests.sim.test_resubmission import STEPS, check_whole, submit, three, told
+from tests.sim.test_resubmission import STEPS, check_whole, submit, three, told, whole_hash
 
 if TYPE_CHECKING:
     from tests.sim.conftest import Market
@@ -161,6 +161,47 @@ async def test_a_job_that_has_not_begun_is_given_back_at_once(
 async def never(*_: object) -> bytes:
     await trio.sleep_forever()
     raise AssertionError
+
+
+@pytest.mark.parametrize("victim", ["provider", "buyer"])
+async def test_the_power_goes_at_every_write_while_it_hands_over(
+    market: Market, autojump_clock: object, victim: str
+) -> None:
+    async def run(cut_at: int, before: bool) -> int:
+        """Its ``cut_at``-th write from the stop on is cut; 0: none. How many there were."""
+        apart = market.another()
+        cheap, dear, buyer = await three(apart)
+        node = cheap if victim == "provider" else buyer
+        run_id = await submit(buyer)
+        await trio.sleep(5)
+        until = node.writes
+        if cut_at:
+            node.cut_at, node.cut_before = until + cut_at, before
+        cheap.seller.nursery.start_soon(cheap.seller.stop)
+        if cut_at:
+            with trio.fail_after(60):
+                await node.down.wait()
+            await trio.sleep(1)
+            await apart.restart(node)
+        else:
+            await trio.sleep(1)
+        after = node.writes - until
+        end = await apart.end_of(buyer, run_id)
+        assert end["kind"] == "result", (cut_at, before, end)
+        hashes.add(end["hash"])
+        await apart.settle_down()
+        apart.check()
+        assert end["cost_nusd"] == sum(apart.debts(buyer, p)[1] for p in (cheap, dear))
+        await apart.close()
+        return after
+
+    hashes = {await whole_hash(market)}
+    writes = await run(0, False)
+    assert writes >= 2
+    for at in range(1, writes + 1):
+        for before in (True, False):
+            await run(at, before)
+    assert len(hashes) == 1
 
 
 def test_handing_over_is_forgiven_once_until_a_job_is_done() -> None:
