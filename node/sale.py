@@ -186,6 +186,11 @@ class Sale:
             self._seller.release(self)
 
     @property
+    def attended(self) -> bool:
+        """Whether its buyer has a stream to it."""
+        return self._conversation is not None
+
+    @property
     def waits_for(self) -> str:
         """What a node that is to stop waits for, in words: nothing once all is handed over."""
         execution, state = self._execution, self.state
@@ -196,7 +201,7 @@ class Sale:
                 return "the running step and its checkpoint"
             return "the buyer to verify the checkpoint" if self._lifecycle.side.unsigned else ""
         delivered = state in (State.COMMITTED, State.RECEIPTED)
-        return "the buyer to verify the result" if delivered and self._conversation else ""
+        return "the buyer to verify the result" if delivered and self.attended else ""
 
     def leave(self) -> None:
         """Compute no further than the current step."""

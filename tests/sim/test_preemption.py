@@ -11,6 +11,7 @@ from p2pflop.node import messages as m
 from p2pflop.node.experience import FIRST_PAUSE_NS, Experience
 from p2pflop.node.handing_over import HAND_OVER_S
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_file, unchanged
+from p2pflop.node.returning import RETURN_WITHIN_S
 from tests.sim.test_bad_input import LARGE, Quick
 from tests.sim.test_resubmission import STEPS, check_whole, submit, three, told, whole_hash
 
@@ -127,6 +128,20 @@ async def test_stopping_is_bounded(market: Market, autojump_clock: object, holds
     await market.settle_down()
     market.check()
     assert end["cost_nusd"] == sum(market.debts(buyer, p)[1] for p in (cheap, dear))
+
+
+async def test_a_buyer_that_is_gone_is_hardly_waited_for(
+    market: Market, autojump_clock: object
+) -> None:
+    cheap, _, buyer = await three(market)
+    run_id = await submit(buyer)
+    await trio.sleep(5)
+    await buyer.kill()
+    await trio.sleep(5)
+    assert cheap.seller.busy
+    assert await stop(cheap) <= RETURN_WITHIN_S + 1
+    await market.restart(buyer)
+    await check_whole(market, buyer, run_id, await market.end_of(buyer, run_id))
 
 
 async def test_a_result_on_its_way_is_waited_for(market: Market, autojump_clock: object) -> None:
