@@ -278,15 +278,17 @@ class Execution:
         if event.ended:
             return
         due = checkpoints.steps > 0 and event.step % checkpoints.steps == 0
-        if due or self._late or self._leaving.is_set():
+        if due or self._late:
             await self._checkpoint(event.step, checkpoints, late=not due)
+        if not self._leaving.is_set():
+            await self._feed(event.step)
+            if checkpoints.window is not None:
+                await self._stand(event.step, checkpoints, checkpoints.window)
         if self._leaving.is_set():
+            if self._interval.first_step < event.step:
+                await self._checkpoint(event.step, checkpoints, late=False)
             self._worker_stopped = True
             await self._worker.stop()
-            return
-        await self._feed(event.step)
-        if checkpoints.window is not None:
-            await self._stand(event.step, checkpoints, checkpoints.window)
 
     async def _watch_window(self, step: int, checkpoints: Checkpoints) -> None:
         """Have the worker stand still in time for a receipt, or for want of room."""
@@ -301,7 +303,7 @@ class Execution:
 
     async def _stand(self, step: int, checkpoints: Checkpoints, window: Window) -> None:
         """Wait before ``step`` while the window is full; only a receipt gets a countersignature."""
-        while window.is_full(step):
+        while window.is_full(step) and not self._leaving.is_set():
             news = window.news
             await self._drained.wait()
             if checkpoints.wanted(True):

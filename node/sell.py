@@ -43,7 +43,8 @@ from p2pflop.node.journal import PROVIDER, Head, JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.opening import Opener
-from p2pflop.node.sale import Sale, SaleRow, first_row
+from p2pflop.node.sale import Sale
+from p2pflop.node.sale_rows import SaleRow, first_row
 from p2pflop.node.service import Json
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.tape import TapeService

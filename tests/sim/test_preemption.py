@@ -229,3 +229,34 @@ def test_handing_over_is_forgiven_once_until_a_job_is_done() -> None:
     experience.note_handed_over(account, 0)
     assert experience.avoided(FIRST_PAUSE_NS - 1) == (account,)
     assert experience.avoided(FIRST_PAUSE_NS) == ()
+
+
+async def test_one_that_waits_for_a_countersignature_leaves_with_all_that_it_has(
+    market: Market, autojump_clock: object
+) -> None:
+    """Its window is full: it stands still between two steps, and must hear of the stop there."""
+    cheap = await market.provider("cheap", window_nusd=1)
+    dear = await market.provider("dear", price_nusd=2 * PRICE_NUSD)
+    cheap.workers.step_s = 0.1
+    buyer = await market.buyer()
+    held: list[bytes] = []
+
+    def late(frame: bytes) -> list[bytes]:
+        if holds and isinstance(m.decode_message(frame, "peer"), m.Countersigned):
+            held.append(frame)
+            return []
+        released, held[:] = list(held), []
+        return [*released, frame]
+
+    holds = [True]
+    buyer.tamper_sent = late
+    run_id = await submit(buyer)
+    await trio.sleep(10)
+    assert held, "it waits for that"
+    market.nursery.start_soon(cheap.seller.stop)
+    await trio.sleep(1)
+    holds.clear()
+    end = await market.end_of(buyer, run_id)
+    await check_whole(market, buyer, run_id, end)
+    [lost] = buyer.events(run_id, "resubmitted")
+    assert (end["provider"], lost["step"]) == (dear.peer, lost["from_step"])
