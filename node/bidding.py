@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.meter import METER_ID
+from p2pflop.market.desk import BuyerDesk
 from p2pflop.market.fills import make_bid
 from p2pflop.market.ranking import Deal
 from p2pflop.market.records import Bid
@@ -38,6 +39,18 @@ class Bidding:
         self._accounts: dict[bytes, bytes] = {}
         self._tried: set[bytes] = set()
         self._classes = order.classes
+
+    def desk(self) -> BuyerDesk:
+        """The desk of a purchase by these deals."""
+        identity = self._buyer.identity
+        return BuyerDesk(
+            identity.node,
+            self._order.checked.work,
+            bid_on=self.bid_on,
+            account_of=self.account_of,
+            own_account=identity.account.public_key,
+            network=identity.network,
+        )
 
     def fix_class(self, class_id: bytes) -> None:
         """Somebody has filled in that class: whoever else runs the job does it in the same."""

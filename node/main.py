@@ -2,8 +2,9 @@
 
 Start: the home is locked, keys are read, SQLite recovers, the zygote warms up, HTTP and
 libp2p listen, unfinished jobs are taken up, the sheet is published. Stop, on Ctrl-C or SIGTERM:
-asks are withdrawn, leases given back, conversations ended, helpers ended; a second Ctrl-C ends it
-at once. A node that was killed finds all of it in its journal.
+bids are refused, asks withdrawn, leases handed over (``handing_over.py``), conversations ended,
+helpers ended; a second Ctrl-C ends it at once. A node that was killed finds all of it in its
+journal.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from p2pflop.node.config import Settings
 from p2pflop.node.daemon import Daemon
 from p2pflop.node.dialing import NodeDialer
 from p2pflop.node.guard import keep_going, survive
+from p2pflop.node.handing_over import HAND_OVER_S
 from p2pflop.node.home import Home, open_home
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
@@ -104,12 +106,23 @@ async def _run(settings: Settings, home: Home) -> None:
         async with _started(settings, home, stop) as daemon:
             _announce_start(daemon)
             await stop.wait()
-            _log.info("stopping: leases are given back; Ctrl-C again ends at once")
-            with trio.move_on_after(WITHDRAW_S):
-                await daemon.sheets.withdraw()
-            with trio.move_on_after(STOP_S):
-                await daemon.seller.stop()
+            await _give_back(daemon)
         outer.cancel_scope.cancel()
+
+
+async def _give_back(daemon: Daemon) -> None:
+    """Sell no more, and let buyers have what was computed for them."""
+    leases = f"leases under way: {daemon.seller.busy}"
+    _log.info("stopping; %s; Ctrl-C again ends at once", leases)
+
+    async def withdraw() -> None:
+        with trio.move_on_after(WITHDRAW_S):
+            await daemon.sheets.withdraw()
+
+    with trio.move_on_after(HAND_OVER_S + STOP_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(withdraw)
+            await daemon.seller.stop()
 
 
 @asynccontextmanager

@@ -29,6 +29,7 @@ from p2pflop.job.collection import collection_of
 from p2pflop.job.file import JobBody, JobFile, Labels, encode_file
 from p2pflop.job.graph import Dtype, Graph, GraphParam, Node, Op, Output, encode_graph, graph_hash
 from p2pflop.job.spec import (
+    MODE_COLLECT,
     MODE_LAST,
     MODE_TRACE,
     ROLE_INPUT,
@@ -384,11 +385,13 @@ def sample_file(
     first_step: int = 0,
     members: bool = False,
     stop_every: int = 0,
+    collects: bool = False,
 ) -> bytes:
     """A job file with a state, an input, a traced scalar, a last output and a flag to stop by.
 
     With ``stop_every`` it stops by that, which memory's workers do the first time it is looked at.
-    With ``members`` state and input are entries of ``sample_collection``.
+    With ``members`` state and input are entries of ``sample_collection``; if it ``collects``, every
+    value of the output is kept, not the last alone.
     """
     step = int(Dtype.INT32)
     graph = encode_graph(
@@ -414,9 +417,10 @@ def sample_file(
     collection = sample_collection(floats)
     entries = [MemberSource(address_of(collection), len(collection), entry) for entry in (0, 1)]
     sources: Sequence[BlobSource | MemberSource] = entries if members else blobs
+    kept = MODE_COLLECT if collects else MODE_LAST
     work = Work(
         version=1,
-        phases=(Phase(graph_hash(graph), 1, 0, (MODE_TRACE, MODE_LAST)),),
+        phases=(Phase(graph_hash(graph), 1, 0, (MODE_TRACE, kept)),),
         params=(
             WorkParam(int(Dtype.FLOAT32), (floats,), ROLE_STATE, sources[0]),
             WorkParam(int(Dtype.FLOAT32), (floats,), ROLE_INPUT, sources[1]),

@@ -14,7 +14,7 @@ from p2pflop.job.delivery import output_bytes
 from p2pflop.job.file import CheckedJob, JobFile, decode_file, encode_body, open_job
 from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
-from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, Work, shards_of, times_due
+from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, shards_of, times_due
 from p2pflop.job.validate import Refusal
 from p2pflop.market.ranking import Deal, Miss, Policy
 from p2pflop.market.records import MIN_CHECKPOINT_SECONDS, CostLine, Terms
@@ -163,7 +163,7 @@ def open_order(
                 f"a deadline of {deadline_s} s", hint=f"Use 1 s to {MAX_DEADLINE_S // 86400} days."
             )
         deadline_ns = now_ns + deadline_s * NS_PER_S
-    every = checkpoint_steps(checked.work, checked.job, options.checkpoint_steps)
+    every = checkpoint_steps(checked.job, options.checkpoint_steps)
     if every < 0 or checkpoints(checked.job, every) > MAX_CHECKPOINTS:
         raise ConfigError(
             f"{every} steps between checkpoints are over {MAX_CHECKPOINTS} checkpoints",
@@ -176,7 +176,7 @@ def open_order(
         MAX_NUSD if options.max_nusd is None else options.max_nusd,
         deadline_ns,
         every,
-        _checkpoint_s(checked.work, options.checkpoint_s),
+        _checkpoint_s(options.checkpoint_s),
         classes,
     )
 
@@ -276,12 +276,8 @@ def order_card(order: Order) -> Json:
     }
 
 
-def _checkpoint_s(work: Work, wanted: int | None) -> int:
+def _checkpoint_s(wanted: int | None) -> int:
     """After how many seconds without a checkpoint there should be one."""
-    if any(MODE_COLLECT in phase.modes for phase in work.phases):
-        if wanted:
-            raise _no_checkpoints()
-        return 0
     if wanted and not MIN_CHECKPOINT_SECONDS <= wanted <= MAX_DEADLINE_S:
         raise ConfigError(
             f"a checkpoint every {wanted} s",
@@ -290,16 +286,8 @@ def _checkpoint_s(work: Work, wanted: int | None) -> int:
     return DEFAULT_CHECKPOINT_S if wanted is None else wanted
 
 
-def _no_checkpoints() -> ConfigError:
-    return ConfigError("a job that collects has no checkpoints", hint="Split it into shorter jobs.")
-
-
-def checkpoint_steps(work: Work, job: Job, wanted: int | None) -> int:
+def checkpoint_steps(job: Job, wanted: int | None) -> int:
     """How many steps lie between checkpoints: as wanted, else a quarter, for jobs that are long."""
-    if any(MODE_COLLECT in phase.modes for phase in work.phases):
-        if wanted:
-            raise _no_checkpoints()
-        return 0  # What was collected is delivered with the result: a checkpoint has the state.
     if wanted is not None:
         return wanted
     return -(-job.steps // DEFAULT_CHECKPOINTS) if job.steps >= MIN_CHECKPOINT_STEPS else 0

@@ -26,7 +26,7 @@ from p2pflop.errors import (
     ProviderError,
     VerificationError,
 )
-from p2pflop.job.events import Grant, State, Withdraw
+from p2pflop.job.events import Grant, State
 from p2pflop.job.file import CheckedJob, JobBody
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import OpenBid, check_bid, make_reject
@@ -37,12 +37,14 @@ from p2pflop.node.allocator import Allocator
 from p2pflop.node.config import Settings
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.guard import keep_going, survive
+from p2pflop.node.handing_over import SHUTTING_DOWN, hand_over
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import PROVIDER, Head, JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.opening import Opener
-from p2pflop.node.sale import Sale, SaleRow, first_row
+from p2pflop.node.sale import Sale
+from p2pflop.node.sale_rows import SaleRow, first_row
 from p2pflop.node.service import Json
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.tape import TapeService
@@ -150,12 +152,12 @@ class Seller:
         ]
 
     async def stop(self) -> None:
-        """Take no more bids and give running leases back."""
+        """Take no more bids; hand over what runs and give it back (``handing_over.py``)."""
         self.stopping = True
+        sales = [sale for sale in self._sales.values() if not sale.over]
         async with trio.open_nursery() as nursery:
-            for sale in [sale for sale in self._sales.values() if not sale.over]:
-                await sale.tell(Withdraw("the provider is shutting down"))
-                nursery.start_soon(sale.part)
+            for sale in sales:
+                nursery.start_soon(hand_over, sale)
 
     def release(self, sale: Sale) -> None:
         """Called by a sale that has ended, once its worker has too."""
@@ -251,7 +253,7 @@ class Seller:
 
     def _objection(self, bid: OpenBid) -> str:
         if self.stopping:
-            return "the provider is shutting down"
+            return SHUTTING_DOWN
         return self.allocator.objection(bid, self.now_ns())
 
     async def _grant(

@@ -16,6 +16,7 @@ from p2pflop.job.events import (
     Cancel,
     Event,
     Fault,
+    Fetched,
     Lost,
     Ranked,
     Received,
@@ -30,7 +31,8 @@ from p2pflop.job.events import (
 from p2pflop.job.lifecycle import (
     BUYER,
     BUYER_LIMITS,
-    STALLS,
+    DELIVERY,
+    STALL,
     Edge,
     Lifecycle,
     Limit,
@@ -43,9 +45,12 @@ from p2pflop.units import NS_PER_S
 MAX_ATTEMPTS: Final = 64
 MAX_UNSIGNED_RECEIPTS: Final = 64
 JOB_FAULT_PREFIX: Final = "job: "
+ONE_OPINION: Final = " (so one account says; there is no other to ask)"
 GAVE_BACK: Final = "the provider gave the lease back: "
 BUSY_PREFIX: Final = "busy: "
 """How a provider's reason begins that holds now and may not hold later."""
+PREEMPTED_PREFIX: Final = "pre-empted: "
+"""How a provider's reason begins whose operator wants it to stop."""
 
 FIRST_WAIT_NS: Final = NS_PER_S // 2
 MAX_STALLED: Final = 5
@@ -64,6 +69,7 @@ BUYER_EDGES: Final[Mapping[str, tuple[Edge, ...]]] = {
     "alive": (Edge.STARTED, Edge.ALIVE, Edge.WORKED, Edge.QUIET),
     "verified": (Edge.VERIFIED, Edge.COUNTERSIGN, Edge.QUIET),
     "refuted": (Edge.RESUBMIT, Edge.REFUTED, Edge.QUIET),
+    "fetched": (Edge.WORKED, Edge.QUIET),
     "unreachable": (Edge.RESUBMIT, Edge.LOST, Edge.QUIET),
     "cancel": (Edge.CANCEL, Edge.QUIET),
     "timer": (Edge.NEXT, Edge.SILENT, Edge.AGAIN),
@@ -86,8 +92,12 @@ class BuyerDesk(Protocol):
 
     def confirm(self, fill: bytes) -> bytes: ...
 
-    def provider_of(self, bid: bytes) -> bytes:
-        """The key of the provider's node that a bid is for."""
+    def account_of(self, bid: bytes) -> bytes:
+        """The account that a bid is to: its nodes have one opinion between them."""
+        ...
+
+    def is_own(self, bid: bytes) -> bool:
+        """Whether that account is the buyer's own."""
         ...
 
     def check_commit(self, wire: bytes, fill: bytes) -> None: ...
@@ -124,7 +134,6 @@ class Buying:
 
     table: Table = BUYER
     limits: Mapping[State, Limit] = BUYER_LIMITS
-    stalls: Mapping[State, Limit] = STALLS
     edges: Mapping[str, tuple[Edge, ...]] = BUYER_EDGES
     initial = State.RANKING
 
@@ -195,6 +204,11 @@ class Buying:
             case _:
                 raise ValueError(f"{edge} with {len(parts)} parts")
 
+    @property
+    def was_handed_over(self) -> bool:
+        """Whether the latest provider had to stop, and brought what it had computed first."""
+        return self.was_paid and self._reason.startswith(GAVE_BACK + PREEMPTED_PREFIX)
+
     def _leave(self, reason: str, bid: bytes, resubmits: bool) -> None:
         """A provider is of no use; ``bid`` is for the next one, empty to wait for another round."""
         self.was_paid = bool(self.countersigned)
@@ -203,7 +217,7 @@ class Buying:
             self.stalled, self.faulted_by = 0, set()
         self.attempt += 1
         if reason.startswith(GAVE_BACK + JOB_FAULT_PREFIX):
-            self.faulted_by.add(self.desk.provider_of(self.bid))
+            self.faulted_by.add(self.desk.account_of(self.bid))
         self.bid, self._reason = bid, reason
         self._busy = self._busy or BUSY_PREFIX in reason
         if not bid:
@@ -225,6 +239,12 @@ class Buying:
             return limit
         wait_ns = FIRST_WAIT_NS << min(self.rounds, 16) if self.rounds else 0
         return Limit(limit.name, min(limit.after_ns, wait_ns))
+
+    def stall(self, state: State) -> Limit | None:
+        """See ``Side``. What was billed and is not here weighs more than what is told."""
+        if state is State.RUNNING and not self.unsigned:
+            return STALL
+        return DELIVERY if state in (State.RUNNING, State.VERIFYING) else None
 
     def revive(self, _state: State) -> Sequence[Move]:
         """See ``Side``: a buyer goes on where it was."""
@@ -299,18 +319,21 @@ class Buying:
         return self._start_over(reason, state, now_ns, Edge.GIVEN_UP, fence=False)
 
     def _on_job_fault(self, reason: str, now_ns: int) -> Move:
-        """One provider says that the job itself is to blame: believed when a second one says so,
-        or when there is no other to ask, not even one that has no room now."""
-        if self.faulted_by - {self.desk.provider_of(self.bid)}:
+        """A provider says that the job itself is to blame: believed of the buyer's own account,
+        when a second account says so, or when there is no other to ask, not even one that has no
+        room now. If its other nodes come next, ranking anew finds others first: it is avoided."""
+        account = self.desk.account_of(self.bid)
+        if self.faulted_by - {account} or self.desk.is_own(self.bid):
             return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
         bid = self._next_bid(now_ns)
-        if bid is not None and self.countersigned:
+        is_same = bid is not None and self.desk.account_of(bid) == account
+        if bid is not None and (self.countersigned or (is_same and not self.faulted_by)):
             return self._resubmit(reason, fence=False)
         if bid is not None:
             return self._go_to(bid, reason, fence=False)
         if self._busy:
             return self._wait(reason, fence=False)
-        return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
+        return self._end(Edge.JOB_FAULT, reason + ONE_OPINION, Blame.JOB, fence=False)
 
     def _start_over(
         self, reason: str, state: State, now_ns: int, edge: Edge, *, fence: bool = True
@@ -342,7 +365,7 @@ class Buying:
             case Alive(worked):
                 if state is State.CONFIRMING:
                     return Move(Edge.STARTED)
-                alive = Edge.WORKED if worked else Edge.ALIVE
+                alive = Edge.WORKED if worked and not self.unsigned else Edge.ALIVE
                 return Move(alive if state is State.RUNNING else Edge.QUIET)
             case _ if state in (State.RANKING, State.WAITING, State.VERIFYING):
                 # No stream is needed yet, or all that is needed can come over another one.
@@ -359,15 +382,13 @@ class Buying:
             return self._end(Edge.SILENT, "no deal was found in time", Blame.MARKET)
         if state is State.WAITING:
             return Move(Edge.AGAIN, (), [Start("rank")])
-        if state is State.VERIFYING:
-            reason = "the result could not be verified in time"
-            return self._start_over(reason, state, now_ns, Edge.SILENT)
-        stall = STALLS.get(state)
-        if stall is not None and name == stall.name:
-            reason = f"the provider made no progress for {stall.after_ns // NS_PER_S} s"
-            return self._fall(reason, state, now_ns, Edge.SILENT)
-        seconds = BUYER_LIMITS[state].after_ns // NS_PER_S
-        return self._fall(f"the provider was silent for {seconds} s", state, now_ns, Edge.SILENT)
+        limit, did = BUYER_LIMITS[state], "was silent"
+        if name == DELIVERY.name:
+            limit, did = DELIVERY, "handed over nothing more of what it billed"
+        elif name == STALL.name:
+            limit, did = STALL, "made no progress"
+        reason = f"the provider {did} for {limit.after_ns // NS_PER_S} s"
+        return self._fall(reason, state, now_ns, Edge.SILENT)
 
     def _on_deadline(self, state: State) -> Move:
         blame = Blame.PROVIDER if state is State.RUNNING else Blame.MARKET
@@ -388,6 +409,8 @@ class Buying:
                 return self._on_verified(number)
             case Refuted(reason, wire) if wire in self.unsigned.values():
                 return self._start_over(f"wrong delivery: {reason}", state, now_ns, Edge.REFUTED)
+            case Fetched() if self.unsigned:
+                return Move(Edge.WORKED)
             case Unreachable(reason) if state is State.VERIFYING:
                 reason = f"the provider was lost: {reason}"
                 return self._start_over(reason, state, now_ns, Edge.LOST)
