@@ -176,6 +176,7 @@ class World:
         self.villains: dict[str, MemoryNode] = {}
         self._folder = folder
         self._nursery = nursery
+        self._storming: trio.Nursery
         self._network = MemoryNetwork(self.storm)
         self._began_ns = 0
 
@@ -198,6 +199,7 @@ class World:
         self._began_ns = now_ns()
         await self._populate()
         async with trio.open_nursery() as nursery:
+            self._storming = nursery
             for buyer in self.buyers:
                 nursery.start_soon(self._shop, buyer)
             for kind in self.villains:
@@ -262,7 +264,7 @@ class World:
                 continue
             run_id = f"{self.random.randrange(16**12):012x}"
             bought.append(Bought(errand, run_id, max_nusd))
-            self._nursery.start_soon(self._submit, buyer, bought[-1])
+            self._storming.start_soon(self._submit, buyer, bought[-1])
 
     async def _submit(self, buyer: MemoryNode, bought: Bought) -> None:
         # A node that loses power meanwhile never answers; the user asks again under the same id.
@@ -283,7 +285,7 @@ class World:
                 if not victim.down.is_set() and victim.cut_at is None:
                     victim.cut_at = victim.writes + self.random.randint(1, 12)
                     victim.cut_before = self.random.random() < 0.5
-                    self._nursery.start_soon(self._restore, victim, self.random.choice(DOWN_S))
+                    self._storming.start_soon(self._restore, victim, self.random.choice(DOWN_S))
 
     async def _restore(self, victim: MemoryNode, down_s: float) -> None:
         await victim.down.wait()

