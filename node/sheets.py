@@ -1,11 +1,12 @@
 """This node's sheets and everybody's book, kept alike by gossip and by comparing books.
 
-A new sheet is gossiped once; each node passes it on only if it changed its book. What gossip lost
-is mended by comparing books: on every new connection, and with a few neighbours in turn. What is
-taken, passed on and compared when is decided in ``p2pflop.market.relay``, how two books compare in
-``p2pflop.market.exchange``; here are the streams and the clock. The signatures of a long parcel are
-checked in a thread, a frame at a time. Those of a gossiped sheet take 0.1 ms and are checked where
-it arrives, as gossip waits for the verdict; quotas bound how often.
+A new sheet is gossiped once; each node passes it on only if it changed its book, at once or within
+a second. What gossip lost is mended by comparing books: on every new connection, and with a few
+neighbours in turn. What is taken, passed on and compared when is decided in
+``p2pflop.market.relay``, how two books compare in ``p2pflop.market.exchange``; here are the streams
+and the clock. The signatures of a long parcel are checked in a thread, a frame at a time. Those of
+a gossiped sheet take 0.1 ms and are checked where it arrives, as gossip waits for the verdict;
+quotas bound how often.
 
 Own sheets live for an hour and are issued anew every ``REISSUE_S``, so that a node that vanished
 leaves the book by itself.
@@ -27,7 +28,7 @@ from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.market.book import Book
 from p2pflop.market.exchange import Exchange, Message, read
 from p2pflop.market.records import Ask, Sheet
-from p2pflop.market.relay import COMPARE_SOON_S, Outcome, Relay
+from p2pflop.market.relay import PASS_ON_S, Outcome, Relay
 from p2pflop.market.sheets import OpenSheet, make_sheet
 from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.identity import Identity
@@ -174,9 +175,9 @@ class SheetService:
         self.relay.disconnected(peer)
 
     async def run(self) -> None:
-        """Reissue, expire and compare, until cancelled."""
+        """Reissue, expire, pass on and compare, until cancelled."""
         async with trio.open_nursery() as nursery:
-            for task in (self._reissue, self._expire, self._compare_in_turn):
+            for task in (self._reissue, self._expire, self._mend):
                 nursery.start_soon(keep_going, task)
 
     async def compare(self, peer: str) -> int:
@@ -247,10 +248,12 @@ class SheetService:
             await trio.sleep(EXPIRE_S)
             self.book.expire(self._now_ns())
 
-    async def _compare_in_turn(self) -> None:
+    async def _mend(self) -> None:
         async with trio.open_nursery() as nursery:
             while True:
-                await trio.sleep(COMPARE_SOON_S)
+                await trio.sleep(PASS_ON_S)
+                for wire in self.relay.to_pass_on(self._now_ns()):
+                    await self._publish(wire)
                 for peer in self.relay.due(self._now_ns()):
                     nursery.start_soon(survive, self._compare_quietly, peer)
 
