@@ -15,6 +15,7 @@ from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.franchise.records import (
     MAX_CERTIFICATE_NS,
     Certificate,
+    CertificateRequest,
     Head,
     Leaf,
     LeafKind,
@@ -112,33 +113,26 @@ class Issuer:
         return sealed
 
 
-def make_certificate(
-    root: PrivateKey,
-    online_key: bytes,
-    valid_from_ns: int,
-    valid_until_ns: int,
-    *,
-    previous: Sealed[Certificate] | None = None,
-    log_size: int = 0,
-    log_root: bytes = ZERO_HASH,
-    withdraws: bool = False,
-    network: str = DEFAULT_NETWORK,
+def sign_certificate(
+    root: PrivateKey, request: CertificateRequest, valid_from_ns: int, valid_until_ns: int
 ) -> Sealed[Certificate]:
-    """The certificate after ``previous``. Raises ValueError if ``check_certificate`` would not
-    take it."""
+    """What the root key says to ``request``. Raises ValueError if it is for another registry, or
+    would make what ``check_certificate`` does not take."""
+    if request.issuer != root.public_key:
+        raise ValueError("the request is for the root key of another registry")
     certificate = Certificate(
         version=1,
-        number=1 if previous is None else previous.record.number + 1,
-        online_key=online_key,
+        number=request.number,
+        online_key=request.online_key,
         valid_from_ns=valid_from_ns,
         valid_until_ns=valid_until_ns,
-        previous=ZERO_HASH if previous is None else previous.id,
-        log_size=log_size,
-        log_root=log_root,
-        withdraws=withdraws,
+        previous=request.previous,
+        log_size=request.log_size,
+        log_root=request.log_root,
+        withdraws=request.withdraws,
     )
-    sealed = seal(certificate, root, network)
-    checked = check_certificate(sealed.wire, root.public_key, network)
+    sealed = seal(certificate, root, request.network_id)
+    checked = check_certificate(sealed.wire, root.public_key, request.network_id)
     if isinstance(checked, Rejected):
         raise ValueError(checked.reason)
     return sealed

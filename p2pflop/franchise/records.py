@@ -98,6 +98,22 @@ class Certificate(SignedRecord, frozen=True):
     ext: Ext = ()
 
 
+class CertificateRequest(Record, frozen=True):
+    """What an online machine hands to whoever holds the root key: all but the times."""
+
+    MAX_BYTES: ClassVar[int] = MAX_RECORD_BYTES
+
+    version: Version
+    issuer: Key
+    network_id: Name
+    number: Number
+    online_key: Key
+    previous: Hash
+    log_size: U63
+    log_root: Hash
+    withdraws: bool
+
+
 class Head(SignedRecord, frozen=True):
     """The log of ``issuer`` (a root key) has ``size`` leaves at ``at_ns``, and this root."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from p2pflop.franchise.issuer import Issuer, encode_leaf, make_certificate
+from p2pflop.franchise.issuer import Issuer, encode_leaf, sign_certificate
 from p2pflop.franchise.merkle import MemoryTree, consistency_path, inclusion_path, leaf_hash
 from p2pflop.franchise.records import (
     DAY_NS,
     Attestation,
     Certificate,
+    CertificateRequest,
     Head,
     LeafKind,
     Proof,
@@ -18,7 +19,7 @@ from p2pflop.franchise.records import (
     Schedule,
 )
 from p2pflop.keys import PrivateKey
-from p2pflop.market.records import Rejected
+from p2pflop.market.records import ZERO_HASH, Rejected
 from p2pflop.market.samples import NOW_NS
 from p2pflop.units import NUSD_PER_USD
 from p2pflop.wire import DEFAULT_NETWORK, Sealed, encode, seal
@@ -62,17 +63,18 @@ class SampleRegistry:
         """Certify the next online key for 90 days, and use it."""
         self.online = online
         size = len(self.tree)
-        certificate = make_certificate(
-            self.root,
-            online.public_key,
-            from_ns,
-            from_ns + 90 * DAY_NS,
-            previous=self.certificates[-1] if self.certificates else None,
+        request = CertificateRequest(
+            version=1,
+            issuer=self.root.public_key,
+            network_id=self.network,
+            number=len(self.certificates) + 1,
+            online_key=online.public_key,
+            previous=self.certificates[-1].id if self.certificates else ZERO_HASH,
             log_size=size,
-            log_root=self.tree.root() if size else bytes(32),
+            log_root=self.tree.root() if size else ZERO_HASH,
             withdraws=withdraws,
-            network=self.network,
         )
+        certificate = sign_certificate(self.root, request, from_ns, from_ns + 90 * DAY_NS)
         self.certificates.append(certificate)
         self.append(LeafKind.CERTIFICATE, certificate.wire)
         return certificate

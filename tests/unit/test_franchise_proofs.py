@@ -10,7 +10,7 @@ import pytest
 from p2pflop.franchise.enrolments import ENROLMENT_WINDOW_NS, check_form, decision_of, make_form
 from p2pflop.franchise.fees import RENEW_BEFORE_NS, due_ns, is_in_time, next_period, schedule_at
 from p2pflop.franchise.forks import check_fork, make_fork
-from p2pflop.franchise.issuer import MAX_CERTIFICATES, Issuer, check_certificate, make_certificate
+from p2pflop.franchise.issuer import MAX_CERTIFICATES, Issuer, sign_certificate
 from p2pflop.franchise.proofs import Attested, check_attestation, check_proof, check_revocation
 from p2pflop.franchise.records import (
     DAY_NS,
@@ -19,6 +19,7 @@ from p2pflop.franchise.records import (
     MAX_PROOF_BYTES,
     MAX_SLOTS,
     Attestation,
+    CertificateRequest,
     Head,
     LeafKind,
     PersonalData,
@@ -28,10 +29,10 @@ from p2pflop.franchise.records import (
 from p2pflop.franchise.samples import GUIDELINES, YEAR_NS, SampleRegistry, key
 from p2pflop.ids import content_hash
 from p2pflop.keys import PrivateKey
-from p2pflop.market.records import Rejected
+from p2pflop.market.records import ZERO_HASH, Rejected
 from p2pflop.market.samples import NOW_NS
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
-from p2pflop.wire import Sealed, decode, encode, open_sealed, seal
+from p2pflop.wire import Sealed, decode, encode, open_sealed
 
 ALICE, BOB = key(1).public_key, key(2).public_key
 
@@ -178,18 +179,28 @@ class TestRotation:
 
     def test_what_no_certificate_may_be(self, registry: SampleRegistry) -> None:
         root, online = registry.root, registry.online.public_key
-        make_certificate(root, online, NOW_NS, NOW_NS + MAX_CERTIFICATE_NS)
+        asked = CertificateRequest(
+            1, root.public_key, "main", 1, online, ZERO_HASH, 0, ZERO_HASH, False
+        )
+        sign_certificate(root, asked, NOW_NS, NOW_NS + MAX_CERTIFICATE_NS)
         for until_ns in (NOW_NS, NOW_NS + MAX_CERTIFICATE_NS + 1):
             with pytest.raises(ValueError, match="up to 90 days"):
-                make_certificate(root, online, NOW_NS, until_ns)
-        with pytest.raises(ValueError, match="the root key the online key"):
-            make_certificate(root, root.public_key, NOW_NS, NOW_NS + 1)
-        first = registry.certificates[0]
-        unlinked = seal(msgspec.structs.replace(first.record, number=2), root)
-        assert "previous" in reason(check_certificate(unlinked.wire, root.public_key))
+                sign_certificate(root, asked, NOW_NS, until_ns)
+        for changes, text in (
+            ({"online_key": root.public_key}, "the root key the online key"),
+            ({"number": 2}, "no previous one"),
+            ({"issuer": ALICE}, "another registry"),
+        ):
+            wrong = msgspec.structs.replace(asked, **changes)
+            with pytest.raises(ValueError, match=text):
+                sign_certificate(root, wrong, NOW_NS, NOW_NS + DAY_NS)
 
     def test_two_of_one_number(self, registry: SampleRegistry) -> None:
-        twin = make_certificate(registry.root, ALICE, NOW_NS, NOW_NS + DAY_NS)
+        root = registry.root
+        asked = CertificateRequest(
+            1, root.public_key, "main", 1, ALICE, ZERO_HASH, 0, ZERO_HASH, False
+        )
+        twin = sign_certificate(root, asked, NOW_NS, NOW_NS + DAY_NS)
         assert reason(registry.issuer.learn(twin.wire)) == "two certificates numbered 1"
 
     def test_bounded(self, registry: SampleRegistry) -> None:
