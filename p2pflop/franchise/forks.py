@@ -59,7 +59,7 @@ def check_fork(data: bytes, issuer: Issuer) -> tuple[Head, Head] | Rejected:
         return learned
     heads = []
     for wire in (fork.first, fork.second):
-        head = _open_head(wire, learned)
+        head = open_past_head(wire, learned)
         if isinstance(head, Rejected):
             return head
         heads.append(head.record)
@@ -72,8 +72,8 @@ def check_fork(data: bytes, issuer: Issuer) -> tuple[Head, Head] | Rejected:
     return Rejected("the two heads do not contradict each other")
 
 
-def _open_head(data: bytes, issuer: Issuer) -> Sealed[Head] | Rejected:
-    """A head that ``issuer`` answers for: as ``Issuer.check_head``, at any time."""
+def open_past_head(data: bytes, issuer: Issuer) -> Sealed[Head] | Rejected:
+    """A head that ``issuer`` answers for, whatever it said later."""
     try:
         head = open_sealed(Head, data, issuer.network)
     except (ProtocolError, VerificationError) as error:

@@ -13,10 +13,8 @@ about, and there once: whoever does the same again after a crash changes nothing
 
 from __future__ import annotations
 
-import csv
-import io
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,7 +29,6 @@ from p2pflop.wire import decode, encode
 
 MAX_REFERENCE_CHARS: Final = 100
 PAGE_ENTRIES: Final = 500
-_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,27 +165,6 @@ def check_books(query: Query) -> int:
         )
     [(count,)] = query("SELECT COUNT(*) FROM entries")
     return int(count)
-
-
-def to_csv(rows: Iterable[Line], format_time: Callable[[int], str] = str) -> str:
-    """A table for an accountant: amounts in dollars, no text that a spreadsheet computes."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("time", "account", "what", "amount_usd", "credit_usd"))
-    for row in rows:
-        amounts = (_decimal(row.amount_nusd), _decimal(row.credit_nusd))
-        at = format_time(row.at_ns)
-        writer.writerow((at, row.account.hex(), as_text(row.memo), *amounts))
-    return out.getvalue()
-
-
-def as_text(cell: str) -> str:
-    """``cell`` so that a spreadsheet shows it and does not compute it."""
-    return f"'{cell}" if cell.startswith(_FORMULA) else cell
-
-
-def _decimal(nusd: int) -> str:
-    return format_usd(nusd).replace("$", "").replace(",", "")
 
 
 def _payment_id(account: bytes, reference: str) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from p2pflop.cli.registry_members import csv_of
 from p2pflop.errors import ConfigError, VerificationError
 from p2pflop.franchise.enrolments import make_form
 from p2pflop.franchise.issuer import Issuer, sign_certificate
@@ -27,7 +28,7 @@ from p2pflop.keys import PrivateKey
 from p2pflop.market.records import Rejected
 from p2pflop.market.samples import NOW_NS
 from p2pflop.registry import members
-from p2pflop.registry.books import check_books, credit_nusd, lines, to_csv
+from p2pflop.registry.books import check_books, credit_nusd, lines
 from p2pflop.registry.founding import found_registry
 from p2pflop.registry.log import (
     attestation_of,
@@ -477,12 +478,12 @@ class TestBooks:
         async with registry(tmp_path, clock) as office:
             await enrol(office, ALICE)
             await office.receive(ALICE.public_key, 1_500_000_000_000, '=HYPERLINK("http://evil")')
-            table = to_csv(lines(office.query))
+            table = csv_of(list(lines(office.query)))
             header, paid, fee = table.splitlines()
             assert header == "time,account,what,amount_usd,credit_usd"
-            assert paid.endswith(',"paid: =HYPERLINK(""http://evil"")",1500.00,1500.00')
-            assert fee.endswith(",fee of attestation 1,-1.00,1499.00")
-            assert to_csv(lines(office.query, BOB.public_key)).splitlines() == [header]
+            assert ',"paid: =HYPERLINK(""http://evil"")",1500.000000000,' in paid
+            assert fee.endswith(",fee of attestation 1,-1.000000000,1499.000000000")
+            assert csv_of(list(lines(office.query, BOB.public_key))).splitlines() == [header]
 
     @pytest.mark.parametrize("reference", ["", "  ", "a\nb", "\x1b[2J", "x" * 101])
     async def test_references(self, tmp_path: Path, clock: Clock, reference: str) -> None:
