@@ -27,10 +27,16 @@ CONTACT = "Ada <ada@example.org>"
 T = TypeVar("T")
 
 
-def form(account: PrivateKey, *, salt: int = 0, contact: str = CONTACT) -> bytes:
+def form(
+    account: PrivateKey,
+    *,
+    contact: str = CONTACT,
+    issuer: bytes = ROOT.public_key,
+    guidelines: str = GUIDELINES,
+) -> bytes:
     """An application of now."""
-    personal = PersonalData(1, salt.to_bytes(32, "big"), contact, "Kent")
-    return make_form(account, ROOT.public_key, GUIDELINES, personal, time.time_ns())
+    personal = PersonalData(1, bytes(32), contact, "Kent")
+    return make_form(account, issuer, guidelines, personal, time.time_ns())
 
 
 class LiveRegistry:
@@ -63,7 +69,8 @@ class LiveRegistry:
         """An account that is enrolled, and attested if it paid."""
 
         async def work(office: Office) -> None:
-            assert isinstance(await office.apply(form(account), "test"), bytes)
+            application = form(account, issuer=office.issuer, guidelines=office.guidelines())
+            assert isinstance(await office.apply(application, "test"), bytes)
             await office.approve(account.public_key)
             if paid_nusd:
                 await office.receive(account.public_key, paid_nusd, "1")

@@ -160,6 +160,10 @@ class MemoryTree:
         """See ``Node``."""
         return bytes(self._levels[level][number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES])
 
+    def nodes(self) -> list[int]:
+        """How many complete subtrees there are of each level, from the leaves up."""
+        return [len(level) // DIGEST_BYTES for level in self._levels]
+
     def root(self, size: int | None = None) -> bytes:
         """The root of the first ``size`` leaves, of all if not given."""
         return root_hash(len(self) if size is None else size, self.node)

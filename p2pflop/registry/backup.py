@@ -17,9 +17,10 @@ from typing import Any
 
 from p2pflop.errors import ConfigError, StoreError, VerificationError
 from p2pflop.franchise.auditor import Auditor
+from p2pflop.franchise.merkle import MemoryTree
 from p2pflop.market.records import Rejected
 from p2pflop.registry.books import check_books
-from p2pflop.registry.log import PAGE_LEAVES, Query, log_root, newest_head
+from p2pflop.registry.log import PAGE_LEAVES, Query, newest_head
 from p2pflop.registry.schema import FILE_NAME, FORMAT
 
 
@@ -118,10 +119,9 @@ def _check(query: Query, path: Path) -> Contents:
     if isinstance(head, Rejected):
         raise VerificationError(f"{path}: {head.reason}")
     size = len(auditor.tree)
-    if (head.record.size, head.record.root) != (size, auditor.tree.root()) or log_root(
-        query, size
-    ) != head.record.root:
+    if (head.record.size, head.record.root) != (size, auditor.tree.root()):
         raise VerificationError(f"{path}: the leaves are not those that the head is about")
+    _check_nodes(query, auditor.tree, path)
     return Contents(
         issuer=facts["issuer"],
         network=facts["network"].decode(),
@@ -129,6 +129,16 @@ def _check(query: Query, path: Path) -> Contents:
         entries=check_books(query),
         head_at_ns=head.record.at_ns,
     )
+
+
+def _check_nodes(query: Query, tree: MemoryTree, path: Path) -> None:
+    """The tree on disk is that of the leaves."""
+    for level, count in enumerate(tree.nodes()):
+        found = query("SELECT hash FROM nodes WHERE level = ? ORDER BY number", level)
+        if [bytes(digest) for (digest,) in found] != [
+            tree.node(level, number) for number in range(count)
+        ]:
+            raise VerificationError(f"{path}: the tree is not that of the leaves")
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -26,7 +26,7 @@ from p2pflop.wire import Envelope, encode
 
 PAGE_LEAVES: Final = 500
 PAGE_HEADS: Final = 500
-PAGE_PROOFS: Final = 100
+PAGE_PROOFS: Final = 25
 
 Query = Callable[..., list[tuple[Any, ...]]]
 """``Database.read``, or the same over a connection: a statement and its values give rows."""
