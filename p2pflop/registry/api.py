@@ -186,7 +186,8 @@ class RegistryApi:
         return json_response({"id": applied.hex(), **view}, 202)
 
     def _prove(self, leaves: Iterable[int]) -> list[str]:
-        proofs = (log.prove(self._office.query, leaf) for leaf in leaves)
+        prover = log.Prover(self._office.query)
+        proofs = map(prover.prove, leaves)
         return [proof.hex() for proof in proofs if proof is not None]
 
     def _subnet(self, request: Request) -> str:

@@ -92,25 +92,64 @@ def consistency(query: Query, first: int, second: int) -> list[bytes]:
     return consistency_path(first, second, partial(_node, query))
 
 
+class Prover:
+    """Proofs under the newest head. Those of one page share most of their hashes: each is read
+    once."""
+
+    def __init__(self, query: Query) -> None:
+        self._query = query
+        self._nodes: dict[tuple[int, int], bytes] = {}
+        self._certificates: dict[bytes, bytes] = {}
+        self._head = newest_head(query) or b""
+        self._signer, self._size = b"", 0
+        if self._head:
+            envelope = msgspec.msgpack.decode(self._head, type=Envelope)
+            self._signer = envelope.public_key
+            self._size = msgspec.msgpack.decode(envelope.body, type=Head).size
+
+    def prove(self, index: int) -> bytes | None:
+        """The encoded ``Proof`` of a leaf; None if the log has no such leaf."""
+        if not 0 <= index < self._size:
+            return None
+        [(leaf,)] = self._query("SELECT body FROM leaves WHERE number = ?", index)
+        proof = Proof(
+            version=1,
+            leaf=bytes(leaf),
+            index=index,
+            path=tuple(inclusion_path(index, self._size, self._node)),
+            head=self._head,
+            certificates=self._certificates_for(bytes(leaf)),
+        )
+        return encode(proof)
+
+    def _certificates_for(self, leaf: bytes) -> tuple[bytes, ...]:
+        """The newest certificate of whoever signed the head, and of whoever signed the leaf."""
+        keys = [self._signer]
+        _, kind, _, body = msgspec.msgpack.decode(leaf)
+        if kind in _SIGNED:
+            signer = msgspec.msgpack.decode(body, type=Envelope).public_key
+            keys += [signer] if signer != self._signer else []
+        return tuple(self._certificate(key) for key in keys)
+
+    def _certificate(self, key: bytes) -> bytes:
+        if key not in self._certificates:
+            [(wire,)] = self._query(
+                "SELECT wire FROM certificates WHERE online_key = ? ORDER BY number DESC LIMIT 1",
+                key,
+            )
+            self._certificates[key] = bytes(wire)
+        return self._certificates[key]
+
+    def _node(self, level: int, number: int) -> bytes:
+        known = self._nodes.get((level, number))
+        if known is None:
+            known = self._nodes[level, number] = _node(self._query, level, number)
+        return known
+
+
 def prove(query: Query, index: int) -> bytes | None:
-    """The encoded ``Proof`` of a leaf under the newest head; None if the log has no such leaf."""
-    head = newest_head(query)
-    if head is None:
-        return None
-    envelope = msgspec.msgpack.decode(head, type=Envelope)
-    size = msgspec.msgpack.decode(envelope.body, type=Head).size
-    if not 0 <= index < size:
-        return None
-    [(leaf,)] = query("SELECT body FROM leaves WHERE number = ?", index)
-    proof = Proof(
-        version=1,
-        leaf=bytes(leaf),
-        index=index,
-        path=tuple(inclusion_path(index, size, partial(_node, query))),
-        head=head,
-        certificates=_certificates(query, bytes(leaf), envelope.public_key),
-    )
-    return encode(proof)
+    """See ``Prover.prove``."""
+    return Prover(query).prove(index)
 
 
 def attestation_of(leaf: bytes) -> Attestation:
@@ -118,21 +157,6 @@ def attestation_of(leaf: bytes) -> Attestation:
     body = msgspec.msgpack.decode(leaf)[3]
     envelope = msgspec.msgpack.decode(body, type=Envelope)
     return msgspec.msgpack.decode(envelope.body, type=Attestation)
-
-
-def _certificates(query: Query, leaf: bytes, head_signer: bytes) -> tuple[bytes, ...]:
-    """The newest certificate of whoever signed the head, and of whoever signed the leaf."""
-    keys = [head_signer]
-    _, kind, _, body = msgspec.msgpack.decode(leaf)
-    if kind in _SIGNED:
-        signer = msgspec.msgpack.decode(body, type=Envelope).public_key
-        keys += [signer] if signer != head_signer else []
-    found = []
-    for key in keys:
-        found += query(
-            "SELECT wire FROM certificates WHERE online_key = ? ORDER BY number DESC LIMIT 1", key
-        )
-    return tuple(bytes(wire) for (wire,) in found)
 
 
 def _node(query: Query, level: int, number: int) -> bytes:

@@ -8,13 +8,16 @@ remembers what another could change: there is nothing to tell each other.
 from __future__ import annotations
 
 import secrets
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-from p2pflop.dht.database import Database
+import trio
+
+from p2pflop.dht.database import BUSY_TIMEOUT_S, Database
 from p2pflop.errors import ConfigError, VerificationError
 from p2pflop.franchise.enrolments import check_form
 from p2pflop.franchise.fees import schedule_at
@@ -259,7 +262,7 @@ class Office:
     ) -> T:
         """One decision. ``signs`` loads the key that is certified now, unless one is given."""
 
-        def run(connection: Any) -> T:
+        def run(connection: sqlite3.Connection) -> T:
             draft = Draft(connection, online, self.clock())
             if signs and online is None:
                 draft.load_key(self.folder)
@@ -271,8 +274,12 @@ class Office:
 
     async def _scrub(self) -> None:
         """Make what was erased unreadable in the write-ahead log too (``secure_delete`` is on)."""
-        await self._database.write(lambda _: None)
-        self.query("PRAGMA wal_checkpoint(TRUNCATE)")
+        await trio.to_thread.run_sync(_empty_log, self._database.path)
+
+
+def _empty_log(path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 @asynccontextmanager

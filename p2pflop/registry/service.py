@@ -52,22 +52,26 @@ async def _run(
 
 
 async def keep_office(office: Office, stopping: trio.Event) -> None:
-    """Renew attestations, freshen the head and warn, until ``stopping``."""
+    """``keep_once`` every few seconds until ``stopping``; what is wrong is said once an hour."""
     said_at = -SAID_EVERY_S
     while not stopping.is_set():
-        try:
-            issued = await office.keep()
-            if issued:
-                _log.info("issued %d attestations", issued)
-            left_ns = office.certificate().record.valid_until_ns - office.clock()
-            trouble = _warning(left_ns)
-        except P2PFlopError as error:
-            trouble = f"{error.message}. {error.hint}"
+        trouble = await keep_once(office)
         if trouble and trio.current_time() >= said_at + SAID_EVERY_S:
             _log.warning("%s", trouble)
             said_at = trio.current_time()
         with trio.move_on_after(KEEP_EVERY_S):
             await stopping.wait()
+
+
+async def keep_once(office: Office) -> str:
+    """Renew attestations and freshen the head; what the operator should know, or nothing."""
+    try:
+        issued = await office.keep()
+        if issued:
+            _log.info("issued %d attestations", issued)
+        return _warning(office.certificate().record.valid_until_ns - office.clock())
+    except P2PFlopError as error:
+        return f"{error.message}. {error.hint}"
 
 
 def _warning(left_ns: int) -> str:

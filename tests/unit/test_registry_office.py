@@ -40,6 +40,7 @@ from p2pflop.registry.log import (
 )
 from p2pflop.registry.office import HEAD_EVERY_NS, Office, open_office
 from p2pflop.registry.schema import FILE_NAME
+from p2pflop.registry.service import keep_once
 from p2pflop.registry.views import member_view, members_view, person
 from p2pflop.wire import encode
 
@@ -518,6 +519,32 @@ class TestBooks:
             office.query("UPDATE entries SET body = ? WHERE seq = 2", b"x")
             with pytest.raises(VerificationError, match="entry 2"):
                 check_books(office.query)
+
+
+class TestService:
+    """What the service does by itself every few seconds."""
+
+    async def test_attests_who_has_paid(self, tmp_path: Path, clock: Clock) -> None:
+        async with registry(tmp_path, clock) as office:
+            await enrol(office, ALICE)
+            await office.receive(ALICE.public_key, 2 * FEE, "1")
+            clock.now_ns += YEAR_NS - DAY_NS
+            await renew_certificate(office)
+            assert await keep_once(office) == ""
+            assert credit_nusd(office.query, ALICE.public_key) == 0
+            assert standing(office, ALICE) == "attested"
+
+    async def test_warns_before_its_certificate_ends_and_goes_on_after(
+        self, tmp_path: Path, clock: Clock
+    ) -> None:
+        async with registry(tmp_path, clock, fee_nusd=0) as office:
+            await enrol(office, ALICE)
+            assert await keep_once(office) == ""
+            clock.now_ns += 70 * DAY_NS
+            assert "ends in 20 days: p2pflop registry certify" in await keep_once(office)
+            clock.now_ns += 20 * DAY_NS
+            assert "certificate of the online key is not for now" in await keep_once(office)
+            assert log_size(office.query) == 4
 
 
 async def test_founded_once(tmp_path: Path, clock: Clock) -> None:
