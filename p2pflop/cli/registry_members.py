@@ -14,6 +14,7 @@ import click
 from p2pflop.cli.accounts import MIN_DIGITS, confirm, is_whole
 from p2pflop.cli.output import (
     Flags,
+    clean,
     common_options,
     print_fields,
     print_json,
@@ -89,7 +90,7 @@ def enroll_command(flags: Flags, address: str, contact: str | None, place: str, 
         print_json(told)
         return
     waits_for = f", waits for {told['waits_for']}" if told.get("waits_for") else ""
-    click.echo(f"{told['state']}{waits_for}")
+    click.echo(clean(f"{told['state']}{waits_for}"))
 
 
 @click.command("approve")
@@ -455,17 +456,19 @@ def csv_of(rows: list[Line]) -> str:
 
 def _terms(told: dict[str, Any], wanted: bytes | None) -> tuple[bytes, str, str]:
     """Issuer, network and guidelines of a registry. Raises ConfigError."""
+    from p2pflop.franchise.enrolments import is_name
+
     schedule = told.get("schedule")
     issuer, network = told.get("issuer"), told.get("network")
     guidelines = schedule.get("guidelines") if isinstance(schedule, dict) else None
     if not (isinstance(issuer, str) and is_whole(issuer)):
         raise ConfigError("what answers there is no registry")
-    if not (isinstance(network, str) and isinstance(guidelines, str)):
+    if not (is_name(network) and is_name(guidelines)):
         raise ConfigError("the registry takes no applications now")
     key = bytes.fromhex(issuer)
     if wanted is not None and key != wanted:
         raise ConfigError(f"the registry's root key is {issuer}, not the one that was given")
-    return key, network, guidelines
+    return key, str(network), str(guidelines)
 
 
 def _known(source: Any, account: bytes) -> dict[str, Any] | None:

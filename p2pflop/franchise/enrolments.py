@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.franchise.records import (
     Decision,
     Enrolment,
     EnrolmentForm,
+    Name,
     PersonalData,
     RefusalReason,
 )
@@ -79,6 +82,15 @@ def check_form(
     if not form.personal.contact.strip():
         return Rejected("enrolment tells no contact")
     return Application(enrolment, form.personal)
+
+
+def is_name(value: object) -> bool:
+    """Whether something may be the name of a network or of a version of guidelines."""
+    try:
+        msgspec.convert(value, type=Name)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def is_plain(text: str) -> bool:

@@ -22,6 +22,7 @@ from p2pflop.errors import (
     VerificationError,
 )
 from p2pflop.franchise.auditor import Auditor
+from p2pflop.franchise.enrolments import is_name
 from p2pflop.franchise.forks import contradict, make_fork, open_past_head
 from p2pflop.franchise.issuer import MAX_CERTIFICATES, Issuer
 from p2pflop.franchise.merkle import consistency_path
@@ -36,7 +37,6 @@ MAX_PAGE: Final = 1000
 MAX_AUDITED_LEAVES: Final = 4 * 1024 * 1024
 TIMEOUT_S: Final = 20.0
 REMEMBERED: Final = "registries"
-_NETWORK: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ADDRESS: Final = re.compile(r"(?:([0-9a-f]{64})@)?(https?://[^\s/@]+(?:/[^\s@]*)?)")
 
 Json = dict[str, Any]
@@ -85,7 +85,7 @@ class HttpSource:
             raise ProtocolError(f"{path} of the registry is not JSON") from error
         if not isinstance(found, dict):
             raise ProtocolError(f"{path} of the registry is no JSON object")
-        if status >= 400:
+        if status >= 300:
             told = found.get("error")
             what = told.get("message") if isinstance(told, dict) else None
             raise ConfigError(f"the registry says: {str(what or status)[:300]}")
@@ -212,7 +212,7 @@ def _issuer(source: Source, key: bytes | None) -> Issuer:
     if len(found) != HASH_BYTES:
         raise ProtocolError("the registry tells no root key")
     network = told.get("network")
-    if not isinstance(network, str) or _NETWORK.fullmatch(network) is None:
+    if not isinstance(network, str) or not is_name(network):
         raise ProtocolError("the registry tells no network")
     if key is not None and found != key:
         raise VerificationError(

@@ -6,12 +6,11 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from p2pflop.dht.database import Database
 from p2pflop.errors import ConfigError
+from p2pflop.franchise.enrolments import is_name
 from p2pflop.franchise.issuer import sign_certificate
-from p2pflop.franchise.records import DAY_NS, Name, Schedule
+from p2pflop.franchise.records import DAY_NS, Schedule
 from p2pflop.keys import PrivateKey
 from p2pflop.node.home import new_key, read_key, write_private
 from p2pflop.registry.certifying import CERTIFICATE_DAYS, install, request_certificate
@@ -78,10 +77,8 @@ def _furnish(folder: Path) -> PrivateKey:
 
 def check_network(network: str) -> None:
     """Raises ConfigError for what is no name of a network."""
-    try:
-        msgspec.convert(network, type=Name)
-    except msgspec.ValidationError as error:
+    if not is_name(network):
         raise ConfigError(
             f"{network[:80]!r} is not the name of a network",
             hint="Letters, digits, dots, dashes and underscores, up to 64 of them.",
-        ) from error
+        )

@@ -5,7 +5,7 @@ Nothing that an applicant wrote is in it but for ``person``, which only the oper
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from p2pflop.franchise.records import (
     DAY_NS,
@@ -22,8 +22,6 @@ from p2pflop.registry.office import Office
 from p2pflop.wire import decode
 
 Json = dict[str, Any]
-
-MAX_LISTED: Final = 500
 
 
 def summary(office: Office) -> Json:
@@ -86,21 +84,7 @@ def enrolment_view(office: Office, enrolment_id: bytes) -> Json | None:
 
 def member_view(office: Office, account: bytes) -> Json | None:
     """How an account stands; None if it is not known here."""
-    query = office.query
-    waiting = query("SELECT id, received_ns FROM requests WHERE account = ?", account)
-    if waiting:
-        [(enrolment_id, received_ns)] = waiting
-        return {
-            "account": account.hex(),
-            "state": "waiting",
-            "id": bytes(enrolment_id).hex(),
-            "received_ns": received_ns,
-            "waits_for": "the operator's approval",
-        }
-    found = query(
-        "SELECT id, is_revoked, serial, until_ns, due_ns FROM members WHERE account = ?", account
-    )
-    return _member(office, account, *found[0]) if found else None
+    return _account(office, account, office.schedule())
 
 
 def members_view(office: Office) -> list[Json]:
@@ -108,7 +92,8 @@ def members_view(office: Office) -> list[Json]:
     query = office.query
     accounts = [bytes(each) for (each,) in query("SELECT account FROM requests ORDER BY at_ns")]
     accounts += [bytes(each) for (each,) in query("SELECT account FROM members ORDER BY since_ns")]
-    views = (member_view(office, account) for account in dict.fromkeys(accounts))
+    schedule = office.schedule()
+    views = (_account(office, account, schedule) for account in dict.fromkeys(accounts))
     return [view for view in views if view is not None]
 
 
@@ -123,9 +108,28 @@ def person(query: Query, account: bytes) -> PersonalData | None:
     return decode(PersonalData, bytes(found[0][0])) if found else None
 
 
+def _account(office: Office, account: bytes, schedule: Schedule | None) -> Json | None:
+    query = office.query
+    waiting = query("SELECT id, received_ns FROM requests WHERE account = ?", account)
+    if waiting:
+        [(enrolment_id, received_ns)] = waiting
+        return {
+            "account": account.hex(),
+            "state": "waiting",
+            "id": bytes(enrolment_id).hex(),
+            "received_ns": received_ns,
+            "waits_for": "the operator's approval",
+        }
+    found = query(
+        "SELECT id, is_revoked, serial, until_ns, due_ns FROM members WHERE account = ?", account
+    )
+    return _member(office, account, schedule, *found[0]) if found else None
+
+
 def _member(
     office: Office,
     account: bytes,
+    schedule: Schedule | None,
     enrolment_id: bytes,
     is_revoked: int,
     serial: int,
@@ -133,7 +137,6 @@ def _member(
     due_ns: int,
 ) -> Json:
     now_ns = office.clock()
-    schedule = office.schedule()
     credit = credit_nusd(office.query, account)
     fee_nusd = 0 if schedule is None else schedule.fee_nusd
     is_attested = not is_revoked and until_ns > now_ns

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,17 @@ from p2pflop.franchise.samples import SampleRegistry, key
 from p2pflop.market.records import Rejected
 from p2pflop.market.samples import NOW_NS
 from p2pflop.registry import audit as module
-from p2pflop.registry.audit import Forked, Memory, Report, audit, parse_address, recall, remember
+from p2pflop.registry.audit import (
+    MAX_REPLY_BYTES,
+    Forked,
+    HttpSource,
+    Memory,
+    Report,
+    audit,
+    parse_address,
+    recall,
+    remember,
+)
 
 ALICE, BOB = key(1).public_key, key(2).public_key
 Json = dict[str, Any]
@@ -274,6 +287,50 @@ class TestUnfairness:
 def _body(leaf: bytes) -> bytes:
     body: bytes = msgspec.msgpack.decode(leaf)[3]
     return body
+
+
+class Liar(BaseHTTPRequestHandler):
+    """Answers every path with what it is named after."""
+
+    def do_GET(self) -> None:
+        answers = {
+            "/endless": (200, b"[" * (MAX_REPLY_BYTES + 1)),
+            "/text": (200, b"<html>"),
+            "/list": (200, b"[]"),
+            "/moved": (302, b"{}"),
+            "/fault": (500, b'{"error": {"message": "\\u001b[2J" }}'),
+            "/odd": (400, b'{"error": 7}'),
+        }
+        status, body = answers[self.path]
+        self.send_response(status)
+        self.send_header("location", "file:///etc/passwd")
+        self.end_headers()
+        with suppress(OSError):
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+class TestReplies:
+    @pytest.mark.parametrize(
+        ("path", "kind", "text"),
+        [
+            ("/endless", ProtocolError, "over its limit"),
+            ("/text", ProtocolError, "not JSON"),
+            ("/list", ProtocolError, "no JSON object"),
+            ("/fault", ConfigError, "the registry says"),
+            ("/odd", ConfigError, "the registry says: 400"),
+            ("/moved", ConfigError, "the registry says: 302"),
+        ],
+    )
+    def test_that_are_none(self, path: str, kind: type[Exception], text: str) -> None:
+        with HTTPServer(("127.0.0.1", 0), Liar) as server:
+            thread = threading.Thread(target=server.handle_request)
+            thread.start()
+            with pytest.raises(kind, match=text):
+                HttpSource(f"http://127.0.0.1:{server.server_port}").get(path)
+            thread.join()
 
 
 class TestMemory:
