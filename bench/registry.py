@@ -32,6 +32,7 @@ from p2pflop.franchise.samples import YEAR_NS, key
 from p2pflop.keys import PrivateKey
 from p2pflop.market.records import Rejected
 from p2pflop.registry import members
+from p2pflop.registry.api import create_app
 from p2pflop.registry.audit import HttpSource, Report, audit
 from p2pflop.registry.draft import Draft
 from p2pflop.registry.founding import found_registry
@@ -171,6 +172,26 @@ def slowest_ms(url: str, hello: str, accounts: int) -> dict[str, dict[str, float
     return found
 
 
+async def slowest_cpu_ms(home: Path, accounts: int) -> dict[str, float]:
+    """The processor's time for the slowest of many requests, in one process without a network."""
+    found = {}
+    async with open_office(folder_of(home)) as office:
+        transport = httpx.ASGITransport(create_app(office))
+        async with httpx.AsyncClient(transport=transport, base_url="http://registry") as client:
+            for name in ROUTES:
+                samples = []
+                for each in range(REQUESTS_A_ROUTE):
+                    number = 1 + each * 97 % (accounts - 1)
+                    account = account_of(number).public_key.hex()
+                    path = f"/v1/{name.format(number, accounts, account=account)}"
+                    began = time.thread_time()
+                    answer = await client.get(path)
+                    samples.append(1000 * (time.thread_time() - began))
+                    assert answer.status_code == 200, answer.text
+                found[name] = round(max(samples), 2)
+    return found
+
+
 async def all_proofs(home: Path, count: int) -> list[bytes]:
     async with open_office(folder_of(home)) as office:
         return _proofs(office, count)
@@ -255,6 +276,7 @@ def main() -> None:
             "reads": reads,
             "request_ms": slowest,
             "slowest_ms": max(slowest[name]["max"] for name in ROUTES),
+            "slowest_cpu_ms": trio.run(slowest_cpu_ms, home, accounts),
             "restart_s": {
                 "median": round(statistics.median(restarts), 2),
                 "min": round(min(restarts), 2),
