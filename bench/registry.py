@@ -99,6 +99,7 @@ async def furnish(home: Path, accounts: int) -> None:
                     assert not isinstance(checked, Rejected)
                     members.request(draft, checked, str(number), bytes(32))
                     members.approve(draft, account.public_key)
+                    draft.sign_head()
 
             await office._write(enrol)
 
@@ -272,6 +273,7 @@ def main() -> None:
         told = {
             "accounts": accounts,
             "leaves": report.head.record.size,
+            "heads": report.heads,
             "enrolled_and_attested_per_s": round(accounts / furnished_s),
             "reads": reads,
             "request_ms": slowest,

@@ -18,7 +18,7 @@ from p2pflop.franchise.records import Certificate, Head, LeafKind, Schedule
 from p2pflop.keys import PrivateKey
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
 from p2pflop.registry.home import LOST_KEY, load_online
-from p2pflop.registry.log import append_leaf, log_root, log_size, query_of
+from p2pflop.registry.log import append_leaf, head_time, log_root, log_size, query_of
 from p2pflop.wire import Envelope, SignedRecord, seal
 
 RENEW_CERTIFICATE: Final = (
@@ -43,9 +43,8 @@ class Draft:
         facts = {name: bytes(value) for name, value in self.query("SELECT * FROM facts")}
         self.issuer = facts["issuer"]
         self.network = facts["network"].decode()
-        [(last_ns,)] = self.query("SELECT COALESCE(MAX(at_ns), 0) FROM heads")
         self.clock_ns = clock_ns
-        self.now_ns = max(clock_ns, int(last_ns))
+        self.now_ns = max(clock_ns, head_time(self.query))
         self._online = online
         self._size = log_size(self.query)
         self._may_sign = False

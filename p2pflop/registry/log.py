@@ -70,6 +70,12 @@ def newest_head(query: Query) -> bytes | None:
     return bytes(found[0][0]) if found else None
 
 
+def head_time(query: Query) -> int:
+    """When that was signed, in nanoseconds of Unix time; 0 before the first."""
+    found = query("SELECT at_ns FROM heads ORDER BY size DESC LIMIT 1")
+    return int(found[0][0]) if found else 0
+
+
 def leaves_from(query: Query, first: int) -> list[bytes]:
     """A page of leaves, of those that the newest head covers."""
     found = query(

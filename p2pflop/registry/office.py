@@ -38,7 +38,7 @@ from p2pflop.registry.books import book_payment, book_return
 from p2pflop.registry.certifying import install, newest_certificate, request_certificate
 from p2pflop.registry.draft import Draft, record_of
 from p2pflop.registry.home import load_online, next_online, require
-from p2pflop.registry.log import Query
+from p2pflop.registry.log import Query, head_time
 from p2pflop.registry.schema import FORMAT, SCHEMA
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed
@@ -95,8 +95,7 @@ class Office:
 
     def schedule(self) -> Schedule | None:
         """What holds now, by the clock or by the log, if that is ahead."""
-        [(at_ns,)] = self.query("SELECT COALESCE(MAX(at_ns), 0) FROM heads")
-        now_ns = max(self.clock(), at_ns)
+        now_ns = max(self.clock(), head_time(self.query))
         return schedule_at((schedule for schedule, _ in self.schedules()), now_ns)
 
     def guidelines(self) -> str:
@@ -248,8 +247,7 @@ class Office:
             forgotten = await self._write(members.forget_requests, signs=False)
         if forgotten:
             await self._scrub()
-        [(at_ns,)] = self.query("SELECT MAX(at_ns) FROM heads")
-        if self.clock() - at_ns >= HEAD_EVERY_NS:
+        if self.clock() - head_time(self.query) >= HEAD_EVERY_NS:
             await self._write(Draft.sign_head)
         return issued
 
