@@ -40,20 +40,23 @@ HEAD_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ApiListener:
-    """A loopback port that listens already; nobody is answered before ``serve_api``."""
+    """A port that listens already; nobody is answered before ``serve_api``."""
 
     socket: socket.socket
     port: int
+    host: str = LOOPBACK
 
     @property
     def url(self) -> str:
         """``http://127.0.0.1:<port>``."""
-        return f"http://{LOOPBACK}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
 
 
-def bind_api(port: int) -> ApiListener:
-    """Listen on ``127.0.0.1:port``; 0 takes any free one. Raises ConfigError if it is taken."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+def bind_api(port: int, host: str = LOOPBACK) -> ApiListener:
+    """Listen on ``port`` of an address; 0 takes any free one. Raises ConfigError if it cannot."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -61,21 +64,21 @@ def bind_api(port: int) -> ApiListener:
         # that stopped reading would otherwise hold up the node's end for as long as it likes.
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
-        listener.bind((LOOPBACK, port))
+        listener.bind((host, port))
         # Listening now, not only bound: two sockets with SO_REUSEADDR may be bound to one port.
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
-                f"port {port} on {LOOPBACK} is in use",
+                f"port {port} on {host} is in use",
                 hint="Another node or program has it. Choose another with --port, or 0 for any.",
             ) from error
         raise ConfigError(
-            f"cannot listen on port {port} of {LOOPBACK}: {error.strerror}",
+            f"cannot listen on port {port} of {host}: {error.strerror or error}",
             hint="Choose another with --port, or 0 for any.",
         ) from error
-    return ApiListener(listener, listener.getsockname()[1])
+    return ApiListener(listener, listener.getsockname()[1], host)
 
 
 async def serve_api(

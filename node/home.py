@@ -43,7 +43,7 @@ class Home:
             "account": self.account.public_key.hex(),
             "embedded": embedded,
         }
-        _write(self.path / "node.json", json.dumps(note, indent=1).encode() + b"\n")
+        write_private(self.path / "node.json", json.dumps(note, indent=1).encode() + b"\n")
 
 
 @contextmanager
@@ -100,15 +100,23 @@ def _lock(lock: int, path: Path) -> None:
 
 def _key(path: Path) -> PrivateKey:
     if not path.exists():
-        _write(path, PrivateKey(secrets.token_bytes(SEED_BYTES)).to_pem())
+        write_private(path, new_key().to_pem())
+    return read_key(path, "Restore it from a backup: it is this node's identity.")
+
+
+def new_key() -> PrivateKey:
+    """A key that nobody else has."""
+    return PrivateKey(secrets.token_bytes(SEED_BYTES))
+
+
+def read_key(path: Path, hint: str) -> PrivateKey:
+    """The key in a PEM file. Raises ConfigError, with ``hint`` if the file holds something else."""
     try:
         return PrivateKey.from_pem(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read the key {path}: {error.strerror}") from error
     except ConfigError as error:
-        raise ConfigError(
-            f"{path}: {error.message}", hint="Restore it from a backup: it is this node's identity."
-        ) from error
+        raise ConfigError(f"{path}: {error.message}", hint=hint) from error
 
 
 def _token(home: Path) -> str:
@@ -117,12 +125,12 @@ def _token(home: Path) -> str:
     found = path.read_bytes().strip() if path.exists() else b""
     if not _TOKEN.fullmatch(found):
         found = secrets.token_urlsafe(TOKEN_BYTES).encode()
-        _write(path, found)
+        write_private(path, found)
     return found.decode("ascii")
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Replace ``path`` in one step, readable by its owner alone."""
+def write_private(path: Path, data: bytes) -> None:
+    """Replace ``path`` in one step, readable by its owner alone. Raises ConfigError."""
     draft = path.with_name(path.name + ".new")
     try:
         draft.unlink(missing_ok=True)  # it may have been left with another mode

@@ -4,7 +4,7 @@ A purchase is a chain of ids: a **bid** names a provider's ask, a **fill** or **
 bid, a **confirm**, **commit**, **receipt** and **abandon** name the fill. A countersigned receipt
 is the buyer's own envelope around the same receipt body. Prices are nano-dollars per PFLOP with at
 most three significant digits; totals are exact nano-dollars. Records are signed by node keys; a
-delegation inside says for which account, whose key signs nothing else.
+delegation inside says for which account, whose key signs nothing else here.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from tinygrad import Tensor
 import p2pflop as pf
 from p2pflop import errors
 from p2pflop.cli.main import COMMANDS, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, cli
+from p2pflop.franchise.records import LeafKind, RefusalReason, RevocationReason
 from p2pflop.job.graph import Dtype, Op
 from p2pflop.job.limits import DEFAULT_LIMITS
 from p2pflop.job.meter import WEIGHTS
@@ -39,6 +40,7 @@ from p2pflop.market.sheets import make_ask
 from p2pflop.market.tape_relay import Outcome as TapeOutcome
 from p2pflop.node import config, messages, payment_stream, service
 from p2pflop.node.api import create_app
+from p2pflop.registry.api import RegistryApi
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("**/*.md"))
@@ -97,12 +99,21 @@ def shell_commands(path: Path) -> Iterator[list[str]]:
 
 
 def options_of(command: click.Command) -> set[str]:
-    return {
+    """Of a group, those of all its commands."""
+    own = {
         name
         for param in command.params
         if isinstance(param, click.Option) and not param.hidden
         for name in (*param.opts, *param.secondary_opts)
     }
+    return own.union(*(options_of(inner) for inner in commands_of(command).values()))
+
+
+def commands_of(command: click.Command) -> dict[str, click.Command]:
+    if not isinstance(command, click.Group):
+        return {}
+    found = {name: command.get_command(CONTEXT, name) for name in command.list_commands(CONTEXT)}
+    return {name: inner for name, inner in found.items() if inner is not None}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
@@ -113,6 +124,9 @@ def test_shell_commands_exist(path: Path) -> None:
         if program == "p2pflop":
             command = cli.get_command(CONTEXT, words[1])
             assert command is not None, f"no command {words[1]}"
+            if inner := commands_of(command):
+                assert words[2] in inner, f"no command {words[1]} {words[2]}"
+                command = inner[words[2]]
             given = {word.partition("=")[0] for word in words[2:] if re.match("--?[a-z]", word)}
             assert given <= options_of(command) | COMMON, words
         elif program == "make":
@@ -138,6 +152,24 @@ def test_every_command_and_option_is_in_the_reference() -> None:
         assert told == options_of(command) - COMMON, name
     common = (row[0].split()[0] for row in table_rows(parts[0]))
     assert set(common) == COMMON - {"-h"}
+
+
+def test_every_command_of_the_registry_is_in_the_reference() -> None:
+    registry = cli.get_command(CONTEXT, "registry")
+    assert registry is not None
+    part = section("Commands").split("\n### p2pflop registry\n")[1].split("\n### ")[0]
+    commands, options = part.split("Options of these:")
+    listed = {row[0].split()[0]: row for row in table_rows(commands)}
+    found = commands_of(registry)
+    assert list(listed) == list(found)
+    for name, command in found.items():
+        usage = command.collect_usage_pieces(click.Context(command))[1:]
+        assert listed[name][0] == " ".join([name, *usage])
+        assert listed[name][1] == command.get_short_help_str(200)
+    told = {(row[0].split()[0], name) for row in table_rows(options) for name in row[1].split(", ")}
+    assert told == {
+        (option, name) for name, command in found.items() for option in options_of(command) - COMMON
+    }
 
 
 # Python
@@ -266,6 +298,17 @@ def test_messages_of_a_stream_are_listed(title: str, module: ModuleType) -> None
     assert told == found
 
 
+def test_kinds_of_leaves_and_their_reasons_are_listed() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text("utf-8").split("A **leaf**")[1]
+    leaves, reasons = text.split("\nReasons of a refusal:")
+    told = {row[1]: int(row[0]) for row in table_rows(leaves)}
+    assert told == {each.name: int(each) for each in LeafKind}
+    refusals, revocations = reasons.split("\nThe tree is")[0].split("Of a revocation:")
+    for part, kind in ((refusals, RefusalReason), (revocations, RevocationReason)):
+        found = {name: int(number) for number, name in re.findall(r"(\d) `(\w+)`", part)}
+        assert found == {each.name: int(each) for each in kind}
+
+
 @pytest.mark.parametrize(
     ("title", "outcomes"), [("## Gossip", Outcome), ("## The tape", TapeOutcome)]
 )
@@ -322,6 +365,26 @@ def test_every_route_is_in_the_reference() -> None:
         for method in route.methods - ({"HEAD"} if "/v1/" in route.path else set())  # type: ignore[attr-defined]
     }
     assert told == served
+
+
+def test_every_route_of_the_registry_is_in_the_reference() -> None:
+    told = {row[0] for row in table_rows(section("HTTP of a registry"))}
+    routes = RegistryApi(MagicMock(), behind_proxy=False).routes()
+    assert told == {
+        f"{method} {route.path}"
+        for route in routes
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+
+
+def test_reasons_of_the_registry_are_listed() -> None:
+    page = (
+        (ROOT / "docs" / "registry.md").read_text("utf-8").split("## Revoke")[1].split("\n## ")[0]
+    )
+    revocations, refusals = page.split("those of a refusal are")
+    for text, kind in ((revocations, RevocationReason), (refusals, RefusalReason)):
+        named = re.findall(r"`([a-z_]+)`", text.split("```")[-1])
+        assert named == [each.name.lower() for each in kind]
 
 
 def test_every_kind_of_event_is_in_the_reference() -> None:

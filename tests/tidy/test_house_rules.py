@@ -17,7 +17,7 @@ FOLDERS = {"p2pflop": "p2pflop", "p2pflop.dht": "dht", "p2pflop.kernels": "kerne
 }
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 70
-PURE = ("p2pflop/job", "p2pflop/market")
+PURE = ("p2pflop/franchise", "p2pflop/job", "p2pflop/market")
 PURE_FILES = ("errors.py", "ids.py", "keys.py", "units.py", "wire.py")
 
 

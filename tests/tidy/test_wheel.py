@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SUBPACKAGES = ("cli", "dht", "job", "kernels", "market", "node")
+SUBPACKAGES = ("cli", "dht", "franchise", "job", "kernels", "market", "node", "registry")
 
 
 @pytest.fixture(scope="module")

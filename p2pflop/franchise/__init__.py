@@ -1,0 +1,1 @@
+"""The registry's records and rules, pure: what it signs, its public log, and who is attested."""

@@ -1,0 +1,217 @@
+"""The roll: which accounts the registries that a node trusts attest, now.
+
+A node trusts none, one or several registries. An account is attested if one of them says so; what
+another has revoked, or never knew, takes nothing from that. Of one registry's attestations of an
+account the highest serial counts, if no revocation covers it. Proofs are verified when they come
+in; ``is_attested``, asked for every ask, is a look-up.
+
+Heads are remembered: the newest of each registry, and the first two that contradict each other
+as they stand, which are evidence (``forks``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from p2pflop.errors import ProtocolError, VerificationError
+from p2pflop.franchise.forks import contradict, make_fork
+from p2pflop.franchise.issuer import Issuer
+from p2pflop.franchise.proofs import Included, check_attestation, check_revocation
+from p2pflop.franchise.records import Head, Proof
+from p2pflop.market.records import Rejected
+from p2pflop.wire import DEFAULT_NETWORK, Sealed, decode, reopen
+
+MAX_ISSUERS: Final = 16
+MAX_ACCOUNTS: Final = 65_536
+"""Of one registry, that are held, and likewise those that it revoked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What one registry says of an account. Times are nanoseconds of Unix time."""
+
+    issuer: bytes
+    serial: int
+    max_slots: int
+    valid_from_ns: int
+    valid_until_ns: int
+    head_signer: bytes
+    proof: bytes
+
+    def holds(self, now_ns: int) -> bool:
+        """Whether it is for now."""
+        return self.valid_from_ns <= now_ns < self.valid_until_ns
+
+
+@dataclass(slots=True)
+class _Register:
+    issuer: Issuer
+    standings: dict[bytes, Standing] = field(default_factory=dict)
+    revoked: dict[bytes, int] = field(default_factory=dict)
+    head: Sealed[Head] | None = None
+    fork: bytes | None = None
+
+
+class Roll:
+    """``issuers`` are the root keys of the registries that this node trusts."""
+
+    def __init__(self, issuers: Iterable[bytes], network: str = DEFAULT_NETWORK) -> None:
+        self._network = network
+        self._registers = {key: _Register(Issuer(key, network)) for key in issuers}
+        if len(self._registers) > MAX_ISSUERS:
+            raise ValueError(f"over {MAX_ISSUERS} registries")
+
+    def is_attested(self, account: bytes, now_ns: int) -> bool:
+        """Whether any trusted registry attests the account at that time."""
+        for register in self._registers.values():
+            standing = register.standings.get(account)
+            if standing is not None and standing.holds(now_ns):
+                return True
+        return False
+
+    def standing(self, account: bytes, now_ns: int) -> Standing | None:
+        """Of what holds for the account now, that which allows most, then longest."""
+        found = [register.standings.get(account) for register in self._registers.values()]
+        return max(
+            (each for each in found if each is not None and each.holds(now_ns)),
+            key=lambda standing: (standing.max_slots, standing.valid_until_ns),
+            default=None,
+        )
+
+    def issuer(self, key: bytes) -> Issuer | None:
+        """A trusted registry with the certificates known of it; None if it is not trusted."""
+        register = self._registers.get(key)
+        return None if register is None else register.issuer
+
+    def head(self, key: bytes) -> Sealed[Head] | None:
+        """The head of the largest log that was seen of that registry."""
+        return self._registers[key].head
+
+    def fork(self, key: bytes) -> bytes | None:
+        """Evidence (an encoded ``Fork``) that the registry told two histories; None if none."""
+        return self._registers[key].fork
+
+    def admit(self, proof: bytes, now_ns: int) -> Standing | Rejected:
+        """Take up the proof of an attestation, from anywhere.
+
+        An older serial than that which is known is refused, and so is one that was revoked.
+        """
+        register = self._register_of(proof)
+        if isinstance(register, Rejected):
+            return register
+        attested = check_attestation(proof, register.issuer, now_ns)
+        if isinstance(attested, Rejected):
+            return attested
+        self._learn(register, attested.included)
+        record = attested.attestation
+        if record.serial <= register.revoked.get(record.account, 0):
+            return Rejected("attestation was revoked")
+        known = register.standings.get(record.account)
+        if known is not None and record.serial < known.serial:
+            return Rejected("attestation is older than the one that is known")
+        if known is None and len(register.standings) >= MAX_ACCOUNTS:
+            return Rejected(f"over {MAX_ACCOUNTS} accounts of one registry")
+        standing = Standing(
+            issuer=record.issuer,
+            serial=record.serial,
+            max_slots=record.max_slots,
+            valid_from_ns=record.valid_from_ns,
+            valid_until_ns=record.valid_until_ns,
+            head_signer=attested.included.head.signer,
+            proof=proof,
+        )
+        register.standings[record.account] = standing
+        return standing
+
+    def revoke(self, proof: bytes, now_ns: int) -> bytes | Rejected:
+        """Take up the proof of a revocation; the account that it is about."""
+        register = self._register_of(proof)
+        if isinstance(register, Rejected):
+            return register
+        revoked = check_revocation(proof, register.issuer, now_ns)
+        if isinstance(revoked, Rejected):
+            return revoked
+        self._learn(register, revoked.included)
+        record = revoked.revocation
+        if record.account not in register.revoked and len(register.revoked) >= MAX_ACCOUNTS:
+            return Rejected(f"over {MAX_ACCOUNTS} revocations of one registry")
+        serial = max(record.serial, register.revoked.get(record.account, 0))
+        register.revoked[record.account] = serial
+        known = register.standings.get(record.account)
+        if known is not None and known.serial <= serial:
+            del register.standings[record.account]
+        return record.account
+
+    def learn(self, key: bytes, certificates: tuple[bytes, ...]) -> Rejected | None:
+        """Take up certificates of a registry; None if they are good."""
+        register = self._registers.get(key)
+        if register is None:
+            return Rejected("the registry is not trusted here")
+        learned = register.issuer.learn_all(certificates)
+        if isinstance(learned, Rejected):
+            return learned
+        self._update(register, learned)
+        return None
+
+    def remember(self, key: bytes, head: bytes, now_ns: int) -> Rejected | None:
+        """Compare a head with what is remembered; None if it is good."""
+        register = self._registers.get(key)
+        if register is None:
+            return Rejected("the registry is not trusted here")
+        checked = register.issuer.check_head(head, now_ns)
+        if isinstance(checked, Rejected):
+            return checked
+        self._see(register, checked)
+        return None
+
+    def expire(self, now_ns: int) -> list[bytes]:
+        """Forget what has expired; the accounts."""
+        gone = []
+        for register in self._registers.values():
+            over = [
+                account
+                for account, standing in register.standings.items()
+                if standing.valid_until_ns <= now_ns
+            ]
+            for account in over:
+                del register.standings[account]
+            gone += over
+        return gone
+
+    def _register_of(self, proof: bytes) -> _Register | Rejected:
+        try:
+            head = reopen(Head, decode(Proof, proof).head, self._network)
+        except (ProtocolError, VerificationError) as error:
+            return Rejected(f"proof: {error.message}")
+        register = self._registers.get(head.record.issuer)
+        return Rejected("the registry is not trusted here") if register is None else register
+
+    def _learn(self, register: _Register, included: Included) -> None:
+        self._update(register, included.issuer)
+        self._see(register, included.head)
+
+    def _update(self, register: _Register, issuer: Issuer) -> None:
+        if issuer is register.issuer:
+            return
+        register.issuer = issuer
+        for account, standing in list(register.standings.items()):
+            certificate = issuer.certificate_of(standing.head_signer)
+            if certificate is None or issuer.is_withdrawn(certificate):
+                del register.standings[account]
+        if register.head is not None:
+            certificate = issuer.certificate_of(register.head.signer)
+            if certificate is None or issuer.is_withdrawn(certificate):
+                register.head = None
+
+    def _see(self, register: _Register, head: Sealed[Head]) -> None:
+        known = register.head
+        if known is None or known.id == head.id:
+            register.head = head
+            return
+        if register.fork is None and contradict(known.record, head.record):
+            first, second = sorted((known, head), key=lambda each: each.record.size)
+            register.fork = make_fork(first, second, register.issuer)
+        if (head.record.size, head.record.at_ns) > (known.record.size, known.record.at_ns):
+            register.head = head
