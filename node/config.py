@@ -36,6 +36,7 @@ _AMOUNTS: Final = {
     "memory": "memory_bytes",
     "min_charge": "min_charge_nusd",
     "setup": "setup_nusd",
+    "wish_ask": "wish_ask_nusd",
 }
 """What ``config.toml`` calls amounts, which people write with units."""
 
@@ -49,7 +50,8 @@ class Settings:
     the machine's; ``disk_bytes`` what inputs, checkpoints and results of strangers' jobs may take,
     None for a half of what is free; ``class_name`` how it computes (``kernels.classes``);
     ``credit_nusd`` what all unknown buyers together may owe in a
-    day.
+    day; ``wish_ask_nusd`` the price per PFLOP to which quotes go down for buyers' wishes, None for
+    ``ask_nusd``.
     """
 
     home: Path
@@ -69,6 +71,7 @@ class Settings:
     min_charge_nusd: int = 0
     byte_price_nusd: int = 0
     credit_nusd: int = 10**9
+    wish_ask_nusd: int | None = None
 
     def resolved_memory_bytes(self) -> int:
         """The memory for jobs in bytes: as set, or a half of this machine's, at most 64 GiB."""
@@ -108,9 +111,20 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
     path = home / CONFIG_NAME
     settings = _with(Settings(home), _read_config(path), f"{path}: ")
     settings = _with(settings, told, "")
+    if settings.wish_ask_nusd is not None:
+        _check_wish_ask(settings.wish_ask_nusd, settings.ask_nusd)
     if settings.embedded:
         settings = replace(settings, listen=LOOPBACK_LISTEN, ask_nusd=0, http_port=0)
     return settings
+
+
+def _check_wish_ask(wish_ask_nusd: int, ask_nusd: int | None) -> None:
+    if ask_nusd is None:
+        raise ConfigError("wish_ask without ask", hint="Sell with --ask USD, or leave it out.")
+    if wish_ask_nusd > ask_nusd:
+        raise ConfigError(
+            "wish_ask is over ask", hint="It is the price down to which wishes are answered."
+        )
 
 
 def _with(settings: Settings, changes: Mapping[str, Any], source: str) -> Settings:
@@ -200,7 +214,7 @@ def _check(settings: Settings) -> None:
         f"{settings.network[:40]!r} is not a network name",
         "Use up to 32 letters, digits and dashes.",
     )
-    for name in ("ask_nusd", "setup_nusd", "min_charge_nusd", "byte_price_nusd"):
+    for name in ("ask_nusd", "setup_nusd", "min_charge_nusd", "byte_price_nusd", "wish_ask_nusd"):
         price = getattr(settings, name)
         require(
             price is None or is_price(price),

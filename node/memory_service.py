@@ -159,6 +159,10 @@ class MemoryService:
         """Empty."""
         return []
 
+    async def wishes(self) -> list[Json]:
+        """Nobody's."""
+        return []
+
     async def peers(self) -> list[Json]:
         """Whoever ``connect`` was asked for."""
         return [{"peer": multiaddr} for multiaddr in self.connected]

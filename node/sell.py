@@ -41,6 +41,7 @@ from p2pflop.node.journal import PROVIDER, Head, JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.opening import Opener
+from p2pflop.node.quoting import Quoting
 from p2pflop.node.sale import Sale, SaleRow, first_row
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.warm import WarmWorkers
@@ -78,6 +79,7 @@ class Seller:
     allocator: Allocator = field(init=False)
     blobs: LeaseBlobs = field(init=False)
     opener: Opener = field(init=False)
+    quoting: Quoting = field(init=False)
     _sales: dict[bytes, Sale] = field(default_factory=dict)
     _over: OrderedDict[bytes, Sale] = field(default_factory=OrderedDict)
     _over_bytes: int = 0
@@ -99,6 +101,7 @@ class Seller:
             self.allocator.note_unpaid(unpaid)
         self.blobs = LeaseBlobs(self.store, self.now_ns)
         self.opener = Opener(self.now_ns)
+        self.quoting = Quoting(self)
 
     @property
     def busy(self) -> int:
@@ -125,8 +128,10 @@ class Seller:
             await sale.attend(Conversation(stream), first)
 
     def resume(self) -> None:
-        """Bring every sale that a restart found unfinished to its end, and sweep old blobs."""
+        """Bring every sale that a restart found unfinished to its end, and sweep old blobs; answer
+        wishes."""
         self.nursery.start_soon(survive, self._take_all_up)
+        self.nursery.start_soon(keep_going, self.quoting.run)
 
     async def stop(self) -> None:
         """Take no more bids and give running leases back."""
@@ -218,6 +223,8 @@ class Seller:
     def _objection(self, bid: OpenBid) -> str:
         if self.stopping:
             return "the provider is shutting down"
+        if self.quoting.is_filled(bid.quote_id):
+            return "the quote is filled already"
         return self.allocator.objection(bid, self.now_ns())
 
     async def _grant(
@@ -227,6 +234,8 @@ class Seller:
         sale = self._remember(bid.sealed, bid.account, body, checked, head)
         sale.body_bytes = len(encoded)
         self.allocator.take(sale)
+        if bid.quote_id:
+            self.quoting.fill(bid.quote_id)
         await self._hold_inputs(sale, checked)
         sale.rows.add(SaleRow.BID, bid.sealed.wire)
         sale.rows.add(SaleRow.ACCOUNT, bid.account)

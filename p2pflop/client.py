@@ -109,6 +109,10 @@ class Client:
         """The asks that the node knows."""
         return self._list("book")
 
+    def wishes(self) -> list[Json]:
+        """The wishes of buyers that the node knows, by class and limit."""
+        return self._list("wishes")
+
     def peers(self) -> list[Json]:
         """The peers that the node is connected to."""
         return self._list("peers")
@@ -462,10 +466,10 @@ def _run_path(run_id: str, part: str = "") -> str:
 def _params(options: SubmitOptions | None) -> Params:
     fields = asdict(options) if options is not None else {}
     classes = list(fields.pop("classes", ()))
-    fresh = {"fresh": "1"} if fields.pop("fresh", False) else {}
+    switches = {name: "1" for name in ("fresh", "rest") if fields.pop(name, False)}
     run_id = fields.pop("run_id", None)
     given = {name: str(value) for name, value in fields.items() if value is not None}
-    return {**given, **fresh, **({"id": run_id} if run_id else {}), "class": classes}
+    return {**given, **switches, **({"id": run_id} if run_id else {}), "class": classes}
 
 
 def _blob(item: Json) -> BlobStat:

@@ -9,25 +9,33 @@ import click
 
 from p2pflop.cli.money import print_payments
 from p2pflop.cli.output import Flags, common_options, print_fields, print_json, print_table, short
+from p2pflop.cli.wishes import print_wishes
 from p2pflop.kernels.classes import name_of
 from p2pflop.market.credit import ledger_risk
 from p2pflop.units import format_bytes, format_duration, format_flop, format_usd
 
 
 @click.command("book")
+@click.option("--wishes", is_flag=True, help="Show the wishes of buyers alone.")
 @common_options
 @click.pass_obj
-def book_command(flags: Flags) -> None:
+def book_command(flags: Flags, wishes: bool) -> None:
     """Show the order book.
 
-    Every ask that this node knows, cheapest first; prices are dollars a PFLOP.
+    Every ask that this node knows, cheapest first; prices are dollars a PFLOP. Then what buyers
+    wish for, if anything: how many would pay up to which price. With --json only one of the two.
 
     \b
     Examples:
       p2pflop book
+      p2pflop book --wishes
       p2pflop book --json | jq '.[0]'
     """
-    asks = flags.client().book()
+    client = flags.client()
+    if wishes:
+        print_wishes(flags, client.wishes())
+        return
+    asks = client.book()
     if flags.json:
         print_json(asks)
         return
@@ -46,6 +54,9 @@ def book_command(flags: Flags) -> None:
         rows,
         "No asks known yet: 'p2pflop peers' shows whether anybody is connected.",
     )
+    if wished := client.wishes():
+        click.echo()
+        print_wishes(flags, wished)
 
 
 @click.command("peers")

@@ -1,0 +1,443 @@
+"""Runs that rest as wishes, and the quotes that fill them; hostile quotes too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+from msgspec.structs import replace
+
+from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.job.buying import MAX_REST_NS
+from p2pflop.job.file import decode_file
+from p2pflop.keys import PrivateKey
+from p2pflop.market.evidence import Evidence, replay
+from p2pflop.market.records import Ask, Quote, Wish, ticket_of
+from p2pflop.market.sheets import make_sheet
+from p2pflop.market.wishes import MAX_QUOTE_LIFETIME_NS, make_quote
+from p2pflop.node import messages as m
+from p2pflop.node import quote_stream, quoting, wishes
+from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, now_ns, sample_file
+from p2pflop.node.quote_stream import Declined, Noted, Quoted
+from p2pflop.node.service import SubmitOptions
+from p2pflop.units import NS_PER_S
+from p2pflop.wire import Sealed, decode, encode, open_sealed
+
+if TYPE_CHECKING:
+    from tests.sim.conftest import Market
+
+HALF = PRICE_NUSD // 2
+
+
+async def budget(buyer: MemoryNode, file: bytes | None = None) -> int:
+    """Three quarters of what the sample job costs at the full price."""
+    told = await buyer.buyer.quote(file or sample_file(), SubmitOptions())
+    return int(max(d["total_nusd"] for d in told["deals"]) * 3 // 4)
+
+
+async def resting(market: Market, **settings: Any) -> tuple[MemoryNode, MemoryNode, str]:
+    """A provider, a buyer whose limit is below its ask, and the run that rests."""
+    provider = await market.provider(**settings)
+    buyer = await market.buyer()
+    run_id = await buyer.submit(sample_file(), max_nusd=await budget(buyer), rest=True)
+    await until_resting(buyer)
+    return provider, buyer, run_id
+
+
+async def until(holds: Callable[[], Any]) -> None:
+    """Return as soon as it holds, within a minute."""
+    for _ in range(600):
+        if holds():
+            return
+        await trio.sleep(0.1)
+    raise AssertionError("it never held")
+
+
+async def until_resting(buyer: MemoryNode, count: int = 1) -> None:
+    await until(lambda: len(wishes_of(buyer)) >= count)
+
+
+def wishes_of(node: MemoryNode) -> Sequence[Wish]:
+    newest = node.sheets.newest
+    return () if newest is None else newest.sheet.wishes
+
+
+def state_of(node: MemoryNode, run_id: str) -> str:
+    return str(node.runs.get(run_id).card["state"])
+
+
+async def test_without_rest_a_run_over_its_budget_fails(
+    market: Market, autojump_clock: object
+) -> None:
+    await market.provider()
+    buyer = await market.buyer()
+    run_id = await buyer.submit(sample_file(), max_nusd=await budget(buyer))
+    end = await market.end_of(buyer, run_id)
+    assert (end["kind"], end["error"]) == ("failed", "MarketError")
+    assert not wishes_of(buyer)
+
+
+async def test_a_wish_tells_nothing_of_the_job(market: Market, autojump_clock: object) -> None:
+    _, buyer, _ = await resting(market)
+    assert buyer.sheets.newest is not None
+    wire = buyer.sheets.newest.sealed.wire
+    body = decode_file(sample_file()).body
+    assert body.job.work not in wire
+    again = await market.buyer("again")
+    again.meet(*market.nodes)
+    await again.submit(sample_file(), max_nusd=await budget(again), rest=True)
+    await until_resting(again)
+    assert wishes_of(again)[0].commitment != wishes_of(buyer)[0].commitment
+    await market.close()
+
+
+async def test_a_resting_run_fails_at_its_deadline_and_its_wish_goes(
+    market: Market, autojump_clock: object
+) -> None:
+    await market.provider()
+    buyer = await market.buyer()
+    limit = await budget(buyer)
+    began_ns = now_ns()
+    run_id = await buyer.submit(sample_file(), max_nusd=limit, rest=True, deadline_s=900)
+    await until_resting(buyer)
+    [wish] = wishes_of(buyer)
+    assert wish.valid_until_ns <= began_ns + 901 * NS_PER_S
+    end = await market.end_of(buyer, run_id)
+    assert (end["error"], "deadline" in end["message"]) == ("MarketError", True)
+    assert now_ns() >= began_ns + 900 * NS_PER_S
+    await trio.sleep(1)
+    assert not wishes_of(buyer)
+    looks = len(buyer.events(run_id, "ranked"))
+    assert looks < 16, "it looks ever more rarely"
+    assert MAX_REST_NS == 300 * NS_PER_S
+
+
+async def test_a_cheaper_provider_fills_a_resting_run(
+    market: Market, autojump_clock: object
+) -> None:
+    dear, buyer, run_id = await resting(market)
+    assert state_of(buyer, run_id) == "waiting"
+    cheap = await market.node("cheap", price_nusd=HALF)
+    cheap.meet(buyer)
+    end = await market.end_of(buyer, run_id)
+    assert end["kind"] == "result", end
+    [filled] = buyer.events(run_id, "filled")
+    assert filled["provider"] == cheap.peer
+    assert end["cost_nusd"] <= filled["quote_nusd"]
+    await trio.sleep(1)
+    assert not wishes_of(buyer)
+    assert not dear.seller.busy
+    await market.settle_down()
+    market.check()
+
+
+async def test_a_quote_below_the_public_ask_fills_and_its_evidence_is_right(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer, run_id = await resting(market, wish_ask_nusd=HALF)
+    provider.meet(buyer)
+    end = await market.end_of(buyer, run_id)
+    assert end["kind"] == "result", end
+    [filled] = buyer.events(run_id, "filled")
+    full_nusd = (await buyer.buyer.quote(sample_file(seed=1), SubmitOptions()))["deals"][0][
+        "total_nusd"
+    ]
+    assert filled["quote_nusd"] < full_nusd * 51 // 100
+    replays = replay(decode(Evidence, buyer.buyer.evidence(run_id)))
+    [bid] = [bid for look in replays for bid in look.bids]
+    assert bid.verdict.is_right
+    assert bid.bid is not None
+    assert ticket_of(bid.bid)
+    await market.settle_down()
+    market.check()
+
+
+async def test_a_run_that_all_were_too_busy_for_is_quoted_to_when_a_slot_frees(
+    market: Market, autojump_clock: object
+) -> None:
+    provider = await market.provider()
+    provider.workers.step_s = 1.0
+    first, second = await market.buyer("first"), await market.buyer("second")
+    long_run = await first.submit(sample_file(40))
+    await until(lambda: provider.seller.busy)
+    waiting = await second.submit(sample_file(), rest=True)
+    await until_resting(second)
+    provider.meet(second)
+    assert (await market.end_of(first, long_run))["kind"] == "result"
+    free_at = trio.current_time()
+    await until(lambda: second.events(waiting, "filled"))
+    assert trio.current_time() - free_at < 5
+    assert (await market.end_of(second, waiting))["kind"] == "result"
+
+
+async def test_a_restart_brings_the_wish_back(market: Market, autojump_clock: object) -> None:
+    _, buyer, run_id = await resting(market)
+    [before] = wishes_of(buyer)
+    await buyer.kill()
+    await market.restart(buyer)
+    await until_resting(buyer)
+    [after] = wishes_of(buyer)
+    assert after.commitment != before.commitment
+    assert replace(after, commitment=b"", number=0, valid_until_ns=0) == replace(
+        before, commitment=b"", number=0, valid_until_ns=0
+    )
+    cheap = await market.node("cheap", price_nusd=HALF)
+    cheap.meet(buyer)
+    assert (await market.end_of(buyer, run_id))["kind"] == "result"
+
+
+async def test_a_cancelled_run_wishes_no_more(market: Market, autojump_clock: object) -> None:
+    _, buyer, run_id = await resting(market)
+    buyer.runs.get(run_id).cancel_requested.set()
+    assert (await market.end_of(buyer, run_id))["kind"] == "cancelled"
+    await trio.sleep(1)
+    assert not wishes_of(buyer)
+    assert buyer.sheets.newest is not None
+
+
+async def test_wishes_on_a_sheet_are_bounded_and_the_next_moves_up(
+    market: Market, autojump_clock: object
+) -> None:
+    await market.provider()
+    buyer = await market.buyer()
+    limit = await budget(buyer)
+    runs = [
+        await buyer.submit(sample_file(seed=seed), max_nusd=limit, rest=True)
+        for seed in range(wishes.MAX_WISHES + 1)
+    ]
+    await until_resting(buyer, wishes.MAX_WISHES)
+    await trio.sleep(10)
+    assert len(wishes_of(buyer)) == wishes.MAX_WISHES
+    assert len({wish.number for wish in wishes_of(buyer)}) == wishes.MAX_WISHES
+    before = {wish.number for wish in wishes_of(buyer)}
+    buyer.runs.get(runs[0]).cancel_requested.set()
+    await market.end_of(buyer, runs[0])
+    await trio.sleep(1)
+    assert len({wish.number for wish in wishes_of(buyer)} - before) == 1
+    await market.close()
+
+
+async def test_a_provider_answers_a_bounded_number_of_wishes_each_once(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quoting, "MAX_QUOTES_OUT", 3)
+    monkeypatch.setattr(quoting, "MAX_QUOTES_OUT_PER_ACCOUNT", 2)
+    told: list[tuple[str, str]] = []
+    provider = await market.provider(wish_ask_nusd=HALF)
+    buyers = [await market.buyer(f"buyer-{number}") for number in range(3)]
+    for buyer in buyers:
+        _refuse_all(buyer, told, monkeypatch)
+        limit = await budget(buyer)
+        for seed in range(3):
+            await buyer.submit(sample_file(seed=seed), max_nusd=limit, rest=True)
+        await until_resting(buyer, 3)
+    provider.meet(*buyers)
+    await trio.sleep(20)
+    assert len(told) == 3
+    assert max(sum(peer == buyer.peer for peer, _ in told) for buyer in buyers) <= 2
+    assert len({commitment for _, commitment in told}) == 3
+    await trio.sleep(5 * MAX_QUOTE_LIFETIME_NS / NS_PER_S)
+    assert len({peer for peer, _ in told}) == 3, "everybody's turn comes"
+    await market.close()
+
+
+def _refuse_all(
+    buyer: MemoryNode, told: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hear(word: Quoted, _peer: str) -> Declined:
+        quote = decode_quote(word)
+        told.append((buyer.peer, quote.commitment.hex()))
+        return Declined("not today")
+
+    monkeypatch.setattr(buyer.buyer.wishes, "_hear", hear)
+
+
+def decode_quote(word: Quoted) -> Quote:
+    return open_sealed(Quote, word.quote).record
+
+
+class Stranger:
+    """A node that speaks the quote protocol and means no good."""
+
+    def __init__(self, node: MemoryNode, buyer: MemoryNode) -> None:
+        self.node = node
+        self.buyer = buyer
+
+    @property
+    def public(self) -> Ask:
+        """Its ask."""
+        assert self.node.sheets.newest is not None
+        return self.node.sheets.newest.sheet.asks[0]
+
+    def quote(self, price_nusd: int = HALF, **changes: Any) -> Sealed[Quote]:
+        wish = changes.pop("wish", None) or wishes_of(self.buyer)[0]
+        key: PrivateKey = changes.pop("key", self.node.identity.node)
+        self.nonce = getattr(self, "nonce", 0) + 1
+        return make_quote(
+            key,
+            changes.pop("buyer", self.buyer.identity.node.public_key),
+            wish,
+            replace(self.public, price_nusd=price_nusd, **changes),
+            nonce=self.nonce.to_bytes(16, "big"),
+            now_ns=now_ns(),
+        )
+
+    async def say(self, quote: bytes, sheet: bytes | None = None) -> Noted | Declined:
+        if sheet is None:
+            assert self.node.sheets.newest is not None
+            sheet = self.node.sheets.newest.sealed.wire
+        stream = await self.node.host.open(self.buyer.peer, quote_stream.PROTOCOL)
+        try:
+            return await quote_stream.tell(stream, Quoted(quote, sheet))
+        finally:
+            await stream.aclose()
+
+    async def reason(self, quote: bytes, sheet: bytes | None = None) -> str:
+        answer = await self.say(quote, sheet)
+        assert isinstance(answer, Declined)
+        return answer.reason
+
+
+async def stranger(market: Market) -> Stranger:
+    """One that never quotes by itself, and a buyer with one run that rests."""
+    provider, buyer, _ = await resting(market)
+    return Stranger(provider, buyer)
+
+
+async def test_false_quotes_are_declined_with_the_reason(
+    market: Market, autojump_clock: object
+) -> None:
+    liar = await stranger(market)
+    [wish] = wishes_of(liar.buyer)
+    unknown = replace(wish, commitment=bytes(32))
+    assert "no such wish" in await liar.reason(liar.quote(wish=unknown).wire)
+    assert "another buyer" in await liar.reason(liar.quote(buyer=bytes(32)).wire)
+    assert "does not cross" in await liar.reason(liar.quote(PRICE_NUSD).wire)
+    assert "does not have" in await liar.reason(liar.quote(number=7).wire)
+    assert "not a valid" in await liar.reason(b"junk")
+    old = liar.quote().wire
+    await trio.sleep(MAX_QUOTE_LIFETIME_NS / NS_PER_S)
+    assert "expired" in await liar.reason(old)
+    [run_id] = [card["id"] for card in liar.buyer.runs.cards()]
+    assert state_of(liar.buyer, run_id) == "waiting"
+    assert not liar.buyer.events(run_id, "filled")
+    await market.close()
+
+
+async def test_a_quote_dearer_than_its_sheet_is_a_lie(
+    market: Market, autojump_clock: object
+) -> None:
+    liar = await stranger(market)
+    identity, record = liar.node.identity, liar.node.sheets.newest
+    assert record is not None
+    cheaper = make_sheet(
+        identity.node,
+        number=record.sheet.number + 1,
+        now_ns=now_ns(),
+        delegation=identity.delegation(now_ns()),
+        asks=(replace(liar.public, price_nusd=HALF // 2),),
+    )
+    assert "dearer than its node's own sheet" in await liar.reason(
+        liar.quote().wire, cheaper.sealed.wire
+    )
+    await market.close()
+
+
+async def test_an_equivocating_node_quotes_nothing(market: Market, autojump_clock: object) -> None:
+    liar = await stranger(market)
+    identity, newest = liar.node.identity, liar.node.sheets.newest
+    assert newest is not None
+    other = make_sheet(
+        identity.node,
+        number=newest.sheet.number,
+        now_ns=now_ns(),
+        delegation=identity.delegation(now_ns()),
+        asks=(replace(liar.public, price_nusd=HALF),),
+    )
+    assert "no sheet" in await liar.reason(liar.quote().wire, other.sealed.wire)
+    assert liar.buyer.sheets.book.proof(identity.node.public_key) is not None
+    await market.close()
+
+
+async def test_a_quote_of_another_node_costs_its_bearer_the_stream(
+    market: Market, autojump_clock: object
+) -> None:
+    liar = await stranger(market)
+    honest = await market.provider("honest")
+    liar.buyer.meet(honest)
+    with pytest.raises((ProviderError, ProtocolError)):
+        await liar.say(liar.quote(key=honest.identity.node).wire)
+    [run_id] = [card["id"] for card in liar.buyer.runs.cards()]
+    assert not liar.buyer.events(run_id, "filled")
+    await market.close()
+
+
+async def test_a_quote_that_is_not_kept_is_the_last_for_a_while(
+    market: Market, autojump_clock: object
+) -> None:
+    liar = await stranger(market)
+    buyer, node = liar.buyer, liar.node
+    [run_id] = [card["id"] for card in buyer.runs.cards()]
+    made = liar.quote()
+    node.seller.quoting.fill(made.id)  # so that it is refused when the bid comes
+    assert isinstance(await liar.say(made.wire), Noted)
+    await until(lambda: buyer.events(run_id, "rejected"))
+    [rejected] = buyer.events(run_id, "rejected")
+    assert "filled already" in rejected["reason"]
+    await trio.sleep(1)
+    assert state_of(buyer, run_id) == "waiting"
+    assert "known already" in await liar.reason(made.wire)
+    assert "was not kept" in await liar.reason(liar.quote().wire)
+    await trio.sleep(wishes.DISTRUST_NS / NS_PER_S)
+    assert isinstance(await liar.say(liar.quote().wire), Noted)
+    assert (await market.end_of(buyer, run_id))["kind"] == "result"
+
+
+async def test_floods_of_quotes_are_bounded(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    liar = await stranger(market)
+    held = liar.buyer.buyer.wishes
+    monkeypatch.setattr(held, "_wake", lambda _: None)
+    answers = [await liar.say(liar.quote(HALF - 10**12 * n).wire) for n in range(32)]
+    noted = sum(isinstance(answer, Noted) for answer in answers)
+    assert noted == wishes.MAX_QUOTES_PER_ACCOUNT
+    reasons = {answer.reason for answer in answers if isinstance(answer, Declined)}
+    assert reasons == {"quotes of yours are here already", "too many quotes of yours"}
+    [mine] = held._resting.values()
+    assert len(mine.quotes) == wishes.MAX_QUOTES_PER_ACCOUNT
+    monkeypatch.setattr(wishes, "MAX_QUOTES", 2)
+    others = [await market.node(f"other-{n}", price_nusd=PRICE_NUSD) for n in range(2)]
+    better = Stranger(others[0], liar.buyer)
+    worse = Stranger(others[1], liar.buyer)
+    assert "better quotes" in await worse.reason(worse.quote(HALF + 10**12).wire)
+    assert isinstance(await better.say(better.quote(HALF // 2).wire), Noted)
+    assert len(mine.quotes) == 2
+    await market.close()
+
+
+async def test_streams_that_say_nothing_or_junk_are_bounded(
+    market: Market, autojump_clock: object
+) -> None:
+    liar = await stranger(market)
+    open_ones = [
+        await liar.node.host.open(liar.buyer.peer, quote_stream.PROTOCOL)
+        for _ in range(wishes.MAX_STREAMS_PER_PEER)
+    ]
+    await trio.sleep(0.1)
+    with pytest.raises((ProviderError, ProtocolError)):
+        await liar.say(liar.quote().wire)
+    for stream in open_ones:
+        await stream.aclose()
+    await trio.sleep(quote_stream.QUOTE_S + 1)
+    for junk in (b"", b"junk", encode(Noted()), m.encode_message(m.Heartbeat())):
+        stream = await liar.node.host.open(liar.buyer.peer, quote_stream.PROTOCOL)
+        await stream.send(junk)
+        with pytest.raises((ProviderError, ProtocolError)):
+            await stream.receive()
+        await stream.aclose()
+    assert isinstance(await liar.say(liar.quote().wire), Noted)
+    [run_id] = [card["id"] for card in liar.buyer.runs.cards()]
+    assert (await market.end_of(liar.buyer, run_id))["kind"] in ("result", "failed")
