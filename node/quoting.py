@@ -4,9 +4,9 @@ The node looks at the wishes of its book when the book or its own sheet has chan
 frees, and every ``LOOK_AGAIN_S``; at most once a second. It quotes only what it would fill now:
 with room, sandbox and the buyer's credit as for a bid. A quote binds the price until it expires,
 reserves no slot, and is filled once. ``MAX_QUOTES_OUT`` quotes are out at a time, to no account
-more than ``MAX_QUOTES_OUT_PER_ACCOUNT``; a look goes on where the last one ended, so that nobody's
-wishes come first. A wish that was answered is answered again when that quote has expired, or for
-less.
+more than ``MAX_QUOTES_OUT_PER_ACCOUNT``. A look is at ``MAX_WISHES_A_LOOK`` wishes at most and goes
+on where the last one ended, so that nobody's come first. A wish that was answered is answered again
+when that quote has expired, or for less.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ LOOK_EVERY_S: Final = 1.0
 LOOK_AGAIN_S: Final = 10.0
 MAX_QUOTES_OUT: Final = 64
 MAX_QUOTES_OUT_PER_ACCOUNT: Final = 8
+MAX_WISHES_A_LOOK: Final = 1_024
 MAX_ANSWERED: Final = 1_024
 MAX_FILLED: Final = 4_096
 """Of quotes, remembered; more than can be filled before they expire."""
@@ -94,13 +95,19 @@ class Quoting:
             return
         sheets = seller.sheets.book.view(now_ns).sheets
         start = bisect_right(sheets, self._last, key=lambda sheet: sheet.node)
+        looked = 0
         for sheet in chain(islice(sheets, start, None), islice(sheets, start)):
-            if sheet.node == newest.node:
+            if sheet.node == newest.node or not sheet.sheet.wishes:
                 continue
+            if looked >= MAX_WISHES_A_LOOK:
+                self._news.set()
+                return
             for wish in sheet.sheet.wishes:
                 if len(self._out) >= MAX_QUOTES_OUT:
                     return
                 self._consider(wish, sheet, newest, now_ns)
+            looked += len(sheet.sheet.wishes)
+            self._last = sheet.node
 
     def _consider(self, wish: Wish, sheet: OpenSheet, newest: OpenSheet, now_ns: int) -> None:
         """Quote to one wish, unless something speaks against it."""
@@ -133,7 +140,6 @@ class Quoting:
             network=seller.identity.network,
         )
         until_ns = quote.record.ask.valid_until_ns
-        self._last = sheet.node
         self._out[quote.id] = (sheet.account, until_ns)
         self._answered[wish.commitment] = (total_nusd, until_ns)
         if len(self._answered) > MAX_ANSWERED:

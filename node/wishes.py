@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,7 +52,10 @@ FIRST_NUMBER: Final = 1_000
 """Of a wish; asks of the same sheet have lower ones."""
 PUBLISH_S: Final = 0.2
 """Wishes that come or go together are one sheet."""
-LOOK_S: Final = 0.2
+LOOK_EVERY_S: Final = 1.0
+LOOK_SHARE: Final = 5
+"""Looking for deals takes a fifth of the event loop at most, whatever the book is full of."""
+MIN_PAUSE_S: Final = 0.01
 MAX_SEEN: Final = 64
 
 MAX_STREAMS: Final = 32
@@ -79,7 +83,7 @@ class _Resting:
     salts: dict[bytes, bytes] = field(default_factory=dict)
     quotes: dict[bytes, OpenQuote] = field(default_factory=dict)
     has_news: bool = False
-    seen: set[bytes] = field(default_factory=set)
+    seen: set[tuple[bytes, int]] = field(default_factory=set)
 
     def ticket(self, quote: OpenQuote) -> bytes:
         """What a bid on ``quote`` shows."""
@@ -110,7 +114,7 @@ class Wishes:
         self._resting: dict[str, _Resting] = {}
         self._next_number = FIRST_NUMBER
         self._publishing = False
-        self._looking = False
+        self._looking = self._has_changed = False
         self._streams: Counter[str] = Counter()
         self._peers = Rates(PEER_PER_S, PEER_BURST)
         self._all = Rates(ALL_PER_S, ALL_BURST)
@@ -275,25 +279,37 @@ class Wishes:
         await self._sheets.issue()
 
     def _note_news(self) -> None:
+        self._has_changed = True
         if self._resting and not self._looking:
             self._looking = True
             self._nursery.start_soon(survive, self._look)
 
     async def _look(self) -> None:
         """Wake the runs for which the book has a best deal that it did not have before."""
-        await trio.sleep(LOOK_S)
-        self._looking = False
-        now_ns = self._now_ns()
+        try:
+            while self._resting and self._has_changed:
+                self._has_changed = False
+                for run_id in list(self._resting):
+                    began_s = time.perf_counter()
+                    self._look_for(run_id)
+                    took_s = time.perf_counter() - began_s
+                    await trio.sleep(max(MIN_PAUSE_S, (LOOK_SHARE - 1) * took_s))
+                await trio.sleep(LOOK_EVERY_S)
+        finally:
+            self._looking = False
+
+    def _look_for(self, run_id: str) -> None:
+        resting, now_ns = self._resting.get(run_id), self._now_ns()
+        if resting is None:
+            return
         view = self._sheets.book.view(now_ns)
-        for run_id, resting in list(self._resting.items()):
-            class_ids = resting.classes or frozenset(view.by_price)
-            need = resting.order.need(class_ids, bytes(NONCE_BYTES))
-            deal = best(view, need, Policy(), now_ns)
-            if deal is not None and deal.sheet.sealed.id not in resting.seen:
-                if len(resting.seen) >= MAX_SEEN:
-                    resting.seen.clear()
-                resting.seen.add(deal.sheet.sealed.id)
-                self._wake(run_id)
+        need = resting.order.need(resting.classes or frozenset(view.by_price), bytes(NONCE_BYTES))
+        deal = best(view, need, Policy(), now_ns)
+        if deal is not None and (deal.node, deal.total_nusd) not in resting.seen:
+            if len(resting.seen) >= MAX_SEEN:
+                resting.seen.clear()
+            resting.seen.add((deal.node, deal.total_nusd))
+            self._wake(run_id)
 
 
 def _lives(quote: OpenQuote, now_ns: int) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from p2pflop.cli.output import Flags, print_json, print_table, short
 from p2pflop.kernels.classes import name_of
+from p2pflop.market.wishes import ANY_PRICE_NUSD
 from p2pflop.units import format_flop, format_usd
 
 
@@ -20,9 +21,9 @@ def print_wishes(flags: Flags, levels: Iterable[Mapping[str, Any]]) -> None:
         (
             (
                 _count(level),
-                format_usd(int(level["price_nusd"])),
+                _limit(int(level["price_nusd"])),
                 format_flop(int(level["flop"])),
-                format_usd(int(level["limit_nusd"])),
+                _limit(int(level["limit_nusd"])),
                 _class(str(level["class_id"])),
             )
             for level in levels
@@ -33,6 +34,10 @@ def print_wishes(flags: Flags, levels: Iterable[Mapping[str, Any]]) -> None:
 
 def _class(class_id: str) -> str:
     return (name_of(bytes.fromhex(class_id)) or short(class_id)) if class_id else "any"
+
+
+def _limit(nusd: int) -> str:
+    return format_usd(nusd) if nusd < ANY_PRICE_NUSD else "any"
 
 
 def _count(level: Mapping[str, Any]) -> str:

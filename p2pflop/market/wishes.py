@@ -35,6 +35,8 @@ DEPTH_DIGITS: Final = 2
 SALT_BYTES: Final = 32
 MAX_SIZE: Final = 9 * 10**18
 """Of a wish, in FLOP or bytes. Larger jobs rest without one."""
+ANY_PRICE_NUSD: Final = 461 * 10**16
+"""The limit of a wish whose job has none: ``MAX_NUSD``, rounded down."""
 MAX_QUOTE_LIFETIME_NS: Final = 60 * NS_PER_S
 
 
@@ -56,8 +58,8 @@ class OpenQuote:
 class Level:
     """Wishes of one class with about the same limit: what a book shows of them.
 
-    ``price_nusd`` is the limit in nano-dollars per PFLOP, of two significant digits; ``flop`` the
-    sum of their sizes, ``limit_nusd`` of their limits.
+    ``price_nusd`` is the limit in nano-dollars per PFLOP, of two significant digits, or
+    ``ANY_PRICE_NUSD``; ``flop`` the sum of their sizes, ``limit_nusd`` of their limits.
     """
 
     class_id: bytes
@@ -225,9 +227,7 @@ def depth(sheets: Iterable[OpenSheet], now_ns: int) -> list[Level]:
     for sheet in sheets:
         for wish in sheet.sheet.wishes:
             if wish.valid_until_ns > now_ns:
-                price = wish.limit_nusd * FLOP_PER_PFLOP // max(1, wish.flop)
-                key = wish.class_id, _round_down(price, DEPTH_DIGITS)
-                levels.setdefault(key, []).append(wish)
+                levels.setdefault((wish.class_id, _limit_price(wish)), []).append(wish)
     return [
         Level(
             class_id,
@@ -240,6 +240,11 @@ def depth(sheets: Iterable[OpenSheet], now_ns: int) -> list[Level]:
             levels.items(), key=lambda level: (level[0][0], -level[0][1])
         )
     ]
+
+
+def _limit_price(wish: Wish) -> int:
+    price_nusd = wish.limit_nusd * FLOP_PER_PFLOP // max(1, wish.flop)
+    return min(ANY_PRICE_NUSD, _round_down(price_nusd, DEPTH_DIGITS))
 
 
 def _mistimed(quote: Quote, now_ns: int) -> str:

@@ -243,6 +243,95 @@ async def test_a_provider_answers_a_bounded_number_of_wishes_each_once(
     await market.close()
 
 
+async def test_a_look_at_wishes_is_bounded_and_goes_on(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quoting, "MAX_WISHES_A_LOOK", 1)
+    provider = await market.provider()
+    looked: list[bytes] = []
+    monkeypatch.setattr(
+        provider.seller.quoting, "_consider", lambda _w, sheet, *_: looked.append(sheet.node)
+    )
+    buyers = [await market.buyer(f"buyer-{number}") for number in range(3)]
+    for buyer in buyers:
+        await buyer.submit(sample_file(), max_nusd=await budget(buyer), rest=True)
+        await until_resting(buyer)
+    provider.meet(*buyers)
+    await trio.sleep(2.5 * quoting.LOOK_EVERY_S)
+    nodes = {buyer.identity.node.public_key for buyer in buyers}
+    assert set(looked) == nodes
+    assert len(looked) <= 4
+    await market.close()
+
+
+@pytest.mark.parametrize("held_back", [{"level": 1}, {"credit_nusd": 0}])
+async def test_a_provider_quotes_nothing_that_it_would_refuse(
+    market: Market, autojump_clock: object, held_back: dict[str, int]
+) -> None:
+    provider, buyer, run_id = await resting(market, wish_ask_nusd=HALF, **held_back)
+    provider.meet(buyer)
+    await trio.sleep(60)
+    assert not provider.seller.quoting._out
+    assert not buyer.events(run_id, "rejected")
+    assert state_of(buyer, run_id) == "waiting"
+    await market.close()
+
+
+async def test_a_wish_is_answered_again_when_the_quote_has_expired(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider, buyer, _ = await resting(market, wish_ask_nusd=HALF)
+    told: list[tuple[str, str]] = []
+    _refuse_all(buyer, told, monkeypatch)
+    provider.meet(buyer)
+    await trio.sleep(0.9 * MAX_QUOTE_LIFETIME_NS / NS_PER_S)
+    assert len(told) == 1
+    await trio.sleep(0.4 * MAX_QUOTE_LIFETIME_NS / NS_PER_S)
+    assert len(told) == 2
+    await market.close()
+
+
+async def test_what_is_left_of_a_run_rests_when_its_provider_is_lost(
+    market: Market, autojump_clock: object
+) -> None:
+    await market.provider("dear")
+    buyer = await market.buyer()
+    file = sample_file(120)
+    limit = await budget(buyer, file)
+    run_id = await buyer.submit(file, max_nusd=limit, rest=True, checkpoint_steps=30)
+    await until_resting(buyer)
+    [whole] = wishes_of(buyer)
+    cheap = await market.node("cheap", price_nusd=HALF)
+    cheap.workers.step_s = 0.5
+    cheap.meet(buyer)
+    await until(lambda: buyer.events(run_id, "receipt"))
+    assert not wishes_of(buyer)
+    await cheap.kill()
+    await until_resting(buyer)
+    [rest] = wishes_of(buyer)
+    assert rest.flop < whole.flop
+    assert rest.limit_nusd < whole.limit_nusd
+    other = await market.node("other", price_nusd=HALF)
+    other.meet(buyer)
+    end = await market.end_of(buyer, run_id)
+    assert end["kind"] == "result", end
+    assert end["cost_nusd"] <= limit
+    assert [filled["provider"] for filled in buyer.events(run_id, "filled")] == [
+        cheap.peer,
+        other.peer,
+    ]
+
+
+async def test_a_node_that_stops_takes_its_wishes_back(
+    market: Market, autojump_clock: object
+) -> None:
+    _, buyer, _ = await resting(market)
+    await buyer.sheets.withdraw()
+    assert not wishes_of(buyer)
+    assert buyer.sheets.newest is not None
+    await market.close()
+
+
 def _refuse_all(
     buyer: MemoryNode, told: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

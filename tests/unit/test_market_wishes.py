@@ -27,6 +27,7 @@ from p2pflop.market.samples import CLASS_ID, COSTS, JOB, NONCE, NOW_NS, SALT, TE
 from p2pflop.market.samples import party as make_party
 from p2pflop.market.sheets import OpenSheet
 from p2pflop.market.wishes import (
+    ANY_PRICE_NUSD,
     MAX_QUOTE_LIFETIME_NS,
     MAX_SIZE,
     OpenQuote,
@@ -40,7 +41,7 @@ from p2pflop.market.wishes import (
     offer_to,
     ticket,
 )
-from p2pflop.units import NS_PER_S
+from p2pflop.units import MAX_NUSD, NS_PER_S
 from p2pflop.wire import Sealed, seal
 
 BUYER, SELLER, OTHER = make_party(1), make_party(2), make_party(3)
@@ -285,3 +286,10 @@ def test_the_depth_of_a_book_tells_no_buyer() -> None:
     assert (cheap.price_nusd, cheap.wishes, cheap.limit_nusd) == (570_000, 3, 601_000)
     assert cheap.flop == 3 * 350 * 10**12
     assert cheap.class_id == CLASS_ID
+
+
+def test_wishes_without_a_limit_are_one_level() -> None:
+    wishes = [wish(number=n, limit_nusd=MAX_NUSD, flop=10**n) for n in range(4)]
+    [level] = depth([BUYER.sheet(wishes=wishes)], NOW_NS)
+    assert (level.price_nusd, level.wishes) == (ANY_PRICE_NUSD, 4)
+    assert {each.limit_nusd for each in wishes} == {ANY_PRICE_NUSD}
