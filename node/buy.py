@@ -158,8 +158,6 @@ class Buyer:
                 await self.fail(run, error)
             return run.id
         self.nursery.start_soon(self._buy, run, order)
-        if order.rests:  # it may have nothing to send for long
-            await run.rows.flush()
         await run.rows.wait_flushed()
         return run.id
 

@@ -204,7 +204,7 @@ class Purchase:
         """See Hands."""
         if task == "verify":
             self._to_verify.set()
-        elif task == "wait":
+        elif task in ("wait", "rest"):
             self._note_failure()
             if self._conversation is not None:
                 self._conversation.finish()

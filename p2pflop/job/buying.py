@@ -233,7 +233,7 @@ class Buying:
     def pending(self, state: State) -> Sequence[Action]:
         """See ``Side``. In RANKING the driver ranks again."""
         if state is State.WAITING:
-            return [Start("wait")]
+            return [Start("rest" if self.rests else "wait")]
         if state is State.BIDDING:
             return [Send("bid", self.bid)]
         if state in (State.CONFIRMING, State.RUNNING, State.VERIFYING):
@@ -432,7 +432,7 @@ class Buying:
     def _wait(self, reason: str, *, fence: bool) -> Move:
         abandon = self._fence(reason) if fence else []
         parts = (reason.encode(), b"", abandon[0].wire if abandon else b"")
-        return Move(Edge.WAIT, parts, [*abandon, Start("wait")])
+        return Move(Edge.WAIT, parts, [*abandon, Start("rest" if self.rests else "wait")])
 
     def _end(self, edge: Edge, reason: str, blame: Blame, fence: bool = True) -> Move:
         abandon = self._fence(reason) if fence else []

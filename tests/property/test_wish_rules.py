@@ -5,8 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pflop.errors import ProtocolError
 from p2pflop.keys import PrivateKey
-from p2pflop.market.ranking import Deal, Policy, Quoted, rank, total_nusd
+from p2pflop.market.ranking import Deal, Policy, rank, total_nusd
+from p2pflop.market.ranking import Quoted as Offer
 from p2pflop.market.records import ZERO_HASH, Ask, Rejected, Wish
 from p2pflop.market.samples import CLASS_ID, JOB, NONCE, NOW_NS, SALT, ask, need, party
 from p2pflop.market.wishes import (
@@ -20,7 +22,9 @@ from p2pflop.market.wishes import (
     ticket,
     wish_total_nusd,
 )
+from p2pflop.node.quote_stream import Declined, Noted, Quoted, decode_message
 from p2pflop.units import is_price, round_price
+from p2pflop.wire import encode
 
 BUYER, SELLER = party(1), party(2)
 UNTIL_NS = NOW_NS + 10**12
@@ -37,6 +41,11 @@ ASKS = st.builds(
 )
 SIZES = st.integers(0, 10**18)
 JOBS = st.tuples(SIZES, SIZES, st.integers(0, 10**12), st.integers(0, 2**34), st.integers(0, 2**62))
+WORDS = st.one_of(
+    st.builds(Quoted, st.binary(max_size=9), st.binary(max_size=9)),
+    st.just(Noted()),
+    st.builds(Declined, st.text(max_size=250)),
+).map(encode)
 CLASSES = st.sampled_from([CLASS_ID, ZERO_HASH])
 
 
@@ -130,6 +139,15 @@ def test_no_bytes_are_believed_but_the_providers(
         assert isinstance(found, Rejected)
 
 
+@given(st.binary(max_size=200) | WORDS)
+def test_any_frame_is_a_word_in_its_one_encoding_or_refused(frame: bytes) -> None:
+    try:
+        message = decode_message(frame, "peer")
+    except ProtocolError:
+        return
+    assert encode(message) == frame
+
+
 @given(st.permutations([10**5, 2 * 10**5, 2 * 10**5, 3 * 10**5]))
 def test_the_order_in_which_quotes_came_ranks_nothing(prices: list[int]) -> None:
     sheet = SELLER.sheet(ask())
@@ -141,7 +159,7 @@ def test_the_order_in_which_quotes_came_ranks_nothing(prices: list[int]) -> None
         made = make_quote(
             SELLER.node, BUYER.node.public_key, wanted, offer, nonce=nonce, now_ns=NOW_NS
         )
-        offers.append(Quoted(sheet, made.record.ask, ticket(SALT, made)))
+        offers.append(Offer(sheet, made.record.ask, ticket(SALT, made)))
     ranked = rank([sheet], need(), Policy(), NOW_NS, quoted=offers)
     again = rank([sheet], need(), Policy(), NOW_NS, quoted=sorted(offers, key=lambda o: o.ticket))
     assert ranked == again

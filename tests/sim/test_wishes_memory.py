@@ -24,6 +24,7 @@ from p2pflop.node.quote_stream import Declined, Noted, Quoted
 from p2pflop.node.service import SubmitOptions
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed, decode, encode, open_sealed
+from tests.sim.test_power_cuts import SHORT_S, Cut
 
 if TYPE_CHECKING:
     from tests.sim.conftest import Market
@@ -186,6 +187,69 @@ async def test_a_restart_brings_the_wish_back(market: Market, autojump_clock: ob
     cheap = await market.node("cheap", price_nusd=HALF)
     cheap.meet(buyer)
     assert (await market.end_of(buyer, run_id))["kind"] == "result"
+
+
+async def buy_resting(market: Market, cut: Cut | None = None) -> tuple[int, int]:
+    """A run that rests and is quoted to, with a power cut; the writes of buyer and provider."""
+    provider = await market.provider(wish_ask_nusd=HALF)
+    buyer = await market.buyer()
+    limit = await budget(buyer)
+
+    async def submit() -> None:
+        await buyer.submit(sample_file(12), max_nusd=limit, rest=True, checkpoint_steps=4)
+
+    async def gossip() -> None:
+        while True:
+            await trio.sleep(0.5)
+            for one, other in ((buyer, provider), (provider, buyer)):
+                if not (one.down.is_set() or other.down.is_set()):
+                    one.meet(other)
+
+    if cut is not None:
+        victim = {"buyer": buyer, "provider": provider}[cut.victim]
+        victim.cut_at, victim.cut_before = cut.at, cut.before
+    market.nursery.start_soon(submit)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(gossip)
+        if cut is not None:
+            with trio.fail_after(60):
+                await victim.down.wait()
+            await trio.sleep(cut.down_s)
+            await market.restart(victim)
+        else:
+            await trio.sleep(1)
+        if not buyer.runs.cards():  # nothing of it was on disk
+            assert cut is not None
+            assert (cut.victim, cut.at, cut.before) == ("buyer", 1, True)
+            market.nursery.start_soon(submit)
+            await trio.sleep(1)
+        [card] = buyer.runs.cards()
+        end = await market.end_of(buyer, card["id"])
+        nursery.cancel_scope.cancel()
+    assert end["kind"] == "result", end
+    await trio.sleep(1)
+    assert not wishes_of(buyer)
+    await market.settle_down()
+    market.check()
+    owing, due = market.debts(buyer, provider)
+    assert owing == due == end["cost_nusd"] <= limit
+    await market.close()
+    return buyer.writes, provider.writes
+
+
+@pytest.mark.parametrize("victim", ["buyer", "provider"])
+async def test_a_power_cut_at_any_write_loses_no_run_that_rests(
+    market: Market, autojump_clock: object, victim: str
+) -> None:
+    writes = dict(zip(("buyer", "provider"), await buy_resting(market.another()), strict=True))
+    assert writes[victim] >= 4
+    for at in range(1, writes[victim] + 1):
+        for before in (True, False):
+            cut = Cut(victim, at, before, SHORT_S)
+            try:
+                await buy_resting(market.another(), cut)
+            except Exception as error:
+                raise AssertionError(f"{cut}: {error!r}") from error
 
 
 async def test_a_cancelled_run_wishes_no_more(market: Market, autojump_clock: object) -> None:

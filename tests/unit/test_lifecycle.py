@@ -363,7 +363,7 @@ def test_a_run_that_rests_waits_ever_longer_until_its_deadline() -> None:
     while not made.ended:
         actions = made.on(Ranked("all too dear"), now_ns)
         assert made.state is State.WAITING
-        assert Start("wait") in actions
+        assert Start("rest") in actions
         [again] = [a for a in actions if isinstance(a, SetTimer) and a.name == "again"]
         waits.append(again.at_ns - now_ns)
         now_ns = min(again.at_ns, DEADLINE_NS)
@@ -378,7 +378,7 @@ def test_a_quote_wakes_a_run_that_rests_and_a_restart_has_it_wait_again() -> Non
     rows = [made.start(NOW_NS)[0], made.on(Ranked("all too dear"), NOW_NS)[0]]
     journal = [(row.kind, row.body) for row in rows if isinstance(row, Persist)]
     again = buyer(buyer_desk(SHOPPER, []), DEADLINE_NS, rests=True)
-    assert Start("wait") in again.resume(journal, NOW_NS)
+    assert Start("rest") in again.resume(journal, NOW_NS)
     assert Start("rank") in again.on(Again(), NOW_NS)
     assert again.state is State.RANKING
 
