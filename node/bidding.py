@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from p2pflop.job.buying import BUSY_PREFIX
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.meter import METER_ID
-from p2pflop.market.fills import make_bid
+from p2pflop.market.fills import ASK_EXPIRED, make_bid
 from p2pflop.market.ranking import Deal
 from p2pflop.market.records import Bid
 from p2pflop.node.driver import LIFE_ROW
@@ -122,8 +122,9 @@ class Bidding:
         """What was bid on as number ``attempt``, if anything, came to nothing."""
         place, refusal, self._refusal = attempt - self._first_attempt, self._refusal, ""
         if self._is_unfilled and 0 <= place < len(self._deals) and self._deals[place].ticket:
-            shown = self._deals[place].ticket
-            self._buyer.wishes.spend(shown, kept=refusal.startswith(BUSY_PREFIX))
+            # A slot was not promised, and clocks differ.
+            is_kept = refusal == ASK_EXPIRED or refusal.startswith(BUSY_PREFIX)
+            self._buyer.wishes.spend(self._deals[place].ticket, kept=is_kept)
 
     def account_of(self, node: bytes) -> bytes | None:
         """The account of a provider that was bid to, by its node's key."""

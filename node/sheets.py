@@ -44,8 +44,9 @@ SILENCE_S: Final = 4.0
 """Longer than a book's signatures take: a stalled stream must not hold up the next comparison."""
 CLOSE_S: Final = 2.0
 MAX_TOLD_OF_WITHDRAWAL: Final = 16
-HONOURED_SHEETS: Final = 4
-"""Superseded own sheets on which bids that were under way are still taken."""
+HONOURED_SHEETS: Final = 8
+"""Own sheets on which bids that were under way are still taken: some seconds' worth, as wishes come
+and go."""
 MAX_EXCHANGES: Final = 16
 """Answered at once, one of each peer: each may cost a book's worth of bytes."""
 LONG_FRAME_BYTES: Final = 8 * KIB

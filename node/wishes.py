@@ -50,7 +50,7 @@ from p2pflop.wire import encode
 MAX_WISHES: Final = 16
 FIRST_NUMBER: Final = 1_000
 """Of a wish; asks of the same sheet have lower ones."""
-PUBLISH_S: Final = 0.2
+PUBLISH_S: Final = 0.5
 """Wishes that come or go together are one sheet."""
 LOOK_EVERY_S: Final = 1.0
 LOOK_SHARE: Final = 5

@@ -20,7 +20,7 @@ from p2pflop.ids import HASH_BYTES, content_hash
 from p2pflop.job.lifecycle import CONFIRM_WITHIN_NS
 from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey, peer_id
-from p2pflop.market.ranking import Deal, sum_costs, total_nusd
+from p2pflop.market.ranking import Deal, MissReason, sum_costs, total_nusd
 from p2pflop.market.records import (
     MAX_COST_LINES,
     ZERO_HASH,
@@ -46,6 +46,7 @@ from p2pflop.units import MAX_NUSD, NS_PER_S
 from p2pflop.wire import DEFAULT_NETWORK, Sealed, SignedRecord, reopen, seal
 
 MAX_BID_AGE_NS: Final = 60 * NS_PER_S
+ASK_EXPIRED: Final = str(MissReason.EXPIRED)
 SALT_BYTES: Final = 32
 TRADE_DIGITS: Final = 2
 HOUR_NS: Final = 3600 * NS_PER_S
@@ -181,7 +182,7 @@ def _on_sheet(bid: Bid, sheet: Sheet | None) -> Ask | Rejected:
 
 def _misquoted(bid: Bid, ask: Ask, now_ns: int) -> Rejected | None:
     if ask.valid_until_ns <= now_ns:
-        return Rejected("ask has expired")
+        return Rejected(ASK_EXPIRED)
     if bid.class_id != ask.class_id:
         return Rejected("the ask is for another class")
     if bid.terms.memory_bytes > ask.memory_bytes:

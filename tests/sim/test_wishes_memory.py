@@ -10,7 +10,7 @@ import trio
 from msgspec.structs import replace
 
 from p2pflop.errors import ProtocolError, ProviderError
-from p2pflop.job.buying import MAX_REST_NS
+from p2pflop.job.buying import BUSY_PREFIX, MAX_REST_NS
 from p2pflop.job.file import decode_file
 from p2pflop.keys import PrivateKey
 from p2pflop.market.evidence import Evidence, replay
@@ -21,6 +21,7 @@ from p2pflop.node import messages as m
 from p2pflop.node import quote_stream, quoting, wishes
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, now_ns, sample_file
 from p2pflop.node.quote_stream import Declined, Noted, Quoted
+from p2pflop.node.sell import Seller
 from p2pflop.node.service import SubmitOptions
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed, decode, encode, open_sealed
@@ -105,6 +106,8 @@ async def test_a_resting_run_fails_at_its_deadline_and_its_wish_goes(
     await until_resting(buyer)
     [wish] = wishes_of(buyer)
     assert wish.valid_until_ns <= began_ns + 901 * NS_PER_S
+    await trio.sleep(600)
+    assert wishes_of(buyer) == (wish,), "looking again changes nothing"
     end = await market.end_of(buyer, run_id)
     assert (end["error"], "deadline" in end["message"]) == ("MarketError", True)
     assert now_ns() >= began_ns + 900 * NS_PER_S
@@ -546,6 +549,22 @@ async def test_a_quote_that_is_not_kept_is_the_last_for_a_while(
     await trio.sleep(wishes.DISTRUST_NS / NS_PER_S)
     assert isinstance(await liar.say(liar.quote().wire), Noted)
     assert (await market.end_of(buyer, run_id))["kind"] == "result"
+
+
+@pytest.mark.parametrize("words", ["ask has expired", BUSY_PREFIX + "every slot is taken"])
+async def test_a_late_bid_and_a_taken_slot_are_nobodys_lie(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    quoter = await stranger(market)
+    [run_id] = [card["id"] for card in quoter.buyer.runs.cards()]
+    with monkeypatch.context() as patch:
+        patch.setattr(Seller, "_objection", lambda *_: words)
+        assert isinstance(await quoter.say(quoter.quote().wire), Noted)
+        await until(lambda: quoter.buyer.events(run_id, "rejected"))
+    await trio.sleep(1)
+    assert isinstance(await quoter.say(quoter.quote().wire), Noted)
+    await until(lambda: quoter.buyer.events(run_id, "filled"))
+    await market.close()
 
 
 async def test_floods_of_quotes_are_bounded(
