@@ -4,7 +4,8 @@ The node looks at the wishes of its book when the book or its own sheet has chan
 frees, and every ``LOOK_AGAIN_S``; at most once a second. It quotes only what it would fill now:
 with room, sandbox and the buyer's credit as for a bid. A quote binds the price until it expires,
 reserves no slot, and is filled once. ``MAX_QUOTES_OUT`` quotes are out at a time, to no account
-more than ``MAX_QUOTES_OUT_PER_ACCOUNT``. A look is at ``MAX_WISHES_A_LOOK`` wishes at most and goes
+more than ``MAX_QUOTES_OUT_PER_ACCOUNT``, and not all of them to strangers, whose accounts cost
+nothing: those that have never paid here. A look is at ``MAX_WISHES_A_LOOK`` wishes at most and goes
 on where the last one ended, so that nobody's come first. A wish that was answered is answered again
 when that quote has expired, or for less.
 """
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 LOOK_EVERY_S: Final = 1.0
 LOOK_AGAIN_S: Final = 10.0
 MAX_QUOTES_OUT: Final = 64
+MAX_QUOTES_OUT_TO_STRANGERS: Final = 48
 MAX_QUOTES_OUT_PER_ACCOUNT: Final = 8
 MAX_WISHES_A_LOOK: Final = 1_024
 MAX_ANSWERED: Final = 1_024
@@ -53,7 +55,7 @@ class Quoting:
         self._news = trio.Event()
         self._last = b""
         self._out: dict[bytes, tuple[bytes, int]] = {}
-        self._answered: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
+        self._answered: OrderedDict[tuple[bytes, bytes], tuple[int, int]] = OrderedDict()
         self._filled: OrderedDict[bytes, None] = OrderedDict()
         seller.sheets.on_news(self.look_soon)
         seller.allocator.on_free.append(self._note_room)
@@ -114,17 +116,28 @@ class Quoting:
         seller, account = self._seller, sheet.account
         live = (ask for ask in newest.sheet.asks if ask.valid_until_ns > now_ns)
         offer = offer_to(live, wish, seller.settings.wish_ask_nusd)
-        theirs = sum(out[0] == account for out in self._out.values())
-        if offer is None or wish.valid_until_ns <= now_ns or theirs >= MAX_QUOTES_OUT_PER_ACCOUNT:
+        if offer is None or wish.valid_until_ns <= now_ns or not self._has_quota(account):
             return
         total_nusd = wish_total_nusd(offer, wish)
-        last_nusd, until_ns = self._answered.get(wish.commitment, (0, 0))
+        last_nusd, until_ns = self._answered.get((sheet.node, wish.commitment), (0, 0))
         if until_ns > now_ns and last_nusd <= total_nusd:
             return
         terms = Terms(wish.memory_bytes, wish.moved_bytes, 0, wish.valid_until_ns)
         if seller.allocator.objection_to(account, terms, total_nusd, now_ns):
             return
         self._quote(wish, sheet, offer, newest, total_nusd)
+
+    def _has_quota(self, account: bytes) -> bool:
+        """Whether one more quote may go out to ``account``."""
+        accounts = [out[0] for out in self._out.values()]
+        if accounts.count(account) >= MAX_QUOTES_OUT_PER_ACCOUNT:
+            return False
+        strangers = sum(map(self._is_stranger, accounts))
+        return strangers < MAX_QUOTES_OUT_TO_STRANGERS or not self._is_stranger(account)
+
+    def _is_stranger(self, account: bytes) -> bool:
+        is_own = account == self._seller.identity.account.public_key
+        return not is_own and self._seller.ledger_book.received_nusd(account) <= 0
 
     def _quote(
         self, wish: Wish, sheet: OpenSheet, offer: Ask, newest: OpenSheet, total_nusd: int
@@ -141,7 +154,7 @@ class Quoting:
         )
         until_ns = quote.record.ask.valid_until_ns
         self._out[quote.id] = (sheet.account, until_ns)
-        self._answered[wish.commitment] = (total_nusd, until_ns)
+        self._answered[sheet.node, wish.commitment] = (total_nusd, until_ns)
         if len(self._answered) > MAX_ANSWERED:
             self._answered.popitem(last=False)
         seller.nursery.start_soon(survive, self._send, sheet.peer, quote, newest)

@@ -331,6 +331,51 @@ async def test_a_look_at_wishes_is_bounded_and_goes_on(
     await market.close()
 
 
+async def test_a_copied_commitment_keeps_no_quote_from_its_buyer(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer, run_id = await resting(market, wish_ask_nusd=HALF)
+    thief = await market.node("thief")
+    identity, [wish] = thief.identity, wishes_of(buyer)
+    stolen = make_sheet(
+        identity.node,
+        number=now_ns(),
+        now_ns=now_ns(),
+        delegation=identity.delegation(now_ns()),
+        wishes=(wish,),
+    )
+    provider.sheets.take(stolen.sealed.wire, "")
+    await trio.sleep(5)
+    assert provider.seller.quoting._out, "the thief has its quote"
+    provider.meet(buyer)
+    await trio.sleep(5)
+    assert buyer.events(run_id, "filled")
+    assert (await market.end_of(buyer, run_id))["kind"] == "result"
+
+
+async def test_strangers_do_not_get_all_quotes(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quoting, "MAX_QUOTES_OUT_TO_STRANGERS", 1)
+    provider = await market.provider(wish_ask_nusd=HALF)
+    buyers = [await market.buyer(f"buyer-{number}") for number in range(3)]
+    paid = provider.ledger_book
+    monkeypatch.setattr(
+        type(paid), "received_nusd", lambda _, account: 10**9 * (account == buyers[2].account)
+    )
+    told: list[tuple[str, str]] = []
+    for buyer in buyers:
+        _refuse_all(buyer, told, monkeypatch)
+        await buyer.submit(sample_file(), max_nusd=await budget(buyer), rest=True)
+        await until_resting(buyer)
+    provider.meet(*buyers)
+    await trio.sleep(30)
+    peers = [peer for peer, _ in told]
+    assert len(peers) == 2
+    assert buyers[2].peer in peers
+    await market.close()
+
+
 @pytest.mark.parametrize("held_back", [{"level": 1}, {"credit_nusd": 0}])
 async def test_a_provider_quotes_nothing_that_it_would_refuse(
     market: Market, autojump_clock: object, held_back: dict[str, int]
