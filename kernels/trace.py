@@ -128,7 +128,7 @@ def trace(
     Each function is called once; no kernel is compiled, and the program's tensors are afterwards as
     they were before. Raises JobError for what cannot travel.
     """
-    _check_types(fn, every, args)
+    _check_types(fn, every, args, title)
     every = {} if every is None else every
     steps = whole_number("steps", steps, MAX_STEPS - 1)
     seed = whole_number("seed", seed, MAX_SEED, lowest=0)
@@ -153,7 +153,7 @@ def trace(
         return builder.finish(graphs, periods, steps, seed, stop_at, title)
 
 
-def _check_types(fn: object, every: object, args: object) -> None:
+def _check_types(fn: object, every: object, args: object, title: object) -> None:
     if every is not None and not isinstance(every, Mapping):
         raise JobError(
             "every is not a dict of a number of steps to a function",
@@ -170,6 +170,8 @@ def _check_types(fn: object, every: object, args: object) -> None:
             "args is not a dict of names to numbers",
             hint="Write args={'rate': 0.1} for a function that takes a parameter named rate.",
         )
+    if not isinstance(title, str):
+        raise JobError(f"title={shown(title)} is not a text", hint="Write it like title='digits'.")
 
 
 def _record(

@@ -112,6 +112,14 @@ class Allocator:
             self._unpaid.append(unpaid)
         return counts
 
+    def window_nusd(self, account: bytes) -> int | None:
+        """How far a lease of that account may run ahead of what is countersigned: never by more
+        than its credit, the pool included. None is no limit, for this node's own."""
+        if account == self.own_account:
+            return None
+        credit_nusd = self.settings.credit_nusd + self.ledger_book.credit_nusd(account)
+        return min(self.settings.window_nusd, credit_nusd)
+
     def objection(self, bid: OpenBid, now_ns: int) -> str:
         """Why this bid is not taken, whatever its job is, or nothing. Costs no time."""
         return self.objection_to(bid.account, bid.bid.terms, bid.bid.quote_nusd, now_ns)
@@ -186,7 +194,7 @@ class Allocator:
             taken_nusd += max(0, booked_nusd + amount_nusd) - max(0, booked_nusd)
         if taken_nusd <= pool_nusd:
             return ""
-        return credit_reason(uncovered, ledger.received_nusd(account), pool_nusd)
+        return credit_reason(uncovered, ledger.credit_nusd(account), pool_nusd)
 
     def _pending(self, now_ns: int) -> Counter[bytes]:
         """By account, what is not in the ledger: open sales, and what was shown unpaid."""

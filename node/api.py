@@ -10,6 +10,7 @@
 ``POST /v1/packs/<id>/unpack``         the runs of a settled pack's variants
 ``POST /v1/quote?...``                 what a submission would choose from
 ``GET /v1/jobs``, ``/v1/jobs/<id>``    runs of this node
+``GET /v1/sales``                      what runs here for others
 ``GET /v1/jobs/<id>/events?after=&wait_ms=``  server-sent events after ``after`` or
                                        ``Last-Event-ID``, for ``wait_ms`` at most
 ``GET /v1/jobs/<id>/file``             the job file as submitted
@@ -19,6 +20,7 @@
 ``GET /v1/blobs``, ``/v1/blobs/<hash>``  what is kept here
 ``POST /v1/connect``                   ``{"multiaddr": ...}``
 ``/v1/payments...``, ``/v1/statement/<account>``  see ``api_money``
+``GET /v1/market``, ``/v1/trades...``  see ``api_market``
 ``GET /v1/status|book|wishes|peers|ledger|doctor``
 ====================================== ===========================================================
 
@@ -29,8 +31,7 @@ Errors are ``{"error": {kind, message, hint, exit_code}}`` with ``kind`` a class
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -55,6 +56,7 @@ from p2pflop.ids import parse_hash
 from p2pflop.job.file import FILE_MAGIC, MAX_COMPRESSED_BYTES
 from p2pflop.node.api_errors import EXCEPTION_HANDLERS, Refused
 from p2pflop.node.api_guard import IS_USER, Activity, Guard, json_response
+from p2pflop.node.api_market import MarketApi, event_position
 from p2pflop.node.api_money import MoneyApi, parse_number
 from p2pflop.node.api_streams import BlobStream, EventStream, parse_range
 from p2pflop.node.service import (
@@ -70,7 +72,6 @@ from p2pflop.node.service import (
 from p2pflop.units import KIB, MAX_NUSD
 
 MAX_ITEMS: Final = 10_000
-MAX_WAIT_MS: Final = 7 * 86400 * 1000
 MAX_STEPS: Final = 2**40
 
 
@@ -106,6 +107,7 @@ class Api:
             Route("/v1/packs/{run}/unpack", self.unpack, methods=post),
             Route("/v1/quote", self.quote, methods=post),
             Route("/v1/jobs", partial(_listing, "jobs", service.jobs), methods=get),
+            Route("/v1/sales", partial(_listing, "sales", service.sales), methods=get),
             Route("/v1/jobs/{run}", self.job, methods=get),
             Route("/v1/jobs/{run}/events", self.events, methods=get),
             Route("/v1/jobs/{run}/file", partial(_octets, service.job_file), methods=get),
@@ -123,6 +125,7 @@ class Api:
             Route("/v1/doctor", partial(_report, service.doctor), methods=get),
             Route("/v1/payments", partial(_listing, "payments", service.payments), methods=get),
             *MoneyApi(service, self._command).routes(),
+            *MarketApi(service, self._stream).routes(),
         ]
 
     async def blob(self, request: Request) -> Response:
@@ -250,16 +253,9 @@ class Api:
     async def events(self, request: Request) -> Response:
         """Server-sent events; a client that lost the line resumes after the last ``id`` it saw."""
         run = _run_id(request)
-        given = request.headers.get("last-event-id") or request.query_params.get("after", "0")
-        after = parse_number(given, "after", 2**63 - 1)
+        after, wait_s = event_position(request)
         await self._service.job(run)
-        wait_ms = _number(request, "wait_ms", MAX_WAIT_MS)
-        return EventStream(
-            self._service.events(run, after),
-            heartbeat_s=self._limits.heartbeat_s,
-            wait_s=math.inf if wait_ms is None else wait_ms / 1000,
-            stopping=self._stopping,
-        )
+        return self._stream(self._service.events(run, after), wait_s)
 
     async def connect(self, request: Request) -> Response:
         """Dial a peer."""
@@ -278,6 +274,14 @@ class Api:
         if not isinstance(command, dict):
             raise ConfigError("the request's body is not a JSON object")
         return command
+
+    def _stream(self, events: AsyncIterator[list[Json]], wait_s: float) -> EventStream:
+        return EventStream(
+            events,
+            heartbeat_s=self._limits.heartbeat_s,
+            wait_s=wait_s,
+            stopping=self._stopping,
+        )
 
     async def _blobs(self) -> list[Json]:
         return [_describe(info) for info in await self._service.store.list()]

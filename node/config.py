@@ -36,6 +36,7 @@ _AMOUNTS: Final = {
     "memory": "memory_bytes",
     "min_charge": "min_charge_nusd",
     "setup": "setup_nusd",
+    "window": "window_nusd",
     "wish_ask": "wish_ask_nusd",
 }
 """What ``config.toml`` calls amounts, which people write with units."""
@@ -49,8 +50,9 @@ class Settings:
     10^9 moved bytes; ``memory_bytes`` what all running jobs together may use, None for a half of
     the machine's; ``disk_bytes`` what inputs, checkpoints and results of strangers' jobs may take,
     None for a half of what is free; ``class_name`` how it computes (``kernels.classes``);
-    ``credit_nusd`` what all unknown buyers together may owe in a
-    day; ``wish_ask_nusd`` the price per PFLOP to which quotes go down for buyers' wishes, None for
+    ``credit_nusd`` what all unknown buyers together may owe in a day; ``window_nusd`` how far the
+    work of a lease runs ahead of what its buyer has countersigned;
+    ``wish_ask_nusd`` the price per PFLOP to which quotes go down for buyers' wishes, None for
     ``ask_nusd``.
     """
 
@@ -72,6 +74,7 @@ class Settings:
     byte_price_nusd: int = 0
     credit_nusd: int = 10**9
     wish_ask_nusd: int | None = None
+    window_nusd: int = 10**8
 
     def resolved_memory_bytes(self) -> int:
         """The memory for jobs in bytes: as set, or a half of this machine's, at most 64 GiB."""

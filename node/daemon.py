@@ -30,6 +30,7 @@ from p2pflop.node.dialing import NodeDialer
 from p2pflop.node.home import Home
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
+from p2pflop.node.market_view import classes, countersigned, describe_take
 from p2pflop.node.network import Network
 from p2pflop.node.packs import Packs
 from p2pflop.node.payments import Payments
@@ -38,6 +39,7 @@ from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.statements import make_statement
+from p2pflop.node.tape import TapeService
 from p2pflop.node.worker_types import Workers
 from p2pflop.units import MIB
 
@@ -59,6 +61,7 @@ class Daemon:
     announcer: Announcer
     workers: Workers
     sheets: SheetService
+    tape: TapeService
     runs: Runs
     ledger_book: LedgerBook
     buyer: Buyer
@@ -110,6 +113,10 @@ class Daemon:
     async def jobs(self) -> list[Json]:
         """See NodeService."""
         return self.runs.cards()
+
+    async def sales(self) -> list[Json]:
+        """See NodeService."""
+        return self.seller.cards()
 
     async def job(self, run_id: str) -> Json:
         """See NodeService."""
@@ -178,6 +185,25 @@ class Daemon:
             for level in depth(self.sheets.book.view(now_ns).sheets, now_ns)
         ]
 
+    async def market(self) -> Json:
+        """See NodeService."""
+        now_ns = time.time_ns()
+        view = self.sheets.book.view(now_ns)
+        shown = classes(view, self.tape.tape.trades(now_ns), now_ns)
+        return {"classes": shown, "take": await self._take()}
+
+    async def trades(self, since_ns: int) -> list[Json]:
+        """See NodeService."""
+        return self.tape.listed(since_ns)
+
+    def trade_events(self, after_seq: int) -> AsyncIterator[list[Json]]:
+        """See NodeService."""
+        return self.tape.follow(after_seq)
+
+    async def _take(self) -> Json:
+        journal = self.seller.journal
+        return describe_take(await self.ledger_book.take(lambda: countersigned(journal)))
+
     async def peers(self) -> list[Json]:
         """See NodeService."""
         return [
@@ -192,7 +218,7 @@ class Daemon:
 
     async def ledger(self) -> Json:
         """See NodeService."""
-        return self.ledger_book.report()
+        return {**self.ledger_book.report(), "take": await self._take()}
 
     async def statement(self, account: bytes, since_ns: int) -> Json:
         """See NodeService."""

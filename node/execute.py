@@ -25,6 +25,7 @@ from p2pflop.job.spec import NamedOutput, Result, ResultSource, collected, is_du
 from p2pflop.node.feeding import Feeds, Hold
 from p2pflop.node.gathering import Gathering
 from p2pflop.node.messages import MAX_INLINE_BLOBS, MAX_INLINE_BYTES
+from p2pflop.node.window import Window
 from p2pflop.node.worker_types import Paused, Rows, Worker, WorkerLimits, Workers
 from p2pflop.units import MIB, NS_PER_S
 from p2pflop.wire import encode
@@ -56,13 +57,14 @@ class Checkpoints:
 
     Every ``steps`` steps (0: never), and after ``seconds`` without one (0: never), if it is
     ``wanted`` then (told whether it is one of the latter); ``give`` takes what came out since the
-    checkpoint before it.
+    checkpoint before it. A ``window`` has one of the latter, too, and may have the worker wait.
     """
 
     steps: int
     seconds: float
     wanted: Callable[[bool], bool]
     give: Callable[[Outcome], Awaitable[None]]
+    window: Window | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,7 @@ class Execution:
         """Run to the end, or to the work's own stop.
 
         The worker stands still while the state of a checkpoint is read, and no longer: it goes on
-        while that is brought to disk and told.
+        while that is brought to disk and told. Where the window is full it stands still, too.
         """
         job = self._checked.job
         end = job.first_step + job.steps
@@ -242,6 +244,7 @@ class Execution:
                     if isinstance(event, Rows):
                         self._note(event)
                         await on_rows(event)
+                        await self._watch_window(event.last_step + 1, checkpoints)
                     elif isinstance(event, Paused):
                         await self._pause(event, checkpoints)
             except P2PFlopError:
@@ -263,6 +266,29 @@ class Execution:
         if due or self._late:
             await self._checkpoint(event.step, checkpoints, late=not due)
         await self._feed(event.step)
+        if checkpoints.window is not None:
+            await self._stand(event.step, checkpoints, checkpoints.window)
+
+    async def _watch_window(self, step: int, checkpoints: Checkpoints) -> None:
+        """Have the worker stand still in time for a receipt, or for want of room."""
+        window = checkpoints.window
+        if window is None or self._late or not window.wants_receipt(step):
+            return
+        if window.is_full(step):
+            await self._worker.pause()
+        elif self._drained.is_set() and checkpoints.wanted(True):
+            self._late = True
+            await self._worker.pause()
+
+    async def _stand(self, step: int, checkpoints: Checkpoints, window: Window) -> None:
+        """Wait before ``step`` while the window is full; only a receipt gets a countersignature."""
+        while window.is_full(step):
+            news = window.news
+            await self._drained.wait()
+            if checkpoints.wanted(True):
+                await self._checkpoint(step, checkpoints, late=True)
+            else:
+                await window.wait(news)
 
     async def _checkpoint(self, step: int, checkpoints: Checkpoints, *, late: bool) -> None:
         await self._drained.wait()  # one at a time: the disk may be slower than the steps

@@ -315,6 +315,16 @@ class Journal:
         )
         return [Row(*row) for row in found]
 
+    def bodies(self, kinds: tuple[str, str, str], jobs: int) -> list[bytes]:
+        """The bodies of all rows of three kinds, of the newest ``jobs`` jobs of both sides."""
+        found = self._database.read(
+            "SELECT body FROM rows WHERE kind IN (?, ?, ?) AND job IN"
+            " (SELECT job FROM heads ORDER BY opened_ns DESC LIMIT ?)",
+            *kinds,
+            jobs,
+        )
+        return [bytes(body) for (body,) in found]
+
     def head(self, job: str) -> Head | None:
         """The head of ``job``, or None if it is unknown."""
         rows = self._database.read(_HEADS + "WHERE job = ?", job)

@@ -8,7 +8,7 @@ A book whose chain does not hold is not opened: somebody changed it, or the disk
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 import trio
@@ -18,6 +18,7 @@ from p2pflop.dht.turns import Turn
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.market.ledger import Entry, Kind, Ledger
 from p2pflop.market.records import Receipt
+from p2pflop.market.take import Take, take_of
 from p2pflop.node.service import Json
 from p2pflop.wire import decode, encode
 
@@ -49,6 +50,7 @@ class LedgerBook:
         self._own_account = own_account
         self._lock = Turn()
         self._ledger = self._load()
+        self._take: tuple[bytes, Take] | None = None
 
     async def delivered(
         self, receipt: Receipt, provider: bytes, at_ns: int, write: Write, *, node: bytes
@@ -119,6 +121,10 @@ class LedgerBook:
         """All money ever received from that account, in nano-dollars."""
         return self._ledger.received_nusd(counterparty)
 
+    def credit_nusd(self, counterparty: bytes) -> int:
+        """See ``Ledger.credit_nusd``."""
+        return self._ledger.credit_nusd(counterparty)
+
     def uncovered_nusd(self, counterparty: bytes | None = None) -> int:
         """See ``Ledger.uncovered_nusd``."""
         return self._ledger.uncovered_nusd(counterparty)
@@ -178,6 +184,16 @@ class LedgerBook:
             "entries": [_describe(entry) for entry in self._entries(MAX_LISTED)],
             "head": self._ledger.head.hex(),
         }
+
+    async def take(self, receipts: Callable[[], Iterable[Receipt]]) -> Take:
+        """See ``take_of``. Reckoned anew, and ``receipts`` called, if the ledger has changed.
+
+        Not while an entry is on its way to disk: its receipt goes there in the same commit.
+        """
+        async with self._lock:
+            if self._take is None or self._take[0] != self._ledger.head:
+                self._take = (self._ledger.head, take_of(self._ledger, receipts()))
+            return self._take[1]
 
     async def _book(
         self,

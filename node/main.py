@@ -28,15 +28,17 @@ from p2pflop.dht.store import FileStore
 from p2pflop.dht.transfer import BLOB_PROTOCOL
 from p2pflop.errors import ConfigError, first_error
 from p2pflop.keys import public_key_of
-from p2pflop.market.book import SECRET_BYTES, Book
+from p2pflop.market.book import SECRET_BYTES, Book, Dump
 from p2pflop.market.records import Ask
 from p2pflop.market.sheets import make_ask
+from p2pflop.market.tape import SECRET_BYTES as TAPE_SECRET_BYTES
+from p2pflop.market.tape import Tape, TapeDump
 from p2pflop.node import sheets as sheets_module
+from p2pflop.node import tape as tape_module
 from p2pflop.node.acquaintances import Acquaintances
 from p2pflop.node.api import create_app
 from p2pflop.node.api_guard import Activity
 from p2pflop.node.api_server import bind_api, serve_api
-from p2pflop.node.book_file import BookFile
 from p2pflop.node.books import open_books
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
@@ -46,6 +48,7 @@ from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.home import Home, open_home
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
+from p2pflop.node.kept_file import Kept, KeptFile
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.letters import JOB_PROTOCOL, Letters
 from p2pflop.node.network import HostConfig, Network
@@ -56,6 +59,7 @@ from p2pflop.node.quote_stream import PROTOCOL as QUOTE_PROTOCOL
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.sheets import SheetService
+from p2pflop.node.tape import TapeService
 from p2pflop.node.warm import WarmWorkers
 from p2pflop.node.worker_types import Workers
 from p2pflop.node.workers import WorkerPool
@@ -77,6 +81,7 @@ class _Closable(Protocol):
     async def aclose(self) -> None: ...
 
 
+D = TypeVar("D")
 _ClosableT = TypeVar("_ClosableT", bound=_Closable)
 
 
@@ -130,10 +135,9 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
         network = await stack.enter_async_context(_open_network(settings, home))
         known = Acquaintances(ledger_book)
         book = _make_book(settings, identity, known)
-        book_file = BookFile(home.path / "book")
-        await book_file.load(book, time.time_ns())
-        stack.push_async_callback(book_file.save, book)
-        nursery.start_soon(keep_going, book_file.keep, book)
+        tape = Tape(secrets.token_bytes(TAPE_SECRET_BYTES), settings.network)
+        await _keep(KeptFile(home.path / "book", Dump), book, stack, nursery)
+        await _keep(KeptFile(home.path / "tape", TapeDump), tape, stack, nursery)
         daemon = _assemble(
             settings,
             home,
@@ -146,6 +150,7 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
             network,
             workers,
             book,
+            tape,
             known,
             nursery,
         )
@@ -186,6 +191,15 @@ def _make_book(settings: Settings, identity: Identity, known: Acquaintances) -> 
     )
 
 
+async def _keep(
+    file: KeptFile[D], kept: Kept[D], stack: AsyncExitStack, nursery: trio.Nursery
+) -> None:
+    """Load what was saved; save it from time to time, and at the end."""
+    await file.load(kept, time.time_ns())
+    stack.push_async_callback(file.save, kept)
+    nursery.start_soon(keep_going, file.keep, kept)
+
+
 def _open_sheets(
     identity: Identity, book: Book, network: Network, known: Acquaintances, *, gossip: bool
 ) -> SheetService:
@@ -214,11 +228,13 @@ def _assemble(
     network: Network,
     workers: Workers,
     book: Book,
+    tape: Tape,
     known: Acquaintances,
     nursery: trio.Nursery,
 ) -> Daemon:
     dialer = NodeDialer(network, nursery)
     sheets = _open_sheets(identity, book, network, known, gossip=not settings.embedded)
+    tapes = TapeService(identity, tape, sheets.relay, network, time.time_ns)
     runs = Runs(journal)
     buyer = Buyer(
         identity=identity,
@@ -242,18 +258,13 @@ def _assemble(
         warm=WarmWorkers(workers, nursery),
         journal=journal,
         ledger_book=ledger_book,
+        tape=tapes,
         nursery=nursery,
         now_ns=time.time_ns,
     )
     seller.allocator.on_free.append(buyer.room_freed)
     money = Payments(
-        identity,
-        payment_book,
-        ledger_book,
-        dialer,
-        sheets.nodes_of,
-        nursery,
-        time.time_ns,
+        identity, payment_book, ledger_book, dialer, sheets.nodes_of, nursery, time.time_ns
     )
     return Daemon(
         settings,
@@ -266,6 +277,7 @@ def _assemble(
         Announcer(store, network),
         workers,
         sheets,
+        tapes,
         runs,
         ledger_book,
         buyer,
@@ -289,6 +301,7 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     daemon.dialer.handle(BLOB_PROTOCOL, blobs.handle)
     daemon.dialer.handle(JOB_PROTOCOL, daemon.seller.handle)
     daemon.dialer.handle(sheets_module.PROTOCOL, daemon.sheets.answer)
+    daemon.dialer.handle(tape_module.PROTOCOL, daemon.tape.answer)
     daemon.dialer.handle(PAYMENT_PROTOCOL, daemon.money.handle)
     daemon.dialer.handle(QUOTE_PROTOCOL, daemon.buyer.wishes.handle)
     sink, source = trio.open_memory_channel[tuple[str, bytes]](MAX_GOSSIP_WAITING)
@@ -296,20 +309,26 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     await daemon.network.subscribe(
         sheets_module.TOPIC, lambda _, data, source: daemon.sheets.take(data, source), sink
     )
+    await daemon.network.subscribe(
+        tape_module.TOPIC, lambda _, data, source: daemon.tape.take(data, source), sink.clone()
+    )
     daemon.network.on_connect(daemon.buyer.letters.met)
+    daemon.network.on_connect(daemon.money.met)
 
     def met(peer: str) -> None:
         connected = (each.addresses for each in daemon.network.peers() if each.peer == peer)
         daemon.sheets.met(peer, next(connected, ()))
         nursery.start_soon(survive, daemon.sheets.on_connect, peer)
+        nursery.start_soon(survive, daemon.tape.on_connect, peer)
 
     daemon.network.on_connect(met)
     nursery.start_soon(daemon.sheets.run)
+    nursery.start_soon(daemon.tape.run)
     nursery.start_soon(keep_going, daemon.announcer.run)
 
 
 async def _drain(source: trio.MemoryReceiveChannel[tuple[str, bytes]]) -> None:
-    # The validator has put each sheet into the book already; this only keeps the channel empty.
+    # The validators have put each sheet and trade in its place; this keeps the channel empty.
     async for _ in source:
         pass
 

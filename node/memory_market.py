@@ -1,8 +1,8 @@
 """A market in memory: nodes that really buy and sell, without sockets. For tests and benches.
 
 Each ``MemoryNode`` is made of the real parts (``Buyer``, ``Seller``, ``SheetService``, journal,
-ledger) on SQLite files in a folder, a ``MemoryStore`` that outlives restarts, a host of one
-``MemoryNetwork`` and scripted workers. Time is trio's, so that a mock clock moves all of it.
+ledger) on SQLite files in a folder, a ``MemoryStore`` and a ``Tape`` that outlive restarts, a host
+of one ``MemoryNetwork`` and scripted workers. Time is trio's, so that a mock clock moves all of it.
 
 A node can lose power at any write to its journal or ledger (``cut_at``): nothing that comes after
 that write happens, and with ``cut_before`` the write itself does not either. A ``tamper`` sees each
@@ -40,6 +40,7 @@ from p2pflop.job.spec import (
     MemberSource,
     NoSource,
     Phase,
+    Stop,
     Work,
     WorkParam,
     work_id,
@@ -48,7 +49,9 @@ from p2pflop.keys import PrivateKey, public_key_of
 from p2pflop.market.book import Book
 from p2pflop.market.records import Ask
 from p2pflop.market.sheets import OpenSheet, make_ask
+from p2pflop.market.tape import Tape
 from p2pflop.node import sheets as sheets_module
+from p2pflop.node import tape as tape_module
 from p2pflop.node.books import open_books
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
@@ -68,6 +71,7 @@ from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
+from p2pflop.node.tape import TapeService
 from p2pflop.node.warm import WarmWorkers
 from p2pflop.units import GIB, NS_PER_S
 from p2pflop.wire import encode
@@ -114,6 +118,7 @@ class MemoryNode:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.store = MemoryStore(clock_ns=now_ns)
+        self.kept_tape = Tape(bytes(32))
         self.settings = Settings(
             folder, ask_nusd=price_nusd, **{"memory_bytes": 4 * GIB, **settings}
         )
@@ -208,6 +213,7 @@ class MemoryNode:
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)
             self._assemble(self.host, nursery)
+            await self._listen(nursery)
             self.seller.resume()
             self.buyer.resume()
             self.money.resume()
@@ -233,6 +239,7 @@ class MemoryNode:
     def _assemble(self, host: MemoryHost, nursery: trio.Nursery) -> None:
         dialer = NodeDialer(host, nursery)
         self.sheets = SheetService(self.identity, Book(bytes(32)), host, now_ns)
+        self.tape = TapeService(self.identity, self.kept_tape, self.sheets.relay, host, now_ns)
         self.runs = Runs(self.journal, now_ns)
         letters = Letters(self.journal, dialer, nursery, now_ns)
         host.on_connect(letters.met)
@@ -258,6 +265,7 @@ class MemoryNode:
             warm=WarmWorkers(self.workers, nursery),
             journal=self.journal,
             ledger_book=self.ledger_book,
+            tape=self.tape,
             nursery=nursery,
             now_ns=now_ns,
         )
@@ -272,6 +280,7 @@ class MemoryNode:
             nursery,
             now_ns,
         )
+        host.on_connect(self.money.met)
 
         async def authorise(peer: str, _token: bytes, address: bytes) -> bool:
             reader = public_key_of(peer)
@@ -284,8 +293,23 @@ class MemoryNode:
         dialer.handle(BLOB_PROTOCOL, BlobServer(self.store, authorise).handle)
         dialer.handle(JOB_PROTOCOL, self.seller.handle)
         dialer.handle(sheets_module.PROTOCOL, self.sheets.answer)
+        dialer.handle(tape_module.PROTOCOL, self.tape.answer)
         dialer.handle(PAYMENT_PROTOCOL, self.money.handle)
         dialer.handle(QUOTE_PROTOCOL, self.buyer.wishes.handle)
+
+    async def _listen(self, nursery: trio.Nursery) -> None:
+        """To the gossip of trades. Sheets are learnt by ``meet``."""
+        sink, source = trio.open_memory_channel[tuple[str, bytes]](64)
+
+        async def drain() -> None:
+            async for _ in source:
+                pass
+
+        nursery.start_soon(drain)
+        nursery.start_soon(self.tape.run)
+        await self.host.subscribe(
+            tape_module.TOPIC, lambda _, data, source: self.tape.take(data, source), sink
+        )
 
     def _asks(self, until_ns: int) -> tuple[Ask, ...]:
         settings = self.settings
@@ -297,6 +321,7 @@ class MemoryNode:
             memory_bytes=settings.resolved_memory_bytes(),
             flop_per_s=10**9,
             setup_nusd=settings.setup_nusd,
+            min_charge_nusd=settings.min_charge_nusd,
             byte_price_nusd=settings.byte_price_nusd,
         )
         return (ask,)
@@ -360,9 +385,11 @@ def sample_file(
     seed: int = 0,
     first_step: int = 0,
     members: bool = False,
+    stop_every: int = 0,
 ) -> bytes:
-    """A job file with a state, an input, a traced scalar and a last output.
+    """A job file with a state, an input, a traced scalar, a last output and a flag to stop by.
 
+    With ``stop_every`` it stops by that, which memory's workers do the first time it is looked at.
     With ``members`` state and input are entries of ``sample_collection``.
     """
     step = int(Dtype.INT32)
@@ -380,8 +407,9 @@ def sample_file(
                 Node(Op.PARAM, (2,)),
                 Node(Op.ADD, (), (3, 3)),
                 Node(Op.CAST, (int(Dtype.INT64),), (4,)),
+                *([Node(Op.CMPNE, (), (3, 3))] if stop_every else []),
             ),
-            (Output(4), Output(5), Output(2, 0)),
+            (Output(4), Output(6 if stop_every else 5), Output(2, 0)),
         )
     )
     blobs = [BlobSource(address_of(data), len(data)) for data in sample_data(floats)]
@@ -397,6 +425,7 @@ def sample_file(
             WorkParam(step, (), ROLE_STEP, NoSource()),
         ),
         seed=seed,
+        stop=Stop(0, 1, stop_every) if stop_every else None,
     )
     body = JobBody(Job(work_id(work), first_step, steps), encode(work), (graph,))
     labels = Labels("sample", ("weights", "data", "step"), ("train",), (("loss", "last"),))

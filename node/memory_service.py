@@ -72,6 +72,8 @@ class MemoryService:
         self._record = record
         self._elsewhere = dict(elsewhere or {})
         self.money: dict[bytes, Json] = {}
+        self.sold: list[Json] = []
+        self.traded: list[Json] = []
 
     @property
     def store(self) -> Store:
@@ -114,6 +116,10 @@ class MemoryService:
     async def jobs(self) -> list[Json]:
         """See NodeService."""
         return [run.line() for run in reversed(self.runs.values())]
+
+    async def sales(self) -> list[Json]:
+        """See NodeService."""
+        return self.sold
 
     async def job(self, run_id: str) -> Json:
         """See NodeService."""
@@ -162,6 +168,22 @@ class MemoryService:
     async def wishes(self) -> list[Json]:
         """Nobody's."""
         return []
+
+    async def market(self) -> Json:
+        """Nothing is asked, and of trades only the classes are told."""
+        named = sorted({trade["class_id"] for trade in self.traded})
+        take = {"fills": 0, "paid_nusd": 0, "got_nusd": 0, "take_nusd": 0}
+        return {"classes": [{"class_id": each} for each in named], "take": take}
+
+    async def trades(self, since_ns: int) -> list[Json]:
+        """Of ``traded``."""
+        return [trade for trade in self.traded if trade["hour_ns"] >= since_ns]
+
+    async def trade_events(self, after_seq: int) -> AsyncIterator[list[Json]]:
+        """``traded`` as events, then silence."""
+        events = [{"seq": seq, "kind": "trade", **t} for seq, t in enumerate(self.traded, 1)]
+        yield events[after_seq:]
+        await trio.sleep_forever()
 
     async def peers(self) -> list[Json]:
         """Whoever ``connect`` was asked for."""

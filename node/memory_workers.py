@@ -40,7 +40,7 @@ class CountingSession:
 
     Init slots are filled with the seed's low byte. An output, traced or not, is the number of the
     step that last gave it, as 8 little-endian bytes (a traced one 4). The work stops when asked to
-    at the first multiple of ``stop.every``.
+    at the first multiple of ``stop.every``; that output is the flag.
     """
 
     def __init__(self, work: Work, plans: Mapping[bytes, bytes]) -> None:
@@ -90,6 +90,9 @@ class CountingSession:
     def read_output(self, phase: int, output: int) -> memoryview | None:
         if phase not in self._last:
             return None
+        stop = self._work.stop
+        if stop is not None and (stop.phase, stop.output) == (phase, output):
+            return memoryview(bytes([self.should_stop(self._last[phase])]))
         size = 4 if self._work.phases[phase].modes[output] == MODE_TRACE else 8
         return memoryview(self._last[phase].to_bytes(size, "little"))
 

@@ -2,8 +2,8 @@
 
 Each word is signed, booked and put on disk in one commit (``payment_book``), then brought to a node
 of the other account until that has noted it, over restarts too, however long that takes: a day's
-patience would be too short for money. The words are ``p2pflop.market.payments``, the stream is
-``payment_stream``.
+patience would be too short for money. Pauses between attempts grow, and end when such a node
+connects. The words are ``p2pflop.market.payments``, the stream is ``payment_stream``.
 """
 
 from __future__ import annotations
@@ -91,11 +91,21 @@ class Payments:
         self._streams: Counter[str] = Counter()
         self._under_way: set[bytes] = set()
         self._troubles: dict[bytes, str] = {}
+        self._peers: dict[bytes, frozenset[str]] = {}
+        self._met: dict[bytes, trio.Event] = {}
 
     def resume(self) -> None:
         """Bring what a restart found."""
         for payment in self._book.untold():
             self._bring(payment)
+
+    def met(self, peer: str) -> None:
+        """A peer has connected: what is for it is brought at once. What is for nobody known yet
+        is tried soon, since its sheet may follow."""
+        for payment, met in self._met.items():
+            peers = self._peers.get(payment)
+            if not peers or peer in peers:
+                met.set()
 
     def listed(self) -> list[Json]:
         """Payments both ways: claims that wait here, by those who owe something first, then the
@@ -369,14 +379,22 @@ class Payments:
     async def _deliver(self, payment: bytes) -> None:
         wait_s = AGAIN_S
         try:
-            while trouble := await self._try(payment):
+            while True:
+                met = self._met[payment] = trio.Event()
+                trouble = await self._try(payment)
+                if not trouble:
+                    return
                 if self._troubles.get(payment) != trouble:
                     _log.info("payment %s is not told yet: %s", payment.hex()[:12], trouble)
                 self._troubles[payment] = trouble
-                await trio.sleep(wait_s)
-                wait_s = min(2 * wait_s, MAX_AGAIN_S)
+                await trio.sleep(AGAIN_S)  # at least: whoever comes and goes costs no more
+                with trio.move_on_after(wait_s - AGAIN_S):
+                    await met.wait()
+                wait_s = AGAIN_S if met.is_set() else min(2 * wait_s, MAX_AGAIN_S)
         finally:
             self._under_way.discard(payment)
+            self._met.pop(payment, None)
+            self._peers.pop(payment, None)
             self._troubles.pop(payment, None)
 
     async def _try(self, payment: bytes) -> str:
@@ -386,7 +404,9 @@ class Payments:
             known = self._book.get(payment)
             if known is None or known.told:
                 return ""
-            for node in self._candidates(known):
+            candidates = self._candidates(known)
+            self._peers[payment] = frozenset(peer_id(node) for node in candidates)
+            for node in candidates:
                 trouble = await self._tell(payment, node)
                 pinned = self._book.get(payment)
                 if not trouble or (pinned is not None and pinned.node):

@@ -238,7 +238,7 @@ class Purchase:
         if self._lifecycle.side.countersigned:
             self._add_letter()
         if action.state is State.CANCELLED and self._failure is None:
-            await self._buyer.runs.emit(self._run, "cancelled")
+            await self._buyer.runs.emit(self._run, "cancelled", cost_nusd=self._owed_nusd())
         elif action.state is not State.CANCELLED:
             if action.blame is Blame.PROVIDER:
                 self._note_failure()

@@ -66,6 +66,7 @@ from p2pflop.node.feeding import Feeds
 from p2pflop.node.goods import check_inline
 from p2pflop.node.journal import JobRows, Row, Unpaid
 from p2pflop.node.supply import Supply
+from p2pflop.node.window import COUNTERSIGN_WITHIN_S, Window, window_of
 from p2pflop.node.worker_types import Rows
 from p2pflop.wire import Sealed, decode, encode, reopen
 
@@ -84,6 +85,7 @@ class SaleRow(StrEnum):
     BID = "bid"
     ACCOUNT = "account"
     BODY = "body"
+    PRICE = "price"
     RESULT = "result"
     INTERVAL = "interval"
 
@@ -113,6 +115,7 @@ class Sale:
         self.rows = rows
         self.body_bytes = 0
         self.fill_id = b""
+        self.price_nusd: int | None = None
         self._had_ended = bool(rows.head.end_state)
         self._seller = seller
         self._body = body
@@ -123,6 +126,7 @@ class Sale:
         self._shown_to = bid.record.job.first_step
         self._delivery: _Delivery | None = None
         self._booked = b""
+        self._window: Window | None = None
         self._working = trio.CancelScope()
         self._may_run = trio.Event()
         self._tasks, self._due = trio.open_memory_channel[str](16)
@@ -146,6 +150,16 @@ class Sale:
     def state(self) -> State:
         """Of its lifecycle."""
         return self._lifecycle.state
+
+    @property
+    def is_standing(self) -> bool:
+        """Whether its worker waits for the buyer to countersign."""
+        return self._window is not None and self._window.is_standing
+
+    @property
+    def shown_to(self) -> int:
+        """The step before which the buyer was told all rows."""
+        return self._shown_to
 
     @property
     def signed_nusd(self) -> int:
@@ -187,6 +201,8 @@ class Sale:
             elif row.kind == SaleRow.INTERVAL:
                 checkpoint = decode(m.Checkpoint, row.body)
                 self._checkpoints[checkpoint.step] = checkpoint
+            elif row.kind == SaleRow.PRICE:
+                self.price_nusd = int.from_bytes(row.body, "big")
         await self.driver.resume(rows)
         self._bind()
         if self._delivery is not None and not self.over:
@@ -245,6 +261,8 @@ class Sale:
             case m.Countersigned(wire):
                 await self._told(Received(wire))
                 if self._lifecycle.side.countersigned == wire:
+                    if self._window is not None:
+                        self._window.note_signed(self.signed_nusd)
                     await self.write()
                     await self._forget_checkpoints(wire)
                 if self._lifecycle.ended:
@@ -342,6 +360,8 @@ class Sale:
         kinds = [SaleRow.RESULT, SaleRow.INTERVAL, *([] if side.confirm else [SaleRow.BODY])]
         self.rows.forget(*kinds)
         await self.write()
+        if action.state is State.SETTLED and not self._had_ended:
+            self._seller.tell_trade(self)
         if not self.over and action.state is not State.SETTLED:
             self._finish_talk()  # what is signed is acknowledged first
         _log.info("sale %s: %s %s", self.rows.head.job[:12], action.state, action.reason)
@@ -445,12 +465,20 @@ class Sale:
 
     def _checkpoint_plan(self) -> Checkpoints:
         bid = self.bid.record
+        limit_nusd = self._seller.allocator.window_nusd(self.account)
+        self._window = window_of(bid, self._checked.work, limit_nusd, self._give_up_unsigned)
         return Checkpoints(
             bid.terms.checkpoint_steps,
             checkpoint_seconds(bid),
             self._wants_checkpoint,
             self._keep_checkpoint,
+            self._window,
         )
+
+    async def _give_up_unsigned(self) -> None:
+        seconds = COUNTERSIGN_WITHIN_S
+        reason = f"nothing was countersigned for {seconds:.0f} s, and the window is full"
+        await self.driver.on(Withdraw(reason, Blame.BUYER))
 
     def _wants_checkpoint(self, late: bool) -> bool:
         """A buyer that lags behind is billed for more with a later one.

@@ -30,6 +30,7 @@ from p2pflop.job.events import Grant, State, Withdraw
 from p2pflop.job.file import CheckedJob, JobBody
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import OpenBid, check_bid, make_reject
+from p2pflop.market.receipts import delivered_flop
 from p2pflop.market.records import Abandon, Bid, Confirm, Fill, Receipt, Rejected
 from p2pflop.node import messages as m
 from p2pflop.node.allocator import Allocator
@@ -43,7 +44,9 @@ from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.opening import Opener
 from p2pflop.node.quoting import Quoting
 from p2pflop.node.sale import Sale, SaleRow, first_row
+from p2pflop.node.service import Json
 from p2pflop.node.sheets import SheetService
+from p2pflop.node.tape import TapeService
 from p2pflop.node.warm import WarmWorkers
 from p2pflop.node.worker_types import Workers
 from p2pflop.units import KIB
@@ -72,6 +75,7 @@ class Seller:
     warm: WarmWorkers
     journal: Journal
     ledger_book: LedgerBook
+    tape: TapeService
     nursery: trio.Nursery
     now_ns: Callable[[], int]
     started_ns: int = field(default_factory=time.monotonic_ns)
@@ -133,6 +137,23 @@ class Seller:
         self.nursery.start_soon(survive, self._take_all_up)
         self.nursery.start_soon(keep_going, self.quoting.run)
 
+    def cards(self) -> list[Json]:
+        """Sales that are not over, oldest first, as JSON. See ``NodeService.sales``."""
+        return [
+            {
+                "id": bid_id.hex(),
+                "account": sale.account.hex(),
+                "state": sale.state.value,
+                "paused": sale.is_standing,
+                "step": sale.shown_to,
+                "end_step": sale.bid.record.job.first_step + sale.bid.record.job.steps,
+                "signed_nusd": sale.signed_nusd,
+                "quote_nusd": sale.bid.record.quote_nusd,
+            }
+            for bid_id, sale in self._sales.items()
+            if not sale.over
+        ]
+
     async def stop(self) -> None:
         """Take no more bids and give running leases back."""
         self.stopping = True
@@ -148,6 +169,19 @@ class Seller:
         self._over[sale.bid.id] = sale
         self._over_bytes += sale.body_bytes
         self._forget()
+
+    def tell_trade(self, sale: Sale) -> None:
+        """Called by a sale that has settled."""
+        if sale.price_nusd is None:
+            return  # it was granted by a version that had no tape
+        bid = sale.bid.record
+        self.tape.settled(
+            fill_id=sale.fill_id,
+            class_id=bid.class_id,
+            price_nusd=sale.price_nusd,
+            flop=delivered_flop(bid, sale.signed_nusd),
+            buyer=sale.account,
+        )
 
     async def shows(self, address: bytes, reader: bytes) -> bool:
         """Whether a blob is for the buyer whose node is ``reader``: its account's, and of a lease.
@@ -240,6 +274,8 @@ class Seller:
         sale.rows.add(SaleRow.BID, bid.sealed.wire)
         sale.rows.add(SaleRow.ACCOUNT, bid.account)
         sale.rows.add(SaleRow.BODY, encoded)
+        sale.price_nusd = bid.ask.price_nusd
+        sale.rows.add(SaleRow.PRICE, bid.ask.price_nusd.to_bytes(8, "big"))
         await sale.driver.start()
         await sale.tell(Grant())
         return sale

@@ -29,7 +29,7 @@ kind            fields
 ``result``      ``hash``: of the record, ``cost_nusd``, ``earlier``: the run whose result it is, if
                 it was bought before; last
 ``failed``      ``error``: the name of the error's class, ``message``, ``hint``; last
-``cancelled``   last
+``cancelled``   last: ``cost_nusd``
 =============== ===================================================================================
 """
 
@@ -110,6 +110,13 @@ class NodeService(Protocol):
     async def jobs(self) -> list[Json]:
         """One line a run, newest first: ``id``, ``title``, ``state``, ``step``, ``steps``..."""
 
+    async def sales(self) -> list[Json]:
+        """What runs here for others: ``id`` of the bid, ``account``, ``state``, ``step`` of
+        ``end_step``, ``signed_nusd`` of ``quote_nusd``.
+
+        ``paused``: the work waits for the buyer to countersign what was delivered.
+        """
+
     async def job(self, run_id: str) -> Json:
         """The line of ``jobs`` for one run, and all that is known beyond."""
 
@@ -137,11 +144,24 @@ class NodeService(Protocol):
     async def wishes(self) -> list[Json]:
         """The wishes that this node knows, by class and limit; of its own it says so."""
 
+    async def market(self) -> Json:
+        """``classes``: of each the ``depth`` of its asks, ``last_nusd``, ``low_nusd``,
+        ``high_nusd``, ``hour_gflop``, ``day_gflop`` and more of the tape; and ``take``, of the
+        newest purchases and sales: ``fills``, ``paid_nusd``, ``got_nusd``, ``take_nusd``."""
+
+    async def trades(self, since_ns: int) -> list[Json]:
+        """The tape from the hour of that time on, newest hour first: ``id``, ``provider``,
+        ``account``, ``own``, ``class_id``, ``price_nusd``, ``gflop``, ``hour_ns``."""
+
+    def trade_events(self, after_seq: int) -> AsyncIterator[list[Json]]:
+        """Trades as they come to the tape, as events of kind ``trade``; first those that came
+        lately, after number ``after_seq``."""
+
     async def peers(self) -> list[Json]:
         """The peers that this node is connected to."""
 
     async def ledger(self) -> Json:
-        """Who owes whom, and the newest postings."""
+        """Who owes whom, the newest postings, and ``take`` as in ``market``."""
 
     async def statement(self, account: bytes, since_ns: int) -> Json:
         """All entries with an account from that time on, with balances. See ``node.statements``."""

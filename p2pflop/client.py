@@ -113,6 +113,36 @@ class Client:
         """The wishes of buyers that the node knows, by class and limit."""
         return self._list("wishes")
 
+    def market(self) -> Json:
+        """``classes``: depth, last price and volume of each; and the ``take`` rate."""
+        return self._json("GET", "/v1/market")
+
+    def trades(self, since_ns: int = 0) -> list[Json]:
+        """The tape from the hour of ``since_ns`` (Unix time) on, newest hour first."""
+        params = {"since_ns": str(since_ns)}
+        trades: list[Json] = self._json("GET", "/v1/trades", params=params)["trades"]
+        return trades
+
+    def trade_events(self, after: int = 0) -> Iterator[Json]:
+        """Trades as they come to the tape, without end; first the latest after number ``after``.
+
+        A lost connection is taken up again, ``MAX_RECONNECTS`` times in a row; then
+        NodeUnreachableError.
+        """
+        failures = 0
+        while True:
+            try:
+                for event in self._event_stream("/v1/trades/events", after, None):
+                    failures, after = 0, int(event["seq"])
+                    yield event
+                reason = "it ended the connection"
+            except (httpx.TransportError, NodeUnreachableError) as error:
+                reason = str(error)
+            failures += 1
+            if failures > MAX_RECONNECTS:
+                raise self._unreachable(f"lost it while following its tape: {reason}")
+            _pause(failures)
+
     def peers(self) -> list[Json]:
         """The peers that the node is connected to."""
         return self._list("peers")
@@ -188,6 +218,10 @@ class Client:
         """The runs of the node, newest first."""
         return self._list("jobs")
 
+    def sales(self) -> list[Json]:
+        """What runs at the node for others, oldest first; ``paused`` waits for a signature."""
+        return self._list("sales")
+
     def job(self, run_id: str) -> Json:
         """One run."""
         return self._json("GET", _run_path(run_id))
@@ -223,7 +257,7 @@ class Client:
             if left_s is not None and left_s <= 0:
                 raise TimeoutError(f"run {run_id} did not end in {timeout_s} s; it goes on")
             try:
-                for event in self._event_stream(run_id, after, left_s):
+                for event in self._event_stream(_run_path(run_id, "/events"), after, left_s):
                     failures = 0
                     after = int(event["seq"])
                     over = event["kind"] in LAST_EVENT_KINDS
@@ -244,7 +278,7 @@ class Client:
                     hint="The run is in its journal and goes on when the node runs again: "
                     f"start it, then 'p2pflop watch {run_id}'.",
                 )
-            time.sleep(min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** (failures - 1)))
+            _pause(failures)
 
     # Blobs
 
@@ -362,11 +396,11 @@ class Client:
                 hint="Try again; if it stays so, the node's log tells more.",
             ) from error
 
-    def _event_stream(self, run_id: str, after: int, wait_s: float | None) -> Iterator[Json]:
+    def _event_stream(self, path: str, after: int, wait_s: float | None) -> Iterator[Json]:
         params = {"after": str(after)}
         if wait_s is not None:
             params["wait_ms"] = str(int(wait_s * 1000) + 1)
-        with self._exchange("GET", _run_path(run_id, "/events"), params=params) as response:
+        with self._exchange("GET", path, params=params) as response:
             raise_for(response)
             name, data = "", ""
             for line in lines(response):
@@ -457,6 +491,11 @@ class Client:
             f"cannot reach the node of {self.home}: {reason}",
             hint="Start one with 'p2pflop node', or name its home with --home or P2PFLOP_HOME.",
         )
+
+
+def _pause(failures: int) -> None:
+    """Longer after each failure in a row."""
+    time.sleep(min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** (failures - 1)))
 
 
 def _run_path(run_id: str, part: str = "") -> str:

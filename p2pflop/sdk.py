@@ -26,7 +26,7 @@ from p2pflop.errors import (
     ProtocolError,
     VerificationError,
 )
-from p2pflop.ids import blob_url, parse_hash
+from p2pflop.ids import HASH_BYTES, blob_url, parse_hash
 from p2pflop.job.blobs import LazyBlobs
 from p2pflop.job.collection import Collection
 from p2pflop.job.counts import shown, whole_number
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from p2pflop.results import Result
 
 MAX_FILE_BYTES: Final = MAX_COMPRESSED_BYTES + len(FILE_MAGIC)
+SWEEP_ID_DIGITS: Final = 2 * HASH_BYTES
+"""A sweep's is the address of a blob; that of a run is shorter."""
 INPUTS_SUFFIX: Final = ".inputs"
 
 _ARGUMENTS: Final = {Dtype.BOOL: "<?", Dtype.INT32: "<i", Dtype.FLOAT32: "<f"}
@@ -346,11 +348,19 @@ def put_inputs(job: Job, client: Client) -> None:
             raise VerificationError(f"input {blob_url(address)} has changed since it was loaded")
 
 
-def attach(run_id: str) -> Run:
-    """The run of that id, from this process or any before it. Raises ConfigError if unknown."""
+def attach(run_or_sweep_id: str) -> Any:
+    """The ``Run`` or the ``Sweep`` of that id, from this process or any before it.
+
+    A sweep goes on where it was: see ``attach_sweep``. Raises ConfigError if the node has no such
+    run, BlobNotFoundError or ConfigError if it has no such sweep.
+    """
     client = Client(start=True)
-    client.job(run_id)
-    return Run(run_id, client)
+    if len(run_or_sweep_id) == SWEEP_ID_DIGITS:
+        from p2pflop.sweeps import attach_sweep
+
+        return attach_sweep(run_or_sweep_id, client=client)
+    client.job(run_or_sweep_id)
+    return Run(run_or_sweep_id, client)
 
 
 def load(path: str | Path) -> Job:

@@ -22,8 +22,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Final, Self
 
 from p2pflop.client import Client
 from p2pflop.errors import ConfigError, MarketError, NodeUnreachableError, P2PFlopError
@@ -36,6 +36,7 @@ from p2pflop.outcomes import Costs, Outcome, SweepProgress
 from p2pflop.packs import room_for, variants_of
 from p2pflop.runs import Row, Run, check_event
 from p2pflop.sdk import Job, Number, Usd, put_inputs, submit_options
+from p2pflop.shards import jobs_of, with_data
 from p2pflop.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ Unit = tuple[int, ...]
 class SweepPlan:
     """What a sweep is to buy, as the node keeps it in a blob of JSON.
 
-    ``job`` is the address of the job file, ``args`` the arguments of each of its variants.
+    ``job`` is the address of the job file, ``args`` the arguments of each of its variants, ``data``
+    the addresses of its inputs, by name, if they differ, too.
     """
 
     nonce: str
@@ -75,6 +77,7 @@ class SweepPlan:
     under_way: int
     room: int = 1
     """How many jobs are bought together, as one (``p2pflop.job.packing``)."""
+    data: list[dict[str, str]] = field(default_factory=list)
 
     def encode(self) -> bytes:
         """The blob."""
@@ -482,7 +485,8 @@ class Sweep:
         options = self._options(client, self.run_id(place), limit_nusd)
         if options is None:
             return
-        job = self._job.with_args(**plan.args[place])
+        job = with_data(self._job, plan.data[place]) if plan.data else self._job
+        job = job.with_args(**plan.args[place])
         for address, data in job.inputs.items():
             if address not in self._job.inputs:
                 client.put(data)
@@ -491,8 +495,9 @@ class Sweep:
 
 def map(  # noqa: A001 - the word of Python and of all that run many jobs
     job: Job,
-    args: Sequence[Mapping[str, Number]],
+    args: Sequence[Mapping[str, Number]] | None = None,
     *,
+    feed: object = None,
     max_usd: Usd | None = None,
     deadline: str | float | None = None,
     ordered: bool = True,
@@ -508,6 +513,10 @@ def map(  # noqa: A001 - the word of Python and of all that run many jobs
 ) -> Sweep:
     """Buy a run of ``job`` for each of ``args`` (see ``Job.with_args``), ``under_way`` at once.
 
+    ``feed`` is for a run for each shard of what ``pf.feed`` gives or takes: the only feed of the
+    job, or by the names of inputs and feeds, ``{"x": "data/*.npy"}``. With both, one takes
+    ``args[n]`` and shard n.
+
     They share one graph and plan, and one budget: ``max_usd`` is the most that all of them may
     cost together, ``deadline`` how long they may take together. ``cancel_if`` is told each result
     and ends the rest when it is true; ``prune_if`` is told each row and ends that run alone (a run
@@ -521,15 +530,13 @@ def map(  # noqa: A001 - the word of Python and of all that run many jobs
     It returns at once, and the sweep goes on in the background; see ``Sweep``. Raises ConfigError,
     JobError for arguments that the job does not have, and what ``submit`` raises for its inputs.
     """
-    whole_number("jobs in a sweep", len(args), MAX_JOBS)
+    client = client or Client(start=True)
     whole_number("under_way", under_way, MAX_UNDER_WAY)
     options = submit_options(max_usd, deadline, checkpoint_steps, checkpoint_every, classes, fresh)
-    variants = [{name: _plain(value) for name, value in each.items()} for each in args]
-    for each in variants:
-        job.with_args(**each)
-    client = client or Client(start=True)
+    variants, data = jobs_of(job, args, feed, MAX_JOBS, client)
+    job = with_data(job, data[0]) if data else job
     put_inputs(job, client)
-    room = room_for(job, variants) if pack and prune_if is None else 1
+    room = room_for(job, variants) if pack and prune_if is None and not data else 1
     plan = SweepPlan(
         secrets.token_hex(16),
         client.put(encode_file(job.file)).address.hex(),
@@ -542,6 +549,7 @@ def map(  # noqa: A001 - the word of Python and of all that run many jobs
         fresh,
         under_way,
         room,
+        data,
     )
     sweep_id = client.put(plan.encode()).address.hex()
     sweep = Sweep(
@@ -571,12 +579,6 @@ def attach_sweep(
         sweep_id, plan, job, client, ordered=ordered, cancel_if=cancel_if, prune_if=prune_if
     )
     return sweep.start(known=True)
-
-
-def _plain(value: Any) -> Number:
-    """A number of Python's own; numpy's scalars are none."""
-    number: Number = value.item() if hasattr(value, "item") else value
-    return number
 
 
 def _card(client: Client, run_id: str) -> Json | None:

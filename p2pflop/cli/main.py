@@ -45,6 +45,7 @@ COMMANDS: Final = {
     "ls": ("blobs", "List the blobs of this node."),
     "rm": ("blobs", "Delete blobs from this node."),
     "book": ("market", "Show the order book."),
+    "trades": ("tape", "Show what was traded."),
     "quote": ("quote", "Tell what a PFLOP costs you, and what to ask for it."),
     "peers": ("market", "List the connected peers."),
     "ledger": ("market", "Show who owes whom."),

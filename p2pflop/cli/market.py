@@ -3,60 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from p2pflop.cli.money import print_payments
-from p2pflop.cli.output import Flags, common_options, print_fields, print_json, print_table, short
-from p2pflop.cli.wishes import print_wishes
-from p2pflop.kernels.classes import name_of
+from p2pflop.cli.output import (
+    Flags,
+    common_options,
+    print_fields,
+    print_json,
+    print_table,
+    short,
+    table_lines,
+)
+from p2pflop.cli.tape import (
+    ASK_HEADER,
+    ask_row,
+    class_lines,
+    depth_lines,
+    take_line,
+    watch_book,
+)
+from p2pflop.cli.wishes import print_wishes, wish_lines
 from p2pflop.market.credit import ledger_risk
-from p2pflop.units import format_bytes, format_duration, format_flop, format_usd
+from p2pflop.units import format_duration, format_usd
+
+if TYPE_CHECKING:
+    from p2pflop.client import Client
 
 
 @click.command("book")
+@click.option("--classes", is_flag=True, help="Show the depth of each class, not each ask.")
 @click.option("--wishes", is_flag=True, help="Show the wishes of buyers alone.")
+@click.option("--watch", is_flag=True, help="Go on showing what changes, until Ctrl-C.")
 @common_options
 @click.pass_obj
-def book_command(flags: Flags, wishes: bool) -> None:
+def book_command(flags: Flags, classes: bool, wishes: bool, watch: bool) -> None:
     """Show the order book.
 
-    Every ask that this node knows, cheapest first; prices are dollars a PFLOP. Then what buyers
-    wish for, if anything: how many would pay up to which price. With --json only one of the two.
+    Every ask that this node knows, cheapest first; prices are dollars a PFLOP. Below, of each class
+    the last price, the lowest and highest price and the volume of the tape, and how much is asked;
+    the take rate; and what buyers wish for, if anything. With --watch a terminal shows all of it
+    anew every two seconds; into a pipe, or with --json, goes a line for each ask new or gone.
 
     \b
     Examples:
       p2pflop book
+      p2pflop book --classes
       p2pflop book --wishes
+      p2pflop book --watch
       p2pflop book --json | jq '.[0]'
     """
     client = flags.client()
-    if wishes:
+    if watch:
+        watch_book(flags, client, lambda: _book_lines(client, classes=classes))
+    elif wishes:
         print_wishes(flags, client.wishes())
-        return
-    asks = client.book()
-    if flags.json:
-        print_json(asks)
-        return
-    rows = (
-        (
-            f"{short(ask['provider'])}{' (this node)' if ask.get('own') else ''}",
-            format_usd(int(ask["price_nusd"])),
-            format_bytes(int(ask["memory_bytes"])),
-            f"{format_flop(int(ask.get('flop_per_s', 0)))}/s",
-            name_of(bytes.fromhex(ask["class_id"])) or short(ask["class_id"]),
-        )
-        for ask in sorted(asks, key=lambda ask: int(ask["price_nusd"]))
-    )
-    print_table(
-        ("PROVIDER", "PRICE/PFLOP", "MEMORY", "CLAIMED SPEED", "CLASS"),
-        rows,
-        "No asks known yet: 'p2pflop peers' shows whether anybody is connected.",
-    )
-    if wished := client.wishes():
-        click.echo()
-        print_wishes(flags, wished)
+    elif flags.json:
+        print_json(client.market() if classes else client.book())
+    else:
+        for line in _book_lines(client, classes=classes):
+            click.echo(line)
+
+
+def _book_lines(client: Client, *, classes: bool) -> list[str]:
+    asks = [] if classes else sorted(client.book(), key=lambda ask: int(ask["price_nusd"]))
+    market = client.market()
+    lines = class_lines(market)
+    if classes:
+        lines += depth_lines(market)
+    else:
+        empty = "No asks known yet: 'p2pflop peers' shows whether anybody is connected."
+        lines = [*(table_lines(ASK_HEADER, map(ask_row, asks)) or [empty]), "", *lines]
+    wished = wish_lines(client.wishes())
+    return [*lines, "", take_line(market["take"]), *(["", *wished] if wished else [])]
 
 
 @click.command("peers")
@@ -115,6 +136,8 @@ def ledger_command(flags: Flags) -> None:
         ]
     )
     click.echo(ledger_risk(*at_risk(ledger.get("balances", ()))))
+    if "take" in ledger:
+        click.echo(take_line(ledger["take"]))
     balances = [
         (
             short(balance["account"]),

@@ -5,21 +5,29 @@ from __future__ import annotations
 import click
 
 from p2pflop.cli.output import Flags, clean, common_options, print_json, print_table, say
+from p2pflop.units import format_usd
+
+PAUSED = "paused: waiting for the buyer's signature"
 
 
 @click.command("jobs")
+@click.option("--sold", is_flag=True, help="What runs here for others.")
 @common_options
 @click.pass_obj
-def jobs_command(flags: Flags) -> None:
+def jobs_command(flags: Flags, sold: bool) -> None:
     """List the runs of this node.
 
-    Newest first.
+    Newest first. With --sold what runs here for others, oldest first.
 
     \b
     Examples:
       p2pflop jobs
+      p2pflop jobs --sold
       p2pflop jobs --json | jq -r '.[] | select(.state == "settled") | .id'
     """
+    if sold:
+        _tell_sales(flags)
+        return
     jobs = flags.client(start=True).jobs()
     if flags.json:
         print_json(jobs)
@@ -34,6 +42,24 @@ def jobs_command(flags: Flags) -> None:
         for job in jobs
     )
     print_table(("ID", "STATE", "STEP", "TITLE"), rows, "No runs yet: p2pflop submit FILE")
+
+
+def _tell_sales(flags: Flags) -> None:
+    sales = flags.client(start=True).sales()
+    if flags.json:
+        print_json(sales)
+        return
+    rows = (
+        (
+            sale["id"][:12],
+            sale["account"][:12],
+            f"{sale['step']}/{sale['end_step']}",
+            f"{format_usd(sale['signed_nusd'])} of {format_usd(sale['quote_nusd'])}",
+            PAUSED if sale["paused"] else sale["state"],
+        )
+        for sale in sales
+    )
+    print_table(("BID", "BUYER", "STEP", "SIGNED", "STATE"), rows, "Nothing runs here for others.")
 
 
 @click.command("watch")

@@ -38,6 +38,19 @@ MAX_MAP_BYTES: Final = 16 * 1024 * 1024
     metavar="FILE",
     help="Arguments: JSON.",
 )
+@click.option(
+    "--feed",
+    "feeds",
+    metavar="NAME=FILES",
+    multiple=True,
+    help="Another input for each run, like x=data/*.npy; repeatable.",
+)
+@click.option(
+    "--batch",
+    type=int,
+    metavar="ROWS",
+    help="Cut --feed into runs of so many rows; else a run for each file.",
+)
 @click.option("--max-usd", metavar="USD", help="The most that all of it may cost.")
 @click.option("--deadline", metavar="TIME", help="How long all of it may take, like 90s or 2h.")
 @click.option("--under-way", type=int, metavar="N", help="Runs at once; default 8.")
@@ -51,6 +64,8 @@ def sweep_command(
     file: Path | None,
     grid: tuple[str, ...],
     file_of_args: Path | None,
+    feeds: tuple[str, ...],
+    batch: int | None,
     max_usd: str | None,
     deadline: str | None,
     under_way: int | None,
@@ -60,8 +75,9 @@ def sweep_command(
 ) -> int:
     """Buy many runs of a job with other arguments, under one budget.
 
-    FILE is a .p2pj file or a script (see 'p2pflop submit'); its job was traced with args=. The file
-    of --map has a list of objects like {"lr": 0.001}. Runs that fail are in the table, and make the
+    FILE is a .p2pj file or a script (see 'p2pflop submit'); its job was traced with args=, or has
+    inputs, of which --feed takes another for each run. The file of --map has a list of objects like
+    {"lr": 0.001}; with --feed as many. Runs that fail are in the table, and make the
     exit code 1. Ctrl-C cancels what is under way; --attach goes on with what was not bought. With
     --json every outcome is a line of JSON, the last line how it all ended.
 
@@ -69,12 +85,13 @@ def sweep_command(
     Examples:
       p2pflop sweep digits.p2pj --args lr=1e-3,3e-3,1e-2 --max-usd 0.05
       p2pflop sweep digits.p2pj --map rates.json --json
+      p2pflop sweep embed.p2pj --feed 'pixels=data/*.npy' --batch 64
     """
     from p2pflop import sweeps
     from p2pflop.cli.submit import open_file
 
     if attach is not None:
-        if file is not None or grid or file_of_args is not None:
+        if file is not None or grid or file_of_args is not None or feeds:
             raise ConfigError("--attach takes no file and no arguments: the sweep has its own")
         sweep = sweeps.attach_sweep(attach, ordered=False, client=flags.client(start=True))
     elif file is None:
@@ -82,7 +99,8 @@ def sweep_command(
     else:
         sweep = sweeps.map(
             open_file(file),
-            combinations(grid) if file_of_args is None else read_map(file_of_args, grid),
+            _arguments(grid, file_of_args, feeds),
+            feed=read_feeds(feeds, batch) if feeds else None,
             max_usd=max_usd,
             deadline=deadline,
             ordered=False,
@@ -92,6 +110,30 @@ def sweep_command(
             client=flags.client(start=True),
         )
     return _follow(flags, sweep)
+
+
+def _arguments(
+    grid: Sequence[str], file_of_args: Path | None, feeds: Sequence[str]
+) -> list[dict[str, float]] | None:
+    """Of each run; None if runs differ in what feeds them alone."""
+    if file_of_args is not None:
+        return read_map(file_of_args, grid)
+    return None if feeds and not grid else combinations(grid)
+
+
+def read_feeds(feeds: Sequence[str], batch: int | None) -> dict[str, Any]:
+    """The feeds in texts like ``x=data/*.npy``. Raises ConfigError."""
+    from p2pflop.sdk import feed
+
+    named: dict[str, Any] = {}
+    for text in feeds:
+        name, equals, files = text.partition("=")
+        if not (name and equals and files):
+            raise ConfigError(f"{text[:80]!r} is not like x=data/*.npy")
+        if name in named:
+            raise ConfigError(f"--feed {name} is given twice")
+        named[name] = feed(files, batch=batch)
+    return named
 
 
 def _follow(flags: Flags, sweep: Sweep) -> int:
@@ -142,7 +184,8 @@ def _described(outcome: Outcome) -> dict[str, Any]:
 
 
 def _named(outcome: Outcome) -> str:
-    return " ".join(f"{clean(name)}={value:g}" for name, value in outcome.args.items())
+    named = " ".join(f"{clean(name)}={value:g}" for name, value in outcome.args.items())
+    return named or f"shard {outcome.place}"
 
 
 def _last(outcome: Outcome) -> str:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from p2pflop.cli.output import Flags, print_json, print_table, short
+import click
+
+from p2pflop.cli.output import Flags, print_json, short, table_lines
 from p2pflop.kernels.classes import name_of
 from p2pflop.market.wishes import ANY_PRICE_NUSD
 from p2pflop.units import format_flop, format_usd
 
 
-def print_wishes(flags: Flags, levels: Iterable[Mapping[str, Any]]) -> None:
+def print_wishes(flags: Flags, levels: Sequence[Mapping[str, Any]]) -> None:
     """How many buyers would pay up to which price a PFLOP, and for how much work in all."""
     if flags.json:
-        print_json(list(levels))
-        return
-    print_table(
-        ("WISHES", "UP TO/PFLOP", "SIZE", "UP TO, IN ALL", "CLASS"),
+        print_json(levels)
+    for line in [] if flags.json else wish_lines(levels) or ["Nobody wishes for anything now."]:
+        click.echo(line)
+
+
+def wish_lines(levels: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The table of them; nothing if there are none."""
+    header = ("WISHES", "UP TO/PFLOP", "SIZE", "UP TO, IN ALL", "CLASS")
+    rows = (
         (
-            (
-                _count(level),
-                _limit(int(level["price_nusd"])),
-                format_flop(int(level["flop"])),
-                _limit(int(level["limit_nusd"])),
-                _class(str(level["class_id"])),
-            )
-            for level in levels
-        ),
-        "Nobody wishes for anything now.",
+            _count(level),
+            _limit(int(level["price_nusd"])),
+            format_flop(int(level["flop"])),
+            _limit(int(level["limit_nusd"])),
+            _class(str(level["class_id"])),
+        )
+        for level in levels
     )
+    return table_lines(header, rows)
 
 
 def _class(class_id: str) -> str:

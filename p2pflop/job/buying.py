@@ -106,6 +106,10 @@ class BuyerDesk(Protocol):
 
     def countersign(self, receipt: bytes) -> bytes: ...
 
+    def close(self, bid: bytes, countersigned: bytes) -> bytes:
+        """The buyer's receipt for what a cancel owes beyond ``countersigned``, or nothing."""
+        ...
+
     def abandon(self, bid: bytes, fill: bytes, countersigned: bytes, reason: str) -> bytes: ...
 
     def check_abandon(self, wire: bytes, bid: bytes, fill: bytes) -> str:
@@ -189,9 +193,10 @@ class Buying:
                 self._reason = ""
             case ((Edge.START | Edge.STARTED | Edge.AGAIN), ()):
                 pass
-            case _, (reason, blame, abandon):
+            case _, (reason, blame, abandon, *closing):
                 self._reason, self._blame = reason.decode(), Blame(blame.decode())
                 self.abandon = abandon
+                self.countersigned = b"".join(closing) or self.countersigned
             case _:
                 raise ValueError(f"{edge} with {len(parts)} parts")
 
@@ -394,9 +399,16 @@ class Buying:
                 reason = f"the provider was lost: {reason}"
                 return self._start_over(reason, state, now_ns, Edge.LOST)
             case Cancel(reason):
-                return self._end(Edge.CANCEL, reason, Blame.BUYER)
+                return self._cancel(reason)
             case _:
                 return Move(Edge.QUIET)
+
+    def _cancel(self, reason: str) -> Move:
+        """What is owed then is signed by this side alone."""
+        end = self._end(Edge.CANCEL, reason, Blame.BUYER)
+        closing = self.desk.close(self.bid, self.countersigned) if self.countersigned else b""
+        signed = [Send("countersign", closing)] if closing else []
+        return Move(Edge.CANCEL, (*end.parts, closing), [*signed, *end.actions])
 
     def _on_verified(self, number: int) -> Move:
         signed = self.desk.countersign(self.unsigned[number])

@@ -168,9 +168,10 @@ class Reveal:
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
-    """Provider: give the lease back (``cost``, shutdown)."""
+    """Provider: give the lease back (``cost``, shutdown, a buyer that does not countersign)."""
 
     reason: str
+    blame: Blame = Blame.PROVIDER
 
 
 Event = (

@@ -22,8 +22,9 @@ most. From its first fill on it waits, too, where no ask fits; one that rests do
 
 Repeating is harmless: the same bid gets the same fill, the same confirm or receipt the same answer,
 in end states too. What a buyer has countersigned is owed, so a provider takes that in after its end
-as well. An event that the table does not allow, or a record that does not check, raises
-ProtocolError and changes nothing; the driver then closes the stream and reports ``Lost``.
+as well; a buyer that cancels countersigns a last time, what it then owes. An event that the table
+does not allow, or a record that does not check, raises ProtocolError and changes nothing; the
+driver then closes the stream and reports ``Lost``.
 
 What the records are and who may sign them is the business of a **desk** (``BuyerDesk``,
 ``ProviderDesk``; the real ones are in ``p2pflop.market.desk``). Here is only order and time.

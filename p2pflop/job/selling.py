@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, Protocol
 
@@ -83,6 +83,12 @@ class ProviderDesk(Protocol):
         self, wire: bytes, bid: bytes, receipts: Mapping[int, bytes]
     ) -> int | None:
         """The number of the receipt among ``receipts`` that the buyer signed; None if in none."""
+        ...
+
+    def check_closing(
+        self, wire: bytes, bid: bytes, fill: bytes, receipts: Collection[bytes]
+    ) -> int | None:
+        """The number of a closing receipt that comes after one of ``receipts``; None if none."""
         ...
 
     def abandon(self, bid: bytes, fill: bytes, countersigned: bytes, reason: str) -> bytes: ...
@@ -211,10 +217,18 @@ class Selling:
     def _on_countersigned(self, wire: bytes, state: State) -> Move:
         number = self.desk.check_countersigned(wire, self.bid, self.unsigned)
         if number is None:
-            return Move(Edge.QUIET)
+            return self._on_closing(wire)
         settles = number == self.last_number and state not in ENDS
         edge = Edge.SETTLE if settles else Edge.COUNTERSIGN
         return Move(edge, (wire, number.to_bytes(4, "big")))
+
+    def _on_closing(self, wire: bytes) -> Move:
+        """A buyer that cancels says by itself what it owes."""
+        receipts = [*self.unsigned.values(), *filter(None, [self.countersigned])]
+        number = self.desk.check_closing(wire, self.bid, self.fill, receipts)
+        if number is None:
+            return Move(Edge.QUIET)
+        return Move(Edge.COUNTERSIGN, (wire, number.to_bytes(4, "big")))
 
     def _on_abandon(self, wire: bytes) -> Move:
         if not self.fill:
@@ -272,16 +286,16 @@ class Selling:
                 return Move(Edge.DONE, parts, [Send("commit", commit), Start("reveal")])
             case Reveal():
                 return self._bill(Edge.REVEAL, *self._done, self.salt)
-            case Withdraw(reason):
-                return self._withdraw(reason, state)
+            case Withdraw(reason, blame):
+                return self._withdraw(reason, blame, state)
             case _:
                 return Move(Edge.QUIET)
 
-    def _withdraw(self, reason: str, state: State) -> Move:
+    def _withdraw(self, reason: str, blame: Blame, state: State) -> Move:
         if state is State.OFFERED:
             return self._deny(reason)
         if state in (State.LEASED, State.PREPARING, State.RUNNING):
-            return self._end(Edge.WITHDRAW, reason, Blame.PROVIDER)
+            return self._end(Edge.WITHDRAW, reason, blame)
         return Move(Edge.QUIET)
 
     def _bill(self, edge: Edge, step: int, root: bytes, result: bytes, salt: bytes) -> Move:

@@ -1,9 +1,10 @@
 """Credit: how much of what an account owes is covered by money it has paid, and what is not.
 
-An account may owe as much as it has paid in all; a payment beyond the debt makes the debt negative,
-and so is there already. What is owed beyond that is **uncovered**, and all uncovered debts together
-draw on one pool. So whoever has never paid shares the pool with all others who have not, however
-many accounts he makes, and what these owe does not end sales to those who pay.
+An account may owe as much as it has paid in all, less what it got back; a payment beyond the debt
+makes the debt negative, and so is there already. What is owed beyond that is **uncovered**, and all
+uncovered debts together draw on one pool. So whoever has never paid shares the pool with all others
+who have not, however many accounts he makes, and what these owe does not end sales to those who
+pay.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ costs about one signature check, and none if it was made here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final, TypeVar
 
 from p2pflop.errors import ProtocolError, VerificationError
@@ -25,7 +25,14 @@ from p2pflop.market.fills import (
     make_fill,
     make_reject,
 )
-from p2pflop.market.receipts import check_countersigned, check_receipt, countersign, make_receipt
+from p2pflop.market.receipts import (
+    check_closing,
+    check_countersigned,
+    check_receipt,
+    close,
+    countersign,
+    make_receipt,
+)
 from p2pflop.market.records import (
     ZERO_HASH,
     Abandon,
@@ -129,6 +136,12 @@ class BuyerDesk:
         """See the protocol."""
         return countersign(self._key, self._records.get(Receipt, receipt), self._network).wire
 
+    def close(self, bid: bytes, countersigned: bytes) -> bytes:
+        """See the protocol."""
+        last, bought = self._records.get(Receipt, countersigned), self._records.get(Bid, bid)
+        closing = close(self._key, last.record, bought.record, self._work, self._network)
+        return b"" if closing is None else closing.wire
+
     def abandon(self, bid: bytes, fill: bytes, countersigned: bytes, reason: str) -> bytes:
         """See the protocol."""
         return self._records.abandon(self._key, bid, fill, countersigned, reason)
@@ -210,8 +223,25 @@ class ProviderDesk:
             return None
         record = self._records.get(Receipt, receipt).record
         buyer = self._records.get(Bid, bid).signer
+        if _is_closing(signed):
+            return None
         _accept(check_countersigned(wire, record, buyer, self._network))
         return signed.number
+
+    def check_closing(
+        self, wire: bytes, bid: bytes, fill: bytes, receipts: Collection[bytes]
+    ) -> int | None:
+        """See the protocol."""
+        signed = self._records.get(Receipt, wire).record
+        if signed.fill != self._records.get(Fill, fill).id or not _is_closing(signed):
+            return None
+        for receipt in receipts:
+            last = self._records.get(Receipt, receipt).record
+            if last.number + 1 == signed.number and not _is_closing(last):
+                bought = self._records.get(Bid, bid)
+                _accept(check_closing(wire, last, bought, self._work, self._network))
+                return signed.number
+        return None
 
     def abandon(self, bid: bytes, fill: bytes, countersigned: bytes, reason: str) -> bytes:
         """See the protocol."""
@@ -262,6 +292,11 @@ class _Records:
         bought, opened = self.get(Bid, bid), self.get(Fill, fill)
         abandon: Sealed[Abandon] = _accept(check_abandon(wire, bought, opened, self._network))
         return abandon.record.reason
+
+
+def _is_closing(receipt: Receipt) -> bool:
+    """Whether only a buyer that cancels may have made it: it covers no step and has no result."""
+    return receipt.from_step == receipt.to_step and receipt.result == ZERO_HASH
 
 
 def _accept(checked: T | Rejected) -> T:

@@ -5,7 +5,7 @@ side. They verify signature, delegation, that the record answers the one before 
 the right party, and the clock where a time matters. Who signs what::
 
     buyer's node       bid, confirm, the countersigned receipt
-    provider's node    fill or reject, commit, receipt, trade
+    provider's node    fill or reject, commit, receipt
     either             abandon
 """
 
@@ -22,6 +22,7 @@ from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey, peer_id
 from p2pflop.market.ranking import Deal, MissReason, sum_costs, total_nusd
 from p2pflop.market.records import (
+    FIXED_EXT,
     MAX_COST_LINES,
     ZERO_HASH,
     Abandon,
@@ -35,22 +36,19 @@ from p2pflop.market.records import (
     Rejected,
     Sheet,
     Terms,
-    Trade,
     checkpoint_ext,
+    fixed_ext,
     ticket_ext,
     ticket_of,
 )
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, check_delegation
 from p2pflop.market.wishes import check_ticket
 from p2pflop.units import MAX_NUSD, NS_PER_S
-from p2pflop.wire import DEFAULT_NETWORK, Sealed, SignedRecord, reopen, seal
+from p2pflop.wire import DEFAULT_NETWORK, Ext, Sealed, SignedRecord, reopen, seal
 
 MAX_BID_AGE_NS: Final = 60 * NS_PER_S
 ASK_EXPIRED: Final = str(MissReason.EXPIRED)
 SALT_BYTES: Final = 32
-TRADE_DIGITS: Final = 2
-HOUR_NS: Final = 3600 * NS_PER_S
-FLOP_PER_GFLOP: Final = 10**9
 
 S = TypeVar("S", bound=SignedRecord)
 
@@ -119,7 +117,7 @@ def make_bid(
         book_digest=book_digest,
         policy_digest=policy_digest,
         delegation=delegation,
-        ext=checkpoint_ext(checkpoint_s) + ticket_ext(deal.ticket),
+        ext=(*_charges(deal.ask), *checkpoint_ext(checkpoint_s), *ticket_ext(deal.ticket)),
     )
     return seal(bid, key, network)
 
@@ -187,10 +185,16 @@ def _misquoted(bid: Bid, ask: Ask, now_ns: int) -> Rejected | None:
         return Rejected("the ask is for another class")
     if bid.terms.memory_bytes > ask.memory_bytes:
         return Rejected("the ask has too little memory")
+    if tuple(said for said in bid.ext if said[0] == FIXED_EXT) != _charges(ask):
+        return Rejected("the bid does not name the setup and minimum charge of the ask")
     quote_nusd = quote(ask, bid.costs, bid.terms)
     if quote_nusd != bid.quote_nusd or quote_nusd > MAX_NUSD:
         return Rejected(f"the quote should be {quote_nusd} nusd, not {bid.quote_nusd}")
     return None
+
+
+def _charges(ask: Ask) -> Ext:
+    return fixed_ext(ask.setup_nusd, ask.min_charge_nusd)
 
 
 def check_costs(bid: Bid, meter_id: str, metered: Sequence[CostLine]) -> Rejected | None:
@@ -359,49 +363,6 @@ def check_abandon(
     if not job.first_step <= abandon.record.from_step <= job.first_step + job.steps:
         return Rejected("abandon names a step outside the stretch")
     return abandon
-
-
-def make_trade(
-    key: PrivateKey,
-    bid: Bid,
-    fill: Sealed[Fill],
-    price_nusd: int,
-    now_ns: int,
-    network: str = DEFAULT_NETWORK,
-) -> Sealed[Trade]:
-    """What the tape shows of a settled fill; ``price_nusd`` is the ask's price per PFLOP."""
-    flop, _ = sum_costs(bid.costs)
-    trade = Trade(
-        version=1,
-        fill_digest=content_hash(b"trade" + fill.id),
-        class_id=bid.class_id,
-        price_nusd=price_nusd,
-        gflop_rounded=round_gflop(flop),
-        hour=now_ns // HOUR_NS,
-    )
-    return seal(trade, key, network)
-
-
-def round_gflop(flop: int) -> int:
-    """GFLOP to two significant digits, halves up, at least 1: a size that gives no job away."""
-    gflop = max(1, (flop + FLOP_PER_GFLOP // 2) // FLOP_PER_GFLOP)
-    unit: int = 10 ** max(0, len(str(gflop)) - TRADE_DIGITS)
-    return min((gflop + unit // 2) // unit * unit, 9 * 10**18)
-
-
-def check_trade(
-    data: bytes, now_ns: int, network: str = DEFAULT_NETWORK
-) -> Sealed[Trade] | Rejected:
-    """A tape entry from anywhere: well formed, rounded, and not from a later hour."""
-    trade = _open(Trade, data, network)
-    if isinstance(trade, Rejected):
-        return trade
-    gflop = trade.record.gflop_rounded
-    if round_gflop(gflop * FLOP_PER_GFLOP) != gflop:
-        return Rejected("trade is not rounded")
-    if trade.record.hour > (now_ns + CLOCK_TOLERANCE_NS) // HOUR_NS:
-        return Rejected("trade is from the future")
-    return trade
 
 
 def _open(kind: type[S], data: bytes, network: str) -> Sealed[S] | Rejected:

@@ -164,14 +164,20 @@ class Ledger:
         """All money ever received from that account."""
         return self._received.get(counterparty, 0)
 
-    def uncovered_nusd(self, counterparty: bytes | None = None) -> int:
-        """What that account owes beyond the money it has paid; below zero, what it still may.
+    def credit_nusd(self, counterparty: bytes) -> int:
+        """What that account may owe: the money received from it, less what it has got back beyond
+        what it was owed."""
+        given_nusd = max(0, self.balance_nusd(counterparty, Kind.PAYABLE))
+        return max(0, self.received_nusd(counterparty) - given_nusd)
 
-        Without an account, what all those owe together that owe more than they have paid.
+    def uncovered_nusd(self, counterparty: bytes | None = None) -> int:
+        """What that account owes beyond its credit; below zero, what it still may.
+
+        Without an account, what all those owe together that owe more than that.
         """
         if counterparty is None:
             return self._uncovered_nusd
-        return uncovered_nusd(self.due_nusd(counterparty), self.received_nusd(counterparty))
+        return uncovered_nusd(self.due_nusd(counterparty), self.credit_nusd(counterparty))
 
     def balance_nusd(self, counterparty: bytes, kind: Kind) -> int:
         """Debits less credits."""
@@ -186,6 +192,10 @@ class Ledger:
     def balances(self) -> Mapping[tuple[bytes, Kind], int]:
         """Every ledger account that is not zero."""
         return {key: amount for key, amount in self._balances.items() if amount}
+
+    def booked(self) -> dict[tuple[bytes, Kind], int]:
+        """What was booked for each fill by the kind that was debited: expense or receivable."""
+        return {key: amount for key, (_, amount) in self._booked.items()}
 
     def totals(self) -> dict[Kind, int]:
         """Balances over all counterparties; their sum is zero."""

@@ -9,9 +9,17 @@ the bid alone and both sides compute it::
 
 ``total`` is the metered FLOP of the bought stretch, ``delivered`` that of the phases which were due
 in the steps done; init graphs count with the first step. If the meter counts no FLOP at all,
-touched bytes take its place, and if none of those, steps. The last receipt of a complete stretch
-is exactly the quote; a work that stops early is paid pro rata. Setup and minimum charge are part of
-the quote and thus of the proportion.
+touched bytes take its place, and if none of those, steps. Setup and minimum charge of the ask, as
+the bid names them, are part of the quote and so of the proportion: a provider may be lost at any
+checkpoint, and the rest is then bought elsewhere, with another setup. A provider that the buyer's
+own will stops, by the work's ``stop`` output or a cancel, has them whole::
+
+    closing amount = max(min_charge, setup + floor((quote - setup) x delivered / total))
+
+It is at least the amount and at most the quote, and zero before the first step. The last receipt is
+for it: of a complete stretch that is exactly the quote. A buyer that cancels once it has
+countersigned owes it for what it has countersigned: it signs a **closing** receipt by itself, which
+covers no step. If nothing was countersigned, a cancel costs nothing.
 
 The last receipt names the result. A buyer countersigns by putting the identical body into an
 envelope of its own, once it holds and has verified what the receipt is about.
@@ -21,19 +29,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.job.spec import InitSource, Work, times_due
 from p2pflop.keys import PrivateKey
-from p2pflop.market.records import ZERO_HASH, Bid, CostLine, Fill, Receipt, Rejected
+from p2pflop.market.records import (
+    ZERO_HASH,
+    Bid,
+    CostLine,
+    Fill,
+    Receipt,
+    Rejected,
+    fixed_charges,
+)
 from p2pflop.wire import DEFAULT_NETWORK, Sealed, reopen, seal
 
 
 def amount_nusd(bid: Bid, work: Work, steps_done: int) -> int:
     """What is owed after ``steps_done`` of the job's steps. Raises ValueError outside the job."""
+    return _share(bid, work, steps_done, bid.quote_nusd)
+
+
+def closing_nusd(bid: Bid, work: Work, steps_done: int) -> int:
+    """What is owed if the buyer's own will ends the stretch there. Raises ValueError likewise."""
+    setup_nusd, min_charge_nusd = fixed_charges(bid)
+    metered_nusd = _share(bid, work, steps_done, bid.quote_nusd - setup_nusd)
+    return max(min_charge_nusd, setup_nusd + metered_nusd) if steps_done else 0
+
+
+def _share(bid: Bid, work: Work, steps_done: int, of_nusd: int) -> int:
     if not 0 <= steps_done <= bid.job.steps:
         raise ValueError(f"{steps_done} of {bid.job.steps} steps")
     if steps_done == bid.job.steps:
-        return bid.quote_nusd
+        return of_nusd
     times = _times_run(bid, work, steps_done)
     measures: tuple[Callable[[CostLine], int], ...] = (
         lambda line: line.flop,
@@ -44,8 +73,14 @@ def amount_nusd(bid: Bid, work: Work, steps_done: int) -> int:
         if total:
             by_graph = {line.graph: measure(line) for line in bid.costs}
             delivered = sum(by_graph[graph] * times.get(graph, 0) for graph in by_graph)
-            return min(bid.quote_nusd, bid.quote_nusd * delivered // total)
-    return bid.quote_nusd * steps_done // bid.job.steps
+            return min(of_nusd, of_nusd * delivered // total)
+    return of_nusd * steps_done // bid.job.steps
+
+
+def delivered_flop(bid: Bid, amount_nusd: int) -> int:
+    """The metered FLOP that were delivered for so much of the quote; all, if it is free."""
+    flop = sum(line.flop * line.times for line in bid.costs)
+    return flop * amount_nusd // bid.quote_nusd if bid.quote_nusd else flop
 
 
 def make_receipt(
@@ -70,7 +105,7 @@ def make_receipt(
         to_step=to_step,
         root_to=root_to,
         result=result,
-        amount_nusd=amount_nusd(bid, work, to_step - bid.job.first_step),
+        amount_nusd=_due_nusd(bid, work, to_step, result),
     )
     wrong = check_rules(receipt, fill, bid, work, previous)
     if wrong is not None:
@@ -121,7 +156,7 @@ def check_rules(
         return Rejected("receipt is the last but steps are missing")
     elif receipt.to_step == receipt.from_step and receipt.root_to != receipt.root_from:
         return Rejected("receipt changes the state without a step")
-    due = amount_nusd(bid, work, receipt.to_step - bid.job.first_step)
+    due = _due_nusd(bid, work, receipt.to_step, receipt.result)
     if receipt.amount_nusd != due:
         return Rejected(f"receipt should be for {due} nusd, not {receipt.amount_nusd}")
     return None
@@ -147,6 +182,50 @@ def check_countersigned(
     if sealed.record != receipt:
         return Rejected("countersigned receipt is not the one that was sent")
     return sealed
+
+
+def close(
+    key: PrivateKey,
+    last: Receipt,
+    bid: Bid,
+    work: Work,
+    network: str = DEFAULT_NETWORK,
+) -> Sealed[Receipt] | None:
+    """The closing receipt of a buyer that cancels; None if no more than ``last`` is owed, which is
+    the one that it countersigned last."""
+    closing = _closing(last, bid, work)
+    return seal(closing, key, network) if closing.amount_nusd > last.amount_nusd else None
+
+
+def check_closing(
+    data: bytes, last: Receipt, bid: Sealed[Bid], work: Work, network: str = DEFAULT_NETWORK
+) -> Sealed[Receipt] | Rejected:
+    """The provider's check. ``last`` is the receipt of its own that comes before it."""
+    try:
+        sealed = reopen(Receipt, data, network)
+    except (ProtocolError, VerificationError) as error:
+        return Rejected(error.message)
+    if sealed.signer != bid.signer:
+        return Rejected("closing receipt is not by the buyer")
+    if last.result != ZERO_HASH or sealed.record != _closing(last, bid.record, work):
+        return Rejected("closing receipt is not what is owed")
+    return sealed
+
+
+def _closing(last: Receipt, bid: Bid, work: Work) -> Receipt:
+    return replace(
+        last,
+        number=last.number + 1,
+        from_step=last.to_step,
+        root_from=last.root_to,
+        amount_nusd=closing_nusd(bid, work, last.to_step - bid.job.first_step),
+    )
+
+
+def _due_nusd(bid: Bid, work: Work, to_step: int, result: bytes) -> int:
+    steps_done = to_step - bid.job.first_step
+    due = amount_nusd if result == ZERO_HASH else closing_nusd
+    return due(bid, work, steps_done)
 
 
 def _times_run(bid: Bid, work: Work, steps_done: int) -> dict[bytes, int]:

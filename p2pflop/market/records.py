@@ -23,6 +23,7 @@ MAX_SHEET_ORDERS: Final = 32
 MAX_SHEET_LIFETIME_NS: Final = 3600 * 10**9
 MAX_DELEGATION_BYTES: Final = 512
 MAX_QUOTE_BYTES: Final = 512
+MAX_TRADE_BYTES: Final = 2 * 1024
 MAX_COST_LINES: Final = 64
 NONCE_BYTES: Final = 16
 ZERO_HASH: Final = bytes(HASH_BYTES)
@@ -123,6 +124,7 @@ class Terms(Record, frozen=True):
 
 QUOTE_EXT: Final = 3
 """Critical: a provider that does not know it would take the bid for one on its sheet."""
+FIXED_EXT: Final = 1
 
 
 class Bid(SignedRecord, frozen=True):
@@ -133,7 +135,7 @@ class Bid(SignedRecord, frozen=True):
     """
 
     KIND: ClassVar[str] = "bid"
-    KNOWN_EXT: ClassVar[frozenset[int]] = frozenset({QUOTE_EXT})
+    KNOWN_EXT: ClassVar[frozenset[int]] = frozenset({FIXED_EXT, QUOTE_EXT})
 
     version: Version
     provider: Key
@@ -152,6 +154,20 @@ class Bid(SignedRecord, frozen=True):
     policy_digest: Hash
     delegation: DelegationBytes
     ext: Ext = ()
+
+
+def fixed_ext(setup_nusd: int, min_charge_nusd: int) -> Ext:
+    """What a bid says of the fixed charges in its quote: setup and minimum charge of the ask, 8
+    bytes each, big-endian; none where both are zero. Receipts follow from it, so it is critical."""
+    if not setup_nusd and not min_charge_nusd:
+        return ()
+    return ((FIXED_EXT, setup_nusd.to_bytes(8, "big") + min_charge_nusd.to_bytes(8, "big")),)
+
+
+def fixed_charges(bid: Bid) -> tuple[int, int]:
+    """Setup and minimum charge in nano-dollars, as a bid says that was checked."""
+    said = dict(bid.ext).get(FIXED_EXT, b"")
+    return int.from_bytes(said[:8], "big"), int.from_bytes(said[8:], "big")
 
 
 CHECKPOINT_EXT: Final = 2
@@ -283,9 +299,14 @@ class Abandon(SignedRecord, frozen=True):
 
 
 class Trade(SignedRecord, frozen=True):
-    """What the public tape shows of a settled fill: class, price, rounded size, hour. No names."""
+    """What the public tape shows of a settled fill. Signed by the seller; the buyer is not in it.
+
+    ``fill_digest`` is a hash that only who knows the fill can make, ``price_nusd`` the price per
+    PFLOP of the ask, ``gflop_rounded`` what was delivered, to one digit. ``hour`` counts from 1970.
+    """
 
     KIND: ClassVar[str] = "trade"
+    MAX_BYTES: ClassVar[int] = MAX_TRADE_BYTES
 
     version: Version
     fill_digest: Hash
@@ -293,4 +314,5 @@ class Trade(SignedRecord, frozen=True):
     price_nusd: U63
     gflop_rounded: U63
     hour: U32
+    delegation: DelegationBytes
     ext: Ext = ()

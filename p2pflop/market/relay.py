@@ -133,6 +133,10 @@ class Relay:
         """Who is connected."""
         return tuple(self._subnets)
 
+    def subnet(self, peer: str) -> str:
+        """What a neighbour shares a quota with; what nobody's neighbours share is empty."""
+        return self._subnets.get(peer, "")
+
     def connected(self, peer: str, subnet: str) -> None:
         """A peer is a neighbour from now on; ``subnet`` is what it shares a quota with."""
         if len(self._subnets) < MAX_NEIGHBOURS:
@@ -198,15 +202,19 @@ class Relay:
             return ()
         # Spread, so that nodes that start together do not go on comparing together.
         self._compare_at_ns = now_ns + int(COMPARE_S * (0.75 + self._random() / 4) * NS_PER_S)
-        return self._sample([p for p in self._subnets if not self.is_shunned(p, now_ns)])
+        return self.sample(COMPARED_AT_ONCE, now_ns)
+
+    def sample(self, most: int, now_ns: int) -> tuple[str, ...]:
+        """Up to ``most`` random neighbours that are not shunned."""
+        return self._sample([p for p in self._subnets if not self.is_shunned(p, now_ns)], most)
 
     def _is_off_gossip(self, sheet: OpenSheet, now_ns: int) -> bool:
         """Whether neighbours that lack this sheet can only learn it by comparing."""
         left = self._accounts.left(sheet.account.hex(), now_ns / NS_PER_S)
         return sheet.sheet.issued_ns + STALE_NEWS_NS < now_ns or left < ACCOUNT_BURST / 2
 
-    def _sample(self, peers: list[str]) -> tuple[str, ...]:
-        chosen = min(COMPARED_AT_ONCE, len(peers))
+    def _sample(self, peers: list[str], most: int) -> tuple[str, ...]:
+        chosen = min(most, len(peers))
         for place in range(chosen):
             other = place + int(self._random() * (len(peers) - place))
             peers[place], peers[other] = peers[other], peers[place]
@@ -247,7 +255,7 @@ class Relay:
         now_s = now_ns / NS_PER_S
         if not self._forwarders.allow(forwarder, now_s):
             return Outcome.FORWARDER
-        if not self._subnet_rates.allow(self._subnets.get(forwarder, ""), now_s):
+        if not self._subnet_rates.allow(self.subnet(forwarder), now_s):
             return Outcome.SUBNET
         return None
 

@@ -20,6 +20,8 @@ Output = pytest.CaptureFixture[str]
 
 ASK_USD = 90_000
 STEPS = 40
+LONG_STEPS = 6_000
+"""More than a worker does before its node hears of them."""
 
 
 def command(node: Any, capsys: Output, *arguments: str) -> Any:
@@ -105,3 +107,21 @@ def test_credit_is_used_up_paid_for_and_grows(
     assert capsys.readouterr().out.splitlines()[-1].startswith(",closing balance,")
     with Client(seller.home) as client:
         assert {payment["told"] for payment in client.payments()} == {True}
+
+
+def test_a_window_of_next_to_nothing_has_the_worker_wait_for_each_signature(
+    start_node: StartNode, wait_until: Any, tmp_path: Any
+) -> None:
+    (tmp_path / "seller").mkdir()
+    (tmp_path / "seller" / "config.toml").write_text('window = "0.000000001"\ncredit = "1000"\n')
+    seller = start_node("seller", "--ask", str(ASK_USD))
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    wait_for_asks(buyer, 1, wait_until)
+    job = counting_job(LONG_STEPS)
+    run_ = submit(job, buyer, checkpoint_steps=0)
+    assert run_.result(timeout=60).hash == job.run_local().hash
+    receipts = [e["to_step"] for e in run_.events() if e["kind"] == "receipt"]
+    assert len(receipts) > 2
+    assert receipts[-1] == LONG_STEPS
+    wait_until(lambda: len(set(debts(buyer, seller))) == 1)
+    assert seller.get("/v1/sales")["sales"] == []

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from p2pflop.job.file import encode_file
 
 StartNode = Callable[..., Any]
 JOBS = 12
+ROOT = Path(__file__).parents[2]
 
 
 def square_job() -> pf.Job:
@@ -83,3 +88,25 @@ def test_twelve_jobs_over_two_providers_under_one_budget(buyer: Client) -> None:
         assert (outcome.cost_nusd, outcome.earlier) == (0, packed.run_id(old.place))
         assert outcome.result().hash == old.result().hash
     assert spent_nusd == buyer.ledger()["owing_nusd"]
+
+
+def test_the_tutorials_sweeps_are_bought_as_they_are_shown(
+    buyer: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over arguments, attached again, and over data: each block, and what it prints."""
+    page = (ROOT / "docs" / "tutorial.md").read_text("utf-8")
+    section = page.split("## 9. Many runs at once")[1].split("\n## ")[0]
+    blocks = re.findall(r"```(python|text)\n(.*?)```", section, re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["python", "text"] * 3
+    monkeypatch.setenv("P2PFLOP_HOME", str(buyer.home))
+    program = "".join(body for kind, body in blocks if kind == "python")
+    # Its functions are looked up in their module, so they need one with a file.
+    monkeypatch.syspath_prepend(str(buyer.home))
+    (buyer.home / "many_runs.py").write_text(program, "utf-8")
+    capsys.readouterr()
+    many_runs = importlib.import_module("many_runs")
+    printed = capsys.readouterr().out
+    sys.modules.pop("many_runs")
+    assert printed == "".join(body for kind, body in blocks if kind == "text")
+    assert {outcome.pack == "" for outcome in many_runs.sweep} == {False}
+    assert buyer.ledger()["owing_nusd"] > 0

@@ -114,7 +114,9 @@ class LedgerMachine(RuleBasedStateMachine):
         for seller, book in self.books.items():
             for buyer in ACCOUNTS:
                 assert book.received_nusd(buyer) == self.paid[buyer, seller]
-            beyond = (book.due_nusd(buyer) - self.paid[buyer, seller] for buyer in ACCOUNTS)
+                given = max(0, -self.owed[seller, buyer])  # more than was bought from it
+                assert book.credit_nusd(buyer) == max(0, self.paid[buyer, seller] - given)
+            beyond = (book.due_nusd(buyer) - book.credit_nusd(buyer) for buyer in ACCOUNTS)
             assert book.uncovered_nusd() == sum(max(0, nusd) for nusd in beyond)
 
     @invariant()

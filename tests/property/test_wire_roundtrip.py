@@ -82,7 +82,7 @@ SIGNED: st.SearchStrategy[SignedRecord] = st.one_of(
     st.builds(records.Commit, VERSION, HASH, HASH, EXT),
     st.builds(records.Receipt, VERSION, HASH, U32, U63, HASH, U63, HASH, HASH, U63, EXT),
     st.builds(records.Abandon, VERSION, HASH, U63, HASH, TEXT, EXT),
-    st.builds(records.Trade, VERSION, HASH, HASH, U63, U63, U32, EXT),
+    st.builds(records.Trade, VERSION, HASH, HASH, U63, U63, U32, DELEGATION, EXT),
     *(
         st.builds(kind, VERSION, HASH, HASH, AMOUNT, U63, TEXT, DELEGATION, EXT)
         for kind in (payments.PaymentClaim, payments.PaymentAck, payments.PaymentRefusal)

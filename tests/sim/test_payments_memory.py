@@ -14,7 +14,7 @@ from p2pflop.node import payments as payments_module
 from p2pflop.node.memory_market import MemoryNode, sample_file
 from p2pflop.node.payment_book import Payment, Side, State
 from p2pflop.node.payment_stream import PROTOCOL
-from p2pflop.node.service import Json
+from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.statements import make_statement
 
 if TYPE_CHECKING:
@@ -171,6 +171,36 @@ async def test_a_stranger_may_pay_ahead_and_is_found_by_its_sheet(
     assert market.debts(buyer, provider) == (end["cost_nusd"] - 10**9,) * 2
 
 
+async def test_what_is_paid_ahead_is_spent_to_the_last_and_outlives_restarts(
+    market: Market, autojump_clock: object
+) -> None:
+    """Three jobs paid ahead, three more owed, and the seventh refused: all of it in both books."""
+    provider, buyer = await market.provider(credit_nusd=0), await market.buyer()
+    [deal] = (await buyer.buyer.quote(sample_file(), SubmitOptions()))["deals"]
+    price_nusd = deal["total_nusd"]
+    paid_nusd = 3 * price_nusd
+    await buyer.money.pay(payment_id(), provider.account, paid_nusd, "ahead")
+    await trio.sleep(5)
+    assert market.debts(buyer, provider) == (-paid_nusd, 0), "the buyer's word alone"
+    await provider.money.acknowledge(payment_id())
+    await trio.sleep(5)
+    assert market.debts(buyer, provider) == (-paid_nusd,) * 2
+    for bought in range(1, 7):
+        for node in (provider, buyer):
+            await node.kill()
+            await market.restart(node)
+        end = await buy(market, buyer, seed=bought, deadline_s=30)
+        assert end["kind"] == "result", bought
+        assert market.debts(buyer, provider) == (bought * price_nusd - paid_nusd,) * 2
+        assert provider.ledger_book.received_nusd(buyer.account) == paid_nusd
+    run_id = await buyer.submit(sample_file(seed=7), deadline_s=30)
+    assert (await market.end_of(buyer, run_id))["kind"] == "failed"
+    assert "over your credit" in buyer.events(run_id, "rejected")[0]["reason"]
+    ours, _ = await statements(buyer, provider)
+    assert ours["closing_nusd"] == -paid_nusd
+    market.check()
+
+
 async def test_a_word_waits_for_a_node_that_is_away_over_restarts_of_both(
     market: Market, autojump_clock: object
 ) -> None:
@@ -195,6 +225,60 @@ async def test_a_word_waits_for_a_node_that_is_away_over_restarts_of_both(
     assert only(buyer)["state"] == "acknowledged"
     assert only(provider)["told"]
     market.check()
+
+
+async def test_a_word_is_brought_at_once_when_its_node_connects(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer, due = await indebted(market)
+    await provider.kill()
+    await buyer.money.pay(payment_id(), provider.account, due, "")
+    await trio.sleep(10 * LONG_S)
+    assert not only(buyer)["told"]
+    await market.restart(provider)
+    began = trio.current_time()
+    stranger = await market.buyer("stranger")
+    await (await stranger.host.open(buyer.peer, PROTOCOL)).aclose()
+    await trio.sleep(2 * payments_module.AGAIN_S)
+    told_by_strangers = only(buyer)["told"]
+    await (await provider.host.open(buyer.peer, PROTOCOL)).aclose()
+    await trio.sleep(2 * payments_module.AGAIN_S)
+    assert (told_by_strangers, only(buyer)["told"]) == (False, True)
+    assert trio.current_time() - began < payments_module.MAX_AGAIN_S / 2
+
+
+async def test_a_word_for_an_unknown_node_is_tried_again_when_anybody_connects(
+    market: Market, autojump_clock: object
+) -> None:
+    buyer, provider = await market.buyer(), await market.provider()
+    await buyer.money.pay(payment_id(), provider.account, 10**9, "ahead")
+    await trio.sleep(10 * LONG_S)
+    assert only(buyer)["trouble"] == "no node of that account is known"
+    began = trio.current_time()
+    await provider.sell()
+    await (await provider.host.open(buyer.peer, PROTOCOL)).aclose()
+    buyer.meet(provider)
+    await trio.sleep(3 * payments_module.AGAIN_S)
+    assert only(buyer)["told"]
+    assert trio.current_time() - began < payments_module.MAX_AGAIN_S / 2
+
+
+async def test_who_connects_again_and_again_is_told_no_more_often_than_every_second(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider, buyer, due = await indebted(market)
+    await provider.kill()
+    tries: list[float] = []
+
+    async def fails(_self: object, _payment: bytes) -> str:
+        tries.append(trio.current_time())
+        buyer.money.met(provider.peer)
+        return "it is gone again"
+
+    monkeypatch.setattr(payments_module.Payments, "_try", fails)
+    await buyer.money.pay(payment_id(), provider.account, due, "")
+    await trio.sleep(10)
+    assert 5 < len(tries) <= 11
 
 
 async def test_nothing_is_claimed_that_is_not_on_disk(

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,7 @@ from p2pflop.job.meter import WEIGHTS
 from p2pflop.market.ranking import total_nusd
 from p2pflop.market.relay import Outcome
 from p2pflop.market.sheets import make_ask
+from p2pflop.market.tape_relay import Outcome as TapeOutcome
 from p2pflop.node import config, messages, payment_stream, quote_stream, service
 from p2pflop.node.api import create_app
 
@@ -269,11 +271,15 @@ def test_messages_of_a_stream_are_listed(title: str, module: ModuleType) -> None
     assert told == found
 
 
-def test_what_becomes_of_a_gossiped_sheet_is_listed() -> None:
-    text = (ROOT / "docs" / "market.md").read_text("utf-8").split("## Gossip")[1].split("\n## ")[0]
-    told = {each for row in table_rows(text) for each in row[1].split(", ")}
-    good = {Outcome.NEW, Outcome.PROOF}
-    assert told == {each.value for each in Outcome if each not in good}
+@pytest.mark.parametrize(
+    ("title", "outcomes"), [("## Gossip", Outcome), ("## The tape", TapeOutcome)]
+)
+def test_what_becomes_of_gossip_is_listed(title: str, outcomes: type[StrEnum]) -> None:
+    text = (ROOT / "docs" / "market.md").read_text("utf-8").split(title)[1].split("\n## ")[0]
+    rows = [row for row in table_rows(text) if row[2] in ("", "yes")]
+    told = {each for row in rows for each in row[1].split(", ")}
+    good = {"new", Outcome.PROOF.value}
+    assert told == {each.value for each in outcomes} - good
 
 
 # Exit codes, settings, routes, events, limits

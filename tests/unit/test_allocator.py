@@ -277,6 +277,15 @@ def test_broken_workers_run_nobodys_jobs() -> None:
     assert reason == "the provider's workers are broken"
 
 
+def test_a_window_is_never_wider_than_the_credit() -> None:
+    payer, unknown = content_hash(b"payer"), content_hash(b"unknown")
+    made = allocator(book({b"payer": (0, 30)}), credit_nusd=10, window_nusd=25)
+    assert made.window_nusd(unknown) == 10
+    assert made.window_nusd(payer) == 25
+    assert allocator(book({b"payer": (0, 30)}), credit_nusd=0).window_nusd(payer) == 30
+    assert made.window_nusd(made.own_account) is None
+
+
 def test_capacity_ends_with_the_worker_and_credit_with_the_sale() -> None:
     made, sale = allocator(slots=1, credit_nusd=QUOTE), taken(1)
     made.take(sale)

@@ -23,6 +23,7 @@ from p2pflop.cli.progress import RunView, ranked_lines
 from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import P2PFlopError, StoreFullError
+from p2pflop.node.memory_service import MemoryService
 
 StartNode = Callable[..., Any]
 Output = pytest.CaptureFixture[str]
@@ -384,6 +385,24 @@ class TestCommands:
         events = [json.loads(line) for line in text.out.splitlines()]
         assert [event["kind"] for event in events][-1] == "cancelled"
         assert json.loads(text.err)["error"]["message"] == f"run {run_id} was cancelled"
+
+    def test_jobs_tells_what_is_sold_and_what_waits_for_a_signature(
+        self, start_node: StartNode, capsys: Output
+    ) -> None:
+        service = MemoryService()
+        start_node(service=service)
+        assert run(["jobs", "--sold"]) == 0
+        assert "Nothing runs here for others." in capsys.readouterr().out
+        sale = {"id": "ab" * 32, "account": "cd" * 32, "state": "running", "paused": True}
+        sale |= {"step": 41, "end_step": 320, "signed_nusd": 10**8, "quote_nusd": 10**9}
+        service.sold = [sale, sale | {"paused": False}]
+        assert run(["jobs", "--sold"]) == 0
+        [_, waiting, working] = capsys.readouterr().out.splitlines()
+        assert waiting.split()[:3] == ["ab" * 6, "cd" * 6, "41/320"]
+        assert waiting.endswith("$0.10 of $1.00  paused: waiting for the buyer's signature")
+        assert working.endswith("running")
+        assert run(["jobs", "--sold", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == service.sold
 
     def test_watch_tells_the_story(self, start_node: StartNode, capsys: Output) -> None:
         start_node(script=[*STORY, RESULT])

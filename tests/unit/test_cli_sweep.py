@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from p2pflop.cli import main
-from p2pflop.cli.sweep import combinations, read_map
+from p2pflop.cli.sweep import combinations, read_feeds, read_map
 from p2pflop.errors import ConfigError
 
 
@@ -36,8 +37,25 @@ def test_a_file_has_a_list_of_objects(tmp_path: Path) -> None:
         read_map(tmp_path / "none.json", [])
 
 
+def test_feeds_are_named(tmp_path: Path) -> None:
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", np.ones((4, 2), np.float32))
+    files = f"{tmp_path}/*.npy"
+    whole, cut = (read_feeds([f"x={files}"], batch)["x"] for batch in (None, 6))
+    assert (whole.shape, cut.shape) == ((4, 2), (6, 2))
+    for wrong in (["x"], ["=a.npy"], ["x="], [f"x={files}"] * 2, [f"x={tmp_path}/none*.npy"]):
+        with pytest.raises(ConfigError):
+            read_feeds(wrong, None)
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], ["x.p2pj", "--attach", "00"], ["--attach", "00", "--args", "lr=1"]]
+    "arguments",
+    [
+        [],
+        ["x.p2pj", "--attach", "00"],
+        ["--attach", "00", "--args", "lr=1"],
+        ["--attach", "00", "--feed", "x=a.npy"],
+    ],
 )
 def test_a_job_or_a_sweep_has_to_be_named(arguments: list[str]) -> None:
     assert main.run(["sweep", *arguments]) == ConfigError.exit_code

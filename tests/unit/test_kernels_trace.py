@@ -492,6 +492,7 @@ def test_a_state_of_open_dtype_is_refused() -> None:
         (dict, {"every": [dict]}, "^every is not a dict", "every={100: evaluate}"),
         (dict, {"every": {2: "show"}}, "^'show' is not a function", "pf.trace"),
         (dict, {"args": 3}, "^args is not a dict", "args={'rate': 0.1}"),
+        (dict, {"title": 5}, "^title=5 is not a text", "title='digits'"),
     ],
 )
 def test_arguments_of_another_type_are_refused(

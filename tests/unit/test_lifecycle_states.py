@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from p2pflop.errors import ProtocolError
 from p2pflop.ids import content_hash
@@ -32,6 +34,7 @@ from p2pflop.job.events import (
     Finish,
     Grant,
     Lost,
+    Persist,
     Ranked,
     Ready,
     Received,
@@ -110,10 +113,10 @@ def verified(life: Lifecycle[Buying], number: int) -> Verified:
     return Verified(number, life.side.unsigned.get(number, b""))
 
 
-def pair(until: State) -> Pair:
+def pair(until: State, **charges: int) -> Pair:
     """``until`` is the buyer's or the provider's state at which to stop."""
     seller = party(1)
-    made = buyer(buyer_desk(SHOPPER, deals(seller.sheet(ask()))), DEADLINE_NS)
+    made = buyer(buyer_desk(SHOPPER, deals(seller.sheet(ask(**charges)))), DEADLINE_NS)
     made.start(NOW_NS)
     made.on(Ranked(), NOW_NS)
     sale = provider(provider_desk(seller), made.side.bid, DEADLINE_NS)
@@ -232,6 +235,63 @@ def test_a_confirm_must_come_within_two_seconds() -> None:
     again = both.to_buyer(actions)
     assert both.buyer.state is State.WAITING, "the buyer hears of it and looks for another deal"
     assert again
+
+
+def half_signed(both: Pair) -> None:
+    both.to_buyer(both.provider.on(Checkpointed(STEPS // 2, HALF), NOW_NS))
+    both.to_provider(both.buyer.on(verified(both.buyer, 1), NOW_NS))
+
+
+def test_a_cancel_signs_the_setup_and_the_provider_takes_just_that() -> None:
+    both = pair(State.RUNNING, setup_nusd=10**6)
+    half_signed(both)
+    more = both.provider.on(Checkpointed(STEPS // 2 + 1, ROOT), NOW_NS)
+    closing, abandon = [a for a in both.buyer.on(Cancel(), NOW_NS) if isinstance(a, Send)]
+    assert (closing.kind, abandon.kind) == ("countersign", "abandon")
+    record = open_sealed(Receipt, closing.wire).record
+    assert (record.number, record.from_step, record.to_step) == (2, STEPS // 2, STEPS // 2)
+    assert both.buyer.side.countersigned == closing.wire
+
+    before = both.provider.side.countersigned
+    cheaper = seal(replace(record, amount_nusd=record.amount_nusd - 1), SHOPPER.node)
+    for wrong in (cheaper, seal(record, both.seller.node)):
+        with pytest.raises(ProtocolError):
+            both.provider.on(Received(wrong.wire), NOW_NS)
+    stray = seal(replace(record, number=7), SHOPPER.node)
+    assert both.provider.on(Received(stray.wire), NOW_NS) == []
+    assert both.provider.side.countersigned == before
+    both.to_provider([closing, abandon])
+    assert both.provider.side.countersigned == closing.wire
+    assert both.provider.side.unsigned == {}, "what was billed meanwhile is void"
+    assert more
+    assert both.provider.state is State.RELEASED
+    assert both.provider.on(Received(closing.wire), NOW_NS) == [], "a letter brings it again"
+
+
+def test_a_cancel_owes_nothing_more_without_a_setup_or_a_signature() -> None:
+    for signs, charges in ((True, {}), (False, {"setup_nusd": 10**6})):
+        both = pair(State.RUNNING, **charges)
+        if signs:
+            half_signed(both)
+        sent = [a for a in both.buyer.on(Cancel(), NOW_NS) if isinstance(a, Send)]
+        assert [a.kind for a in sent] == ["abandon"]
+
+
+def test_a_cancel_is_resumed_with_what_it_signed() -> None:
+    both = pair(State.RUNNING, setup_nusd=10**6)
+    half_signed(both)
+    rows = [a for a in both.buyer.on(Cancel(), NOW_NS) if isinstance(a, Persist)]
+    [closing] = [row for row in rows if row.kind == Edge.CANCEL]
+    again = pair(State.RUNNING, setup_nusd=10**6).buyer
+    again.side.apply(Edge.CANCEL, tuple(msgspec.msgpack.decode(closing.body)))
+    assert again.side.countersigned == both.buyer.side.countersigned
+
+
+def test_who_a_lease_is_given_back_for_bears_the_blame() -> None:
+    for blame in (Blame.PROVIDER, Blame.BUYER):
+        sale = pair(State.RUNNING).provider
+        [finish] = [a for a in sale.on(Withdraw("x", blame), NOW_NS) if isinstance(a, Finish)]
+        assert (finish.state, finish.blame) == (State.RELEASED, blame)
 
 
 @pytest.mark.parametrize("end", [Withdraw("shutdown"), Fault("broken")])

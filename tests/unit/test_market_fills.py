@@ -20,17 +20,15 @@ from p2pflop.market.fills import (
     check_fill,
     check_opening,
     check_reject,
-    check_trade,
     make_abandon,
     make_commit,
     make_confirm,
     make_fill,
     make_reject,
-    make_trade,
-    round_gflop,
 )
 from p2pflop.market.records import (
     CHECKPOINT_EXT,
+    FIXED_EXT,
     MAX_CHECKPOINT_SECONDS,
     MIN_CHECKPOINT_SECONDS,
     Bid,
@@ -40,12 +38,13 @@ from p2pflop.market.records import (
     Terms,
     checkpoint_ext,
     checkpoint_seconds,
+    fixed_charges,
+    fixed_ext,
 )
 from p2pflop.market.samples import (
     ASK_LIFE_NS,
     COSTS,
     DEADLINE_NS,
-    JOB,
     METER_ID,
     NOW_NS,
     RESULT,
@@ -109,6 +108,24 @@ def test_a_bid_opens_with_buyer_and_ask() -> None:
 )
 def test_a_provider_refuses_a_bid_that_is_not_right(values: dict[str, Any], why: str) -> None:
     assert why in refusal(checked(altered(**values)))
+
+
+def test_a_bid_names_the_setup_and_minimum_charge_of_its_ask() -> None:
+    for charges in ((0, 0), (1000, 0), (0, 2000), (1000, 2000)):
+        dear = ask(setup_nusd=charges[0], min_charge_nusd=charges[1])
+        sheet = SELLER.sheet(dear)
+        sheets = {sheet.sheet.number: sheet.sheet}
+        sealed = bid(BUYER, deals(sheet)[0])
+        assert (sealed.record.ext == ()) == (charges == (0, 0))
+        node = SELLER.node.public_key
+        opened = check_bid(sealed.wire, node=node, sheets=sheets, now_ns=NOW_NS)
+        assert isinstance(opened, OpenBid)
+        assert fixed_charges(opened.bid) == charges
+        for ext in (fixed_ext(charges[0], 999), ((FIXED_EXT, b""),), ((FIXED_EXT, bytes(17)),)):
+            wrong = seal(msgspec.structs.replace(sealed.record, ext=ext), BUYER.node)
+            refused = check_bid(wrong.wire, node=node, sheets=sheets, now_ns=NOW_NS)
+            assert isinstance(refused, Rejected)
+            assert "does not name the setup and minimum charge" in refused.reason
 
 
 @pytest.mark.parametrize(
@@ -235,33 +252,6 @@ def test_either_party_abandons_within_the_stretch() -> None:
     for key, step in [(STRANGER.node, 0), (BUYER.node, STEPS + 1)]:
         wire = make_abandon(key, FILL, from_step=step, root=ROOT, reason="").wire
         assert refusal(check_abandon(wire, BID, FILL))
-
-
-@pytest.mark.parametrize(
-    ("flop", "gflop"),
-    [
-        (0, 1),
-        (10**9, 1),
-        (99 * 10**9, 99),
-        (104 * 10**9, 100),
-        (105 * 10**9, 110),
-        (10**40, 9 * 10**18),
-    ],
-)
-def test_the_tape_shows_two_digits(flop: int, gflop: int) -> None:
-    assert round_gflop(flop) == gflop
-
-
-def test_a_trade_names_nobody_and_is_checked() -> None:
-    trade = make_trade(SELLER.node, BID.record, FILL, 10**6, NOW_NS)
-    assert check_trade(trade.wire, NOW_NS) == trade
-    body = trade.wire
-    for secret in (BUYER.node.public_key, BUYER.account.public_key, FILL.id, BID.id, JOB.work):
-        assert secret not in body
-    exact = seal(msgspec.structs.replace(trade.record, gflop_rounded=123), SELLER.node)
-    assert "rounded" in refusal(check_trade(exact.wire, NOW_NS))
-    later = seal(msgspec.structs.replace(trade.record, hour=trade.record.hour + 1), SELLER.node)
-    assert "future" in refusal(check_trade(later.wire, NOW_NS))
 
 
 def test_the_largest_bid_fits() -> None:

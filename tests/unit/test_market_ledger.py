@@ -81,6 +81,23 @@ def test_a_refused_payment_is_taken_back_once_and_never_counts_as_paid() -> None
     assert buyer.received_nusd(SELLER) == 0
 
 
+def test_money_that_is_given_back_is_no_credit_any_more() -> None:
+    seller = Ledger()
+    payments = [content_hash(b"payment %d" % number) for number in range(4)]
+    seller.book_received(payments[0], BUYER, 100, NOW_NS)
+    assert (seller.credit_nusd(BUYER), seller.uncovered_nusd(BUYER)) == (100, -200)
+    seller.book_paid(payments[1], BUYER, 60, NOW_NS)
+    assert (seller.due_nusd(BUYER), seller.credit_nusd(BUYER)) == (-40, 40)
+    assert seller.uncovered_nusd(BUYER) == -80
+    seller.book_paid(payments[2], BUYER, 40, NOW_NS)
+    assert (seller.due_nusd(BUYER), seller.uncovered_nusd(BUYER)) == (0, 0)
+    seller.book_returned(payments[2], BUYER, 40, NOW_NS)
+    assert seller.uncovered_nusd(BUYER) == -80, "refused: it is still here"
+    seller.book_paid(payments[3], BUYER, 500, NOW_NS)
+    assert (seller.credit_nusd(BUYER), seller.uncovered_nusd(BUYER)) == (0, 460)
+    assert seller.uncovered_nusd() == 460
+
+
 def test_an_account_that_buys_from_itself_owes_itself_nothing() -> None:
     ledger = Ledger()
     assert ledger.book_delivered(receipt(1, 100), SELLER, NOW_NS) is not None

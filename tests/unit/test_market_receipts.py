@@ -12,12 +12,15 @@ from p2pflop.job.spec import InitSource, Phase, Stop, WorkParam
 from p2pflop.market.fills import make_fill
 from p2pflop.market.receipts import (
     amount_nusd,
+    check_closing,
     check_countersigned,
     check_receipt,
+    close,
+    closing_nusd,
     countersign,
     make_receipt,
 )
-from p2pflop.market.records import ZERO_HASH, CostLine, Receipt, Rejected
+from p2pflop.market.records import ZERO_HASH, CostLine, Receipt, Rejected, fixed_charges
 from p2pflop.market.samples import (
     COSTS,
     NOW_NS,
@@ -126,12 +129,74 @@ def test_a_last_receipt_without_steps_keeps_the_state() -> None:
     assert "without a step" in refusal(moved, FIRST.record, work=stopping)
 
 
-def test_a_work_that_stops_early_is_paid_pro_rata() -> None:
+def test_without_fixed_charges_a_work_that_stops_early_is_paid_pro_rata() -> None:
     stopping = msgspec.structs.replace(WORK, stop=Stop(0, 0, 10))
     last = make_receipt(
         SELLER.node, FILL, BID, stopping, None, to_step=30, root_to=ROOT, result=RESULT
     )
     assert last.record.amount_nusd == BID.quote_nusd * 30 // 100
+
+
+def charged(setup_nusd: int, min_charge_nusd: int) -> Any:
+    """A bid on an ask with these, and its fill."""
+    dear = ask(setup_nusd=setup_nusd, min_charge_nusd=min_charge_nusd)
+    sealed = bid(BUYER, deals(SELLER.sheet(dear))[0])
+    return sealed, make_fill(SELLER.node, sealed, now_ns=NOW_NS, delegation=SELLER.delegation)
+
+
+@pytest.mark.parametrize("setup_nusd", [0, 1000, 9 * 10**6])
+@pytest.mark.parametrize("min_charge_nusd", [0, 2000, 10**9])
+def test_a_work_that_stops_early_pays_the_fixed_charges_whole(
+    setup_nusd: int, min_charge_nusd: int
+) -> None:
+    sealed, fill = charged(setup_nusd, min_charge_nusd)
+    bought, stopping = sealed.record, msgspec.structs.replace(WORK, stop=Stop(0, 0, 10))
+    assert fixed_charges(bought) == (setup_nusd, min_charge_nusd)
+    before = 0
+    for steps in range(10, STEPS + 1, 10):
+        last = make_receipt(
+            SELLER.node, fill, bought, stopping, None, to_step=steps, root_to=ROOT, result=RESULT
+        )
+        metered = (bought.quote_nusd - setup_nusd) * steps // STEPS
+        due = last.record.amount_nusd
+        assert due == max(min_charge_nusd, setup_nusd + metered)
+        assert amount_nusd(bought, WORK, steps) <= due <= bought.quote_nusd
+        assert before <= due
+        assert check_receipt(last.wire, fill, bought, stopping, None) == last
+        before = due
+    assert before == bought.quote_nusd
+    assert closing_nusd(bought, WORK, 0) == 0
+
+
+def test_before_its_end_a_stretch_pays_the_fixed_charges_in_proportion() -> None:
+    sealed, fill = charged(10**6, 0)
+    half = make_receipt(
+        SELLER.node, fill, sealed.record, WORK, None, to_step=50, root_to=HALF
+    ).record
+    assert half.amount_nusd == sealed.record.quote_nusd // 2
+
+
+def test_a_buyer_that_cancels_signs_what_it_owes_by_itself() -> None:
+    sealed, fill = charged(10**6, 0)
+    bought = sealed.record
+    half = make_receipt(SELLER.node, fill, bought, WORK, None, to_step=50, root_to=HALF).record
+    closing = close(BUYER.node, half, bought, WORK)
+    assert closing is not None
+    assert closing.record.amount_nusd == 10**6 + (bought.quote_nusd - 10**6) // 2
+    assert (closing.record.from_step, closing.record.to_step) == (50, 50)
+    assert closing.record.root_to == HALF
+    assert check_closing(closing.wire, half, sealed, WORK) == closing
+    for wrong, why in (
+        (seal(closing.record, SELLER.node), "not by the buyer"),
+        (seal(altered(closing, amount_nusd=closing.record.amount_nusd - 1), BUYER.node), "owed"),
+        (seal(altered(closing, number=3), BUYER.node), "owed"),
+        (seal(altered(closing, fill=ROOT), BUYER.node), "owed"),
+    ):
+        refused = check_closing(wrong.wire, half, sealed, WORK)
+        assert isinstance(refused, Rejected)
+        assert why in refused.reason
+    assert isinstance(check_closing(b"junk", half, sealed, WORK), Rejected)
+    assert close(BUYER.node, FIRST.record, BID, WORK) is None, "no fixed charges: nothing more"
 
 
 def test_the_amount_follows_the_phases_that_were_due() -> None:

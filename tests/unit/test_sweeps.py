@@ -14,10 +14,10 @@ import pytest
 from tinygrad import Tensor
 
 import p2pflop as pf
-from p2pflop import sweeps
+from p2pflop import sdk, sweeps
 from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
-from p2pflop.errors import ConfigError, JobError, MarketError, P2PFlopError
+from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, MarketError, P2PFlopError
 from p2pflop.outcomes import Costs, Outcome
 from p2pflop.sweeps import SweepPlan
 
@@ -326,6 +326,27 @@ def test_it_can_be_attached_to_again_and_buys_nothing_twice(job: pf.Job, connect
     assert [outcome.args["lr"] for outcome in outcomes] == list(range(6))
 
 
+def test_attach_knows_a_sweep_from_a_run_by_its_id(
+    job: pf.Job, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = ScriptedNode()
+    monkeypatch.setattr(sdk, "Client", lambda **_: connect(node))
+    sweep = pf.map(job, rates(3), client=connect(node))
+    assert states(sweep.outcomes()) == ["settled"] * 3
+    again = pf.attach(sweep.id)
+    assert isinstance(again, pf.Sweep)
+    assert states(again.outcomes()) == ["settled"] * 3
+    run = pf.attach(sweep.run_id(1))
+    assert isinstance(run, pf.Run)
+    assert run.id == sweep.run_id(1)
+    with pytest.raises(BlobNotFoundError):
+        pf.attach("ab" * 32)
+    for unknown in ("ab" * 6, "", "ab" * 33):
+        with pytest.raises(ConfigError):
+            pf.attach(unknown)
+    assert len(node.files) == 3
+
+
 def test_wrong_arguments_and_ids_are_told_before_anything_is_bought(
     job: pf.Job, connect: Connect
 ) -> None:
@@ -355,3 +376,5 @@ def test_receipts_are_cumulative_under_each_fill() -> None:
     ):
         costs.hear({"kind": kind, "amount_nusd": amount})
     assert costs.nusd == 13
+    costs.hear({"kind": "cancelled", "cost_nusd": 20})
+    assert costs.nusd == 20, "a cancel owes the setup whole"

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from p2pflop.market.book import Book
+from p2pflop.market.book import Book, Dump
 from p2pflop.market.records import Rejected
 from p2pflop.market.samples import NOW_NS, ask, book, party
-from p2pflop.node.book_file import BookFile
+from p2pflop.node.kept_file import KeptFile
 from p2pflop.units import NS_PER_S
 
 
 async def test_a_restart_brings_back_sheets_proofs_and_guards(tmp_path: Path) -> None:
     old, withdrawal = party(3).sheet(ask()), party(3).sheet(number=2, lifetime_ns=60 * NS_PER_S)
     made = book(party(1).sheet(ask()), party(2).sheet(ask(1)), party(2).sheet(ask(2)), withdrawal)
-    await BookFile(tmp_path / "book").save(made)
+    await KeptFile(tmp_path / "book", Dump).save(made)
     again, now_ns = Book(b"s" * 32), NOW_NS + 120 * NS_PER_S
-    await BookFile(tmp_path / "book").load(again, now_ns)
+    await KeptFile(tmp_path / "book", Dump).load(again, now_ns)
     assert again.digest(now_ns) == made.digest(now_ns)
     assert again.convicted() == made.convicted() == {party(2).node.public_key: 1}
     assert isinstance(again.apply(old, now_ns), Rejected)
@@ -27,7 +27,7 @@ async def test_a_restart_brings_back_sheets_proofs_and_guards(tmp_path: Path) ->
 
 
 async def test_an_unchanged_book_is_not_written_again(tmp_path: Path) -> None:
-    file, made = BookFile(tmp_path / "book"), book(party(1).sheet(ask()))
+    file, made = KeptFile(tmp_path / "book", Dump), book(party(1).sheet(ask()))
     await file.save(made)
     (tmp_path / "book").unlink()
     await file.save(made)
@@ -41,18 +41,18 @@ async def test_what_cannot_be_read_is_left_out(
     (tmp_path / "book").write_bytes(junk)
     made = Book(bytes(32))
     with caplog.at_level(logging.WARNING):
-        await BookFile(tmp_path / "book").load(made, NOW_NS)
+        await KeptFile(tmp_path / "book", Dump).load(made, NOW_NS)
     assert len(made) == 0
     assert "saved book is left out" in caplog.text
 
 
 async def test_no_file_is_no_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    await BookFile(tmp_path / "book").load(Book(bytes(32)), NOW_NS)
+    await KeptFile(tmp_path / "book", Dump).load(Book(bytes(32)), NOW_NS)
     assert not caplog.records
 
 
 async def test_a_full_disk_is_said_and_harms_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await BookFile(tmp_path / "missing" / "book").save(Book(bytes(32)))
+    await KeptFile(tmp_path / "missing" / "book", Dump).save(Book(bytes(32)))
     assert "the book is not saved" in caplog.text

@@ -1,0 +1,362 @@
+"""The tape between nodes: who hears of a trade, what it gives away, what a hostile peer cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+from msgspec.structs import replace
+
+from p2pflop.dht.planes import Stream
+from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.market.relay import MAX_FAULTS
+from p2pflop.market.samples import CLASS_ID, Party
+from p2pflop.market.sheets import make_delegation
+from p2pflop.market.take import Take
+from p2pflop.market.tape import (
+    HOUR_NS,
+    KEPT_HOURS,
+    MAX_TRADES_AN_ACCOUNT,
+    OpenTrade,
+    fill_digest,
+    hour_of,
+    make_trade,
+    round_gflop,
+)
+from p2pflop.market.tape_relay import (
+    ANSWERED_BURST,
+    COMPARE_TAPES_S,
+    Outcome,
+    TapeListing,
+    TapeParcel,
+)
+from p2pflop.node import tape as tape_module
+from p2pflop.node.market_view import countersigned
+from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, now_ns, sample_file
+from p2pflop.node.tape import MAX_EXCHANGES, SILENCE_S, TELL_S
+from p2pflop.units import NS_PER_S
+from p2pflop.wire import encode
+
+from .conftest import only_sale
+
+if TYPE_CHECKING:
+    from tests.sim.conftest import Market
+
+
+async def connected(*nodes: MemoryNode) -> None:
+    """Everybody with the one before."""
+    for left, right in pairwise(nodes):
+        await left.host.connect(right.host.addresses[0])
+        for here, there in ((left, right), (right, left)):
+            here.sheets.met(there.peer, ())
+
+
+def tape_of(node: MemoryNode) -> list[OpenTrade]:
+    return node.kept_tape.trades(now_ns())
+
+
+def own_trade(node: MemoryNode, number: int = 1, hours_ago: int = 0) -> OpenTrade:
+    """A trade that a node says it made."""
+    account = node.identity.account
+    at_ns = now_ns() - hours_ago * HOUR_NS
+    delegation = make_delegation(
+        account, node.identity.node.public_key, at_ns - 2 * HOUR_NS, at_ns + 2 * HOUR_NS
+    )
+    seller = Party(account, node.identity.node, delegation)
+    return make_trade(
+        seller.node,
+        fill_id=b"fill %d" % number,
+        class_id=CLASS_ID,
+        price_nusd=10**6,
+        flop=10**12,
+        now_ns=at_ns,
+        delegation=delegation,
+    )
+
+
+async def buy(market: Market, buyer: MemoryNode, seed: int = 0) -> None:
+    """A run up to its end, and the time that its trade takes."""
+    run_id = await buyer.submit(sample_file(seed=seed))
+    await ended(market, buyer, run_id)
+
+
+async def ended(market: Market, buyer: MemoryNode, run_id: str) -> None:
+    assert (await market.end_of(buyer, run_id))["kind"] == "result"
+    await trio.sleep(2 * TELL_S)
+
+
+async def test_a_third_node_sees_the_trade_and_no_sign_of_the_buyer(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer, third = (
+        await market.provider(),
+        await market.buyer(),
+        await market.node("third"),
+    )
+    await connected(buyer, provider, third)
+    await buy(market, buyer)
+    [trade] = tape_of(third)
+    assert tape_of(provider) == tape_of(buyer) == [trade]
+    sale = only_sale(provider)
+    bid = sale.bid.record
+    assert trade.account == provider.account
+    assert trade.trade.class_id == bid.class_id
+    assert trade.trade.price_nusd == PRICE_NUSD
+    assert trade.trade.gflop_rounded == round_gflop(sum(c.flop * c.times for c in bid.costs)) == 1
+    assert trade.trade.hour == hour_of(now_ns())
+    assert trade.trade.fill_digest == fill_digest(sale.fill_id)
+    secrets = (
+        buyer.account,
+        buyer.identity.node.public_key,
+        buyer.peer.encode(),
+        sale.bid.id,
+        sale.fill_id,
+        bid.job.work,
+        bid.nonce,
+    )
+    for secret in secrets:
+        assert secret not in trade.sealed.wire
+
+
+async def test_own_accounts_do_not_trade(market: Market, autojump_clock: object) -> None:
+    provider = await market.provider(account="house")
+    buyer = await market.buyer(account="house")
+    await connected(buyer, provider)
+    await buy(market, buyer)
+    assert only_sale(provider).state == "settled"
+    assert tape_of(provider) == tape_of(buyer) == []
+
+
+async def test_who_comes_late_pulls_what_was_told_before(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    await connected(buyer, provider)
+    for seed in range(3):
+        await buy(market, buyer, seed)
+    late = await market.node("late")
+    await connected(buyer, late)
+    assert tape_of(late) == []
+    await late.tape.on_connect(buyer.peer)
+    assert tape_of(late) == tape_of(provider)
+    assert len(tape_of(late)) == 3
+    assert await late.tape.compare(buyer.peer) == 0
+
+
+async def test_what_gossip_lost_is_pulled_in_turn(market: Market, autojump_clock: object) -> None:
+    provider, other = await market.provider(), await market.node("other")
+    await connected(provider, other)
+    provider.kept_tape.add(own_trade(provider, hours_ago=3), now_ns())
+    await trio.sleep(COMPARE_TAPES_S + 1)
+    assert tape_of(other) == tape_of(provider)
+
+
+async def test_a_sale_that_a_restart_took_up_is_told_with_its_price(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    provider.cut_at = provider.writes + 3
+    run_id = await buyer.submit(sample_file())
+    await provider.down.wait()
+    await market.restart(provider)
+    await ended(market, buyer, run_id)
+    told = [trade.trade.price_nusd for trade in tape_of(provider)]
+    assert told == [PRICE_NUSD]
+
+
+async def test_a_burst_of_sales_is_told_at_a_pace_and_within_an_accounts_limit(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, other = await market.provider(), await market.node("other")
+    await connected(provider, other)
+    burst = MAX_TRADES_AN_ACCOUNT + 20
+    for number in range(burst):
+        provider.tape.settled(
+            fill_id=b"%d" % number,
+            class_id=CLASS_ID,
+            price_nusd=10**6,
+            flop=10**9,
+            buyer=other.account,
+        )
+    await trio.sleep(TELL_S / 2)
+    assert len(tape_of(other)) == 1
+    await trio.sleep(burst * TELL_S + COMPARE_TAPES_S)
+    assert tape_of(other) == tape_of(provider)
+    assert len(tape_of(other)) == MAX_TRADES_AN_ACCOUNT
+
+
+async def test_followers_hear_what_is_new_and_what_they_missed(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    await connected(buyer, provider)
+    await buy(market, buyer)
+    follower = buyer.tape.follow(0)
+    [first] = await anext(follower)
+    assert first["kind"] == "trade"
+    assert {**first} == {"seq": first["seq"], "kind": "trade", **buyer.tape.listed()[0]}
+    assert first["own"] is False
+    assert provider.tape.listed()[0]["own"] is True
+    with trio.move_on_after(5) as waited:
+        await anext(follower)
+    assert waited.cancelled_caught
+    await buy(market, buyer, seed=1)
+    again = buyer.tape.follow(first["seq"])
+    [second] = await anext(again)
+    assert second["seq"] > first["seq"]
+    assert second["id"] != first["id"]
+
+
+# Hostile peers
+
+
+async def test_a_forger_is_shunned_and_a_flood_is_bounded(
+    market: Market, autojump_clock: object
+) -> None:
+    liar, honest = await market.node("liar"), await market.node("honest")
+    await connected(liar, honest)
+    for number in range(3 * MAX_TRADES_AN_ACCOUNT):
+        await liar.host.publish(tape_module.TOPIC, own_trade(liar, number).sealed.wire)
+    assert len(tape_of(honest)) == MAX_TRADES_AN_ACCOUNT
+    assert honest.tape.relay.counts[Outcome.ACCOUNT] > 0
+    for number in range(MAX_FAULTS + 1):
+        await liar.host.publish(tape_module.TOPIC, b"junk %d" % number)
+    assert honest.sheets.relay.is_shunned(liar.peer, now_ns())
+    assert honest.tape.relay.counts[Outcome.SHUNNED] == 1
+    with pytest.raises(ProviderError):
+        await liar.tape.compare(honest.peer)
+
+
+async def test_replays_of_old_hours_do_not_come_by_gossip(
+    market: Market, autojump_clock: object
+) -> None:
+    liar, honest = await market.node("liar"), await market.node("honest")
+    await connected(liar, honest)
+    for hours in (-1, 2, KEPT_HOURS):
+        await liar.host.publish(tape_module.TOPIC, own_trade(liar, hours_ago=hours).sealed.wire)
+    assert tape_of(honest) == []
+    assert honest.tape.relay.counts == {Outcome.CLOCK: 3}
+
+
+def answer_with(node: MemoryNode, *frames: bytes) -> None:
+    """What ``node`` answers whoever pulls from it, whatever is asked."""
+
+    async def handler(stream: Stream) -> None:
+        for frame in frames:
+            await stream.receive()
+            await stream.send(frame)
+        await trio.sleep_forever()
+
+    node.host.handle(tape_module.PROTOCOL, handler)
+
+
+async def test_lies_while_comparing_are_the_liars_fault(
+    market: Market, autojump_clock: object
+) -> None:
+    liar, honest = await market.node("liar"), await market.node("honest")
+    await connected(liar, honest)
+    unasked = encode(TapeParcel((own_trade(liar).sealed.wire,), last=True))
+    for number, frames in enumerate(
+        ((b"junk",), (encode(TapeListing(bytes(16))), unasked), (encode(TapeListing(b"odd")),))
+    ):
+        answer_with(liar, *frames)
+        with pytest.raises(ProtocolError):
+            await honest.tape.compare(liar.peer)
+        left = honest.sheets.relay.score(liar.peer, now_ns())
+        assert left == MAX_FAULTS - number - 1
+    assert tape_of(honest) == []
+
+
+async def test_a_peer_that_stalls_is_given_up(market: Market, autojump_clock: object) -> None:
+    silent, honest = await market.node("silent"), await market.node("honest")
+    await connected(silent, honest)
+    answer_with(silent)
+    started_s = trio.current_time()
+    with pytest.raises(ProviderError, match="said nothing"):
+        await honest.tape.compare(silent.peer)
+    assert trio.current_time() - started_s <= SILENCE_S + 1
+
+
+async def test_comparisons_are_counted_by_peer_and_in_all(
+    market: Market, autojump_clock: object
+) -> None:
+    greedy, honest = await market.node("greedy"), await market.node("honest")
+    await connected(greedy, honest)
+    for _ in range(ANSWERED_BURST):
+        await greedy.tape.compare(honest.peer)
+    with pytest.raises(ProviderError, match="too many comparisons"):
+        await greedy.tape.compare(honest.peer)
+    honest.tape._answering |= {f"peer {number}" for number in range(MAX_EXCHANGES)}
+    other = await market.node("another")
+    with pytest.raises(ProviderError, match="too many comparisons"):
+        await other.tape.compare(honest.peer)
+
+
+async def test_an_honest_clock_that_is_ahead_is_no_fault(
+    market: Market, autojump_clock: object
+) -> None:
+    ahead, honest = await market.node("ahead"), await market.node("honest")
+    await connected(ahead, honest)
+    ahead.kept_tape.add(own_trade(ahead, hours_ago=-1), now_ns() + HOUR_NS)
+    assert await honest.tape.compare(ahead.peer) == 0
+    assert honest.sheets.relay.score(ahead.peer, now_ns()) == MAX_FAULTS
+    await trio.sleep(HOUR_NS / NS_PER_S)
+    assert tape_of(honest) == tape_of(ahead)
+
+
+# The take rate
+
+
+async def test_buyer_and_seller_both_see_that_nothing_is_taken(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    for seed in range(2):
+        run_id = await buyer.submit(sample_file(seed=seed), checkpoint_steps=5)
+        await ended(market, buyer, run_id)
+    takes = [await take_of(node) for node in (provider, buyer)]
+    spent_nusd = buyer.ledger_book.report()["spent_nusd"]
+    assert spent_nusd > 0
+    assert takes == [Take(2, spent_nusd, spent_nusd)] * 2
+    receipts = countersigned(buyer.journal)
+    assert len(receipts) > 2
+    buyer.ledger_book._take = None
+    cheaper = [replace(each, amount_nusd=each.amount_nusd - 1) for each in receipts]
+    assert (await buyer.ledger_book.take(lambda: cheaper)).take_nusd == 2
+
+
+async def test_nothing_seems_taken_while_a_receipt_is_on_its_way_to_disk(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    seen: list[int] = []
+
+    def look_at(node: MemoryNode) -> None:
+        write = node.journal._database.write
+
+        async def slow(operation: Callable[[Any], Any]) -> Any:
+            await trio.sleep(0.1)
+            return await write(operation)
+
+        node.journal._database.write = slow  # type: ignore[method-assign]
+
+    async def look(node: MemoryNode) -> None:
+        while True:
+            taken = await take_of(node)
+            seen.append(taken.paid_nusd)
+            assert taken.take_nusd == 0
+            await trio.sleep(0.01)
+
+    for node in (provider, buyer):
+        look_at(node)
+        market.nursery.start_soon(look, node)
+    run_id = await buyer.submit(sample_file(), checkpoint_steps=5)
+    await ended(market, buyer, run_id)
+    assert len(set(seen)) > 2, "nobody looked while it was bought"
+
+
+async def take_of(node: MemoryNode) -> Take:
+    return await node.ledger_book.take(lambda: countersigned(node.journal))
