@@ -57,6 +57,7 @@ from p2pflop.node.network import HostConfig, Network
 from p2pflop.node.payment_book import PaymentBook
 from p2pflop.node.payment_stream import PROTOCOL as PAYMENT_PROTOCOL
 from p2pflop.node.payments import Payments
+from p2pflop.node.quote_stream import PROTOCOL as QUOTE_PROTOCOL
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.sheets import SheetService
@@ -213,10 +214,12 @@ async def _keep(
 
 
 def _open_sheets(
-    identity: Identity, book: Book, network: Network, known: Acquaintances
+    identity: Identity, book: Book, network: Network, known: Acquaintances, *, gossip: bool
 ) -> SheetService:
     """The sheets, and all who keep count of peers told who is there, comes and goes."""
-    sheets = SheetService(identity, book, network, time.time_ns)
+    sheets = SheetService(
+        identity, book, network, time.time_ns, addresses=network.addresses, gossip=gossip
+    )
     network.on_connect(known.met)
     network.on_disconnect(known.left)
     network.on_disconnect(sheets.left)
@@ -243,7 +246,7 @@ def _assemble(
     nursery: trio.Nursery,
 ) -> Daemon:
     dialer = NodeDialer(network, nursery)
-    sheets = _open_sheets(identity, book, network, known)
+    sheets = _open_sheets(identity, book, network, known, gossip=not settings.embedded)
     tapes = TapeService(identity, tape, sheets.relay, network, time.time_ns)
     runs = Runs(journal)
     buyer = Buyer(
@@ -272,7 +275,7 @@ def _assemble(
         nursery=nursery,
         now_ns=time.time_ns,
     )
-    seller.allocator.on_free = buyer.room_freed
+    seller.allocator.on_free.append(buyer.room_freed)
     money = Payments(
         identity, payment_book, ledger_book, dialer, sheets.nodes_of, nursery, time.time_ns
     )
@@ -313,6 +316,7 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     daemon.dialer.handle(sheets_module.PROTOCOL, daemon.sheets.answer)
     daemon.dialer.handle(tape_module.PROTOCOL, daemon.tape.answer)
     daemon.dialer.handle(PAYMENT_PROTOCOL, daemon.money.handle)
+    daemon.dialer.handle(QUOTE_PROTOCOL, daemon.buyer.wishes.handle)
     sink, source = trio.open_memory_channel[tuple[str, bytes]](MAX_GOSSIP_WAITING)
     nursery.start_soon(_drain, source)
     await daemon.network.subscribe(

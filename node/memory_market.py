@@ -70,6 +70,7 @@ from p2pflop.node.network import HostConfig
 from p2pflop.node.payment_book import PaymentBook
 from p2pflop.node.payment_stream import PROTOCOL as PAYMENT_PROTOCOL
 from p2pflop.node.payments import Payments
+from p2pflop.node.quote_stream import PROTOCOL as QUOTE_PROTOCOL
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
@@ -281,7 +282,7 @@ class MemoryNode:
             now_ns=now_ns,
         )
 
-        self.seller.allocator.on_free = self.buyer.room_freed
+        self.seller.allocator.on_free.append(self.buyer.room_freed)
         self.money = Payments(
             self.identity,
             self.payment_book,
@@ -306,6 +307,7 @@ class MemoryNode:
         dialer.handle(sheets_module.PROTOCOL, self.sheets.answer)
         dialer.handle(tape_module.PROTOCOL, self.tape.answer)
         dialer.handle(PAYMENT_PROTOCOL, self.money.handle)
+        dialer.handle(QUOTE_PROTOCOL, self.buyer.wishes.handle)
 
     async def _answer_job(self, stream: Stream) -> None:
         await self.seller.handle(

@@ -16,7 +16,7 @@ from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, shards_of, times_due
 from p2pflop.job.validate import Refusal
-from p2pflop.market.ranking import Deal, Miss, Policy
+from p2pflop.market.ranking import Deal, Miss, Need, Policy
 from p2pflop.market.records import MIN_CHECKPOINT_SECONDS, CostLine, Terms
 from p2pflop.market.views import BookView
 from p2pflop.node.execute import memory_bytes, unsupported
@@ -38,7 +38,8 @@ MAX_CHECKPOINTS: Final = 1000
 class Order:
     """A submission, decoded and checked: what is to be bought, and within which bounds.
 
-    ``classes`` are those that it may be computed in; empty for any.
+    ``classes`` are those that it may be computed in; empty for any. One that ``rests`` waits for a
+    quote where no ask fits.
     """
 
     file: JobFile
@@ -49,6 +50,20 @@ class Order:
     checkpoint_steps: int
     checkpoint_s: int
     classes: frozenset[bytes]
+    rests: bool = False
+
+    def need(self, class_ids: frozenset[bytes], nonce: bytes) -> Need:
+        """What is to be bought, in one of these classes; ``nonce`` will be the bid's."""
+        return Need(
+            class_ids=class_ids,
+            flop=self.checked.cost.flop,
+            touched_bytes=self.checked.cost.touched_bytes,
+            moved_bytes=self.moved_bytes,
+            memory_bytes=self.terms.memory_bytes,
+            deadline_ns=self.deadline_ns,
+            max_nusd=self.max_nusd,
+            nonce=nonce,
+        )
 
     @property
     def costs(self) -> tuple[CostLine, ...]:
@@ -178,6 +193,7 @@ def open_order(
         every,
         _checkpoint_s(options.checkpoint_s),
         classes,
+        options.rest,
     )
 
 

@@ -83,7 +83,7 @@ class Purchase:
         self._buyer = buyer
         self._run = run
         self._stretches = Stretches(order, run.rows)
-        self._bidding = Bidding(buyer, order, run.rows)
+        self._bidding = Bidding(buyer, run.id, order, run.rows)
         self._conversation: Conversation | None = None
         self._returns = Returns()
         self._goods: Goods | None = None
@@ -99,7 +99,8 @@ class Purchase:
         self._looked = trio.Event()
         self._names = output_names(order.file.labels)
         self._nursery: trio.Nursery
-        self._lifecycle = buyer_lifecycle(self._bidding.desk(), order.deadline_ns)
+        desk = self._bidding.desk()
+        self._lifecycle = buyer_lifecycle(desk, order.deadline_ns, rests=order.rests)
         self._driver = Driver(self._lifecycle, run.rows, self, buyer.now_ns)
 
     async def run(self, *, resume: bool = False) -> None:
@@ -112,7 +113,7 @@ class Purchase:
         except* P2PFlopError as group:
             self._failure = self._failure or first_error(group)
         finally:
-            self._buyer.wait_no_more(self._run.id)
+            self._bidding.end()
         self._take_back()
         if self._failure is not None:
             raise self._failure
@@ -195,12 +196,12 @@ class Purchase:
         """See Hands."""
         if task == "verify":
             self._to_verify.set()
-        elif task == "wait":
+        elif task in ("wait", "rest"):
             self._note_failure()
             if self._conversation is not None:
                 self._conversation.finish()
                 self._conversation = None
-            self._buyer.wait(self._run.id, self)
+            self._bidding.wait(self)
             if self._lifecycle.side.rounds:
                 self._nursery.start_soon(self._tell_loss, "")
             self._nursery.start_soon(self._tell_state)
@@ -427,6 +428,7 @@ class Purchase:
             with suppress(ProtocolError):
                 reason = self._lifecycle.side.desk.check_reject(wire, self._lifecycle.side.bid)
                 self._run.rows.add(REJECT_ROW, wire)
+                self._bidding.refused(reason)
                 await self._tell_rejected(reason)
         return await self._driver.hear(Received(wire))
 

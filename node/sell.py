@@ -43,6 +43,7 @@ from p2pflop.node.journal import PROVIDER, Head, JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.opening import Opener
+from p2pflop.node.quoting import Quoting
 from p2pflop.node.sale import Sale
 from p2pflop.node.sale_rows import SaleRow, first_row
 from p2pflop.node.service import Json
@@ -84,6 +85,7 @@ class Seller:
     allocator: Allocator = field(init=False)
     blobs: LeaseBlobs = field(init=False)
     opener: Opener = field(init=False)
+    quoting: Quoting = field(init=False)
     _sales: dict[bytes, Sale] = field(default_factory=dict)
     _over: OrderedDict[bytes, Sale] = field(default_factory=OrderedDict)
     _over_bytes: int = 0
@@ -105,6 +107,7 @@ class Seller:
             self.allocator.note_unpaid(unpaid)
         self.blobs = LeaseBlobs(self.store, self.now_ns)
         self.opener = Opener(self.now_ns)
+        self.quoting = Quoting(self)
 
     @property
     def busy(self) -> int:
@@ -131,8 +134,10 @@ class Seller:
             await sale.attend(Conversation(stream), first)
 
     def resume(self) -> None:
-        """Bring every sale that a restart found unfinished to its end, and sweep old blobs."""
+        """Bring every sale that a restart found unfinished to its end, and sweep old blobs; answer
+        wishes."""
         self.nursery.start_soon(survive, self._take_all_up)
+        self.nursery.start_soon(keep_going, self.quoting.run)
 
     def cards(self) -> list[Json]:
         """Sales that are not over, oldest first, as JSON. See ``NodeService.sales``."""
@@ -254,6 +259,8 @@ class Seller:
     def _objection(self, bid: OpenBid) -> str:
         if self.stopping:
             return SHUTTING_DOWN
+        if self.quoting.is_filled(bid.quote_id):
+            return "the quote is filled already"
         return self.allocator.objection(bid, self.now_ns())
 
     async def _grant(
@@ -263,6 +270,8 @@ class Seller:
         sale = self._remember(bid.sealed, bid.account, body, checked, head)
         sale.body_bytes = len(encoded)
         self.allocator.take(sale)
+        if bid.quote_id:
+            self.quoting.fill(bid.quote_id)
         await self._hold_inputs(sale, checked)
         sale.rows.add(SaleRow.BID, bid.sealed.wire)
         sale.rows.add(SaleRow.ACCOUNT, bid.account)

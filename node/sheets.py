@@ -27,7 +27,7 @@ from p2pflop.dht.planes import Dialer, Stream
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.market.book import Book
 from p2pflop.market.exchange import Exchange, Message, read
-from p2pflop.market.records import Ask, Sheet
+from p2pflop.market.records import Ask, Sheet, Wish
 from p2pflop.market.relay import PASS_ON_S, Outcome, Relay
 from p2pflop.market.sheets import OpenSheet, make_sheet
 from p2pflop.node.guard import keep_going, survive
@@ -45,8 +45,9 @@ SILENCE_S: Final = 4.0
 """Longer than a book's signatures take: a stalled stream must not hold up the next comparison."""
 CLOSE_S: Final = 2.0
 MAX_TOLD_OF_WITHDRAWAL: Final = 16
-HONOURED_SHEETS: Final = 4
-"""Superseded own sheets on which bids that were under way are still taken."""
+HONOURED_SHEETS: Final = 8
+"""Own sheets on which bids that were under way are still taken: some seconds' worth, as wishes come
+and go."""
 MAX_EXCHANGES: Final = 16
 """Answered at once, one of each peer: each may cost a book's worth of bytes."""
 LONG_FRAME_BYTES: Final = 8 * KIB
@@ -66,10 +67,21 @@ class Gossip(Dialer, Protocol):
 
 
 class SheetService:
-    """The book, the node's own sheet in it, and its conversations about sheets."""
+    """The book, the node's own sheet in it, and its conversations about sheets.
+
+    ``addresses`` are told on the sheet, and without ``gossip`` nobody else gets it, unless
+    ``offer`` says otherwise.
+    """
 
     def __init__(
-        self, identity: Identity, book: Book, host: Gossip, now_ns: Callable[[], int]
+        self,
+        identity: Identity,
+        book: Book,
+        host: Gossip,
+        now_ns: Callable[[], int],
+        *,
+        addresses: Sequence[str] = (),
+        gossip: bool = True,
     ) -> None:
         self.book = book
         self.relay = Relay(book, secrets.SystemRandom().random, identity.network)
@@ -77,8 +89,10 @@ class SheetService:
         self._host = host
         self._now_ns = now_ns
         self._asks: Callable[[int], Sequence[Ask]] | None = None
-        self._addresses: tuple[str, ...] = ()
-        self._gossip = True
+        self._wishes: Callable[[int], Sequence[Wish]] = lambda _: ()
+        self._on_news: list[Callable[[], None]] = []
+        self._addresses = tuple(addresses)
+        self._gossip = gossip
         self._last_number = book.last_number(identity.node.public_key)
         self._own: dict[int, OpenSheet] = {}
         self._answering: set[str] = set()
@@ -93,6 +107,14 @@ class SheetService:
     def newest(self) -> OpenSheet | None:
         """The node's own newest sheet."""
         return self._own.get(self._last_number)
+
+    def wish(self, wishes: Callable[[int], Sequence[Wish]]) -> None:
+        """Take the wishes on each new sheet from ``wishes(until_ns)``."""
+        self._wishes = wishes
+
+    def on_news(self, told: Callable[[], None]) -> None:
+        """Call ``told()`` whenever the book may have changed, the own sheet too."""
+        self._on_news.append(told)
 
     def nodes_of(self, account: bytes) -> list[bytes]:
         """The keys of nodes of that account in the book now."""
@@ -124,9 +146,10 @@ class SheetService:
 
         Gossip is too slow for a node that is about to go, so books are compared as well.
         """
-        if self._asks is None:
+        newest = self.newest
+        self._asks, self._wishes = None, lambda _: ()
+        if newest is None or not (newest.sheet.asks or newest.sheet.wishes):
             return
-        self._asks = None
         await self.issue()
         async with trio.open_nursery() as nursery:
             for peer in self._host.peers()[:MAX_TOLD_OF_WITHDRAWAL]:
@@ -143,6 +166,7 @@ class SheetService:
             now_ns=now_ns,
             delegation=self._identity.delegation(now_ns),
             asks=() if self._asks is None else self._asks(now_ns + lifetime_ns),
+            wishes=self._wishes(now_ns + lifetime_ns),
             addresses=self._addresses,
             lifetime_ns=lifetime_ns,
             network=self._identity.network,
@@ -154,6 +178,7 @@ class SheetService:
         while len(self._own) > HONOURED_SHEETS:
             del self._own[min(self._own)]
         self.book.apply(sheet, now_ns)
+        self._tell_news()
         await self._publish(sheet.sealed.wire)
         return sheet
 
@@ -164,6 +189,8 @@ class SheetService:
             _log.debug("sheet from %s: %s", source, printable(verdict.reason))
         if verdict.outcome is Outcome.PROOF:
             _log.warning("a node signed two sheets under one number; both are dropped")
+        if verdict.outcome.is_passed_on:
+            self._tell_news()
         return verdict.outcome.is_passed_on
 
     def met(self, peer: str, addresses: Sequence[str]) -> None:
@@ -221,6 +248,9 @@ class SheetService:
         except ProtocolError:
             self.relay.fault(stream.peer, self._now_ns())
             raise
+        finally:
+            if exchange.news:
+                self._tell_news()
         return exchange.news
 
     async def _read(self, kind: type[Record], frame: bytes) -> Message:
@@ -228,6 +258,10 @@ class SheetService:
             await trio.lowlevel.checkpoint()
             return read(kind, frame, self._identity.network)
         return await trio.to_thread.run_sync(read, kind, frame, self._identity.network)
+
+    def _tell_news(self) -> None:
+        for told in self._on_news:
+            told()
 
     async def _publish(self, wire: bytes) -> None:
         if not self._gossip:
@@ -240,7 +274,8 @@ class SheetService:
     async def _reissue(self) -> None:
         while True:
             await trio.sleep(REISSUE_S)
-            if self._asks is not None:
+            newest = self.newest
+            if newest is not None and (newest.sheet.asks or newest.sheet.wishes):
                 await self.issue()
 
     async def _expire(self) -> None:

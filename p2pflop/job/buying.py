@@ -53,6 +53,8 @@ PREEMPTED_PREFIX: Final = "pre-empted: "
 """How a provider's reason begins whose operator wants it to stop."""
 
 FIRST_WAIT_NS: Final = NS_PER_S // 2
+MAX_REST_NS: Final = 300 * NS_PER_S
+"""The longest wait of a run that rests: a quote wakes it sooner."""
 MAX_STALLED: Final = 5
 """How often a run is submitted again without having been delivered anything more."""
 
@@ -130,6 +132,8 @@ class Buying:
 
     Those of a stretch that was broken off are gone but for ``delivered``, the last receipt that was
     countersigned in each; ``was_paid`` tells whether the latest one had any.
+
+    One that ``rests`` waits until its deadline where no ask fits and nobody takes the job.
     """
 
     table: Table = BUYER
@@ -137,8 +141,9 @@ class Buying:
     edges: Mapping[str, tuple[Edge, ...]] = BUYER_EDGES
     initial = State.RANKING
 
-    def __init__(self, desk: BuyerDesk) -> None:
+    def __init__(self, desk: BuyerDesk, *, rests: bool = False) -> None:
         self.desk = desk
+        self.rests = rests
         self.attempt = 0
         self.rounds = 0
         self.faulted_by: set[bytes] = set()
@@ -238,7 +243,7 @@ class Buying:
         if state is not State.WAITING:
             return limit
         wait_ns = FIRST_WAIT_NS << min(self.rounds, 16) if self.rounds else 0
-        return Limit(limit.name, min(limit.after_ns, wait_ns))
+        return Limit(limit.name, min(MAX_REST_NS if self.rests else limit.after_ns, wait_ns))
 
     def stall(self, state: State) -> Limit | None:
         """See ``Side``. What was billed and is not here weighs more than what is told."""
@@ -252,6 +257,8 @@ class Buying:
 
     def pending(self, state: State) -> Sequence[Action]:
         """See ``Side``. In RANKING the driver ranks again."""
+        if state is State.WAITING:
+            return [Start("rest" if self.rests else "wait")]
         if state is State.BIDDING:
             return [Send("bid", self.bid)]
         if state in (State.CONFIRMING, State.RUNNING, State.VERIFYING):
@@ -398,7 +405,7 @@ class Buying:
         match event:
             case Ranked(reason):
                 bid = self.desk.bid(self.attempt, now_ns)
-                if bid is None and self._has_filled:
+                if bid is None and (self._has_filled or self.rests):
                     return self._wait(reason, fence=False)
                 if bid is None:
                     return self._end(Edge.NO_DEAL, reason, Blame.MARKET)
@@ -442,7 +449,7 @@ class Buying:
         bid = self._next_bid(now_ns)
         if bid is not None:
             return self._go_to(bid, reason, fence=True)
-        if self._has_filled or self._busy or BUSY_PREFIX in reason:
+        if self._has_filled or self.rests or self._busy or BUSY_PREFIX in reason:
             return self._wait(reason, fence=True)
         message = f"no provider took the job; the last one: {reason}"
         return self._end(Edge.EXHAUSTED, message, Blame.MARKET)
@@ -460,7 +467,7 @@ class Buying:
     def _wait(self, reason: str, *, fence: bool) -> Move:
         abandon = self._fence(reason) if fence else []
         parts = (reason.encode(), b"", abandon[0].wire if abandon else b"")
-        return Move(Edge.WAIT, parts, [*abandon, Start("wait")])
+        return Move(Edge.WAIT, parts, [*abandon, Start("rest" if self.rests else "wait")])
 
     def _end(self, edge: Edge, reason: str, blame: Blame, fence: bool = True) -> Move:
         abandon = self._fence(reason) if fence else []
@@ -485,6 +492,6 @@ class Buying:
         return [Send("countersign", self.countersigned)] if self.countersigned else []
 
 
-def buyer(desk: BuyerDesk, deadline_ns: int) -> Lifecycle[Buying]:
+def buyer(desk: BuyerDesk, deadline_ns: int, *, rests: bool = False) -> Lifecycle[Buying]:
     """A purchase that has not begun."""
-    return Lifecycle(Buying(desk), deadline_ns)
+    return Lifecycle(Buying(desk, rests=rests), deadline_ns)

@@ -224,7 +224,8 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Begin ``prepare``, ``run`` or ``reveal`` (provider), or ``verify``, ``wait`` or ``rank``."""
+    """Begin ``prepare``, ``run`` or ``reveal`` (provider), or ``verify``, ``wait``, ``rest`` or
+    ``rank``. To rest is to wait for a quote, too, and begins once it is on disk."""
 
     task: str
 

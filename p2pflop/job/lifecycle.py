@@ -18,7 +18,7 @@ A buyer whom every provider refused, and at least one for want of room, waits an
 more rarely, until its deadline. A buyer whose provider is lost takes ``RESUBMIT``: it ranks again
 and buys what is not delivered yet, as another stretch of the same work; the first time at once,
 then, as long as nothing more is delivered, after ever longer waits, and ``MAX_STALLED`` times at
-most. From its first fill on it waits, too, where no ask fits.
+most. From its first fill on it waits, too, where no ask fits; one that rests does from the start.
 
 Repeating is harmless: the same bid gets the same fill, the same confirm or receipt the same answer,
 in end states too. What a buyer has countersigned is owed, so a provider takes that in after its end
