@@ -434,9 +434,10 @@ def sample_file(
     stop_every: int = 0,
     collects: bool = False,
 ) -> bytes:
-    """A job file with a state, an input, a traced scalar, a last output and a flag to stop by.
+    """A job file with a state, an input, a traced scalar and a last output.
 
-    With ``stop_every`` it stops by that, which memory's workers do the first time it is looked at.
+    With ``stop_every`` that is a traced flag to stop by, which memory's workers do the first time
+    that it is looked at.
     With ``members`` state and input are entries of ``sample_collection``; if it ``collects``, every
     value of the output is kept, not the last alone.
     """
@@ -464,7 +465,7 @@ def sample_file(
     collection = sample_collection(floats)
     entries = [MemberSource(address_of(collection), len(collection), entry) for entry in (0, 1)]
     sources: Sequence[BlobSource | MemberSource] = entries if members else blobs
-    kept = MODE_COLLECT if collects else MODE_LAST
+    kept = MODE_TRACE if stop_every else MODE_COLLECT if collects else MODE_LAST
     work = Work(
         version=1,
         phases=(Phase(graph_hash(graph), 1, 0, (MODE_TRACE, kept)),),

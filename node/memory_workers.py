@@ -40,7 +40,7 @@ class CountingSession:
 
     Init slots are filled with the seed's low byte. An output, traced or not, is the number of the
     step that last gave it, as 8 little-endian bytes (a traced one 4). The work stops when asked to
-    at the first multiple of ``stop.every``; that output is the flag.
+    at the first multiple of ``stop.every``; that output is the flag, of one byte.
     """
 
     def __init__(self, work: Work, plans: Mapping[bytes, bytes]) -> None:
@@ -73,7 +73,7 @@ class CountingSession:
 
     def scalars(self) -> list[tuple[int, int, bytes]]:
         return [
-            (index, output, self._step.to_bytes(4, "little"))
+            (index, output, bytes(self.read_output(index, output) or b""))
             for index, phase in enumerate(self._work.phases)
             if self._last.get(index) == self._step
             for output, mode in enumerate(phase.modes)

@@ -21,6 +21,7 @@ from p2pflop.job.spec import (
     MODE_TRACE,
     NamedOutput,
     Result,
+    Stop,
     source_addresses,
     state_root,
     state_slots,
@@ -103,7 +104,33 @@ def check_trace(checked: CheckedJob, steps_done: int, data: bytes) -> Refusal | 
             if mode == MODE_TRACE and times:
                 dtype = output_dtype(checked, number, output)
                 expected.append((number, output, int(dtype), times * ITEM_BYTES[dtype]))
-    return None if found == expected else Refusal("the trace does not fit the steps that were done")
+    if found != expected:
+        return Refusal("the trace does not fit the steps that were done")
+    stop = checked.work.stop
+    if stop is None:
+        return None
+    flags = {(c.phase, c.output): c.data for c in columns}.get((stop.phase, stop.output), b"")
+    return _check_end(checked, stop, steps_done, flags)
+
+
+def _check_end(checked: CheckedJob, stop: Stop, steps_done: int, flags: bytes) -> Refusal | None:
+    """Whether a run ended where its stop output said so, and nowhere else. ``flags`` are the values
+    of that output; the last one counts at each step at which it is looked at."""
+    job, phase = checked.job, checked.work.phases[stop.phase]
+    last = job.first_step + steps_done
+    says_so = False
+    if any(flags):
+        for looked in range(
+            -(-(job.first_step + 1) // stop.every) * stop.every, last + 1, stop.every
+        ):
+            told = times_due(phase, job.first_step, looked - job.first_step)
+            says_so = told > 0 and bool(flags[told - 1])
+            if says_so and looked != last:
+                return Refusal(f"it went on after step {looked - 1}, which ended it")
+        says_so = says_so and last % stop.every == 0
+    if steps_done != job.steps and not says_so:
+        return Refusal("it ended early, and its own output does not say so")
+    return None
 
 
 def check_collected(

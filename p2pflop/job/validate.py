@@ -360,3 +360,7 @@ def _check_stop(work: Work, graphs: Mapping[bytes, Checked]) -> None:
     node = checked.graph.outputs[stop.output].node
     is_flag = checked.dtypes[node] is Dtype.BOOL and checked.shapes[node] == ()
     require(is_flag, "stop: the output is not a 0-d bool")
+    is_traced = phase.modes[stop.output] == MODE_TRACE
+    require(
+        is_traced, "stop: the output is not traced, so nobody could check that it ended the job"
+    )

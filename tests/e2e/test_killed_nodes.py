@@ -28,16 +28,22 @@ class Market:
     """A buyer and two providers, the first one cheaper."""
 
     def __init__(
-        self, start_node: StartNode, wait_until: Any, every: int = EVERY, **job: Any
+        self,
+        start_node: StartNode,
+        wait_until: Any,
+        every: int = EVERY,
+        steps: int = STEPS,
+        **job: Any,
     ) -> None:
         self.start_node = start_node
         self.wait_until = wait_until
+        self.steps = steps
         self.buyer = start_node("buyer")
         self.address = self.buyer.addresses()[0]
         self.providers = {name: self.start(name) for name in ("cheap", "dear")}
         wait_for_asks(self.buyer, 2, wait_until)
         self.run = pf.submit(
-            counting_job(STEPS, **job), client=Client(self.buyer.home), checkpoint_steps=every
+            counting_job(steps, **job), client=Client(self.buyer.home), checkpoint_steps=every
         )
 
     def start(self, name: str) -> Any:
@@ -58,7 +64,7 @@ class Market:
         result = run.result(timeout=120)
         assert result.hash == whole_hash
         result.verify()
-        assert len(result["total"]) == STEPS
+        assert len(result["total"]) == self.steps
         for name, node in self.providers.items():
             if node.process.poll() is not None:
                 self.providers[name] = self.start(name)

@@ -11,9 +11,11 @@ import pytest
 
 from p2pflop.node.handing_over import HAND_OVER_S
 from tests.e2e.test_first_light import counting_job
-from tests.e2e.test_killed_nodes import STEPS, Market
+from tests.e2e.test_killed_nodes import Market
 
 StartNode = Callable[..., Any]
+STEPS = 600_000
+"""Seven seconds and more: a provider must be stopped at work."""
 STOPS_WITHIN_S = HAND_OVER_S + 10
 """With the last words, and a busy machine."""
 
@@ -27,7 +29,7 @@ def whole_hash() -> str:
 @pytest.fixture
 def market(start_node: StartNode, wait_until: Any) -> Market:
     """The job has no checkpoint of its own."""
-    return Market(start_node, wait_until, every=0)
+    return Market(start_node, wait_until, steps=STEPS, every=0)
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
@@ -36,7 +38,7 @@ def test_a_job_goes_on_from_the_step_at_which_its_provider_was_stopped(
 ) -> None:
     next(iter(market.run))
     cheap = market.providers["cheap"]
-    time.sleep(1)
+    time.sleep(0.5)
     began = time.monotonic()
     cheap.process.send_signal(by)
     assert cheap.process.wait(STOPS_WITHIN_S) == 0

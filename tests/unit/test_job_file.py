@@ -87,7 +87,7 @@ INIT_GRAPH = Graph(
 def work_of(step: Graph = STEP_GRAPH, init: Graph = INIT_GRAPH) -> Work:
     return Work(
         version=1,
-        phases=(Phase(name(step), 1, 0, (MODE_TRACE, MODE_LAST, MODE_LAST)),),
+        phases=(Phase(name(step), 1, 0, (MODE_TRACE, MODE_LAST, MODE_TRACE)),),
         params=(
             WorkParam(UINT32, (2,), ROLE_SEED, NoSource()),
             WorkParam(FLOAT32, (4,), ROLE_STATE, InitSource(name(init), 0)),
@@ -207,6 +207,7 @@ def stop(*fields: int) -> Callable[[Work], Work]:
         (stop(0, 3, 1), "no output 3"),
         (stop(0, 0, 1), "not a 0-d bool"),
         (stop(0, 1, 1), "not a 0-d bool"),
+        (phase(modes=(MODE_TRACE, MODE_LAST, MODE_LAST)), "is not traced"),
     ],
 )
 def test_a_work_that_does_not_fit_its_graphs(change: Callable[[Work], Work], match: str) -> None:
@@ -260,8 +261,8 @@ def test_steps_fit_the_step_slot() -> None:
 
 
 def test_the_trace_limit_at_its_edge() -> None:
-    opened(body_of(work_of(), steps=25), Limits(trace_bytes=100))
-    refused(body_of(work_of(), steps=26), "trace of 104 bytes", Limits(trace_bytes=100))
+    opened(body_of(work_of(), steps=20), Limits(trace_bytes=100))
+    refused(body_of(work_of(), steps=21), "trace of 105 bytes", Limits(trace_bytes=100))
 
 
 def test_the_limit_on_all_nodes_at_its_edge() -> None:
