@@ -73,7 +73,7 @@ class CountingSession:
 
     def scalars(self) -> list[tuple[int, int, bytes]]:
         return [
-            (index, output, bytes(self.read_output(index, output) or b""))
+            (index, output, self._flag(index, output) or self._step.to_bytes(4, "little"))
             for index, phase in enumerate(self._work.phases)
             if self._last.get(index) == self._step
             for output, mode in enumerate(phase.modes)
@@ -84,15 +84,20 @@ class CountingSession:
         stop = self._work.stop
         return stop is not None and (number + 1) % stop.every == 0
 
+    def _flag(self, phase: int, output: int) -> bytes:
+        stop = self._work.stop
+        if stop is None or (stop.phase, stop.output) != (phase, output):
+            return b""
+        return bytes([self.should_stop(self._last[phase])])
+
     def read(self, slot: int) -> memoryview:
         return memoryview(self._slots[slot])
 
     def read_output(self, phase: int, output: int) -> memoryview | None:
         if phase not in self._last:
             return None
-        stop = self._work.stop
-        if stop is not None and (stop.phase, stop.output) == (phase, output):
-            return memoryview(bytes([self.should_stop(self._last[phase])]))
+        if flag := self._flag(phase, output):
+            return memoryview(flag)
         size = 4 if self._work.phases[phase].modes[output] == MODE_TRACE else 8
         return memoryview(self._last[phase].to_bytes(size, "little"))
 

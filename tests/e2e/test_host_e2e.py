@@ -414,12 +414,11 @@ async def test_streams_beyond_the_limit_of_a_peer_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with pair() as (left, right):
-        await until(lambda: right.statistics().inbound_streams == 0)
-        monkeypatch.setattr(inbound, "MAX_INBOUND_STREAMS_PER_PEER", 5)
         streams = [await left.open(right.peer, PROTOCOL) for _ in range(5)]
         for stream in streams:
             await stream.send(b"x")
             assert await stream.receive() == b"x"
+        monkeypatch.setattr(inbound, "MAX_INBOUND_STREAMS_PER_PEER", 5)
         with trio.fail_after(LIMIT_S), pytest.raises(ProviderError):
             await echoes(left, right.peer)
         assert right.statistics().counts["streams_refused"] >= 1

@@ -105,6 +105,7 @@ def test_a_provider_killed_at_a_random_moment(market: Market, whole_hash: str, s
     market.check(whole_hash)
 
 
+@pytest.mark.slow
 def test_both_providers_killed_one_after_the_other(market: Market, whole_hash: str) -> None:
     market.wait_for("receipt")
     market.providers["cheap"].kill()

@@ -32,7 +32,9 @@ def market(start_node: StartNode, wait_until: Any) -> Market:
     return Market(start_node, wait_until, steps=STEPS, every=0)
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "by", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_job_goes_on_from_the_step_at_which_its_provider_was_stopped(
     market: Market, whole_hash: str, by: signal.Signals
 ) -> None:
@@ -57,6 +59,7 @@ def test_a_job_goes_on_from_the_step_at_which_its_provider_was_stopped(
     assert filled == [(lost["provider"], 0), (dear, lost["from_step"])]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_it_at_once(market: Market, whole_hash: str) -> None:
     next(iter(market.run))
     market.buyer.process.send_signal(signal.SIGSTOP)

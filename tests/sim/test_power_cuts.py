@@ -121,7 +121,7 @@ async def check_goods(buyer: MemoryNode, run_id: str) -> None:
     ("purchase", "down_s"),
     [
         pytest.param(SMALL, SHORT_S, id="small-short"),
-        pytest.param(SMALL, LONG_S, id="small-long"),
+        pytest.param(SMALL, LONG_S, id="small-long", marks=pytest.mark.slow),
         pytest.param(LARGE, SHORT_S, id="large-short"),
         pytest.param(LARGE, LONG_S, id="large-long", marks=pytest.mark.slow),
     ],
