@@ -124,9 +124,12 @@ class Session:
         ]
 
     def should_stop(self, number: int) -> bool:
-        """Whether the work's stop output, looked at after step ``number``, says to end."""
+        """Whether the work's stop output says to end after step ``number``, the last that ran.
+
+        It is looked at where its phase ran: what ran before is forgotten by a run that resumes.
+        """
         stop = self._work.stop
-        if stop is None or (number + 1) % stop.every or stop.phase not in self._ever:
+        if stop is None or (number + 1) % stop.every or stop.phase not in self._ran:
             return False
         value = self.read_output(stop.phase, stop.output)
         return value is not None and any(value)

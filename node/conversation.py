@@ -137,6 +137,9 @@ class Conversation:
             except trio.TooSlowError:
                 self.cut(f"{self.peer} took nothing for {SEND_S:.0f} s")
             except ProviderError as error:
+                # What the peer said before it closed the stream is still to be read.
+                self._end(error.message)
+                await trio.sleep(LINGER_S)
                 self.cut(error.message)
         await self._stream.aclose()
         await trio.sleep(LINGER_S)

@@ -49,6 +49,8 @@ from p2pflop.wire import decode
 MAX_PARALLEL_FETCHES: Final = 4
 MOVED_BYTES: Final = CHUNK_BYTES
 """So much that was fetched and verified counts as progress of a delivery."""
+LOWERING_PARTS: Final = 16
+"""Into so many parts of lowering progress is divided: a provider cannot put it off for ever."""
 MAX_KEPT_CHECKPOINTS: Final = MAX_UNSIGNED_RECEIPTS
 
 ToldValue = tuple[int, int, int, Scalar]
@@ -91,9 +93,9 @@ class Goods:
         """Whether it tells of more than was told before, and not of the same again."""
         match message:
             case m.Fetching(done_bytes, _):
-                measure = (0, done_bytes)
-            case m.Lowering(done, _):
-                measure = (1, done)
+                measure = (0, min(done_bytes, self._checked.input_bytes) // MOVED_BYTES)
+            case m.Lowering(done, total):
+                measure = (1, min(done, total) * LOWERING_PARTS // max(total, 1))
             case m.Rows():
                 measure = (2, message.last_step)
             case m.Checkpoint(step, _, _):
@@ -177,7 +179,7 @@ class Goods:
             raise ProviderError("the checkpoint itself has not come yet")
         if interval.state_root != receipt.root_to or interval.first_step != receipt.from_step:
             raise ProtocolError("the receipt is for another checkpoint")
-        await self._check_delivery(interval, interval.steps_done, class_id, blobs)
+        await self._check_delivery(interval, interval.steps_done, class_id, blobs, is_last=False)
         self._intervals = {s: kept for s, kept in self._intervals.items() if s > receipt.to_step}
         return interval
 
@@ -200,6 +202,8 @@ class Goods:
         steps: int,
         class_id: bytes,
         blobs: Sequence[tuple[bytes, bytes]],
+        *,
+        is_last: bool = True,
     ) -> None:
         """``result`` has to be one of the ``steps`` steps from its first one on."""
         job = replace_fields(self._checked.job, first_step=result.first_step, steps=steps)
@@ -215,7 +219,8 @@ class Goods:
         for output in result.outputs:
             if part.work.phases[output.phase].modes[output.output] == MODE_COLLECT:
                 await self._check_collected(part, result.steps_done, output)
-        refusal = check_trace(part, result.steps_done, await self.read(result.trace))
+        trace = await self.read(result.trace)
+        refusal = check_trace(part, result.steps_done, trace, is_last=is_last)
         if refusal is not None:
             raise ProtocolError(refusal.reason)
         self.staged = self._store.stage(tuple(self._small.values()))

@@ -20,6 +20,7 @@ commits, not one a row, and what was promised is always on disk. The ledger is i
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
@@ -315,12 +316,12 @@ class Journal:
         )
         return [Row(*row) for row in found]
 
-    def bodies(self, kinds: tuple[str, str, str], jobs: int) -> list[bytes]:
-        """The bodies of all rows of three kinds, of the newest ``jobs`` jobs of both sides."""
+    def bodies(self, kinds: Sequence[str], jobs: int) -> list[bytes]:
+        """The bodies of all rows of these kinds, of the newest ``jobs`` jobs of both sides."""
         found = self._database.read(
-            "SELECT body FROM rows WHERE kind IN (?, ?, ?) AND job IN"
+            "SELECT body FROM rows WHERE kind IN (SELECT value FROM json_each(?)) AND job IN"
             " (SELECT job FROM heads ORDER BY opened_ns DESC LIMIT ?)",
-            *kinds,
+            json.dumps(kinds),
             jobs,
         )
         return [bytes(body) for (body,) in found]

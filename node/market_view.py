@@ -21,11 +21,12 @@ from p2pflop.wire import Envelope, decode, envelope_kind
 MAX_JOBS: Final = 1_000
 """Of both sides, the newest, over which the take rate is reckoned."""
 
-COUNTERSIGNED_ROWS: Final = (
-    LIFE_ROW + Edge.COUNTERSIGN,
-    LIFE_ROW + Edge.VERIFIED,
-    LIFE_ROW + Edge.SETTLE,
+COUNTERSIGNED_ROWS: Final = tuple(
+    LIFE_ROW + edge for edge in (Edge.COUNTERSIGN, Edge.VERIFIED, Edge.SETTLE)
 )
+"""They begin with the receipt."""
+CLOSING_ROWS: Final = (LIFE_ROW + Edge.CANCEL, LIFE_ROW + Edge.CLOSED)
+"""They end with the closing receipt, or with nothing."""
 
 
 def classes(view: BookView, trades: Iterable[OpenTrade], now_ns: int) -> list[Json]:
@@ -40,12 +41,19 @@ def classes(view: BookView, trades: Iterable[OpenTrade], now_ns: int) -> list[Js
 
 def countersigned(journal: Journal) -> list[Receipt]:
     """The receipts that both sides have signed, of the newest ``MAX_JOBS`` jobs."""
-    receipts = []
-    for body in journal.bodies(COUNTERSIGNED_ROWS, MAX_JOBS):
-        wire = msgspec.msgpack.decode(body, type=tuple[bytes, ...])[0]
-        if envelope_kind(wire) == Receipt.KIND:
-            receipts.append(decode(Receipt, decode(Envelope, wire).body))
-    return receipts
+    wires = [
+        *(_parts(body)[0] for body in journal.bodies(COUNTERSIGNED_ROWS, MAX_JOBS)),
+        *filter(None, (_parts(body)[-1] for body in journal.bodies(CLOSING_ROWS, MAX_JOBS))),
+    ]
+    return [
+        decode(Receipt, decode(Envelope, wire).body)
+        for wire in wires
+        if envelope_kind(wire) == Receipt.KIND
+    ]
+
+
+def _parts(body: bytes) -> tuple[bytes, ...]:
+    return msgspec.msgpack.decode(body, type=tuple[bytes, ...])
 
 
 def describe_take(take: Take) -> Json:

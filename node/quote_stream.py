@@ -33,6 +33,10 @@ _Quote = Annotated[bytes, msgspec.Meta(max_length=MAX_QUOTE_WIRE_BYTES)]
 _Sheet = Annotated[bytes, msgspec.Meta(max_length=MAX_SHEET_WIRE_BYTES)]
 
 
+TOO_MANY: Final = "too many quotes"
+"""Of all providers together: why a quote was declined that may be brought again."""
+
+
 class Quoted(Record, frozen=True, tag=0):
     """A quote, and the newest sheet of the node that signed it."""
 

@@ -53,7 +53,7 @@ class Quoting:
     def __init__(self, seller: Seller) -> None:
         self._seller = seller
         self._news = trio.Event()
-        self._last = b""
+        self._last = self._last_quoted = b""
         self._out: dict[bytes, tuple[bytes, int]] = {}
         self._answered: OrderedDict[tuple[bytes, bytes], tuple[int, int]] = OrderedDict()
         self._filled: OrderedDict[bytes, None] = OrderedDict()
@@ -110,6 +110,8 @@ class Quoting:
                 self._consider(wish, sheet, newest, now_ns)
             looked += len(sheet.sheet.wishes)
             self._last = sheet.node
+        # All were looked at: whoever got nothing comes first when there is room again.
+        self._last = self._last_quoted
 
     def _consider(self, wish: Wish, sheet: OpenSheet, newest: OpenSheet, now_ns: int) -> None:
         """Quote to one wish, unless something speaks against it."""
@@ -126,6 +128,7 @@ class Quoting:
         if seller.allocator.objection_to(account, terms, total_nusd, now_ns):
             return
         self._quote(wish, sheet, offer, newest, total_nusd)
+        self._last_quoted = sheet.node
 
     def _has_quota(self, account: bytes) -> bool:
         """Whether one more quote may go out to ``account``."""
@@ -157,9 +160,9 @@ class Quoting:
         self._answered[sheet.node, wish.commitment] = (total_nusd, until_ns)
         if len(self._answered) > MAX_ANSWERED:
             self._answered.popitem(last=False)
-        seller.nursery.start_soon(survive, self._send, sheet.peer, quote, newest)
+        seller.nursery.start_soon(survive, self._send, sheet.node, sheet.peer, quote, newest)
 
-    async def _send(self, peer: str, quote: Sealed[Quote], newest: OpenSheet) -> None:
+    async def _send(self, node: bytes, peer: str, quote: Sealed[Quote], newest: OpenSheet) -> None:
         word = quote_stream.Quoted(quote.wire, newest.sealed.wire)
         with trio.move_on_after(quote_stream.QUOTE_S):
             try:
@@ -172,4 +175,6 @@ class Quoting:
                 _log.info("%s did not hear a quote: %s", peer, printable(error))
                 return
             if isinstance(answer, quote_stream.Declined):
+                if answer.reason == quote_stream.TOO_MANY:
+                    self._answered.pop((node, quote.record.commitment), None)
                 _log.info("%s declined a quote: %s", peer, printable(answer.reason))

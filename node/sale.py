@@ -105,7 +105,7 @@ class Sale:
         self._conversation: Conversation | None = None
         self._checkpoints: dict[int, m.Checkpoint] = {}
         self._at_hand: dict[bytes, bytes] = {}
-        self._shown_to = bid.record.job.first_step
+        self._done_to = bid.record.job.first_step
         self._delivery: Delivery | None = None
         self._booked = b""
         self._window: Window | None = None
@@ -143,7 +143,7 @@ class Sale:
     @property
     def shown_to(self) -> int:
         """The step before which the buyer was told all rows."""
-        return self._shown_to
+        return self._done_to
 
     @property
     def signed_nusd(self) -> int:
@@ -359,7 +359,7 @@ class Sale:
         side = self._lifecycle.side
         if not self.over and not self._had_ended:
             allocator, at_ns = self._seller.allocator, self._seller.now_ns()
-            unpaid = Unpaid(self.account, at_ns, self._shown_nusd(action.blame) - self.signed_nusd)
+            unpaid = Unpaid(self.account, at_ns, self._worked_nusd(action.blame) - self.signed_nusd)
             if allocator.note_unpaid(unpaid):
                 self.rows.add_unpaid(unpaid)
             if side.fill and not side.confirm and action.blame is Blame.BUYER:
@@ -477,8 +477,7 @@ class Sale:
         # Else a restart would not know of the confirm, and the buyer be told the rows twice.
         if not self._confirm_kept.is_set():
             await self._confirm_kept.wait()
-        if rows.values:
-            self._shown_to = rows.last_step + 1
+        self._done_to = rows.last_step + 1
         self._offer(m.Rows(rows.first_step, rows.last_step, rows.values))
 
     def _checkpoint_plan(self) -> Checkpoints:
@@ -553,13 +552,13 @@ class Sale:
             raise StoreError("the journal has no result for this sale")
         self._say(m.Delivered(wire, self._delivery.result, salt, self._delivery.blobs))
 
-    def _shown_nusd(self, blame: Blame) -> int:
+    def _worked_nusd(self, blame: Blame) -> int:
         """What the buyer has seen of the work: what was billed, or, if that is more, the rows."""
         billed_nusd = self._amount_nusd(self._lifecycle.side.receipt)
         if blame is Blame.PROVIDER:
             return billed_nusd
         bid = self.bid.record
-        steps = self._shown_to - bid.job.first_step
+        steps = self._done_to - bid.job.first_step
         return max(billed_nusd, amount_nusd(bid, self._checked.work, steps))
 
     def _amount_nusd(self, receipt: bytes) -> int:

@@ -31,10 +31,12 @@ from p2pflop.market.rates import Rates
 from p2pflop.market.records import NONCE_BYTES, ZERO_HASH, Rejected, Wish
 from p2pflop.market.wishes import (
     MAX_SIZE,
+    NO_SUCH_WISH,
     SALT_BYTES,
     OpenQuote,
     check_quote,
     commit_to,
+    commitment_of,
     make_wish,
     ticket,
 )
@@ -200,15 +202,19 @@ class Wishes:
         now_s = now_ns / NS_PER_S
         if not self._peers.allow(peer, now_s):
             return Declined("too many quotes of yours")
-        if not self._all.allow("", now_s):
-            return Declined("too many quotes")
         if not self._resting:
             return Declined("nothing is wished for here")
+        known = self._known()
+        claimed = commitment_of(word.quote)
+        if claimed not in known:
+            return Declined("that is not a valid quote" if claimed is None else NO_SUCH_WISH)
+        if not self._all.allow("", now_s):
+            return Declined(quote_stream.TOO_MANY)
         self._sheets.take(word.sheet, peer)
         found = check_quote(
             word.quote,
             buyer=self._identity.node.public_key,
-            wishes=self._known(),
+            wishes=known,
             sheet_of=lambda node: self._sheets.book.get(node, now_ns),
             now_ns=now_ns,
             network=self._identity.network,

@@ -12,6 +12,7 @@ import struct
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import ROUND_DOWN, Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,7 +57,14 @@ from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import CLASS_NAME
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.runs import Row, Run
-from p2pflop.units import NS_PER_S, format_bytes, format_flop, parse_duration, parse_usd
+from p2pflop.units import (
+    MAX_NUSD,
+    NS_PER_S,
+    format_bytes,
+    format_flop,
+    parse_duration,
+    parse_usd,
+)
 from p2pflop.wire import decode, encode
 
 if TYPE_CHECKING:
@@ -441,7 +449,7 @@ def submit_options(
                 hint="Write it like 90s, 5m or 2h; without one it is a day.",
             )
     return SubmitOptions(
-        max_nusd=None if max_usd is None else parse_usd(str(max_usd)),
+        max_nusd=None if max_usd is None else _nusd(max_usd),
         deadline_s=seconds,
         checkpoint_steps=checkpoint_steps,
         checkpoint_s=None if checkpoint_every is None else _seconds(checkpoint_every),
@@ -449,6 +457,13 @@ def submit_options(
         fresh=fresh,
         rest=rest,
     )
+
+
+def _nusd(amount: Usd) -> int:
+    """Nano-dollars; a float is rounded down to them, because it comes from a computation."""
+    if isinstance(amount, float) and abs(amount) < MAX_NUSD:
+        amount = str(Decimal(repr(amount)).quantize(Decimal("1e-9"), ROUND_DOWN))
+    return parse_usd(str(amount))
 
 
 def _seconds(duration: str | float) -> int:

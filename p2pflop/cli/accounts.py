@@ -39,6 +39,11 @@ def find_account(client: Client, text: str) -> bytes:
     return _find(text, known, "account", "See 'p2pflop ledger --json' and 'p2pflop book --json'.")
 
 
+def is_peer(peer: str, text: str) -> bool:
+    """Whether a person who wrote ``text``, a peer id or the end of one, means ``peer``."""
+    return peer.endswith(text.removeprefix(_SHORT_PEER))
+
+
 def find_payment(client: Client, text: str) -> dict[str, Any]:
     """The payment of that id, or the one whose id begins so. Raises ConfigError."""
     payments = {payment["id"]: payment for payment in client.payments()}

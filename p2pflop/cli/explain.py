@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from p2pflop.cli.accounts import is_peer
 from p2pflop.cli.output import Flags, clean, common_options, print_json, print_table, say, short
 from p2pflop.drafts import whole_file
 from p2pflop.errors import ConfigError, ProtocolError
@@ -122,9 +123,9 @@ def _print_look(look: Replay, provider: str) -> None:
                 clean(outcome),
             )
             for entry, outcome in _outcomes(look)
-            if provider in ("", entry.peer)
+            if is_peer(entry.peer, provider)
         ),
-        "No ask of that provider was in the book.",
+        "No ask of that provider was ranked." if provider else "Nothing was bid for by this look.",
     )
     for replayed in look.bids:
         mark = "right" if replayed.verdict.is_right else "WRONG"
@@ -182,7 +183,7 @@ def _look_json(look: Replay, provider: str) -> dict[str, Any]:
                 "outcome": outcome,
             }
             for entry, outcome in _outcomes(look)
-            if provider in ("", entry.peer)
+            if is_peer(entry.peer, provider)
         ],
         "bids": [_bid_json(replayed) for replayed in look.bids],
     }

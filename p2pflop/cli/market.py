@@ -127,10 +127,11 @@ def ledger_command(flags: Flags) -> None:
     if flags.json:
         print_json(ledger)
         return
+    dues = [int(balance["due_nusd"]) for balance in ledger.get("balances", ())]
     print_fields(
         [
-            ("owed to this account", format_usd(int(ledger["owed_nusd"]))),
-            ("owed by this account", format_usd(int(ledger["owing_nusd"]))),
+            ("owed to this account", format_usd(sum(due for due in dues if due > 0))),
+            ("owed by this account", format_usd(-sum(due for due in dues if due < 0))),
             ("earned", format_usd(int(ledger.get("earned_nusd", 0)))),
             ("spent", format_usd(int(ledger.get("spent_nusd", 0)))),
         ]

@@ -22,9 +22,12 @@ _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
 @click.argument("account")
 @click.option("--since", metavar="DATE", help="From then on: 2026-11-01, or with a time; UTC.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@click.option("--text", "as_text", is_flag=True, help="Print a table, as without it.")
 @common_options
 @click.pass_obj
-def statement_command(flags: Flags, account: str, since: str | None, as_csv: bool) -> None:
+def statement_command(
+    flags: Flags, account: str, since: str | None, as_csv: bool, as_text: bool
+) -> None:
     """Show every entry with one account.
 
     An amount is what the entry changed in what ACCOUNT owes you; below zero, you owe. The other
@@ -35,8 +38,8 @@ def statement_command(flags: Flags, account: str, since: str | None, as_csv: boo
       p2pflop statement 3b6a27bcceb6
       p2pflop statement 3b6a27bcceb6 --since 2026-11-01 --csv > november.csv
     """
-    if flags.json and as_csv:
-        raise ConfigError("--csv and --json are two forms: choose one")
+    if flags.json + as_csv + as_text > 1:
+        raise ConfigError("--csv, --json and --text are three forms: choose one")
     since_ns = 0 if since is None else parse_date(since)
     client = flags.client(start=True)
     statement = client.statement(find_account(client, account), since_ns)

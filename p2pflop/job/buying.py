@@ -398,8 +398,7 @@ class Buying:
         return self._fall(reason, state, now_ns, Edge.SILENT)
 
     def _on_deadline(self, state: State) -> Move:
-        blame = Blame.PROVIDER if state is State.RUNNING else Blame.MARKET
-        return self._end(Edge.DEADLINE, f"the deadline passed while {state}", blame)
+        return self._end(Edge.DEADLINE, f"the deadline passed while {state}", Blame.MARKET)
 
     def _on_own(self, event: Event, state: State, now_ns: int) -> Move:
         match event:

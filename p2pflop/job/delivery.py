@@ -90,8 +90,11 @@ def check_result(checked: CheckedJob, class_id: bytes, result: Result) -> Refusa
     return None
 
 
-def check_trace(checked: CheckedJob, steps_done: int, data: bytes) -> Refusal | None:
-    """Whether a trace blob has one value of each traced output for each step that was due."""
+def check_trace(
+    checked: CheckedJob, steps_done: int, data: bytes, *, is_last: bool = True
+) -> Refusal | None:
+    """Whether a trace blob has one value of each traced output for each step that was due, and the
+    work's stop output ended the run there or not at all; the run goes on unless it ``is_last``."""
     try:
         columns = decode_trace(data)
     except ProtocolError as error:
@@ -110,25 +113,21 @@ def check_trace(checked: CheckedJob, steps_done: int, data: bytes) -> Refusal | 
     if stop is None:
         return None
     flags = {(c.phase, c.output): c.data for c in columns}.get((stop.phase, stop.output), b"")
-    return _check_end(checked, stop, steps_done, flags)
+    return _check_end(checked, stop, steps_done, flags, is_last)
 
 
-def _check_end(checked: CheckedJob, stop: Stop, steps_done: int, flags: bytes) -> Refusal | None:
+def _check_end(
+    checked: CheckedJob, stop: Stop, steps_done: int, flags: bytes, is_last: bool
+) -> Refusal | None:
     """Whether a run ended where its stop output said so, and nowhere else. ``flags`` are the values
-    of that output; the last one counts at each step at which it is looked at."""
+    of that output, one for each step at which its phase was due."""
     job, phase = checked.job, checked.work.phases[stop.phase]
-    last = job.first_step + steps_done
-    says_so = False
-    if any(flags):
-        for looked in range(
-            -(-(job.first_step + 1) // stop.every) * stop.every, last + 1, stop.every
-        ):
-            told = times_due(phase, job.first_step, looked - job.first_step)
-            says_so = told > 0 and bool(flags[told - 1])
-            if says_so and looked != last:
-                return Refusal(f"it went on after step {looked - 1}, which ended it")
-        says_so = says_so and last % stop.every == 0
-    if steps_done != job.steps and not says_so:
+    end = job.first_step + steps_done
+    steps = (due_step(phase, job.first_step, place) for place, flag in enumerate(flags) if flag)
+    stopped_by = next((step for step in steps if (step + 1) % stop.every == 0), None)
+    if stopped_by is not None and (stopped_by + 1 != end or not is_last):
+        return Refusal(f"it went on after step {stopped_by}, which ended it")
+    if stopped_by is None and steps_done != job.steps:
         return Refusal("it ended early, and its own output does not say so")
     return None
 

@@ -115,6 +115,7 @@ class Edge(StrEnum):
     UNPAID = "unpaid"
     FAULT = "fault"
     ABANDONED = "abandoned"
+    CLOSED = "closed"
     WITHDRAW = "withdraw"
     RESTART = "restart"
     ALIVE = "alive"
@@ -242,6 +243,7 @@ PROVIDER: Final[Table] = {
         Edge.DONE: State.COMMITTED,
         Edge.FAULT: State.FAILED,
         Edge.ABANDONED: State.RELEASED,
+        Edge.CLOSED: State.RELEASED,
         Edge.WITHDRAW: State.RELEASED,
         Edge.RESTART: State.RELEASED,
         Edge.SILENT: State.RELEASED,
@@ -255,6 +257,7 @@ PROVIDER: Final[Table] = {
         Edge.COUNTERSIGN: State.COMMITTED,
         Edge.FAULT: State.FAILED,
         Edge.ABANDONED: State.RELEASED,
+        Edge.CLOSED: State.RELEASED,
         Edge.SILENT: State.RELEASED,
         Edge.REPEAT: State.COMMITTED,
         Edge.QUIET: State.COMMITTED,
@@ -263,6 +266,7 @@ PROVIDER: Final[Table] = {
         Edge.SETTLE: State.SETTLED,
         Edge.COUNTERSIGN: State.RECEIPTED,
         Edge.ABANDONED: State.FAILED,
+        Edge.CLOSED: State.FAILED,
         Edge.UNPAID: State.FAILED,
         Edge.REPEAT: State.RECEIPTED,
         Edge.QUIET: State.RECEIPTED,

@@ -52,7 +52,7 @@ PROVIDER_EDGES: Final[Mapping[str, tuple[Edge, ...]]] = {
     "checkpointed": (Edge.RECEIPT,),
     "done": (Edge.DONE,),
     "reveal": (Edge.REVEAL,),
-    "receipt": (Edge.SETTLE, Edge.COUNTERSIGN, Edge.QUIET),
+    "receipt": (Edge.SETTLE, Edge.COUNTERSIGN, Edge.CLOSED, Edge.QUIET),
     "abandon": (Edge.ABANDONED, Edge.QUIET),
     "fault": (Edge.FAULT, Edge.QUIET),
     "withdraw": (Edge.WITHDRAW, Edge.DENY, Edge.QUIET),
@@ -140,22 +140,42 @@ class Selling:
                 self.confirm = confirm
             case Edge.READY, ():
                 pass
-            case ((Edge.RECEIPT | Edge.REVEAL), (receipt, number)):
-                self.receipt = self.unsigned[int.from_bytes(number, "big")] = receipt
-                if edge is Edge.REVEAL:
-                    self.last_number = int.from_bytes(number, "big")
+            case Edge.RECEIPT, (receipt, number):
+                self._claim(receipt, number)
+            case Edge.REVEAL, (receipt, number):
+                self.last_number = self._claim(receipt, number)
             case Edge.DONE, (commit, step, root, result, salt):
                 self.commit, self.salt = commit, salt
                 self._done = (int.from_bytes(step, "big"), root, result)
-            case ((Edge.COUNTERSIGN | Edge.SETTLE), (countersigned, number)):
-                self.countersigned = countersigned
-                signed = int.from_bytes(number, "big")
-                self.unsigned = {n: wire for n, wire in self.unsigned.items() if n > signed}
-            case _, (reason, blame, farewell):
-                self._reason, self._blame = reason.decode(), Blame(blame.decode())
-                self.farewell = farewell
+            case (Edge.COUNTERSIGN | Edge.SETTLE, (countersigned, number)):
+                self._sign_off(countersigned, number)
+            case _, (reason, blame, farewell, *signed):
+                self._note_end(reason, blame, farewell, *signed)
             case _:
                 raise ValueError(f"{edge} with {len(parts)} parts")
+
+    def _claim(self, receipt: bytes, number: bytes) -> int:
+        billed = int.from_bytes(number, "big")
+        self.receipt = self.unsigned[billed] = receipt
+        return billed
+
+    def _note_end(
+        self,
+        reason: bytes,
+        blame: bytes,
+        farewell: bytes,
+        number: bytes = b"",
+        closing: bytes = b"",
+    ) -> None:
+        self._reason, self._blame = reason.decode(), Blame(blame.decode())
+        self.farewell = farewell
+        if closing:
+            self._sign_off(closing, number)
+
+    def _sign_off(self, countersigned: bytes, number: bytes) -> None:
+        signed = int.from_bytes(number, "big")
+        self.countersigned = countersigned
+        self.unsigned = {n: wire for n, wire in self.unsigned.items() if n > signed}
 
     def start_parts(self) -> Parts:
         """See ``Side``."""
@@ -219,18 +239,23 @@ class Selling:
     def _on_countersigned(self, wire: bytes, state: State) -> Move:
         number = self.desk.check_countersigned(wire, self.bid, self.unsigned)
         if number is None:
-            return self._on_closing(wire)
+            return self._on_closing(wire, state)
         settles = number == self.last_number and state not in ENDS
         edge = Edge.SETTLE if settles else Edge.COUNTERSIGN
         return Move(edge, (wire, number.to_bytes(4, "big")))
 
-    def _on_closing(self, wire: bytes) -> Move:
-        """A buyer that cancels says by itself what it owes."""
+    def _on_closing(self, wire: bytes, state: State) -> Move:
+        """A buyer that cancels says by itself what it owes: with that the sale is over, though its
+        abandon be lost."""
         receipts = [*self.unsigned.values(), *filter(None, [self.countersigned])]
         number = self.desk.check_closing(wire, self.bid, self.fill, receipts)
         if number is None:
             return Move(Edge.QUIET)
-        return Move(Edge.COUNTERSIGN, (wire, number.to_bytes(4, "big")))
+        signed = number.to_bytes(4, "big")
+        if state in ENDS:
+            return Move(Edge.COUNTERSIGN, (wire, signed))
+        reason = b"the buyer cancelled, and signed what it owes"
+        return Move(Edge.CLOSED, (reason, Blame.BUYER.encode(), b"", signed, wire))
 
     def _on_abandon(self, wire: bytes) -> Move:
         if not self.fill:
@@ -268,8 +293,11 @@ class Selling:
     def _on_deadline(self, state: State) -> Move:
         if state is State.OFFERED:
             return self._deny("the deadline has passed")
-        edge = Edge.LAPSE if state is State.LEASED else Edge.DEADLINE
-        return self._end(edge, f"the deadline passed while {state}", Blame.PROVIDER)
+        reason = f"the deadline passed while {state}"
+        if state is State.LEASED:
+            return self._end(Edge.LAPSE, reason, Blame.PROVIDER)
+        # The buyer named it: what it has seen of the work until then counts against its credit.
+        return self._end(Edge.DEADLINE, reason, Blame.NOBODY)
 
     def _on_own(self, event: Event, state: State, now_ns: int) -> Move:
         match event:

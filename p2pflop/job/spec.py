@@ -123,7 +123,8 @@ class Phase(Record, frozen=True):
 
 
 class Stop(Record, frozen=True):
-    """End when bool output ``output`` of ``phase`` is true, looked at every ``every`` steps."""
+    """End when bool output ``output`` of ``phase`` is true at a step at which the phase is due and
+    whose number, from 1, is a multiple of ``every``."""
 
     phase: U32
     output: U32

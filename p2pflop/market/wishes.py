@@ -28,8 +28,9 @@ from p2pflop.market.ranking import total_nusd
 from p2pflop.market.records import ZERO_HASH, Ask, Bid, Quote, Rejected, Wish, ticket_of
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, OpenSheet
 from p2pflop.units import FLOP_PER_PFLOP, NS_PER_S, is_price, round_price
-from p2pflop.wire import DEFAULT_NETWORK, Sealed, encode, reopen, seal
+from p2pflop.wire import DEFAULT_NETWORK, Envelope, Sealed, decode, encode, reopen, seal
 
+NO_SUCH_WISH: Final = "there is no such wish, or no more"
 WISH_DIGITS: Final = 3
 DEPTH_DIGITS: Final = 2
 SALT_BYTES: Final = 32
@@ -156,6 +157,14 @@ def make_quote(
     return seal(Quote(1, buyer, wish.commitment, firm, now_ns, nonce), key, network)
 
 
+def commitment_of(data: bytes) -> bytes | None:
+    """The wish that a quote claims to answer; nothing is verified. None if it is no quote."""
+    try:
+        return decode(Quote, decode(Envelope, data).body).commitment
+    except ProtocolError:
+        return None
+
+
 def check_quote(
     data: bytes,
     *,
@@ -174,7 +183,7 @@ def check_quote(
         return Rejected("quote is for another buyer")
     wish = wishes.get(record.commitment)
     if wish is None:
-        return Rejected("there is no such wish, or no more")
+        return Rejected(NO_SUCH_WISH)
     wrong = _mistimed(record, now_ns)
     if wrong:
         return Rejected(wrong)

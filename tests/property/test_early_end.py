@@ -51,7 +51,7 @@ def run(checked: CheckedJob, flags: list[bool]) -> tuple[int, list[bool]]:
     for step in range(job.first_step, job.first_step + job.steps):
         if is_due(phase, step):
             told.append(flags[len(told)])
-        if told and told[-1] and (step + 1) % stop.every == 0:
+        if is_due(phase, step) and told[-1] and (step + 1) % stop.every == 0:
             return step + 1 - job.first_step, told
     return job.steps, told
 
@@ -81,6 +81,11 @@ def test_who_ends_as_it_should_is_believed_and_nobody_else(
     done, told = run(checked, flags)
     assert check_trace(checked, done, trace(told)) is None
     [phase] = checked.work.phases
+    ended_itself = bool(told) and told[-1] and is_due(phase, first_step + done - 1)
+    assert checked.work.stop is not None
+    ended_itself = ended_itself and (first_step + done) % checked.work.stop.every == 0
+    goes_on = check_trace(checked, done, trace(told), is_last=False)
+    assert (goes_on is not None) == (ended_itself or done < job.steps)
     for claimed in range(1, job.steps + 1):
         due = sum(is_due(phase, first_step + step) for step in range(claimed))
         refusal = check_trace(checked, claimed, trace(flags[:due]))

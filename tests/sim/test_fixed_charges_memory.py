@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from p2pflop.market.take import Take
 from p2pflop.node import messages as m
+from p2pflop.node.market_view import countersigned
 from p2pflop.node.memory_market import MemoryNode, sample_file
 from p2pflop.node.service import Json
 
@@ -104,6 +106,9 @@ async def test_a_buyer_that_cancels_owes_the_setup_whole_once_it_has_countersign
     assert last["to_step"] < STEPS
     assert market.debts(buyer, provider) == (due_nusd, due_nusd)
     assert buyer.journal.letters() == []
+    taken = Take(1, due_nusd, due_nusd)
+    assert await provider.ledger_book.take(lambda: countersigned(provider.journal)) == taken
+    assert await buyer.ledger_book.take(lambda: countersigned(buyer.journal)) == taken
     market.check()
 
 

@@ -1,0 +1,137 @@
+"""Ends that one side would like better than the other: what they earn is nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+import trio
+
+from p2pflop.job.file import decode_file
+from p2pflop.job.lifecycle import Edge
+from p2pflop.job.spec import MODE_LAST, Work
+from p2pflop.market.receipts import close
+from p2pflop.market.records import Bid, Receipt
+from p2pflop.node import memory_market
+from p2pflop.node import messages as m
+from p2pflop.node.driver import LIFE_ROW
+from p2pflop.node.journal import PROVIDER
+from p2pflop.node.memory_market import sample_file
+from p2pflop.node.memory_workers import CountingSession
+from p2pflop.wire import decode, reopen
+
+if TYPE_CHECKING:
+    from p2pflop.node.memory_market import MemoryNode
+    from tests.sim.conftest import Market
+
+STEPS = 120
+STEP_NUSD = 6
+
+
+class GoesOn(CountingSession):
+    """Does not end where the work ends itself, and tells its flags all the same."""
+
+    def should_stop(self, number: int) -> bool:
+        del number
+        return False
+
+    def _flag(self, phase: int, output: int) -> bytes:
+        flag = super()._flag(phase, output)
+        return bytes([CountingSession.should_stop(self, self._last[phase])]) if flag else flag
+
+
+@pytest.mark.parametrize("every", [15, 30, 0])
+async def test_who_goes_on_after_the_end_of_the_work_is_refused(
+    market: Market, autojump_clock: object, every: int
+) -> None:
+    evil = await market.provider("evil", session=GoesOn, price_nusd=5 * 10**14)
+    honest = await market.provider("honest")
+    honest.workers.step_s = evil.workers.step_s = 0.05
+    buyer = await market.buyer()
+    file = sample_file(STEPS, stop_every=30)
+    run_id = await buyer.submit(file, checkpoint_steps=every)
+    end = await market.end_of(buyer, run_id)
+    [lost] = buyer.events(run_id, "resubmitted")
+    assert "it went on after step 29, which ended it" in lost["reason"]
+    assert buyer.runs.get(run_id).card["step"] == 30
+    await market.settle_down()
+    earned_nusd = market.debts(buyer, evil)[1]
+    assert 0 < earned_nusd < 15 * STEP_NUSD if every == 15 else earned_nusd == 0
+    await evil.kill()
+    alone = await market.end_of(buyer, await buyer.submit(file, fresh=True))
+    assert alone["hash"] == end["hash"]
+
+
+async def test_a_closing_receipt_ends_the_sale_that_it_is_for(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(setup_nusd=5000), await market.buyer()
+    provider.workers.step_s = 0.05
+    owed_nusd: list[int] = []
+    closed = trio.Event()
+
+    def close_too_soon(frame: bytes) -> list[bytes]:
+        told = m.decode_message(frame, provider.peer)
+        if owed_nusd or not isinstance(told, m.Countersigned):
+            return [frame]
+        last = reopen(Receipt, told.receipt, buyer.identity.network).record
+        [bid] = [row.body for row in buyer.runs.rows(run_id) if row.kind == LIFE_ROW + Edge.RANKED]
+        [wire] = msgspec.msgpack.decode(bid, type=tuple[bytes])
+        work = decode(Work, decode_file(file).body.work)
+        bought = reopen(Bid, wire, buyer.identity.network).record
+        closing = close(buyer.identity.node, last, bought, work, buyer.identity.network)
+        assert closing is not None
+        owed_nusd.append(closing.record.amount_nusd)
+        closed.set()
+        return [frame, m.encode_message(m.Countersigned(closing.wire))]
+
+    buyer.tamper_sent = close_too_soon
+    file = sample_file(STEPS)
+    run_id = await buyer.submit(file, checkpoint_steps=60)
+    await closed.wait()
+    buyer.runs.get(run_id).cancel_requested.set()
+    await market.end_of(buyer, run_id)
+    await market.settle_down()
+    [head] = provider.journal.heads(PROVIDER)
+    assert (head.end_state, head.summary) == (
+        "released",
+        b"the buyer cancelled, and signed what it owes",
+    )
+    assert owed_nusd == [5000 + 60 * STEP_NUSD]
+    assert market.debts(buyer, provider)[1] == owed_nusd[0]
+
+
+async def spend_time(
+    provider: MemoryNode, buyer: MemoryNode, market: Market, **options: int
+) -> int:
+    """How often a buyer that never pays gets a lease of a job of which it sees a part."""
+    filled = 0
+    for seed in range(6):
+        file = sample_file(STEPS, seed=seed)
+        run_id = await buyer.submit(file, checkpoint_steps=0, **options)
+        if "deadline_s" not in options:
+            await trio.sleep(STEPS - 3)
+            buyer.runs.get(run_id).cancel_requested.set()
+        await market.end_of(buyer, run_id)
+        await trio.sleep(5)
+        filled += len(buyer.events(run_id, "filled"))
+    assert market.debts(buyer, provider) == (0, 0)
+    return filled
+
+
+async def test_rows_until_a_short_deadline_count_against_the_credit(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(credit_nusd=1000), await market.buyer()
+    provider.workers.step_s = 1.0
+    assert await spend_time(provider, buyer, market, deadline_s=100) == 1
+
+
+async def test_work_of_which_nothing_is_traced_counts_too(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_market, "MODE_TRACE", MODE_LAST)
+    provider, buyer = await market.provider(credit_nusd=1000), await market.buyer()
+    provider.workers.step_s = 1.0
+    assert await spend_time(provider, buyer, market) == 1
