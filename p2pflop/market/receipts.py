@@ -5,14 +5,15 @@ Receipts of a fill are numbered from 1. Each covers the stretch from where the o
 all steps so far, so that the latest countersigned one is the whole truth. The amount follows from
 the bid alone and both sides compute it::
 
-    amount = floor(quote x delivered / total)
+    amount = floor(metered x delivered / total)
 
 ``total`` is the metered FLOP of the bought stretch, ``delivered`` that of the phases which were due
 in the steps done; init graphs count with the first step. If the meter counts no FLOP at all,
-touched bytes take its place, and if none of those, steps. Setup and minimum charge of the ask, as
-the bid names them, are part of the quote and so of the proportion: a provider may be lost at any
-checkpoint, and the rest is then bought elsewhere, with another setup. A provider that the buyer's
-own will stops, by the work's ``stop`` output or a cancel, has them whole::
+touched bytes take its place, and if none of those, steps. ``metered`` is the quote without the
+setup that the bid names, and nothing if the quote is the ask's minimum charge: a provider may be
+lost, or leave, at any checkpoint, and the rest is then bought elsewhere, with another setup. One
+that does the whole stretch, or that the buyer's own will stops, by the work's ``stop`` output or a
+cancel, has setup and minimum charge whole::
 
     closing amount = max(min_charge, setup + floor((quote - setup) x delivered / total))
 
@@ -48,7 +49,9 @@ from p2pflop.wire import DEFAULT_NETWORK, Sealed, reopen, seal
 
 def amount_nusd(bid: Bid, work: Work, steps_done: int) -> int:
     """What is owed after ``steps_done`` of the job's steps. Raises ValueError outside the job."""
-    return _share(bid, work, steps_done, bid.quote_nusd)
+    setup_nusd, min_charge_nusd = fixed_charges(bid)
+    metered_nusd = bid.quote_nusd - setup_nusd if bid.quote_nusd > min_charge_nusd else 0
+    return _share(bid, work, steps_done, metered_nusd)
 
 
 def closing_nusd(bid: Bid, work: Work, steps_done: int) -> int:

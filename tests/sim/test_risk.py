@@ -1,7 +1,7 @@
 """What a buyer risks with a provider that it does not know: one checkpoint interval, and no money.
 
-Nothing is paid ahead. What is owed grows with the share of the quote, setup and all, of the steps
-up to the last checkpoint that is here, verified and countersigned.
+Nothing is paid ahead. What is owed grows with the share of the metered work, without setup, of the
+steps up to the last checkpoint that is here, verified and countersigned.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ async def test_nothing_is_owed_before_it_is_here(market: Market, autojump_clock:
     await market.end_of(buyer, run_id)
     [filled] = buyer.events(run_id, "filled")
     quote_nusd = filled["quote_nusd"]
-    assert quote_nusd > SETUP_NUSD
-    assert booked == [(step, quote_nusd * step // STEPS) for step in range(EVERY, STEPS + 1, EVERY)]
+    metered_nusd = quote_nusd - SETUP_NUSD
+    assert metered_nusd > 0
+    before = [(step, metered_nusd * step // STEPS) for step in range(EVERY, STEPS, EVERY)]
+    assert booked == [*before, (STEPS, quote_nusd)]
 
 
 @pytest.mark.parametrize("dies_at", [3, 13, 29])
@@ -70,7 +72,8 @@ async def test_a_provider_that_dies_costs_one_interval_of_time_and_no_money(
     assert lost["from_step"] == dies_at // EVERY * EVERY
     assert lost["step"] - lost["from_step"] < EVERY
     first = buyer.events(run_id, "filled")[0]
-    assert market.debts(buyer, cheap)[0] == first["quote_nusd"] * lost["from_step"] // STEPS
+    metered_nusd = first["quote_nusd"] - SETUP_NUSD
+    assert market.debts(buyer, cheap)[0] == metered_nusd * lost["from_step"] // STEPS
 
 
 async def test_what_is_billed_and_withheld_is_never_owed(

@@ -168,12 +168,15 @@ def test_a_work_that_stops_early_pays_the_fixed_charges_whole(
     assert closing_nusd(bought, WORK, 0) == 0
 
 
-def test_before_its_end_a_stretch_pays_the_fixed_charges_in_proportion() -> None:
+def test_before_its_end_a_stretch_pays_for_the_metered_work_alone() -> None:
     sealed, fill = charged(10**6, 0)
     half = make_receipt(
         SELLER.node, fill, sealed.record, WORK, None, to_step=50, root_to=HALF
     ).record
-    assert half.amount_nusd == sealed.record.quote_nusd // 2
+    assert half.amount_nusd == (sealed.record.quote_nusd - 10**6) // 2 > 0
+    least, _ = charged(0, 10**9)
+    assert least.record.quote_nusd == 10**9
+    assert amount_nusd(least.record, WORK, 50) == 0
 
 
 def test_a_buyer_that_cancels_signs_what_it_owes_by_itself() -> None:
