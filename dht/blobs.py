@@ -16,7 +16,8 @@ again, or putting it, mends it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import sqlite3
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol
@@ -107,6 +108,18 @@ class PartialBlob(Protocol):
         """Make it a blob, on disk before this returns. Raises StoreError if chunks are missing."""
 
 
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Small blobs of the node's own on their way into a store, in a transaction of somebody else's.
+
+    ``keep`` is done in it, on the database that has the store's index; ``settle`` once it is
+    committed.
+    """
+
+    keep: Callable[[sqlite3.Connection], None]
+    settle: Callable[[], Awaitable[None]]
+
+
 class Store(Protocol):
     """Blobs by address. All methods raise StoreError if the disk or the index fails."""
 
@@ -115,6 +128,12 @@ class Store(Protocol):
 
         Putting what is there adds an owner and can make it public; it never makes it private.
         Raises StoreError over the quota.
+        """
+
+    def stage(self, blobs: Sequence[bytes]) -> Staged:
+        """What keeps ``blobs``, of ``SMALL_BYTES`` each at most, together with something else.
+
+        Raises StoreFullError over the quota.
         """
 
     def writer(self, *, public: bool = False, owner: bytes = b"") -> BlobWriter:
@@ -193,14 +212,18 @@ class Quota:
         self.quota_bytes = quota_bytes
         self.used_bytes = used_bytes
 
-    def reserve(self, size_bytes: int) -> None:
-        """Count ``size_bytes`` more. Raises StoreFullError over the quota."""
+    def check(self, size_bytes: int) -> None:
+        """Raises StoreFullError if ``size_bytes`` more would go over the quota."""
         if self.quota_bytes is not None and self.used_bytes + size_bytes > self.quota_bytes:
             raise StoreFullError(
                 f"{size_bytes} bytes more would go over the store's quota of {self.quota_bytes};"
                 f" {self.used_bytes} are in use",
                 hint="Delete blobs that are not needed (p2pflop rm HASH), or raise the quota.",
             )
+
+    def reserve(self, size_bytes: int) -> None:
+        """Count ``size_bytes`` more. Raises StoreFullError over the quota."""
+        self.check(size_bytes)
         self.used_bytes += size_bytes
 
     def release(self, size_bytes: int) -> None:

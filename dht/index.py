@@ -43,7 +43,7 @@ CREATE TABLE grants (
   address BLOB NOT NULL,
   reader BLOB NOT NULL,
   PRIMARY KEY (address, reader)
-) WITHOUT ROWID;
+) WITHOUT ROWID
 """
 
 _COLUMNS: Final = "id, address, size_bytes, public, owner, created_ns, file"
@@ -93,15 +93,16 @@ class Change:
         return self.info
 
 
+def open_index(path: Path) -> Database:
+    """A database for the index of one store and nothing else. Raises StoreError."""
+    return Database(path, SCHEMA, FORMAT)
+
+
 class Index:
-    """The rows of one store."""
+    """The rows of one store, in a database that may have other tables beside these."""
 
-    def __init__(self, path: Path) -> None:
-        self._database = Database(path, SCHEMA, FORMAT)
-
-    async def aclose(self) -> None:
-        """Commit what waits and close."""
-        await self._database.aclose()
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     # Look-ups, on the event loop.
 
@@ -148,7 +149,7 @@ class Index:
 
     async def keep(self, copy: Copy) -> Change:
         """A whole copy, which takes the place of an older one and of its owner's partial."""
-        return await self._database.write(lambda connection: _keep_row(connection, copy))
+        return await self._database.write(lambda connection: keep_row(connection, copy))
 
     async def own(self, address: bytes, public: bool, owner: bytes) -> Change:
         """One more owner for a whole blob, which needs its partial no more; nothing if there is no
@@ -338,7 +339,8 @@ def _delete_rows(connection: sqlite3.Connection, where: str, values: tuple[objec
     return Change(None, tuple(file for file, _ in found), sum(size for _, size in found))
 
 
-def _keep_row(connection: sqlite3.Connection, copy: Copy) -> Change:
+def keep_row(connection: sqlite3.Connection, copy: Copy) -> Change:
+    """What ``Index.keep`` does, in the transaction of ``connection``."""
     partial = _delete_rows(
         connection,
         "address = ? AND owner = ? AND bitmap IS NOT NULL",

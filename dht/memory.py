@@ -5,8 +5,9 @@ It keeps every promise of ``blobs.py`` that does not speak of a disk, hashes inc
 
 from __future__ import annotations
 
+import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -19,6 +20,7 @@ from p2pflop.dht.blobs import (
     PartialBlob,
     Quota,
     Range,
+    Staged,
     StoreStatistics,
     check_chunk,
     check_grants,
@@ -210,6 +212,19 @@ class MemoryStore:
                 for index in range(len(manifest.chunks))
             }
         return self._keep(manifest, chunks, public, owner, self._clock_ns())
+
+    def stage(self, blobs: Sequence[bytes]) -> Staged:
+        """See Store. Kept in memory while ``keep`` runs, whatever becomes of its transaction."""
+        self.quota.check(sum(map(len, blobs)))
+        now_ns = self._clock_ns()
+
+        def keep(_: sqlite3.Connection) -> None:
+            for data in blobs:
+                self.quota.used_bytes += len(data)
+                chunks = {0: data} if data else {}
+                self._keep(manifest_of(data), chunks, False, b"", now_ns)
+
+        return Staged(keep, trio.lowlevel.checkpoint)
 
     def writer(self, *, public: bool = False, owner: bytes = b"") -> MemoryWriter:
         """See Store."""

@@ -1,10 +1,11 @@
 """The blob store on disk.
 
-``index.db`` knows every blob (``index.py``); bytes up to ``SMALL_BYTES`` are in it, larger ones in
-one sparse file each under ``blobs/`` (``files.py``). The order of every change is: write the
-data, fdatasync, commit the row. So a row never promises bytes that a crash could take back, and a
-file without a row is nobody's. Chunks of a partial are committed ``BATCH_CHUNKS`` at a time: a
-crash costs a fetch at most those.
+An index knows every blob (``index.py``): bytes up to ``SMALL_BYTES`` are in it, larger ones in one
+sparse file each under ``blobs/`` (``files.py``). It is in a database that is shared with others, so
+that what is small can be kept in one commit with what is said of it, or in ``index.db``. The order
+of every change is: write the data, fdatasync, commit the row. So a row never promises bytes that a
+crash could take back, and a file without a row is nobody's. Chunks of a partial are committed
+``BATCH_CHUNKS`` at a time: a crash costs a fetch at most those.
 
 Reading trusts nothing: each chunk is hashed before a byte of it is handed out. One process at a
 time holds the store, by a lock on ``lock``. Hashing and disk run in threads, except for small
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, TypeVar, TypeVarTuple
@@ -31,14 +33,16 @@ from p2pflop.dht.blobs import (
     BlobWriter,
     PartialBlob,
     Quota,
+    Staged,
     Store,
     StoreStatistics,
     check_reader,
     not_found,
     over_limit,
 )
+from p2pflop.dht.database import Database
 from p2pflop.dht.files import DamagedChunk, DataFile
-from p2pflop.dht.index import Change, Copy, Index, Row
+from p2pflop.dht.index import Change, Copy, Index, Row, keep_row, open_index
 from p2pflop.dht.manifest import (
     MAX_BLOB_BYTES,
     Buffer,
@@ -70,18 +74,21 @@ Arguments = TypeVarTuple("Arguments")
 class FileStore:
     """A Store in the folder ``path``, which is made if need be.
 
-    ``clock_ns`` gives the time that new blobs are stamped with. Raises StoreError if the folder
-    cannot be used or another process has it.
+    The index is in ``database``, which outlives the store, or in a file of its own. ``clock_ns``
+    gives the time that new blobs are stamped with. Raises StoreError if the folder cannot be used
+    or another process has it.
     """
 
     def __init__(
         self,
         path: Path,
+        database: Database | None = None,
         *,
         quota_bytes: int | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self.path = path
+        self._own_database: Database | None = None
         self.folder = path / "blobs"
         self._clock_ns = clock_ns
         self._threads = trio.CapacityLimiter(MAX_THREADS)
@@ -92,7 +99,9 @@ class FileStore:
         except OSError as error:
             raise files.disk_error(error, path) from error
         try:
-            self.index = Index(path / "index.db")
+            if database is None:
+                database = self._own_database = open_index(path / "index.db")
+            self.index = Index(database)
         except StoreError:
             os.close(self._lock)
             raise
@@ -137,6 +146,26 @@ class FileStore:
             self.quota.release(manifest.size_bytes)
             raise
         return await self.keep(manifest, public, owner, file=name)
+
+    def stage(self, blobs: Sequence[bytes]) -> Staged:
+        """See Store."""
+        size_bytes, now_ns = sum(map(len, blobs)), self._clock_ns()
+        self.quota.check(size_bytes)
+        copies = [
+            Copy(manifest, manifest.address, False, b"", now_ns, data=data)
+            for manifest, data in zip(map(manifest_of, blobs), blobs, strict=True)
+        ]
+        changes: list[Change] = []
+
+        def keep(connection: sqlite3.Connection) -> None:
+            changes[:] = [keep_row(connection, copy) for copy in copies]
+
+        async def settle() -> None:
+            self.quota.used_bytes += size_bytes
+            for change in changes:
+                await self.settle(change)
+
+        return Staged(keep, settle)
 
     def writer(self, *, public: bool = False, owner: bytes = b"") -> FileWriter:
         """See Store."""
@@ -262,7 +291,8 @@ class FileStore:
 
     async def aclose(self) -> None:
         """See Store."""
-        await self.index.aclose()
+        if self._own_database is not None:
+            await self._own_database.aclose()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

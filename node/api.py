@@ -6,6 +6,8 @@
 ``PUT /blob?public=0|1``               keep the request's body
 ``DELETE /blob/<hash>``                forget a blob of this node's own
 ``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=&checkpoint_s=&class=&fresh=&id=``
+                                       ``Accept: text/event-stream`` has it answer with the run's
+                                       events, ``{"id"}`` first, for ``wait_ms`` at most
 ``POST /v1/packs?...``                 variants of a job, to be bought as one run; takes an ``id``
 ``POST /v1/packs/<id>/unpack``         the runs of a settled pack's variants
 ``POST /v1/quote?...``                 what a submission would choose from
@@ -56,9 +58,9 @@ from p2pflop.ids import parse_hash
 from p2pflop.job.file import FILE_MAGIC, MAX_COMPRESSED_BYTES
 from p2pflop.node.api_errors import EXCEPTION_HANDLERS, Refused
 from p2pflop.node.api_guard import IS_USER, Activity, Guard, json_response
-from p2pflop.node.api_market import MarketApi, event_position
+from p2pflop.node.api_market import MarketApi, event_position, wait_seconds
 from p2pflop.node.api_money import MoneyApi, parse_number
-from p2pflop.node.api_streams import BlobStream, EventStream, parse_range
+from p2pflop.node.api_streams import EVENT_STREAM, BlobStream, EventStream, parse_range
 from p2pflop.node.service import (
     DEFAULT_FIND_TIMEOUT_S,
     MAX_CLASSES,
@@ -207,13 +209,15 @@ class Api:
         return json_response(_describe(info))
 
     async def submit(self, request: Request) -> Response:
-        """Start a run; answers as soon as it is journalled."""
-        options = _options(request)
+        """Start a run; answers as soon as it is journalled, with its events if these are wanted."""
+        options, wait_s = _options(request), wait_seconds(request)
         body = await self._body(request, self._limits.max_job_bytes)
         try:
             run = await self._service.submit(body, options)
         except ProtocolError as error:
             raise _bad_job(error) from error
+        if EVENT_STREAM in request.headers.get("accept", ""):
+            return self._stream(self._service.events(run, 0), wait_s, opening={"id": run})
         return json_response({"id": run}, 201)
 
     async def submit_pack(self, request: Request) -> Response:
@@ -274,9 +278,12 @@ class Api:
             raise ConfigError("the request's body is not a JSON object")
         return command
 
-    def _stream(self, events: AsyncIterator[list[Json]], wait_s: float) -> EventStream:
+    def _stream(
+        self, events: AsyncIterator[list[Json]], wait_s: float, opening: Json | None = None
+    ) -> EventStream:
         return EventStream(
             events,
+            opening=opening,
             heartbeat_s=self._limits.heartbeat_s,
             wait_s=wait_s,
             stopping=self._stopping,

@@ -64,8 +64,10 @@ class MarketApi:
 def event_position(request: Request) -> tuple[int, float]:
     """After which event a client wants to go on, and for how many seconds. Raises ConfigError."""
     given = request.headers.get("last-event-id") or request.query_params.get("after", "0")
-    after = parse_number(given, "after", 2**63 - 1)
+    return parse_number(given, "after", 2**63 - 1), wait_seconds(request)
+
+
+def wait_seconds(request: Request) -> float:
+    """For how many seconds a client wants to wait for events. Raises ConfigError."""
     wait_ms = request.query_params.get("wait_ms")
-    if wait_ms is None:
-        return after, math.inf
-    return after, parse_number(wait_ms, "wait_ms", MAX_WAIT_MS) / 1000
+    return math.inf if wait_ms is None else parse_number(wait_ms, "wait_ms", MAX_WAIT_MS) / 1000

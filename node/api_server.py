@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -162,6 +163,7 @@ class _Connection(TCPServer):
         super().__init__(app, config, context, ConnectionState({}), cast(Any, stream))
         self.is_idle = True
         self._server = server
+        self._socket = stream.socket
         self._head_until = inf
 
     async def protocol_send(self, event: Event) -> None:
@@ -169,7 +171,20 @@ class _Connection(TCPServer):
             self.is_idle = event.idle
             self._head_until = inf
             self._server.touch(self)
+        elif isinstance(event, RawData):
+            event = RawData(self._send_now(event.data))
+            if not event.data:
+                return
         await super().protocol_send(event)
+
+    def _send_now(self, data: bytes) -> bytes:
+        """What the kernel does not take at once, which is nothing unless the client is slow."""
+        try:
+            if not self.send_lock.locked():
+                data = data[os.write(self._socket.fileno(), data) :]
+        except OSError:
+            pass  # a full buffer, or a fault that the next who sends is told of
+        return data
 
     async def _read_data(self) -> None:
         """As hypercorn's, with a limit on the time that a request's head takes."""

@@ -22,9 +22,11 @@ from p2pflop.dht.blobs import Store
 from p2pflop.dht.manifest import CHUNK_BYTES
 from p2pflop.errors import P2PFlopError
 from p2pflop.node.api_guard import dump_json, error_body
+from p2pflop.node.service import LAST_EVENT_KINDS
 
 READ_AHEAD_CHUNKS: Final = 1
 MAX_EVENTS_A_WRITE: Final = 64
+EVENT_STREAM: Final = "text/event-stream"
 HEARTBEAT: Final = b": still here\n\n"
 HEADERS_S: Final = 0.01
 """How long the headers wait for an event to leave with them."""
@@ -110,45 +112,52 @@ class BlobStream(Response):
 class EventStream(Response):
     """Server-sent events with a comment line whenever ``heartbeat_s`` pass without one.
 
-    ``events`` gives those that leave together: they go in one write.
+    ``events`` gives those that leave together: they go in one write. ``opening`` is an event
+    without a number that goes before all others, and makes the response one that created something.
     """
 
     def __init__(
         self,
         events: AsyncIterator[Sequence[dict[str, Any]]],
         *,
+        opening: dict[str, Any] | None = None,
         heartbeat_s: float,
         wait_s: float,
         stopping: trio.Event,
     ) -> None:
-        self.status_code = 200
+        self.status_code = 200 if opening is None else 201
         self.background = None
-        self.init_headers({"content-type": "text/event-stream", "cache-control": "no-store"})
+        self.init_headers({"content-type": EVENT_STREAM, "cache-control": "no-store"})
+        self._opening = b"" if opening is None else b"data: " + dump_json(opening) + b"\n\n"
         self._events = events
         self._heartbeat_s = heartbeat_s
         self._wait_s = wait_s
         self._stopping = stopping
         self._silent_since = -math.inf
+        self._over = False
         self._send: Send
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         self._send = send
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
         async with trio.open_nursery() as nursery:
             nursery.cancel_scope.deadline = trio.current_time() + self._wait_s
             nursery.start_soon(_until_gone, receive, nursery.cancel_scope)
-            nursery.start_soon(_until_set, self._stopping, nursery.cancel_scope)
-            nursery.start_soon(self._beat)
+            nursery.start_soon(self._beat, nursery.cancel_scope)
             await self._forward()
             nursery.cancel_scope.cancel()
-        await send({"type": "http.response.body"})
+        if not self._over:
+            await self._write(b"", over=True)
 
     async def _forward(self) -> None:
         try:
             async for events in self._events:
                 for first in range(0, len(events), MAX_EVENTS_A_WRITE):
                     few = events[first : first + MAX_EVENTS_A_WRITE]
-                    await self._write(b"".join(_frame(event) for event in few))
+                    over = few[-1]["kind"] in LAST_EVENT_KINDS
+                    await self._write(b"".join(_frame(event) for event in few), over=over)
         except P2PFlopError as error:
             data = dump_json({"error": error_body(error)})
             await self._write(b"event: error\ndata: " + data + b"\n\n")
@@ -157,18 +166,22 @@ class EventStream(Response):
                 with trio.CancelScope(shield=True):
                     await self._events.aclose()
 
-    async def _beat(self) -> None:
-        await trio.sleep(HEADERS_S)
-        while True:
-            wait_s = self._silent_since + self._heartbeat_s - trio.current_time()
-            if wait_s > 0:
-                await trio.sleep(wait_s)
-            else:
+    async def _beat(self, scope: trio.CancelScope) -> None:
+        """Break a silence now and then, until the node stops."""
+        beat_at = trio.current_time() + HEADERS_S
+        while not self._stopping.is_set():
+            with trio.move_on_at(beat_at):
+                await self._stopping.wait()
+            beat_at = self._silent_since + self._heartbeat_s
+            if beat_at <= trio.current_time() and not self._over:
                 await self._write(HEARTBEAT)
+                beat_at = self._silent_since + self._heartbeat_s
+        scope.cancel()
 
-    async def _write(self, data: bytes) -> None:
-        self._silent_since = trio.current_time()
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+    async def _write(self, data: bytes, *, over: bool = False) -> None:
+        self._silent_since, self._over = trio.current_time(), over
+        body, self._opening = self._opening + data, b""
+        await self._send({"type": "http.response.body", "body": body, "more_body": not over})
 
 
 def _frame(event: dict[str, Any]) -> bytes:
@@ -189,9 +202,4 @@ async def _until_gone(receive: Receive, scope: trio.CancelScope) -> None:
     message: Message = {"type": ""}
     while message["type"] != "http.disconnect":
         message = await receive()
-    scope.cancel()
-
-
-async def _until_set(event: trio.Event, scope: trio.CancelScope) -> None:
-    await event.wait()
     scope.cancel()

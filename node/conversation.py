@@ -85,7 +85,6 @@ class Conversation:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._write)
                         nursery.start_soon(self._beat)
-                        nursery.start_soon(self._watch)
                         await self._read(on_message)
                         nursery.cancel_scope.cancel()
                 except* P2PFlopError as group:
@@ -143,17 +142,13 @@ class Conversation:
         await trio.sleep(LINGER_S)
         self.cut(f"{self.peer} did not end the stream")
 
-    async def _watch(self) -> None:
+    async def _beat(self) -> None:
         missed = 0
         while missed < MAX_MISSED_BEATS:
             self._heard = False
             await trio.sleep(HEARTBEAT_S)
+            self.offer(Heartbeat())
             self._speaks = self._speaks or self._heard
             missed = missed + 1 if self._speaks and self._listens and not self._heard else 0
         self.fell_silent = True
         self.cut(f"nothing came from {self.peer} for {missed * HEARTBEAT_S:.0f} s")
-
-    async def _beat(self) -> None:
-        while True:
-            await trio.sleep(HEARTBEAT_S)
-            self.offer(Heartbeat())

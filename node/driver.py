@@ -152,6 +152,8 @@ class Driver:
                         await self.on(Timer(name))
 
     async def _do(self, actions: list[Any]) -> None:
+        if not actions:
+            return
         try:
             with trio.CancelScope(shield=True):
                 await self._act(actions)

@@ -126,7 +126,9 @@ async def lower_all(
     pool: Workers, graphs: Sequence[bytes], on_lowering: OnLowering
 ) -> dict[bytes, bytes]:
     """The plan of every encoded graph, by graph hash; from the cache, or lowered now."""
-    plans: dict[bytes, bytes] = {}
+    plans, graphs = await _plans_at_hand(pool, graphs)
+    if not graphs:
+        return plans
     counts: dict[bytes, tuple[int, int]] = {}
     told, news = (0, 0), trio.Event()
     limiter = trio.CapacityLimiter(MAX_OPEN_LOWERERS)
@@ -158,6 +160,15 @@ async def lower_all(
                 inner.start_soon(lower, graph)
         outer.cancel_scope.cancel()
     return plans
+
+
+async def _plans_at_hand(
+    pool: Workers, graphs: Sequence[bytes]
+) -> tuple[dict[bytes, bytes], list[bytes]]:
+    """The plans that need no lowering, and the graphs that do."""
+    found = {graph: pool.plan_at_hand(graph) for graph in graphs}
+    plans = {graph_hash(graph): plan for graph, plan in found.items() if plan is not None}
+    return plans, [graph for graph, plan in found.items() if plan is None]
 
 
 class Execution:
@@ -237,7 +248,7 @@ class Execution:
         end = job.first_step + job.steps
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            if checkpoints.seconds:
+            if checkpoints.seconds and job.steps > 1:
                 nursery.start_soon(self._run_clock, checkpoints.seconds)
             try:
                 async for event in self._worker.run(job.first_step, job.steps, checkpoints.steps):

@@ -3,7 +3,8 @@
 Everything here comes from a stranger. Told rows must be of this job, each later than the one
 before, so that no more can come than the job has. Blobs that came along are kept in memory, within
 the limits of a message, until a receipt that the lifecycle accepted is about them; only then do
-they reach the store, and only those that the receipt's checkpoint or result names.
+they reach the store, and only those that the receipt's checkpoint or result names. The small ones
+are ``staged``, for the commit that books the receipt.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final
 import trio
 from msgspec.structs import replace as replace_fields
 
-from p2pflop.dht.blobs import BlobInfo, Store
+from p2pflop.dht.blobs import MAX_GET_BYTES, SMALL_BYTES, BlobInfo, Store
 from p2pflop.dht.fetch import fetch
 from p2pflop.dht.manifest import address_of
 from p2pflop.dht.planes import Dialer
@@ -58,6 +59,8 @@ class Goods:
     def __init__(self, checked: CheckedJob, store: Store, dialer: Dialer, peer: str = "") -> None:
         self.peer = peer
         self.result: Result | None = None
+        self.staged = store.stage(())
+        self._small: dict[bytes, bytes] = {}
         self._checked = checked
         self._store = store
         self._dialer = dialer
@@ -142,7 +145,7 @@ class Goods:
         self.result = decode(Result, data)
 
     async def check(self, receipt: Receipt, class_id: bytes) -> Result:
-        """Fetch and check all that ``receipt`` is about; then it is here and durable.
+        """Fetch and check all that ``receipt`` is about; then it is durable, or ``staged``.
 
         Gives the result of the steps since the receipt before it, or, if it is the last one, of all
         steps of the stretch.
@@ -187,45 +190,41 @@ class Goods:
         refusal = check_result(part, class_id, result)
         if refusal is not None:
             raise ProtocolError(refusal.reason)
-        await self._keep_inline(blobs)
+        self._small = {address: data for address, data in blobs if len(data) <= SMALL_BYTES}
+        for address, data in blobs:
+            if address not in self._small:
+                await self._store.put(data)
         await self._fetch_all(wanted_result(part, result))
         for output in result.outputs:
             if part.work.phases[output.phase].modes[output.output] == MODE_COLLECT:
                 await self._check_collected(part, result.steps_done, output)
-        trace = await self._store.get(result.trace)
-        refusal = check_trace(part, result.steps_done, trace)
+        refusal = check_trace(part, result.steps_done, await self.read(result.trace))
         if refusal is not None:
             raise ProtocolError(refusal.reason)
+        self.staged = self._store.stage(tuple(self._small.values()))
+
+    async def read(self, address: bytes, max_bytes: int = MAX_GET_BYTES) -> bytes:
+        """A blob that was delivered, though it be only staged. Raises as ``Store.get``."""
+        data = self._small.get(address)
+        return await self._store.get(address, max_bytes) if data is None else data
 
     async def _check_collected(
         self, part: CheckedJob, steps_done: int, output: NamedOutput
     ) -> None:
-        data = await self._store.get(output.address, output.size_bytes)
+        data = await self.read(output.address, output.size_bytes)
         wanted = check_collected(part, steps_done, output, data)
         if isinstance(wanted, Refusal):
             raise ProtocolError(wanted.reason)
         await self._fetch_all(wanted)
 
-    async def _keep_inline(self, blobs: Sequence[tuple[bytes, bytes]]) -> None:
-        """Keep what came along, all in one commit."""
-        failures: list[StoreError] = []
-
-        async def put(data: bytes) -> None:
-            try:
-                await self._store.put(data)
-            except StoreError as error:
-                failures.append(error)
-
-        async with trio.open_nursery() as nursery:
-            for _, data in blobs:
-                nursery.start_soon(put, data)
-        if failures:
-            raise failures[0]
-
     async def _fetch_all(self, wanted: Sequence[WantedBlob]) -> None:
-        absent = [
-            blob for blob in {b.address: b for b in wanted}.values() if not await self._has(blob)
-        ]
+        """Have all of these in the store that did not come along."""
+        absent = []
+        for blob in {blob.address: blob for blob in wanted}.values():
+            if blob.address in self._small:
+                _check_size(blob, len(self._small[blob.address]))
+            elif not await self._has(blob):
+                absent.append(blob)
         if not absent:
             return
         limiter = trio.CapacityLimiter(MAX_PARALLEL_FETCHES)
@@ -255,11 +254,11 @@ class Goods:
             partial = await self._store.begin(await self._store.manifest(blob.address))
             async with partial:
                 held = await partial.finish()
-        _check_size(blob, held)
+        _check_size(blob, held.size_bytes)
         return True
 
     async def _fetch(self, blob: WantedBlob) -> None:
-        _check_size(blob, await self._fetch_new(blob))
+        _check_size(blob, (await self._fetch_new(blob)).size_bytes)
 
     async def _fetch_new(self, blob: WantedBlob) -> BlobInfo:
         store, bound = self._store, blob.size_bytes
@@ -290,8 +289,8 @@ class Goods:
             raise ProtocolError("a delivered tensor is not of its size") from None
 
 
-def _check_size(blob: WantedBlob, held: BlobInfo) -> None:
-    if held.size_bytes > blob.size_bytes or (blob.exact and held.size_bytes < blob.size_bytes):
+def _check_size(blob: WantedBlob, size_bytes: int) -> None:
+    if size_bytes > blob.size_bytes or (blob.exact and size_bytes < blob.size_bytes):
         raise ProtocolError("a delivered tensor is not of its size")
 
 

@@ -190,14 +190,14 @@ class Journal:
         batch: Batch,
         *,
         forget: Sequence[str] = (),
-        entry: Operation | None = None,
+        beside: Sequence[Operation] = (),
     ) -> None:
-        """Add a batch, make ``head`` the job's head, forget its rows of some kinds, and do what the
-        ledger's ``entry`` does, in one transaction."""
+        """Add a batch, make ``head`` the job's head, forget its rows of some kinds, and do what is
+        to be done ``beside``, in one transaction."""
 
         def change(connection: sqlite3.Connection) -> None:
-            if entry is not None:
-                entry(connection)
+            for operation in beside:
+                operation(connection)
             connection.execute(
                 "INSERT INTO heads VALUES (?, ?, ?, NULLIF(?, ''), ?) ON CONFLICT (job) DO UPDATE"
                 " SET end_state = excluded.end_state, summary = excluded.summary",
@@ -395,11 +395,13 @@ class JobRows:
         self.head = Head(job, side, opened_ns, end_state or self.head.end_state, summary)
         self._changed = True
 
-    async def flush(self, ending: Ending | None = None, entry: Operation | None = None) -> None:
-        """Return once everything added so far is on disk, and with it the job's ``ending`` and an
-        ``entry`` of the ledger. These two are not kept for another try if the disk fails."""
+    async def flush(self, ending: Ending | None = None, *beside: Operation | None) -> None:
+        """Return once everything added so far is on disk, and with it the job's ``ending`` and what
+        is done ``beside``: an entry of the ledger, blobs that are kept. These are not kept for
+        another try if the disk fails."""
+        operations = [operation for operation in beside if operation is not None]
         async with self._flushing:
-            if not (self._pending or self._changed or ending or entry):
+            if not (self._pending or self._changed or ending or operations):
                 return
             before = head = self.head
             kept = self._pending.copy()
@@ -409,7 +411,7 @@ class JobRows:
                 batch.results += [] if ending.result is None else [ending.result]
                 head = replace(head, summary=ending.summary, end_state=ending.end_state)
             try:
-                await self._journal.append(head, batch, forget=self._to_forget, entry=entry)
+                await self._journal.append(head, batch, forget=self._to_forget, beside=operations)
             except StoreError as fault:
                 self._fault = fault
                 self._flushed.set()

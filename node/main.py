@@ -117,8 +117,8 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
     """The running node. What was opened last is closed first."""
     identity = Identity(home.account, home.node, settings.network)
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(FileStore(home.path / "store"))
         books = await _closing(stack, open_books(home.path))
+        store = await stack.enter_async_context(FileStore(home.path / "store", books))
         journal = Journal(books)
         ledger_book = LedgerBook(books, home.account.public_key)
         payment_book = PaymentBook(books)

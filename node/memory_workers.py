@@ -148,7 +148,15 @@ class MemoryWorkerPool:
             self._lowered += 1
             if progress is not None:
                 progress(1, 1)
-        return content_hash(b"plan" + address)
+        return _plan_of(address)
+
+    def plan_at_hand(self, graph: bytes) -> bytes | None:
+        """The plan of a graph that was lowered before."""
+        address = graph_hash(graph)
+        if address not in self._plans:
+            return None
+        self._reused += 1
+        return _plan_of(address)
 
     def flop_of(self, plan: bytes) -> int:
         """What a test has put into ``lowered_flop``."""
@@ -311,3 +319,7 @@ class MemoryWorker:
         for start in range(0, len(data), PART_BYTES):
             await self._answer()
             yield data[start : start + PART_BYTES]
+
+
+def _plan_of(address: bytes) -> bytes:
+    return content_hash(b"plan" + address)

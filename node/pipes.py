@@ -73,6 +73,7 @@ class FramePipe:
 
     async def receive(self, decoder: msgspec.msgpack.Decoder[T]) -> T:
         """Read one message. Raises EndOfPipe, ProtocolError."""
+        await trio.lowlevel.checkpoint()  # whoever floods this end must not keep others waiting
         size = body_bytes(bytes(await self._reader.take(HEADER_BYTES)), MAX_FRAME_BYTES)
         return unpack(decoder, await self._reader.take(size))
 
@@ -103,7 +104,6 @@ class _Reader:
 
     async def take(self, size: int) -> memoryview:
         """The next ``size`` bytes, valid until the next call. Raises EndOfPipe."""
-        await trio.lowlevel.checkpoint()
         if self._start + size > len(self._buffer):
             rest = bytes(self._buffer[self._start : self._end])
             self._buffer[: len(rest)] = rest

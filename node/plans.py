@@ -43,12 +43,19 @@ class PlanCache:
 
     async def get(self, key: bytes) -> bytes | None:
         """The plan of ``key``, or None."""
-        plan = self._recent.get(key)
+        plan = self.recent(key)
         if plan is None:
             async with self._disk:
                 plan = await trio.to_thread.run_sync(self._read, key)
+            if plan is not None:
+                self._remember(key, plan)
+        return plan
+
+    def recent(self, key: bytes) -> bytes | None:
+        """The plan of ``key`` if it is in memory."""
+        plan = self._recent.get(key)
         if plan is not None:
-            self._remember(key, plan)
+            self._recent.move_to_end(key)
         return plan
 
     async def put(self, key: bytes, plan: bytes) -> None:

@@ -154,16 +154,18 @@ class Purchase:
         receipt = reopen(Receipt, countersigned, self._buyer.identity.network).record
         node = self._bid().record.provider
         account = self._bidding.account_of(node)
-        if account is None:
+        goods = self._goods
+        if account is None or goods is None:
             raise StoreError("the journal does not tell the provider's account")
-        ending = None
+        ending, staged = None, goods.staged
         if self._lifecycle.state is State.SETTLED:
-            self._last = await self._result_event()
+            self._last = await self._result_event(goods)
             ending = self._last.ending()
             self._add_letter()
-        write, now_ns = partial(self._run.rows.flush, ending), self._buyer.now_ns()
+        write, now_ns = partial(self._run.rows.flush, ending, staged.keep), self._buyer.now_ns()
         await self._buyer.ledger_book.delivered(receipt, account, now_ns, write, node=node)
         self._booked = countersigned
+        await staged.settle()
 
     async def send(self, action: Send) -> None:
         """See Hands."""
@@ -546,9 +548,9 @@ class Purchase:
         """What all stretches so far have cost."""
         return owed_nusd(self._lifecycle.side, self._buyer.identity.network)
 
-    async def _result_event(self) -> Last:
-        last = None if self._goods is None else self._goods.result
-        result, cost_nusd = await self._stretches.join(last, self._buyer.store), self._owed_nusd()
+    async def _result_event(self, goods: Goods) -> Last:
+        result = await self._stretches.join(goods, self._buyer.store)
+        cost_nusd = self._owed_nusd()
         self._run.card |= {
             "hash": result_hash(result).hex(),
             "cost_nusd": cost_nusd,

@@ -129,6 +129,7 @@ class Sale:
         self._window: Window | None = None
         self._working = trio.CancelScope()
         self._may_run = trio.Event()
+        self._confirm_kept = trio.Event()
         self._tasks, self._due = trio.open_memory_channel[str](16)
         desk = ProviderDesk(
             identity.node,
@@ -304,7 +305,7 @@ class Sale:
         receipt = reopen(Receipt, countersigned, seller.identity.network).record
 
         async def write(entry: Operation | None) -> None:
-            await self.rows.flush(entry=entry)
+            await self.rows.flush(None, entry)
 
         node = self.bid.signer
         await seller.ledger_book.earned(receipt, self.account, seller.now_ns(), write, node=node)
@@ -406,21 +407,21 @@ class Sale:
         supply = self._supply()
         feeds = Feeds(checked, seller.store, supply.bring, self._hold)
 
-        async def fetch_inputs() -> None:
+        async def bring() -> None:
             self._checked = await supply.resolve(checked)
             await supply.fetch_all(self._inputs(), self._at_hand, self._tell_fetching)
+            await feeds.open()
 
         async with trio.open_nursery() as nursery:
-            # Else a restart would not know of the confirm, and the buyer be told the rows twice.
-            nursery.start_soon(self.rows.flush)
-            nursery.start_soon(fetch_inputs)
-            nursery.start_soon(feeds.open)
-            plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)
-        if is_too_dear(seller.workers, checked, plans):
-            await self.driver.on(Withdraw("cost: it computes over four times what was metered"))
-            return
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(feeds.run)
+            nursery.start_soon(self._keep_confirm)
+            async with trio.open_nursery() as bringing:
+                bringing.start_soon(bring)
+                plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)
+            if is_too_dear(seller.workers, checked, plans):
+                await self.driver.on(Withdraw("cost: it computes over four times what was metered"))
+                return
+            if checked.feeds:
+                nursery.start_soon(feeds.run)
             async with seller.warm.lease(self.account, limits) as worker:
                 execution = Execution(
                     self._checked,
@@ -458,7 +459,14 @@ class Sale:
     async def _tell_lowering(self, done: int, total: int) -> None:
         self._offer(m.Lowering(done, total))
 
+    async def _keep_confirm(self) -> None:
+        await self.rows.flush()
+        self._confirm_kept.set()
+
     async def _tell_rows(self, rows: Rows) -> None:
+        # Else a restart would not know of the confirm, and the buyer be told the rows twice.
+        if not self._confirm_kept.is_set():
+            await self._confirm_kept.wait()
         if rows.values:
             self._shown_to = rows.last_step + 1
         self._offer(m.Rows(rows.first_step, rows.last_step, rows.values))

@@ -30,6 +30,7 @@ from p2pflop.job.results import build_result
 from p2pflop.job.spec import MODE_COLLECT, BlobSource, NamedOutput, Result
 from p2pflop.market.records import Receipt
 from p2pflop.node.driver import LIFE_ROW
+from p2pflop.node.goods import Goods
 from p2pflop.node.journal import JobRows, KnownState, Row
 from p2pflop.node.orders import Order
 from p2pflop.node.printable import printable
@@ -120,12 +121,13 @@ class Stretches:
         )
         return self.now
 
-    async def join(self, last: Result | None, store: Store) -> Result:
-        """The result of the whole, ``last`` being that of the stretch under way. It is journalled
+    async def join(self, goods: Goods, store: Store) -> Result:
+        """The result of the whole, ``goods`` being those of the stretch under way. It is journalled
         with the next rows, unless it is the same.
 
         Raises StoreError if it cannot be kept, or if something is missing.
         """
+        last = goods.result
         if last is None:
             raise StoreError("the journal has no result for a job that is settled")
         parts = [part for part in self._intervals if part.first_step < last.first_step] + [last]
@@ -135,12 +137,12 @@ class Stretches:
         if len(parts) == 1:
             return last
         work, job = self.whole.checked.work, self.whole.checked.job
-        trace = await store.put(join_traces([await store.get(part.trace) for part in parts]))
+        trace = await store.put(join_traces([await goods.read(part.trace) for part in parts]))
         outputs = []
         for (phase, output), found in outputs_by_place(parts).items():
             newest = found[-1]
             if work.phases[phase].modes[output] == MODE_COLLECT:
-                lists = [await store.get(each.address, each.size_bytes) for each in found]
+                lists = [await goods.read(each.address, each.size_bytes) for each in found]
                 kept = await store.put(join_collections(lists))
                 newest = NamedOutput(phase, output, kept.address, kept.size_bytes)
             outputs.append(newest)

@@ -31,6 +31,7 @@ class _Lease:
     worker: Worker
     limits: WorkerLimits
     jobs: int = 0
+    lingering: trio.CancelScope | None = None
 
 
 class WarmWorkers:
@@ -74,15 +75,22 @@ class WarmWorkers:
         if other is None and len(self._lingering) >= MAX_LINGERING:
             _, other = self._lingering.popitem(last=False)
         self._lingering[account] = lease
-        self._nursery.start_soon(self._end_later, account, lease, lease.jobs)
+        until = trio.current_time() + LINGER_S
+        if lease.lingering is None:
+            lease.lingering = trio.CancelScope(deadline=until)
+            self._nursery.start_soon(self._end_later, account, lease, lease.lingering)
+        else:
+            lease.lingering.deadline = until
         if other is not None:
             await _end(other)
 
-    async def _end_later(self, account: bytes, lease: _Lease, jobs: int) -> None:
+    async def _end_later(self, account: bytes, lease: _Lease, lingering: trio.CancelScope) -> None:
         try:
-            await trio.sleep(LINGER_S)
+            with lingering:
+                await trio.sleep_forever()
         finally:  # also when the node stops: nobody else ends a worker that lingers
-            if self._lingering.get(account) is lease and lease.jobs == jobs:
+            lease.lingering = None
+            if self._lingering.get(account) is lease:
                 del self._lingering[account]
                 await _end(lease)
 

@@ -138,6 +138,9 @@ class Workers(Protocol):
         """The plan of an encoded graph, from the cache if it is there. Raises JobError,
         ProviderError. ``progress(done, total)`` counts kernels."""
 
+    def plan_at_hand(self, graph: bytes) -> bytes | None:
+        """The plan of an encoded graph, if it is in memory."""
+
     def flop_of(self, plan: bytes) -> int:
         """What the kernels of a plan compute, recomputation included. Raises ProtocolError."""
 

@@ -160,9 +160,7 @@ class WorkerPool:
         """
         if len(graph) > MAX_GRAPH_BYTES:
             raise JobError(f"graph of {len(graph)} bytes is over the limit of {MAX_GRAPH_BYTES}")
-        crew = await self._ready_crew()
-        versions = crew.started.version.encode()
-        key = content_hash(graph_hash(graph) + self.class_id + versions)
+        key = self._plan_key(graph, await self._ready_crew())
         lowering = self._lowerings.get(key)
         if lowering is None:
             plan = await self._plans.get(key)
@@ -184,6 +182,14 @@ class WorkerPool:
             if lowering.abandoned and self._lowerings.get(key) is lowering:
                 del self._lowerings[key]  # the next caller must not join what is being ended
 
+    def plan_at_hand(self, graph: bytes) -> bytes | None:
+        """See ``Workers``."""
+        if self._crew is None or not self._crew.ready.is_set():
+            return None
+        plan = self._plans.recent(self._plan_key(graph, self._crew))
+        self._reused += plan is not None
+        return plan
+
     def flop_of(self, plan: bytes) -> int:
         """See ``Workers``."""
         return decode_plan(plan).flop
@@ -201,6 +207,9 @@ class WorkerPool:
                 yield ProcessWorker(child, limits, crew.end)
         finally:
             self._workers -= 1
+
+    def _plan_key(self, graph: bytes, crew: Crew) -> bytes:
+        return content_hash(graph_hash(graph) + self.class_id + crew.started.version.encode())
 
     async def _ready_crew(self) -> Crew:
         """The crew, once it is warm. Raises ProviderError if there will be none."""

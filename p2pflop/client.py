@@ -26,6 +26,7 @@ from p2pflop.drafts import whole_file
 from p2pflop.embedded import NodeNote, read_note, start_embedded
 from p2pflop.errors import (
     NodeUnreachableError,
+    ProtocolError,
     StoreError,
     VerificationError,
 )
@@ -37,6 +38,8 @@ from p2pflop.uploads import Content, reader
 
 CONNECT_TIMEOUT_S: Final = 5.0
 REPLY_TIMEOUT_S: Final = 120.0
+MAX_IDLE: Final = 8
+"""Connections kept for the next request."""
 MAX_RECONNECTS: Final = 8
 FIRST_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 3.0
@@ -128,7 +131,9 @@ class Client:
         failures = 0
         while True:
             try:
-                for event in self._event_stream("/v1/trades/events", after, None):
+                for event in self._event_stream(
+                    "GET", "/v1/trades/events", params={"after": str(after)}
+                ):
                     failures, after = 0, int(event["seq"])
                     yield event
                 reason = "it ended the connection"
@@ -192,6 +197,29 @@ class Client:
         reply = self._json("POST", "/v1/jobs", content=body, params=_params(options))
         return str(reply["id"])
 
+    def submit_and_follow(
+        self, body: bytes, options: SubmitOptions | None = None, *, wait_s: float | None = None
+    ) -> tuple[str, Iterator[Json]]:
+        """Submit an encoded job file; the id of its run, and its events as ``events`` gives them.
+
+        It takes one exchange with the node where ``submit`` and ``events`` take two. The events
+        hold its connection, for ``wait_s`` at most, and let go of it when nobody has them any more.
+        """
+        stream = self._event_stream(
+            *("POST", "/v1/jobs"),
+            content=body,
+            params={**_params(options), **_wait(wait_s)},
+            headers={"accept": "text/event-stream"},
+        )
+        opening = next(stream, {})
+        if "id" not in opening:
+            raise ProtocolError(
+                "the node did not tell which run it has started",
+                hint="Is it of another version? See 'p2pflop jobs'.",
+            )
+        run_id = check_run_id(str(opening["id"]))
+        return run_id, self._follow(run_id, stream)
+
     def submit_pack(self, body: bytes, options: SubmitOptions) -> tuple[list[Json], int]:
         """Submit encoded ``Variants`` as one run: those that are known, and how many are not.
 
@@ -246,27 +274,40 @@ class Client:
         A lost connection is taken up again after the last event seen, ``MAX_RECONNECTS`` times in
         a row; then NodeUnreachableError. TimeoutError after ``timeout_s``.
         """
+        return self._follow(run_id, after=after, timeout_s=timeout_s)
+
+    def _follow(
+        self,
+        run_id: str,
+        stream: Iterator[Json] | None = None,
+        *,
+        after: int = 0,
+        timeout_s: float | None = None,
+    ) -> Iterator[Json]:
+        """See ``events``. ``stream`` has the first of them, and may end before the run."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         failures, over = 0, False
         while True:
             left_s = None if deadline is None else deadline - time.monotonic()
             if left_s is not None and left_s <= 0:
                 raise TimeoutError(f"run {run_id} did not end in {timeout_s} s; it goes on")
+            asked = stream is None
             try:
-                for event in self._event_stream(_run_path(run_id, "/events"), after, left_s):
+                for event in stream or self._events_after(run_id, after, left_s):
                     failures = 0
                     after = int(event["seq"])
                     over = event["kind"] in LAST_EVENT_KINDS
                     yield event
                 if over:
                     return  # the response is read to its end, so the connection serves again
-                if deadline is not None and time.monotonic() >= deadline:
+                stream = None
+                if not asked or (deadline is not None and time.monotonic() >= deadline):
                     continue
                 reason = "it ended the connection"
             except (httpx.TransportError, NodeUnreachableError) as error:
                 if over:
                     return
-                reason = str(error)
+                stream, reason = None, str(error)
             failures += 1
             if failures > MAX_RECONNECTS:
                 raise NodeUnreachableError(
@@ -392,11 +433,12 @@ class Client:
                 hint="Try again; if it stays so, the node's log tells more.",
             ) from error
 
-    def _event_stream(self, path: str, after: int, wait_s: float | None) -> Iterator[Json]:
-        params = {"after": str(after)}
-        if wait_s is not None:
-            params["wait_ms"] = str(int(wait_s * 1000) + 1)
-        with self._exchange("GET", path, params=params) as response:
+    def _events_after(self, run_id: str, after: int, wait_s: float | None) -> Iterator[Json]:
+        params = {"after": str(after), **_wait(wait_s)}
+        return self._event_stream("GET", _run_path(run_id, "/events"), params=params)
+
+    def _event_stream(self, method: str, path: str, **extra: Any) -> Iterator[Json]:
+        with self._exchange(method, path, **extra) as response:
             raise_for(response)
             name, data = "", ""
             for line in lines(response):
@@ -476,6 +518,8 @@ class Client:
             # Plain HTTP to this machine: reading the system's certificates would take 30 ms.
             verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
             timeout=httpx.Timeout(REPLY_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            # Events that nobody reads yet hold a connection each; the node bounds them.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE),
             # No proxy from the environment: it is this machine, and the token is for it alone.
             trust_env=False,
             transport=self._transport,
@@ -496,6 +540,10 @@ def _pause(failures: int) -> None:
 
 def _run_path(run_id: str, part: str = "") -> str:
     return f"/v1/jobs/{check_run_id(run_id)}{part}"
+
+
+def _wait(wait_s: float | None) -> dict[str, str]:
+    return {} if wait_s is None else {"wait_ms": str(int(wait_s * 1000) + 1)}
 
 
 def _params(options: SubmitOptions | None) -> Params:

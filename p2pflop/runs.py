@@ -52,9 +52,13 @@ class Run:
     failed with. Ctrl-C leaves the loop and not the run.
     """
 
-    def __init__(self, run_id: str, client: Client) -> None:
+    def __init__(
+        self, run_id: str, client: Client, events: Iterator[dict[str, Any]] | None = None
+    ) -> None:
+        """``events`` come from the submission itself, for whoever asks first for all of them."""
         self.id = run_id
         self._client = client
+        self._events = events
 
     def __repr__(self) -> str:
         return f"Run({self.id!r})"
@@ -70,10 +74,14 @@ class Run:
         The kinds are listed in ``p2pflop.node.service``.
         """
         try:
-            yield from self._client.events(self.id, after)
+            yield from self._following() if after == 0 else self._client.events(self.id, after)
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(self.detached_hint)
             raise
+
+    def _following(self) -> Iterator[dict[str, Any]]:
+        events, self._events = self._events, None
+        return self._client.events(self.id) if events is None else events
 
     @property
     def detached_hint(self) -> str:
@@ -102,8 +110,9 @@ class Run:
         from p2pflop.job.file import decode_file
         from p2pflop.results import Result
 
+        events = self._client.events(self.id, timeout_s=timeout)
         try:
-            for event in self._client.events(self.id, timeout_s=timeout):
+            for event in self._following() if timeout is None else events:
                 check_event(event, self.id)
                 if event["kind"] == "result":
                     return Result.opened(

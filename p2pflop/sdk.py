@@ -66,6 +66,8 @@ MAX_FILE_BYTES: Final = MAX_COMPRESSED_BYTES + len(FILE_MAGIC)
 SWEEP_ID_DIGITS: Final = 2 * HASH_BYTES
 """A sweep's is the address of a blob; that of a run is shorter."""
 INPUTS_SUFFIX: Final = ".inputs"
+FIRST_S: Final = 1.0
+"""How long a submission's own connection brings the run's events: one that nobody reads ends."""
 
 _ARGUMENTS: Final = {Dtype.BOOL: "<?", Dtype.INT32: "<i", Dtype.FLOAT32: "<f"}
 
@@ -328,8 +330,8 @@ def submit(
     options = submit_options(max_usd, deadline, checkpoint_steps, checkpoint_every, classes, fresh)
     client = client or Client(start=True)
     put_inputs(job, client)
-    run_id = client.submit(encode_file(job.file), options)
-    return Run(run_id, client)
+    run_id, events = client.submit_and_follow(encode_file(job.file), options, wait_s=FIRST_S)
+    return Run(run_id, client, events)
 
 
 def put_inputs(job: Job, client: Client) -> None:

@@ -370,7 +370,7 @@ class Sweep:
         plan, run = self._plan, Run(self.run_id(place), self._client)
         args = plan.args[place]
         try:
-            self._submit(client, place, limit_nusd)
+            events = self._submit(client, place, limit_nusd)
         except NodeUnreachableError:
             raise
         except P2PFlopError as error:
@@ -379,7 +379,7 @@ class Sweep:
             client.cancel(run.id)
         row: Row | None = None
         costs = Costs()
-        for event in client.events(run.id):
+        for event in events:
             costs.hear(event)
             if event["kind"] == "rows" and event["rows"]:
                 rows = [Row(told["step"], told["values"]) for told in event["rows"]]
@@ -480,17 +480,17 @@ class Sweep:
             run_id=run_id,
         )
 
-    def _submit(self, client: Client, place: int, limit_nusd: int | None) -> None:
-        plan = self._plan
-        options = self._options(client, self.run_id(place), limit_nusd)
+    def _submit(self, client: Client, place: int, limit_nusd: int | None) -> Iterator[Json]:
+        plan, run_id = self._plan, self.run_id(place)
+        options = self._options(client, run_id, limit_nusd)
         if options is None:
-            return
+            return client.events(run_id)
         job = with_data(self._job, plan.data[place]) if plan.data else self._job
         job = job.with_args(**plan.args[place])
         for address, data in job.inputs.items():
             if address not in self._job.inputs:
                 client.put(data)
-        client.submit(encode_file(job.file), options)
+        return client.submit_and_follow(encode_file(job.file), options)[1]
 
 
 def map(  # noqa: A001 - the word of Python and of all that run many jobs

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 import click
 from rich.console import Console
@@ -26,25 +26,22 @@ from p2pflop.market.credit import job_risk
 from p2pflop.runs import Run, check_event
 from p2pflop.units import NS_PER_S, format_duration, format_usd
 
-if TYPE_CHECKING:
-    from p2pflop.client import Client
-
 MAX_SHOWN: Final = 20
 PLAIN_EVERY_S: Final = 5.0
 
 
-def follow(flags: Flags, client: Client, run_id: str) -> None:
+def follow(flags: Flags, run: Run) -> None:
     """Show a run up to its end. Raises what it failed with."""
-    events = Run(run_id, client).events()
+    events = run.events()
     if flags.json:
         for event in events:
             print_json(event)
-            check_event(event, run_id)
+            check_event(event, run.id)
         return
     with RunView() as view:
         for event in events:
             view.show(event)
-            check_event(event, run_id)
+            check_event(event, run.id)
 
 
 class RunView:

@@ -77,8 +77,9 @@ def watch_command(flags: Flags, run_id: str) -> None:
       p2pflop watch 5705a365685c --json | jq -c 'select(.kind == "rows") | .rows[]'
     """
     from p2pflop.cli.progress import follow
+    from p2pflop.runs import Run
 
-    follow(flags, flags.client(start=True), run_id)
+    follow(flags, Run(run_id, flags.client(start=True)))
 
 
 @click.command("cancel")

@@ -117,7 +117,7 @@ def submit_command(
         else:
             click.echo(run.id)
         return
-    follow(flags, client, run.id)
+    follow(flags, run)
 
 
 @click.command("show")

@@ -250,8 +250,10 @@ async def test_lowering_twice_reuses_the_plan(pool: Workers) -> None:
     first = await pool.lower(b"graph one")
     assert await pool.lower(b"graph one") == first
     assert await pool.lower(b"graph two") != first
+    assert pool.plan_at_hand(b"graph one") == first
+    assert pool.plan_at_hand(b"graph three") is None
     statistics = pool.statistics()
-    assert (statistics.plans_lowered, statistics.plans_reused) == (2, 1)
+    assert (statistics.plans_lowered, statistics.plans_reused) == (2, 2)
 
 
 async def test_a_missing_plan_is_not_the_jobs_fault(pool: Workers) -> None:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from p2pflop.job.spec import ROLE_STATE
+from p2pflop.job.spec import ROLE_STATE, Result
 from p2pflop.node.memory_market import MemoryNode, sample_file
 from p2pflop.node.memory_workers import CountingSession
 from p2pflop.node.service import Json
+from p2pflop.wire import decode
 
 if TYPE_CHECKING:
     from tests.sim.conftest import Market
@@ -87,6 +88,8 @@ async def buy(market: Market, purchase: Purchase, cut: Cut | None = None) -> tup
     end = await market.end_of(buyer, card["id"])
     await market.settle_down()
     check(market, buyer, provider, end)
+    if end["kind"] == "result":
+        await check_goods(buyer, card["id"])
     await market.close()
     return buyer.writes, provider.writes, end
 
@@ -104,6 +107,14 @@ def check(market: Market, buyer: MemoryNode, provider: MemoryNode, end: Json) ->
         assert len(set(booked)) == len(booked), "a receipt is booked twice"
         total = sum(max(posting["amount_nusd"], 0) for e in entries for posting in e["postings"])
         assert total == owing
+
+
+async def check_goods(buyer: MemoryNode, run_id: str) -> None:
+    """What is countersigned is here: nobody pays for blobs that a power cut took."""
+    result = decode(Result, buyer.buyer.result_record(run_id))
+    named = [result.trace, *result.state, *(output.address for output in result.outputs)]
+    for address in named:
+        assert await buyer.store.stat(address) is not None, address.hex()
 
 
 @pytest.mark.parametrize(

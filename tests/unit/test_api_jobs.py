@@ -7,6 +7,7 @@ import json
 import pytest
 import trio
 
+from p2pflop.node.memory_service import MemoryService
 from tests.serving import LIMITS, error_of, serving, submit
 
 
@@ -90,6 +91,31 @@ class TestRuns:
                 assert (await anext(pieces)).count(b"data: ") == 3
                 await story.tell("cancelled")
                 assert (await anext(pieces)).count(b"data: ") == 1
+
+    async def test_a_submission_can_bring_its_events(self) -> None:
+        wanted = {"accept": "text/event-stream"}
+        script = [("progress", {"step": 1, "steps": 1}), ("cancelled", {})]
+        async with serving(MemoryService(script=script)) as server:
+            reply = await server.client.post("/v1/jobs", content=b"job", headers=wanted)
+            assert reply.status_code == 201
+            told = [json.loads(line[6:]) for line in reply.text.splitlines() if "data: " in line]
+            assert told[0] == {"id": "r-1"}
+            assert [event["kind"] for event in told[1:]] == ["progress", "cancelled"]
+            assert reply.text.count("id: ") == 2  # the opening has no number to resume after
+            refused = await server.client.post("/v1/jobs", headers=wanted)
+            assert error_of(refused)["kind"] == "JobError"
+            bad = await server.client.post("/v1/jobs?wait_ms=x", content=b"job", headers=wanted)
+            assert bad.status_code == 400
+            assert list(server.service.runs) == ["r-1"]
+
+    async def test_a_submission_tells_its_run_though_nothing_happens(self) -> None:
+        async with serving() as server:
+            wanted = {"accept": "text/event-stream"}
+            for query in ("wait_ms=0", "wait_ms=200"):
+                path = f"/v1/jobs?{query}"
+                reply = await server.client.post(path, content=b"job", headers=wanted)
+                assert reply.text.startswith('data: {"id":"r-')
+                assert reply.text.count("data: ") == 1
 
     async def test_events_resume_after_what_was_seen(self) -> None:
         async with serving() as server:

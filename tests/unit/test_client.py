@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ from p2pflop.errors import (
     VerificationError,
 )
 from p2pflop.replies import error_from
-from p2pflop.runs import Row
+from p2pflop.runs import Row, Run
 
 StartNode = Callable[..., Any]
 
@@ -260,6 +261,70 @@ class TestRun:
                 run_id = client.submit(b"job")
                 assert [event["kind"] for event in client.events(run_id)] == ["cancelled"]
         assert not opened
+
+    def test_a_submission_and_its_events_are_one_exchange(self, start_node: StartNode) -> None:
+        start_node(script=[("cancelled", {})])
+        with Client() as client:
+            client.status()
+            assert client._http is not None
+            asked: list[str] = []
+            client._http.event_hooks["request"].append(lambda request: asked.append(request.method))
+            run_id, events = client.submit_and_follow(b"job")
+            assert [event["kind"] for event in events] == ["cancelled"]
+            assert asked == ["POST"]
+            assert client.job(run_id)["state"] == "cancelled"
+
+    def test_events_that_end_before_their_run_are_asked_for(self, start_node: StartNode) -> None:
+        node = start_node(script=ROWS)
+        with Client() as client:
+            run_id, events = client.submit_and_follow(b"job", wait_s=0.05)
+            seen = [next(events)["seq"] for _ in range(3)]
+            time.sleep(0.1)
+            node.tell(run_id, "cancelled")
+            began = time.monotonic()
+            assert [*seen, *(event["seq"] for event in events)] == [1, 2, 3, 4]
+            assert time.monotonic() - began < client_module.FIRST_PAUSE_S
+
+    def test_events_outlive_the_node_that_took_the_submission(
+        self, start_node: StartNode, monkeypatch: Any
+    ) -> None:
+        monkeypatch.setattr(client_module, "FIRST_PAUSE_S", 0.001)
+        first = start_node(script=ROWS)
+        run_id, events = Client().submit_and_follow(b"job")
+        first.stop()
+        start_node(service=first.service).tell(run_id, "cancelled")
+        assert [event["seq"] for event in events] == [1, 2, 3, 4]
+
+    @pytest.mark.parametrize("read", [0, 1])
+    def test_events_that_nobody_has_any_more_hold_no_connection(
+        self, start_node: StartNode, read: int
+    ) -> None:
+        start_node(script=ROWS)
+        with Client() as client:
+            for _ in range(2 * client_module.MAX_IDLE):
+                _, events = client.submit_and_follow(b"job")
+                for _ in range(read):
+                    next(events)
+                del events
+                assert client._http is not None
+                pool = client._http._transport._pool  # type: ignore[attr-defined]
+                assert not pool.connections
+
+    def test_a_program_that_brings_no_run_is_no_node(self, home: Path) -> None:
+        client = Client(transport=answering(200, b"hello"))
+        with pytest.raises(ProtocolError, match="did not tell which run"):
+            client.submit_and_follow(b"job")
+
+    def test_what_a_submission_brings_is_heard_once(self, start_node: StartNode) -> None:
+        start_node(script=[*ROWS, ("cancelled", {})])
+        client = Client()
+        run_id, events = client.submit_and_follow(b"job")
+        run = Run(run_id, client, events)
+        assert [event["seq"] for event in run.events(after=3)] == [4]
+        for _ in range(2):
+            assert [event["seq"] for event in run.events()] == [1, 2, 3, 4]
+        with pytest.raises(P2PFlopError, match="was cancelled"):
+            run.result()
 
     def test_steps_told_again_after_a_checkpoint_come_once(self, start_node: StartNode) -> None:
         again = {"rows": [{"step": step, "values": {"loss": 1}} for step in (0, 1, 2)]}

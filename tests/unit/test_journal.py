@@ -186,7 +186,7 @@ async def test_the_books_of_another_format_are_a_clear_error(tmp_path: Path) -> 
     await open_books(tmp_path).aclose()
     with sqlite3.connect(tmp_path / "journal.db") as connection:
         connection.execute("PRAGMA user_version=1")
-    with pytest.raises(StoreError, match="has format 1, and this version reads format 3"):
+    with pytest.raises(StoreError, match="has format 1, and this version reads format 4"):
         open_books(tmp_path)
 
 

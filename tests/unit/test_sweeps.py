@@ -91,7 +91,8 @@ class ScriptedNode:
                 committed = spent + sum(self.limits[run] or 0 for run in open_runs)
                 self.most_committed = max(self.most_committed, committed)
                 self.most_under_way = max(self.most_under_way, len(open_runs))
-        return reply({"id": run_id}, 201)
+        opening = json.dumps({"id": run_id})
+        return self._events(run_id, f"data: {opening}\n\n".encode())
 
     def argument(self, run_id: str) -> float:
         """The number that a run was submitted with."""
@@ -107,7 +108,7 @@ class ScriptedNode:
         number: float = struct.unpack("<f", self.blobs[source.address])[0]
         return number
 
-    def _events(self, run_id: str) -> httpx.Response:
+    def _events(self, run_id: str, opening: bytes = b"") -> httpx.Response:
         number = self.argument(run_id)
         with self.changed:
             deed = self.ends.get(run_id) or self.deed(number)
@@ -115,6 +116,7 @@ class ScriptedNode:
         first = [row]
 
         def tell() -> Any:
+            yield opening
             for event in first:
                 yield sse({"seq": 1, **event})
             with self.changed:

@@ -81,6 +81,22 @@ async def test_each_job_lets_it_linger_anew(world: World, autojump_clock: object
     assert world.alive == 0
 
 
+async def test_one_task_waits_for_its_end_however_many_jobs_it_has(
+    world: World, autojump_clock: object
+) -> None:
+    await world.use(ALICE)
+    before = trio.lowlevel.current_statistics().tasks_living
+    for _ in range(20):
+        await world.use(ALICE)
+    assert trio.lowlevel.current_statistics().tasks_living == before
+    async with world.warm.lease(ALICE, LIMITS):
+        await trio.sleep(2 * LINGER_S)
+    await trio.sleep(LINGER_S - 1)
+    assert world.alive == 1
+    await trio.sleep(2)
+    assert world.alive == 0
+
+
 async def test_a_job_that_ends_badly_leaves_no_worker(world: World) -> None:
     with pytest.raises(ProviderError):
         async with world.warm.lease(ALICE, LIMITS):
