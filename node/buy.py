@@ -33,6 +33,7 @@ from p2pflop.node.earlier import answer, find_earlier, result_record
 from p2pflop.node.evidence import evidence_of
 from p2pflop.node.experience import Experience
 from p2pflop.node.feeding import open_feed
+from p2pflop.node.franchise import Franchise
 from p2pflop.node.guard import survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
@@ -86,6 +87,7 @@ class Buyer:
     runs: Runs
     ledger_book: LedgerBook
     letters: Letters
+    franchise: Franchise
     nursery: trio.Nursery
     now_ns: Callable[[], int]
     experience: Experience = field(init=False)
@@ -203,12 +205,16 @@ class Buyer:
             max_nusd=order.max_nusd,
             nonce=nonce,
         )
+        avoided = self.experience.avoided(now_ns)
+        is_strict, admits = self.franchise.is_strict, self.franchise.admits
         # Better one that has failed before than none.
-        for policy in (Policy(excluded=self.experience.avoided(now_ns)), Policy()):
-            ranked = rank(view.sheets, need, policy, now_ns)
+        for excluded in (avoided, ()):
+            policy = Policy(excluded=excluded, attested_only=is_strict)
+            ranked = rank(view.sheets, need, policy, now_ns, admits)
             if any(isinstance(entry, Deal) for entry in ranked):
                 break
-        return Ranking(nonce, view, policy, ranked)
+        admitted = {each.account for each in ranked if is_strict and admits(each.account, now_ns)}
+        return Ranking(nonce, view, policy, ranked, frozenset(admitted))
 
     def job_file(self, run_id: str) -> bytes:
         """The encoded job file of a run."""

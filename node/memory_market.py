@@ -56,6 +56,7 @@ from p2pflop.node.books import open_books
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
 from p2pflop.node.dialing import NodeDialer
+from p2pflop.node.franchising import Franchising, open_franchise
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
 from p2pflop.node.ledger_book import LedgerBook
@@ -66,6 +67,7 @@ from p2pflop.node.network import HostConfig
 from p2pflop.node.payment_book import PaymentBook
 from p2pflop.node.payment_stream import PROTOCOL as PAYMENT_PROTOCOL
 from p2pflop.node.payments import Payments
+from p2pflop.node.registry_client import Fetch, HttpFetch
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
@@ -112,6 +114,7 @@ class MemoryNode:
         level: int = 3,
         descriptor: ClassDescriptor = MEMORY_CLASS,
         account: str = "",
+        fetch: Callable[[str], Fetch] = HttpFetch,
         **settings: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +133,7 @@ class MemoryNode:
         self.workers = MemoryWorkerPool(
             session or CountingSession, level=level, descriptor=descriptor
         )
+        self.fetch = fetch
         self.tamper_sent: Tamper = unchanged
         self.tamper_heard: Tamper = unchanged
         self.writes = 0
@@ -207,11 +211,15 @@ class MemoryNode:
             self.journal = Journal(books)
             self.ledger_book = LedgerBook(books, self.account)
             self.payment_book = PaymentBook(books)
+            franchising = await stack.enter_async_context(
+                open_franchise(self.settings, self.identity, now_ns)
+            )
             config = HostConfig(self.identity.node.seed)
             self.host = await stack.enter_async_context(self._network.open_host(config))
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)
-            self._assemble(self.host, nursery)
+            self._assemble(self.host, nursery, franchising)
+            stack.push_async_callback(self.registries.save)
             await self._listen(nursery)
             self.seller.resume()
             self.buyer.resume()
@@ -235,9 +243,12 @@ class MemoryNode:
 
         return wired
 
-    def _assemble(self, host: MemoryHost, nursery: trio.Nursery) -> None:
+    def _assemble(self, host: MemoryHost, nursery: trio.Nursery, franchising: Franchising) -> None:
         dialer = NodeDialer(host, nursery)
-        self.sheets = SheetService(self.identity, Book(bytes(32)), host, now_ns)
+        self.franchise = franchise = franchising.franchise
+        book = Book(bytes(32), is_attested=franchise.is_attested, max_nodes=franchise.max_nodes)
+        self.registries = franchising.start(host, book, nursery, self.fetch)
+        self.sheets = SheetService(self.identity, book, host, now_ns)
         self.tape = TapeService(self.identity, self.kept_tape, self.sheets.relay, host, now_ns)
         self.runs = Runs(self.journal, now_ns)
         letters = Letters(self.journal, dialer, nursery, now_ns)
@@ -251,6 +262,7 @@ class MemoryNode:
             runs=self.runs,
             ledger_book=self.ledger_book,
             letters=letters,
+            franchise=franchise,
             nursery=nursery,
             now_ns=now_ns,
         )
@@ -270,6 +282,9 @@ class MemoryNode:
         )
 
         self.seller.allocator.on_free = self.buyer.room_freed
+        self.seller.allocator.allowance = lambda: franchise.own_slots(
+            book.sellers_of(self.account, now_ns())
+        )
         self.money = Payments(
             self.identity,
             self.payment_book,

@@ -73,12 +73,16 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """One look at the book for one order. ``nonce`` breaks its ties and goes into the bid."""
+    """One look at the book for one order. ``nonce`` breaks its ties and goes into the bid.
+
+    ``admitted`` are the accounts that a strict node held to be attested.
+    """
 
     nonce: bytes
     view: BookView
     policy: Policy
     ranked: list[Deal | Miss]
+    admitted: frozenset[bytes] = frozenset()
 
     @property
     def deals(self) -> list[Deal]:

@@ -38,7 +38,7 @@ from p2pflop.market.ranking import total_nusd
 from p2pflop.market.relay import Outcome
 from p2pflop.market.sheets import make_ask
 from p2pflop.market.tape_relay import Outcome as TapeOutcome
-from p2pflop.node import config, messages, payment_stream, service
+from p2pflop.node import config, franchise_stream, messages, payment_stream, service
 from p2pflop.node.api import create_app
 from p2pflop.registry.api import RegistryApi
 
@@ -285,7 +285,12 @@ def test_tables_of_numbers_are_the_codes_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("title", "module"), [("## The job stream", messages), ("## Payments", payment_stream)]
+    ("title", "module"),
+    [
+        ("## The job stream", messages),
+        ("## Payments", payment_stream),
+        ("## Registries, between nodes", franchise_stream),
+    ],
 )
 def test_messages_of_a_stream_are_listed(title: str, module: ModuleType) -> None:
     text = (ROOT / "docs" / "formats.md").read_text("utf-8").split(title)[1].split("\n## ")[0]
