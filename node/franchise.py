@@ -299,6 +299,14 @@ class Franchise:
 
     # What people are told
 
+    def describe(self) -> str:
+        """Whom this node deals with, in a line."""
+        trusted = [key.hex()[:16] for key in self.roll.issuers if self.roll.fork(key) is None]
+        if not self.is_strict:
+            return "open: deals with everybody"
+        names = ", ".join(trusted) or "none: each told two histories"
+        return f"strict: deals only with accounts that a registry attests, of these: {names}"
+
     def report(self) -> Json:
         """How this node stands with its registries, for ``status``."""
         now_ns = self._now_ns()
