@@ -213,8 +213,7 @@ class Buyer:
             ranked = rank(view.sheets, need, policy, now_ns, admits)
             if any(isinstance(entry, Deal) for entry in ranked):
                 break
-        admitted = {each.account for each in ranked if is_strict and admits(each.account, now_ns)}
-        return Ranking(nonce, view, policy, ranked, frozenset(admitted))
+        return Ranking(nonce, view, policy, ranked, admits)
 
     def job_file(self, run_id: str) -> bytes:
         """The encoded job file of a run."""

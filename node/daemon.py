@@ -22,6 +22,7 @@ from p2pflop.dht.blobs import BlobInfo, Store, delete_own
 from p2pflop.dht.fetch import fetch
 from p2pflop.errors import BlobNotFoundError, ProviderError, StoreError
 from p2pflop.job.meter import METER_ID
+from p2pflop.market.views import BookView
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
 from p2pflop.node.dialing import NodeDialer
@@ -172,6 +173,9 @@ class Daemon:
         """See NodeService."""
         now_ns = time.time_ns()
         view = self.sheets.book.view(now_ns)
+        if self.franchise.is_strict:
+            admits = self.franchise.admits
+            view = BookView(tuple(s for s in view.sheets if admits(s.account, now_ns)), now_ns)
         shown = classes(view, self.tape.tape.trades(now_ns), now_ns)
         return {"classes": shown, "take": await self._take()}
 

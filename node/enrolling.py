@@ -79,9 +79,9 @@ class Enrolling:
         waits_for = await self._look()
         if waits_for != self._waits_for:
             name = self._issuer.hex()[:16]
-            if waits_for:
+            if waits_for and self._applicant is not None:
                 _log.info("registry %s: this account waits for %s", name, waits_for)
-            else:
+            elif not waits_for:
                 _log.info("registry %s attests this account", name)
         self._franchise.watched[self._issuer].waits_for = waits_for
 

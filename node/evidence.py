@@ -97,9 +97,10 @@ def keep_look(
         sheets=b"".join(sheet.sealed.id for sheet in sheets),
     )
     rows.add(LOOK_ROW, encode(look))
-    admitted = {sheet.account for sheet in sheets} & ranking.admitted
-    if admitted:
-        rows.add(ATTESTED_ROW, b"".join(sorted(admitted)))
+    if ranking.policy.attested_only:
+        accounts = sorted({sheet.account for sheet in sheets})
+        attested = [each for each in accounts if ranking.admits(each, ranking.view.at_ns)]
+        rows.add(ATTESTED_ROW, b"".join(attested))
 
 
 def evidence_of(

@@ -176,11 +176,12 @@ class Franchise:
     def take_peers_head(self, head: bytes) -> str:
         """``take_head`` from a peer: its registry is to show that its log continues it."""
         try:
-            issuer = reopen(Head, head, self.network).record.issuer
+            opened = reopen(Head, head, self.network)
         except (ProtocolError, VerificationError) as error:
             return f"head: {error.message}"
-        if issuer not in self._notes:
-            return UNTRUSTED
+        issuer = opened.record.issuer
+        if issuer not in self._notes or not self.roll.issuer(issuer).certificate_of(opened.signer):
+            return UNTRUSTED  # Its key may be certified, and this node not know it yet.
         reason = self.take_head(issuer, head)
         if not reason and head != self._notes[issuer].head:
             waiting = self.unlinked[issuer]
@@ -239,6 +240,10 @@ class Franchise:
         """What is to be written to disk, once."""
         changes, self.changes = self.changes, Changes()
         return changes
+
+    def keep_changes(self, changes: Changes) -> None:
+        """They could not be written, and are to be with what came since."""
+        self.changes = changes.followed_by(self.changes)
 
     # What is told on
 

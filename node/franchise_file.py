@@ -56,6 +56,14 @@ class Changes:
     certificates: set[tuple[bytes, bytes]] = field(default_factory=set)
     notes: dict[bytes, Notes] = field(default_factory=dict)
 
+    def followed_by(self, later: Changes) -> Changes:
+        """Both, the later ones over these."""
+        return Changes(
+            self.proofs | later.proofs,
+            self.certificates | later.certificates,
+            self.notes | later.notes,
+        )
+
     def __bool__(self) -> bool:
         return bool(self.proofs or self.certificates or self.notes)
 

@@ -17,7 +17,7 @@ from typing import Final
 import trio
 
 from p2pflop.dht.planes import Stream
-from p2pflop.errors import ConfigError, P2PFlopError, ProtocolError, ProviderError
+from p2pflop.errors import ConfigError, P2PFlopError, ProtocolError, ProviderError, StoreError
 from p2pflop.keys import public_key_of
 from p2pflop.market.book import Book
 from p2pflop.market.rates import Rates
@@ -98,10 +98,15 @@ class FranchiseService:
             nursery.start_soon(keep_going, self._keep)
 
     async def save(self) -> None:
-        """Write what is new to disk."""
+        """Write what is new to disk. Raises StoreError: then it is written with what follows."""
         changes = self.franchise.take_changes()
-        if changes:
+        if not changes:
+            return
+        try:
             await self._file.save(changes)
+        except StoreError:
+            self.franchise.keep_changes(changes)
+            raise
 
     async def on_connect(self, peer: str) -> None:
         """Tell a peer that is new here; never raises for what the peer does."""

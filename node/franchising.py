@@ -57,6 +57,8 @@ class Franchising:
         network.handle(PROTOCOL, answer)
         network.on_connect(met)
         network.on_disconnect(service.left)
+        for connected in network.peers():
+            met(connected.peer)
         if self.franchise.is_strict:
             nursery.start_soon(service.run)
         for issuer, url in self.settings.registries().items():

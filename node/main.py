@@ -157,7 +157,8 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
             nursery,
         )
         await _serve(daemon, nursery)
-        stack.push_async_callback(franchising.start(network, book, nursery).save)
+        service = franchising.start(network, book, nursery)
+        stack.push_async_callback(survive, service.save)
         activity, ending = Activity(), trio.Event()
         app = create_app(daemon, home.token, port=listener.port, activity=activity, stopping=ending)
         await nursery.start(serve_api, app, listener, ending)

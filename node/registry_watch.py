@@ -33,6 +33,7 @@ from p2pflop.node.registry_client import (
     SummaryReply,
     ask,
 )
+from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed
 
 POLL_S: Final = 30.0
@@ -40,6 +41,8 @@ WAITING_S: Final = 3.0
 """While the account waits for what the registry decides about it."""
 AGAIN_S: Final = 5.0
 MAX_AGAIN_S: Final = 300.0
+STALE_HEAD_NS: Final = 3_600 * NS_PER_S
+"""A registry signs a head every ten minutes: one that shows none so long may hide decisions."""
 MAX_PAGES: Final = 1_024
 """Read at one poll."""
 
@@ -95,6 +98,12 @@ class RegistryWatch:
             await self._follow()
         await self._enrolling.step()
         self._franchise.watched[self._issuer].asked_ns = self._now_ns()
+        head = self._open(self._franchise.notes(self._issuer).head)
+        if head is not None and head.record.at_ns + STALE_HEAD_NS < self._now_ns():
+            hours = (self._now_ns() - head.record.at_ns) // STALE_HEAD_NS
+            raise ProtocolError(
+                f"its newest head is {hours} hours old: it, or this machine's clock, is not well"
+            )
 
     async def _introduce(self) -> None:
         """See that it is the registry that is trusted, of this network."""

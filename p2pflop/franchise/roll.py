@@ -102,7 +102,11 @@ class Roll:
         """Whether any trusted registry attests the account at that time."""
         for register in self._registers.values():
             standing = register.standings.get(account)
-            if standing is not None and standing.holds(now_ns) and register.fork is None:
+            if (
+                standing is not None
+                and standing.valid_from_ns <= now_ns < standing.valid_until_ns
+                and register.fork is None
+            ):
                 return True
         return False
 

@@ -203,7 +203,7 @@ class Book:
         for entry in sorted(self._entries.values(), key=lambda entry: entry.since_ns):
             if self._entries.get(entry.sheet.node) is entry:
                 self._regroup(entry, now_ns)
-        for account in list(self._accounts):
+        for account in [account for account, places in self._accounts.items() if len(places) > 1]:
             self._trim(account, now_ns)
         for source, (_, since_ns) in list(self._sources.items()):
             if since_ns + SOURCE_WINDOW_NS <= now_ns:
@@ -375,7 +375,8 @@ class Book:
     def _trim(self, account: bytes, now_ns: int) -> None:
         """Drop nodes of an account that have no place here, this node itself never.
 
-        Those that sell nothing, but guard against replay, take none of ``max_nodes``.
+        Of those that sell, the first ``max_nodes`` by their keys stay, in every book the same: they
+        are all the account's own, and its slots go by the same order.
         """
         places = self._accounts[account]
         if len(places) > self._max_per_account:
@@ -384,7 +385,7 @@ class Book:
         if len(places) <= most:
             return
         selling = self.sellers_of(account, now_ns)
-        selling.sort(key=lambda node: node != self._own)
+        selling.sort(key=lambda node: (node != self._own, node))
         for node in selling[max(most, selling[:1] == [self._own]) :]:
             self._remove(node)
 

@@ -274,8 +274,33 @@ async def test_slots_count_over_all_nodes_of_an_account(
     await trio.sleep(POLL_S + ROUND_S)
     buyer.sheets.book.expire(now_ns())
     assert len(buyer.sheets.book.sellers_of(boxes[0].account, now_ns())) == 2
-    assert sum(allowances()) <= 3
-    assert boxes[0].seller.allocator.allowance is not None
+    assert sorted(allowances()) == [0, 1, 1]
+    idle = next(box for box, slots in zip(boxes, allowances(), strict=True) if not slots)
+    assert idle.identity.node.public_key not in buyer.sheets.book.sellers_of(idle.account, now_ns())
+    runs = [await buyer.submit(sample_file(seed=seed)) for seed in range(4)]
+    ends = [await market.end_of(buyer, run_id) for run_id in runs]
+    assert {end["kind"] for end in ends} == {"result"}
+    told = {e["provider"] for run_id in runs for e in buyer.events(run_id, "filled")}
+    assert idle.peer not in told
+
+
+async def test_who_promised_more_slots_than_are_attested_refuses(
+    market: Market, fetch: SampleFetch, autojump_clock: object
+) -> None:
+    provider = await market.provider(slots=4, **trusting(fetch))
+    provider.workers.step_s = 1.0
+    fetch.registry.attest(provider.account, max_slots=1)
+    opened = await market.buyer()
+    await meet(opened, provider)
+    await trio.sleep(POLL_S)
+    opened.meet(provider)
+    runs = [await opened.submit(sample_file(seed=seed)) for seed in range(2)]
+    await trio.sleep(5)
+    assert provider.seller.busy == 1
+    reasons = {e["reason"] for run_id in runs for e in opened.events(run_id, "rejected")}
+    assert any("attested for" in reason for reason in reasons)
+    for run_id in runs:
+        assert (await market.end_of(opened, run_id))["kind"] == "result"
 
 
 # Two histories
@@ -419,6 +444,7 @@ async def test_lies_from_peers_are_refused_and_shunned(
     victim = await market.buyer(**trusting(fetch))
     villain = await market.provider("villain")
     await trio.sleep(POLL_S)
+    fetch.down = True
     registry, account = fetch.registry, villain.account
     lies: dict[str, Any] = {
         "forged": lambda: {"attestations": (_edited(registry, account),)},

@@ -19,7 +19,7 @@ from p2pflop.market.book import MAX_SHEETS_PER_ACCOUNT
 from p2pflop.market.records import Rejected
 from p2pflop.market.samples import NOW_NS
 from p2pflop.node import franchise as module
-from p2pflop.node import registry_client
+from p2pflop.node import registry_client, registry_watch
 from p2pflop.node.config import load_settings
 from p2pflop.node.enrolling import Applicant, Enrolling
 from p2pflop.node.franchise import Franchise, is_fault
@@ -553,3 +553,38 @@ def test_settings_from_the_file(tmp_path: Path) -> None:
     assert load_settings({"home": tmp_path, "is_open": True}).registries() == {}
     (tmp_path / "config.toml").write_text(f'registry = ["{ADDRESS}"]\nopen = true\n')
     assert load_settings({"home": tmp_path}).registries() == {}
+
+
+# Trouble
+
+
+def test_a_head_by_a_key_that_is_not_known_yet_is_no_fault(registry: SampleRegistry) -> None:
+    stranger = franchise(registry)
+    assert not is_fault(stranger.take_peers_head(registry.head()))
+    assert stranger.roll.head(registry.root.public_key) is None
+
+
+async def test_what_could_not_be_written_is_written_later(
+    registry: SampleRegistry, tmp_path: Path
+) -> None:
+    made, issuer = franchise(registry), registry.root.public_key
+    made.take(attest(registry, OTHER))
+    lost = made.take_changes()
+    made.keep_changes(lost)
+    made.note(issuer, serial=5)
+    async with opened(tmp_path) as file:
+        await file.save(made.take_changes())
+        [kept] = file.read([issuer])
+    assert (len(kept.attestations), kept.notes.serial) == (1, 5)
+
+
+async def test_a_registry_that_signs_no_new_head_is_told_of(registry: SampleRegistry) -> None:
+    now = [NOW_NS]
+    made = Franchise({registry.root.public_key: ""}, ME.public_key, NODE, lambda: now[0])
+    fetch = SampleFetch(registry)
+    enrolling = Enrolling(made, fetch.root, ME, fetch, None, lambda: now[0])
+    watching = RegistryWatch(made, fetch.root, fetch, enrolling, lambda: now[0])
+    await watching.poll()
+    now[0] += registry_watch.STALE_HEAD_NS + 1
+    with pytest.raises(ProtocolError, match="1 hours old"):
+        await watching.poll()
