@@ -7,6 +7,7 @@ whoever asked tries again later.
 
 from __future__ import annotations
 
+import ssl
 from typing import Annotated, Final, Protocol, TypeVar
 
 import msgspec
@@ -50,6 +51,7 @@ class HttpFetch:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
+        self._context: ssl.SSLContext | None = None
 
     async def __call__(self, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """See Fetch."""
@@ -58,13 +60,18 @@ class HttpFetch:
         raise ProviderError(f"the registry at {self._url} did not answer in {REPLY_S:.0f} s")
 
     async def _ask(self, path: str, body: bytes | None) -> tuple[int, bytes]:
-        import httpx  # here, so that a node that trusts no registry does not wait for it
+        if self._context is None:
+            # Importing httpx and reading all authorities takes 0.2 s, which nobody need wait for.
+            self._context = await trio.to_thread.run_sync(_make_context)
+        import httpx
 
         data = bytearray()
         method = "GET" if body is None else "POST"
         try:
             async with (
-                httpx.AsyncClient(timeout=REPLY_S, follow_redirects=False) as client,
+                httpx.AsyncClient(
+                    timeout=REPLY_S, follow_redirects=False, verify=self._context
+                ) as client,
                 client.stream(method, self._url + path, content=body) as response,
             ):
                 async for part in response.aiter_bytes(READ_BYTES):
@@ -78,6 +85,12 @@ class HttpFetch:
             raise ProviderError(
                 f"the registry at {self._url} does not answer: {printable(error)}"
             ) from error
+
+
+def _make_context() -> ssl.SSLContext:
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 class HeadReply(msgspec.Struct, frozen=True):

@@ -127,7 +127,9 @@ class RegistryWatch:
         for wire in wires:
             _check(franchise.learn(issuer, (wire,)))
             await trio.lowlevel.checkpoint()
-        _check(franchise.take_head(issuer, told))
+        reason = franchise.take_head(issuer, told)
+        if reason:
+            raise ProtocolError(f"the registry tells a head that does not hold: {reason}")
         await self._link(told)
         if franchise.roll.fork(issuer) is not None:
             return

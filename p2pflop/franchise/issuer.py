@@ -35,6 +35,7 @@ from p2pflop.wire import (
 )
 
 MAX_CERTIFICATES: Final = 1024
+FUTURE: Final = "head is from the future"
 WITHDRAWN: Final = "head is signed with a key that was withdrawn"
 
 S = TypeVar("S", bound=SignedRecord)
@@ -100,7 +101,7 @@ class Issuer:
         if not certificate.valid_from_ns <= head.record.at_ns < certificate.valid_until_ns:
             return Rejected("head is signed with a key that was not certified at that time")
         if head.record.at_ns > now_ns + CLOCK_TOLERANCE_NS:
-            return Rejected("head is from the future")
+            return Rejected(FUTURE)
         return head
 
     def open_signed(self, kind: type[S], data: bytes) -> Sealed[S] | Rejected:

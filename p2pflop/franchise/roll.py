@@ -18,7 +18,7 @@ from typing import Final
 
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.franchise.forks import check_fork, contradict, make_fork
-from p2pflop.franchise.issuer import WITHDRAWN, Issuer
+from p2pflop.franchise.issuer import FUTURE, WITHDRAWN, Issuer
 from p2pflop.franchise.proofs import (
     EXPIRED,
     NOT_YET,
@@ -28,6 +28,7 @@ from p2pflop.franchise.proofs import (
 )
 from p2pflop.franchise.records import Fork, Head, Proof
 from p2pflop.market.records import Rejected
+from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
 from p2pflop.wire import DEFAULT_NETWORK, Sealed, decode, reopen
 
 MAX_ISSUERS: Final = 16
@@ -42,7 +43,19 @@ REVOKED: Final = "attestation was revoked"
 UNTRUSTED: Final = "the registry is not trusted here"
 FULL: Final = "too many accounts of one registry are held already"
 HONEST: Final = frozenset(
-    {CONVICTED, FORGIVEN, KNOWN, OLDER, REVOKED, UNTRUSTED, FULL, EXPIRED, NOT_YET, WITHDRAWN}
+    {
+        CONVICTED,
+        FORGIVEN,
+        KNOWN,
+        OLDER,
+        REVOKED,
+        UNTRUSTED,
+        FULL,
+        EXPIRED,
+        NOT_YET,
+        FUTURE,
+        WITHDRAWN,
+    }
 )
 """Why something may be refused that was right for whoever tells it."""
 
@@ -61,8 +74,8 @@ class Standing:
     proof: bytes
 
     def holds(self, now_ns: int) -> bool:
-        """Whether it is for now."""
-        return self.valid_from_ns <= now_ns < self.valid_until_ns
+        """Whether it is for now; a registry's clock may be a little ahead."""
+        return self.valid_from_ns - CLOCK_TOLERANCE_NS <= now_ns < self.valid_until_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +117,7 @@ class Roll:
             standing = register.standings.get(account)
             if (
                 standing is not None
-                and standing.valid_from_ns <= now_ns < standing.valid_until_ns
+                and standing.valid_from_ns - CLOCK_TOLERANCE_NS <= now_ns < standing.valid_until_ns
                 and register.fork is None
             ):
                 return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,26 +27,27 @@ STOP_S = 20.0
 class Registry:
     """``p2pflop registry serve`` and what its operator says."""
 
-    def __init__(self, folder: Path, capsys: Output) -> None:
-        self.home = folder / "registry-home"
+    def __init__(self, home: Path, capsys: Output) -> None:
+        self.home = home
         self._capsys = capsys
-        root = folder / "root.pem"
-        init = ("init", "--root-key", str(root), "--fee", "1", "--slots", "2")
-        self.key = str(self.operator(*init)["issuer"])
-        self._log = (folder / "registry.log").open("wb")
+        self._log = home.with_suffix(".log").open("wb")
         command = [sys.executable, "-m", "p2pflop.cli.main", "registry", "serve"]
         command += ["--home", str(self.home), "--port", "0", "--json"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self._log, env=os.environ
         )
         assert self.process.stdout is not None
-        self.url = str(json.loads(self.process.stdout.readline())["url"])
+        told = json.loads(self.process.stdout.readline())
+        self.key, self.url = str(told["issuer"]), str(told["url"])
 
     def operator(self, *arguments: str) -> Any:
         """A command of the operator's, as JSON."""
-        self._capsys.readouterr()
-        assert run(["registry", *arguments, "--home", str(self.home), "--json"]) == 0
-        return json.loads(self._capsys.readouterr().out)
+        return operate(self.home, self._capsys, *arguments)
+
+    def attest(self, account: str, reference: str) -> None:
+        """Enrol an account that has applied, and book its fee."""
+        self.operator("approve", account, "--yes")
+        self.operator("paid", account, "1", "--reference", reference, "--yes")
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -62,9 +64,24 @@ class Registry:
 
 @pytest.fixture
 def registry(tmp_path: Path, capsys: Output) -> Iterator[Registry]:
-    made = Registry(tmp_path, capsys)
+    made = Registry(founded(tmp_path, capsys), capsys)
     yield made
     made.stop()
+
+
+def operate(home: Path, capsys: Output, *arguments: str) -> Any:
+    """What ``p2pflop registry`` answers, as JSON."""
+    capsys.readouterr()
+    assert run(["registry", *arguments, "--home", str(home), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def founded(folder: Path, capsys: Output) -> Path:
+    """The home of a new registry."""
+    home = folder / "registry"
+    root = folder / "root.pem"
+    operate(home, capsys, "init", "--root-key", str(root), "--fee", "1", "--slots", "2")
+    return home
 
 
 def asks(node: Any) -> set[str]:
@@ -86,6 +103,10 @@ def account_of(node: Any) -> str:
 
 def franchise(node: Any) -> Any:
     return node.get("/v1/status")["franchise"]
+
+
+def left_out_by(node: Any) -> dict[str, str]:
+    return {each["peer"]: each["reason"] for each in franchise(node)["left_out_by"]}
 
 
 def waits_for(node: Any) -> str:
@@ -112,9 +133,8 @@ def test_who_has_not_paid_is_left_out_and_told_and_wins_once_it_has(
     wait_until(lambda: cheap_peer in misses(buyer))
     assert misses(buyer)[cheap_peer] == "account is not attested"
     assert provider_of(buyer, 1) == dear_peer
-    left_out = wait_until(lambda: franchise(cheap)["left_out_by"])
-    assert {each["peer"] for each in left_out} >= {buyer.note["peer"]}
-    assert "not attested" in left_out[0]["reason"]
+    wait_until(lambda: buyer.note["peer"] in left_out_by(cheap))
+    assert "not attested" in left_out_by(cheap)[buyer.note["peer"]]
     capsys.readouterr()
     assert run(["doctor", "--home", str(cheap.home)]) == 2
     assert "pay $1" in capsys.readouterr().out
@@ -139,3 +159,54 @@ def misses(node: Any) -> dict[str, str]:
     with Client(node.home) as client:
         found = client.quote(encode_file(counting_job(20).file))["misses"]
     return {miss["provider"]: miss["reason"] for miss in found}
+
+
+@pytest.mark.slow
+def test_who_is_revoked_is_gone_within_a_minute(
+    start_node: StartNode, wait_until: Any, registry: Registry
+) -> None:
+    trusted = ("--registry", f"{registry.key}@{registry.url}")
+    enrol = (*trusted, "--enroll", "--agree", "1", "--contact", "ada@example.org")
+    seller = start_node("seller", "--ask", "90000", *enrol)
+    buyer = start_node("buyer", *trusted, "--connect", seller.addresses()[0])
+    wait_until(lambda: waits_for(seller) == "the operator's approval")
+    registry.attest(account_of(seller), "1")
+    wait_until(lambda: asks(buyer) == {seller.note["peer"]})
+    registry.operator("revoke", account_of(seller), "--reason", "own_wish", "--yes")
+    wait_until(lambda: not asks(buyer), 60)
+    wait_until(lambda: "was revoked" in left_out_by(seller).get(buyer.note["peer"], ""), 60)
+
+
+def test_a_registry_that_shows_two_histories_is_caught(
+    start_node: StartNode, wait_until: Any, tmp_path: Path, capsys: Output
+) -> None:
+    home = founded(tmp_path, capsys)
+    shutil.copytree(home, tmp_path / "other")
+    registries = [Registry(home, capsys), Registry(tmp_path / "other", capsys)]
+    try:
+        nodes = [
+            start_node(
+                f"node {number}",
+                *("--registry", f"{each.key}@{each.url}", "--enroll", "--agree", "1"),
+                *("--contact", "ada@example.org", "--ask", "90000"),
+            )
+            for number, each in enumerate(registries)
+        ]
+        for node, each in zip(nodes, registries, strict=True):
+            wait_until(lambda node=node: waits_for(node) == "the operator's approval")
+            each.attest(account_of(node), "1")
+            wait_until(lambda node=node: franchise(node)["attestation"])
+        with Client(nodes[0].home) as client:
+            client.connect(nodes[1].addresses()[0])
+        for node in nodes:
+            wait_until(lambda node=node: not franchise(node)["registries"][0]["trusted"], 90)
+            assert franchise(node)["attestation"] is None
+            assert "told two histories" in node.log.read_text()
+            assert franchise(node)["registries"][0]["fork"] in node.log.read_text()
+        nodes[0].stop()
+        key, url = registries[0].key, registries[0].url
+        again = start_node("node 0", "--registry", f"{key}@{url}", "--forgive", key)
+        wait_until(lambda: franchise(again)["attestation"])
+    finally:
+        for each in registries:
+            each.stop()
