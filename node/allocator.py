@@ -19,7 +19,7 @@ from p2pflop.job.file import CheckedJob
 from p2pflop.job.meter import METER_ID
 from p2pflop.market.credit import credit_reason
 from p2pflop.market.fills import OpenBid, check_costs
-from p2pflop.market.records import Bid
+from p2pflop.market.records import Bid, Terms
 from p2pflop.node.config import Settings
 from p2pflop.node.execute import memory_bytes, unsupported
 from p2pflop.node.journal import MAX_UNPAID, UNPAID_FOR_NS, Unpaid
@@ -68,7 +68,7 @@ class Allocator:
     disk_bytes: int
     _held: dict[bytes, Claim] = field(default_factory=dict)
     _open: dict[bytes, Claim] = field(default_factory=dict)
-    on_free: Callable[[], None] = lambda: None
+    on_free: list[Callable[[], None]] = field(default_factory=list)
     allowance: Callable[[], int] | None = None
     _lapses: OrderedDict[bytes, tuple[int, int]] = field(default_factory=OrderedDict)
     _unpaid: deque[Unpaid] = field(default_factory=lambda: deque(maxlen=MAX_UNPAID))
@@ -91,7 +91,8 @@ class Allocator:
     def free(self, claim: Claim) -> None:
         """The worker has ended."""
         if self._held.pop(claim.bid.id, None) is not None:
-            self.on_free()
+            for told in self.on_free:
+                told()
 
     def close(self, claim: Claim) -> None:
         """The sale is over."""
@@ -125,12 +126,15 @@ class Allocator:
 
     def objection(self, bid: OpenBid, now_ns: int) -> str:
         """Why this bid is not taken, whatever its job is, or nothing. Costs no time."""
-        own = bid.account == self.own_account
-        theirs = sum(claim.account == bid.account for claim in self._open.values())
+        return self.objection_to(bid.account, bid.bid.terms, bid.bid.quote_nusd, now_ns)
+
+    def objection_to(self, account: bytes, terms: Terms, quote_nusd: int, now_ns: int) -> str:
+        """Why no job on these terms is taken from ``account``, or nothing."""
+        own = account == self.own_account
+        theirs = sum(claim.account == account for claim in self._open.values())
         held_bytes = sum(claim.bid.record.terms.memory_bytes for claim in self._held.values())
         moved_bytes = sum(claim.bid.record.terms.moved_bytes for claim in self._open.values())
-        terms = bid.bid.terms
-        over_credit = "" if own else self._credit_objection(bid, now_ns)
+        over_credit = "" if own else self._credit_objection(account, quote_nusd, now_ns)
         reasons = (
             (self.workers.broken, "the provider's workers are broken"),
             (self.workers.level < SAFE_LEVEL and not own, "the sandbox here is not safe enough"),
@@ -152,7 +156,7 @@ class Allocator:
                 BUSY_PREFIX + "too little disk is free",
             ),
             (
-                self._lapses.get(bid.account, (0, 0))[1] > now_ns,
+                self._lapses.get(account, (0, 0))[1] > now_ns,
                 BUSY_PREFIX + "your last fill was not confirmed",
             ),
             (bool(over_credit), over_credit),
@@ -184,22 +188,21 @@ class Allocator:
         )
         return next((reason for holds, reason in reasons if holds), "")
 
-    def _credit_objection(self, bid: OpenBid, now_ns: int) -> str:
-        """Why this buyer may not owe what the bid would cost, or nothing."""
+    def _credit_objection(self, account: bytes, quote_nusd: int, now_ns: int) -> str:
+        """Why this buyer may not owe what its bid would cost, or nothing."""
         ledger, pool_nusd = self.ledger_book, self.settings.credit_nusd
         pending = self._pending(now_ns)
-        quote_nusd = bid.bid.quote_nusd
-        uncovered = ledger.uncovered_nusd(bid.account) + pending[bid.account] + quote_nusd
+        uncovered = ledger.uncovered_nusd(account) + pending[account] + quote_nusd
         if uncovered <= 0:
             return ""
-        pending[bid.account] += quote_nusd
+        pending[account] += quote_nusd
         taken_nusd = ledger.uncovered_nusd()
-        for account, amount_nusd in pending.items():
-            booked_nusd = ledger.uncovered_nusd(account)
+        for debtor, amount_nusd in pending.items():
+            booked_nusd = ledger.uncovered_nusd(debtor)
             taken_nusd += max(0, booked_nusd + amount_nusd) - max(0, booked_nusd)
         if taken_nusd <= pool_nusd:
             return ""
-        return credit_reason(uncovered, ledger.credit_nusd(bid.account), pool_nusd)
+        return credit_reason(uncovered, ledger.credit_nusd(account), pool_nusd)
 
     def _pending(self, now_ns: int) -> Counter[bytes]:
         """By account, what is not in the ledger: open sales, and what was shown unpaid."""

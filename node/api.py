@@ -5,7 +5,7 @@
 ``HEAD /blob/<hash>``                  whether this node itself holds them; no token
 ``PUT /blob?public=0|1``               keep the request's body
 ``DELETE /blob/<hash>``                forget a blob of this node's own
-``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=&checkpoint_s=&class=&fresh=&id=``
+``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=&checkpoint_s=&class=&fresh=&rest=&id=``
                                        ``Accept: text/event-stream`` has it answer with the run's
                                        events, ``{"id"}`` first, for ``wait_ms`` at most
 ``POST /v1/packs?...``                 variants of a job, to be bought as one run; takes an ``id``
@@ -23,7 +23,7 @@
 ``POST /v1/connect``                   ``{"multiaddr": ...}``
 ``/v1/payments...``, ``/v1/statement/<account>``  see ``api_money``
 ``GET /v1/market``, ``/v1/trades...``  see ``api_market``
-``GET /v1/status|book|peers|ledger|doctor``
+``GET /v1/status|book|wishes|peers|ledger|doctor``
 ====================================== ===========================================================
 
 Errors are ``{"error": {kind, message, hint, exit_code}}`` with ``kind`` a class of
@@ -121,6 +121,7 @@ class Api:
             Route("/v1/connect", self.connect, methods=post),
             Route("/v1/status", partial(_report, service.status), methods=get),
             Route("/v1/book", partial(_listing, "book", service.book), methods=get),
+            Route("/v1/wishes", partial(_listing, "wishes", service.wishes), methods=get),
             Route("/v1/peers", partial(_listing, "peers", service.peers), methods=get),
             Route("/v1/ledger", partial(_report, service.ledger), methods=get),
             Route("/v1/doctor", partial(_report, service.doctor), methods=get),
@@ -365,6 +366,7 @@ def _options(request: Request) -> SubmitOptions:
         checkpoint_s=_number(request, "checkpoint_s", MAX_DEADLINE_S),
         classes=_classes(request),
         fresh=bool(_number(request, "fresh", 1)),
+        rest=bool(_number(request, "rest", 1)),
         run_id=request.query_params.get("id"),
     )
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from p2pflop.job.buying import BUSY_PREFIX
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.meter import METER_ID
-from p2pflop.market.fills import make_bid
+from p2pflop.market.desk import BuyerDesk
+from p2pflop.market.fills import ASK_EXPIRED, make_bid
 from p2pflop.market.ranking import Deal
 from p2pflop.market.records import Bid
 from p2pflop.node.driver import LIFE_ROW
 from p2pflop.node.evidence import keep_look
+from p2pflop.node.guard import survive
 from p2pflop.node.journal import JobRows, Row
 from p2pflop.node.orders import Order, Ranking
 from p2pflop.node.service import Json
@@ -19,6 +22,7 @@ from p2pflop.wire import Sealed
 
 if TYPE_CHECKING:
     from p2pflop.node.buy import Buyer
+    from p2pflop.node.purchase import Purchase
 
 DEAL_ROW: Final = "deal"
 CLASS_ROW: Final = "class"
@@ -28,8 +32,9 @@ KEY_BYTES: Final = 32
 class Bidding:
     """Bids by the number of the attempt, which rises over all rounds of a run."""
 
-    def __init__(self, buyer: Buyer, order: Order, rows: JobRows) -> None:
+    def __init__(self, buyer: Buyer, run_id: str, order: Order, rows: JobRows) -> None:
         self._buyer = buyer
+        self._run_id = run_id
         self._order = order
         self._rows = rows
         self._ranking: Ranking | None = None
@@ -38,9 +43,25 @@ class Bidding:
         self._accounts: dict[bytes, bytes] = {}
         self._tried: set[bytes] = set()
         self._classes = order.classes
+        self._is_unfilled = True
+        self._refusal = ""
+
+    def desk(self) -> BuyerDesk:
+        """The desk of a purchase by these deals."""
+        identity = self._buyer.identity
+        return BuyerDesk(
+            identity.node,
+            self._order.checked.work,
+            bid_on=self.bid_on,
+            account_of=self.account_of,
+            own_account=identity.account.public_key,
+            network=identity.network,
+        )
 
     def fix_class(self, class_id: bytes) -> None:
         """Somebody has filled in that class: whoever else runs the job does it in the same."""
+        self._is_unfilled = False
+        self._buyer.wishes.withdraw(self._run_id)
         if self._classes != {class_id}:
             self._classes = frozenset({class_id})
             self._rows.add(CLASS_ROW, class_id)
@@ -54,12 +75,14 @@ class Bidding:
         """Begin a round for ``order``, which is the run's or for what is left of it, with the book
         as it is now; its best deal is for ``attempt``."""
         self._order = order
+        self._is_unfilled = True
         self._tried.clear()
         return self._look(attempt, continues=False)
 
     def bid_on(self, attempt: int, now_ns: int) -> Sealed[Bid] | None:
         """The bid on the deal to try as number ``attempt``, or None if there is none left."""
         ranking = self._ranking or self._look(attempt, continues=True)
+        self._give_up(attempt - 1)
         if attempt - self._first_attempt >= len(self._deals):
             return None
         deal = self._deals[attempt - self._first_attempt]
@@ -83,6 +106,38 @@ class Bidding:
             delegation=identity.delegation(now_ns),
             network=identity.network,
         )
+
+    def refused(self, reason: str) -> None:
+        """The provider that was bid to last has said no."""
+        self._refusal = reason
+
+    def wait(self, purchase: Purchase) -> None:
+        """Nobody takes the job now: wait, and rest as a wish if the order says so."""
+        self._buyer.wait(self._run_id, purchase)
+        if self._order.rests and self._is_unfilled:
+            if self._buyer.wishes.rest(self._run_id, self._order, self._classes):
+                self._buyer.nursery.start_soon(survive, self._tell_resting)
+            if self._buyer.wishes.has_news(self._run_id):
+                self._buyer.wake(self._run_id)
+
+    async def _tell_resting(self) -> None:
+        run, order = self._buyer.runs.get(self._run_id), self._order
+        if not run.over:
+            told = {"limit_nusd": order.max_nusd, "deadline_ns": order.deadline_ns}
+            await self._buyer.runs.emit(run, "resting", **told)
+
+    def end(self) -> None:
+        """The run is over: it waits and wishes no more."""
+        self._buyer.wait_no_more(self._run_id)
+        self._buyer.wishes.withdraw(self._run_id)
+
+    def _give_up(self, attempt: int) -> None:
+        """What was bid on as number ``attempt``, if anything, came to nothing."""
+        place, refusal, self._refusal = attempt - self._first_attempt, self._refusal, ""
+        if self._is_unfilled and 0 <= place < len(self._deals) and self._deals[place].ticket:
+            # A slot was not promised, and clocks differ.
+            is_kept = refusal == ASK_EXPIRED or refusal.startswith(BUSY_PREFIX)
+            self._buyer.wishes.spend(self._deals[place].ticket, kept=is_kept)
 
     def account_of(self, node: bytes) -> bytes | None:
         """The account of a provider that was bid to, by its node's key."""
@@ -108,6 +163,7 @@ class Bidding:
                 self._classes = frozenset({row.body})
             elif row.kind in (LIFE_ROW + Edge.WAIT, LIFE_ROW + Edge.RESUBMIT):
                 self._tried.clear()
+                self._is_unfilled = row.kind == LIFE_ROW + Edge.WAIT
 
     def _look(self, attempt: int, *, continues: bool) -> Ranking:
         """Rank; the deals are those from ``attempt`` on, without providers tried in this round.
@@ -115,7 +171,8 @@ class Bidding:
         A restart looks anew: what was ranked before it is not kept.
         """
         order = self._order
-        ranking = self._ranking = self._buyer.rank(order, self._classes)
+        quoted = self._buyer.wishes.quoted(self._run_id)
+        ranking = self._ranking = self._buyer.rank(order, self._classes, quoted)
         keep_look(self._rows, ranking, self._classes, order.max_nusd, continues=continues)
         self._deals = [deal for deal in ranking.deals if deal.node not in self._tried]
         self._first_attempt = attempt

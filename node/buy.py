@@ -26,7 +26,7 @@ from p2pflop.job.file import CheckedJob
 from p2pflop.job.spec import FeedSource, class_id
 from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import chosen_family, descriptor
-from p2pflop.market.ranking import Deal, Need, Policy, rank
+from p2pflop.market.ranking import Deal, Policy, Quoted, rank
 from p2pflop.market.records import NONCE_BYTES
 from p2pflop.node import messages as m
 from p2pflop.node.earlier import answer, find_earlier, result_record
@@ -52,6 +52,7 @@ from p2pflop.node.purchase import Purchase
 from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
+from p2pflop.node.wishes import Wishes
 from p2pflop.wire import encode
 
 JOB_ROW: Final = "job"
@@ -73,6 +74,7 @@ class _JobRow(msgspec.Struct, array_like=True, frozen=True):
     checkpoint_steps: int
     checkpoint_s: int
     classes: tuple[bytes, ...]
+    rests: bool = False
 
 
 @dataclass(slots=True)
@@ -91,12 +93,14 @@ class Buyer:
     nursery: trio.Nursery
     now_ns: Callable[[], int]
     experience: Experience = field(init=False)
+    wishes: Wishes = field(init=False)
     _waiting: dict[str, Purchase] = field(default_factory=dict)
     _needed: dict[str, frozenset[bytes]] = field(default_factory=dict)
     _lent: Counter[tuple[bytes, bytes]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.experience = Experience(self.identity.account.public_key)
+        self.wishes = Wishes(self.identity, self.sheets, self.nursery, self.now_ns, self.wake)
 
     def wait(self, run_id: str, purchase: Purchase) -> None:
         """Called by a purchase that waits for room."""
@@ -110,8 +114,13 @@ class Buyer:
         """Somebody has room again, this node itself or a provider that has ended a run of it: let
         the purchase try that has waited longest."""
         if self._waiting:
-            run_id = next(iter(self._waiting))
-            self.nursery.start_soon(survive, self._waiting.pop(run_id).try_again)
+            self.wake(next(iter(self._waiting)))
+
+    def wake(self, run_id: str) -> None:
+        """Let a run try again, if it waits."""
+        purchase = self._waiting.pop(run_id, None)
+        if purchase is not None:
+            self.nursery.start_soon(survive, purchase.try_again)
 
     async def submit(
         self, body: bytes, options: SubmitOptions, rows: Sequence[tuple[str, bytes]] = ()
@@ -163,6 +172,7 @@ class Buyer:
             order.checkpoint_steps,
             order.checkpoint_s,
             tuple(sorted(order.classes)),
+            order.rests,
         )
         run.rows.add(JOB_ROW, msgspec.msgpack.encode(row))
 
@@ -190,27 +200,21 @@ class Buyer:
             raise ConfigError("any class and others beside it", hint="Give 'any' alone.")
         return frozenset({await _class_named(name) for name in names})
 
-    def rank(self, order: Order, classes: frozenset[bytes]) -> Ranking:
-        """Rank the book as it is now, of these classes or, if there are none, of all."""
+    def rank(
+        self, order: Order, classes: frozenset[bytes], quoted: Sequence[Quoted] = ()
+    ) -> Ranking:
+        """Rank the book as it is now, of these classes or, if there are none, of all, and what is
+        ``quoted``."""
         now_ns = self.now_ns()
         nonce = secrets.token_bytes(NONCE_BYTES)
         view = self.sheets.book.view(now_ns)
-        need = Need(
-            class_ids=classes or frozenset(view.by_price),
-            flop=order.checked.cost.flop,
-            touched_bytes=order.checked.cost.touched_bytes,
-            moved_bytes=order.moved_bytes,
-            memory_bytes=order.terms.memory_bytes,
-            deadline_ns=order.deadline_ns,
-            max_nusd=order.max_nusd,
-            nonce=nonce,
-        )
+        need = order.need(classes or frozenset(view.by_price), nonce)
         avoided = self.experience.avoided(now_ns)
         is_strict, admits = self.franchise.is_strict, self.franchise.admits
         # Better one that has failed before than none.
         for excluded in (avoided, ()):
             policy = Policy(excluded=excluded, attested_only=is_strict)
-            ranked = rank(view.sheets, need, policy, now_ns, admits)
+            ranked = rank(view.sheets, need, policy, now_ns, admits, quoted)
             if any(isinstance(entry, Deal) for entry in ranked):
                 break
         return Ranking(nonce, view, policy, ranked, admits)
@@ -276,7 +280,9 @@ class Buyer:
     async def _take_up(self, run: Run) -> None:
         try:
             row = self._job_row(run)
-            options = SubmitOptions(row.max_nusd, None, row.checkpoint_steps, row.checkpoint_s)
+            options = SubmitOptions(
+                row.max_nusd, None, row.checkpoint_steps, row.checkpoint_s, rest=row.rests
+            )
             order = await trio.to_thread.run_sync(
                 open_order,
                 row.file,

@@ -43,6 +43,7 @@ _AMOUNTS: Final = {
     "min_charge": "min_charge_nusd",
     "setup": "setup_nusd",
     "window": "window_nusd",
+    "wish_ask": "wish_ask_nusd",
 }
 """What ``config.toml`` calls amounts, which people write with units."""
 
@@ -56,7 +57,9 @@ class Settings:
     the machine's; ``disk_bytes`` what inputs, checkpoints and results of strangers' jobs may take,
     None for a half of what is free; ``class_name`` how it computes (``kernels.classes``);
     ``credit_nusd`` what all unknown buyers together may owe in a day; ``window_nusd`` how far the
-    work of a lease runs ahead of what its buyer has countersigned.
+    work of a lease runs ahead of what its buyer has countersigned;
+    ``wish_ask_nusd`` the price per PFLOP to which quotes go down for buyers' wishes, None for
+    ``ask_nusd``.
 
     ``registry`` are those that it trusts, each ``KEY@URL``; with none, or ``is_open``, it deals
     with everybody. With ``enroll`` its account applies to them, by ``contact`` and ``place``, and
@@ -81,6 +84,7 @@ class Settings:
     min_charge_nusd: int = 0
     byte_price_nusd: int = 0
     credit_nusd: int = 10**9
+    wish_ask_nusd: int | None = None
     window_nusd: int = 10**8
     registry: tuple[str, ...] = ()
     is_open: bool = False
@@ -146,9 +150,20 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
     path = home / CONFIG_NAME
     settings = _with(Settings(home), _read_config(path), f"{path}: ")
     settings = _with(settings, told, "")
+    if settings.wish_ask_nusd is not None:
+        _check_wish_ask(settings.wish_ask_nusd, settings.ask_nusd)
     if settings.embedded:
         settings = replace(settings, listen=LOOPBACK_LISTEN, ask_nusd=0, http_port=0)
     return settings
+
+
+def _check_wish_ask(wish_ask_nusd: int, ask_nusd: int | None) -> None:
+    if ask_nusd is None:
+        raise ConfigError("wish_ask without ask", hint="Sell with --ask USD, or leave it out.")
+    if wish_ask_nusd > ask_nusd:
+        raise ConfigError(
+            "wish_ask is over ask", hint="It is the price down to which wishes are answered."
+        )
 
 
 def _with(settings: Settings, changes: Mapping[str, Any], source: str) -> Settings:
@@ -241,7 +256,7 @@ def _check(settings: Settings) -> None:
         f"{settings.network[:40]!r} is not a network name",
         "Use up to 32 letters, digits and dashes.",
     )
-    for name in ("ask_nusd", "setup_nusd", "min_charge_nusd", "byte_price_nusd"):
+    for name in ("ask_nusd", "setup_nusd", "min_charge_nusd", "byte_price_nusd", "wish_ask_nusd"):
         price = getattr(settings, name)
         require(
             price is None or is_price(price),

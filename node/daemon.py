@@ -22,7 +22,9 @@ from p2pflop.dht.blobs import BlobInfo, Store, delete_own
 from p2pflop.dht.fetch import fetch
 from p2pflop.errors import BlobNotFoundError, ProviderError, StoreError
 from p2pflop.job.meter import METER_ID
+from p2pflop.market.records import ZERO_HASH
 from p2pflop.market.views import BookView
+from p2pflop.market.wishes import depth
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
 from p2pflop.node.dialing import NodeDialer
@@ -168,6 +170,26 @@ class Daemon:
             for ask in sheet.sheet.asks
         ]
         return sorted(asks, key=lambda ask: (ask["price_nusd"], ask["provider"]))
+
+    async def wishes(self) -> list[Json]:
+        """See NodeService. Highest limit first in each class."""
+        now_ns = time.time_ns()
+        newest = self.sheets.newest
+        own = {
+            (level.class_id, level.price_nusd): level.wishes
+            for level in depth([] if newest is None else [newest], now_ns)
+        }
+        return [
+            {
+                "class_id": "" if level.class_id == ZERO_HASH else level.class_id.hex(),
+                "price_nusd": level.price_nusd,
+                "wishes": level.wishes,
+                "own": own.get((level.class_id, level.price_nusd), 0),
+                "flop": level.flop,
+                "limit_nusd": level.limit_nusd,
+            }
+            for level in depth(self.sheets.book.view(now_ns).sheets, now_ns)
+        ]
 
     async def market(self) -> Json:
         """See NodeService."""

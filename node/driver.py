@@ -2,7 +2,8 @@
 
 The lifecycle (``p2pflop.job.lifecycle``) decides, this drives. Events come from several tasks at
 once (stream, worker, timer, user); one lock puts them in order. Rows are flushed before the first
-``Send`` that follows them, together: until then a crash only takes back what nobody has seen.
+``Send`` that follows them, together: until then a crash only takes back what nobody has seen. A
+job that rests has nothing to send for long; its rows are flushed as it begins to.
 
 What a lifecycle has decided is done to its end, even if the task that reported the event is
 cancelled meanwhile, say because its stream broke. If it cannot be done (the disk is full), memory
@@ -166,15 +167,19 @@ class Driver:
         self._timers.clear()
         self.over.set()
 
-    async def _act(self, actions: list[Any]) -> None:
+    def _keep(self, actions: list[Any]) -> None:
         for action in actions:
             if isinstance(action, Persist):
                 self._rows.add(LIFE_ROW + action.kind, action.body)
                 self._hands.keep(action.kind)
+
+    async def _act(self, actions: list[Any]) -> None:
+        self._keep(actions)
         for action in actions:
+            if isinstance(action, Send) or action == Start("rest"):
+                await self._hands.write()
             match action:
                 case Send():
-                    await self._hands.write()
                     await self._hands.send(action)
                 case Start():
                     self._hands.start(action.task)

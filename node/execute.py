@@ -204,6 +204,17 @@ class Execution:
         self._drained.set()
         self._late = False
         self._checkpointed_at = trio.current_time()
+        self._leaving = trio.Event()
+        self._worker_stopped = self._has_left = False
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it has ended early because of ``leave``; its last checkpoint is given by then."""
+        return self._has_left
+
+    def leave(self) -> None:
+        """End the run after the current step, with a checkpoint there."""
+        self._leaving.set()
 
     async def load(self, plans: dict[bytes, bytes]) -> None:
         """Give the worker its plans and inputs, and let the weights be born."""
@@ -238,8 +249,8 @@ class Execution:
         for index in range(len(manifest.chunks)):
             yield await self._store.read_chunk(address, index)
 
-    async def run(self, checkpoints: Checkpoints, on_rows: OnRows) -> Outcome:
-        """Run to the end, or to the work's own stop.
+    async def run(self, checkpoints: Checkpoints, on_rows: OnRows) -> Outcome | None:
+        """Run to the end, or to the work's own stop. None if it was left before.
 
         The worker stands still while the state of a checkpoint is read, and no longer: it goes on
         while that is brought to disk and told. Where the window is full it stands still, too.
@@ -248,6 +259,8 @@ class Execution:
         end = job.first_step + job.steps
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            if job.steps > 1:
+                nursery.start_soon(self._ask_to_leave)
             if checkpoints.seconds and job.steps > 1:
                 nursery.start_soon(self._run_clock, checkpoints.seconds)
             try:
@@ -264,6 +277,9 @@ class Execution:
                 raise
             await self._drained.wait()
             nursery.cancel_scope.cancel()
+        if self._worker_stopped:
+            self._has_left = True
+            return None
         if not job.first_step < self._done_to <= end:
             raise ProviderError(f"the worker stopped at step {self._done_to}")
         return await self._finish()
@@ -276,9 +292,15 @@ class Execution:
         due = checkpoints.steps > 0 and event.step % checkpoints.steps == 0
         if due or self._late:
             await self._checkpoint(event.step, checkpoints, late=not due)
-        await self._feed(event.step)
-        if checkpoints.window is not None:
-            await self._stand(event.step, checkpoints, checkpoints.window)
+        if not self._leaving.is_set():
+            await self._feed(event.step)
+            if checkpoints.window is not None:
+                await self._stand(event.step, checkpoints, checkpoints.window)
+        if self._leaving.is_set():
+            if self._interval.first_step < event.step:
+                await self._checkpoint(event.step, checkpoints, late=False)
+            self._worker_stopped = True
+            await self._worker.stop()
 
     async def _watch_window(self, step: int, checkpoints: Checkpoints) -> None:
         """Have the worker stand still in time for a receipt, or for want of room."""
@@ -293,7 +315,7 @@ class Execution:
 
     async def _stand(self, step: int, checkpoints: Checkpoints, window: Window) -> None:
         """Wait before ``step`` while the window is full; only a receipt gets a countersignature."""
-        while window.is_full(step):
+        while window.is_full(step) and not self._leaving.is_set():
             news = window.news
             await self._drained.wait()
             if checkpoints.wanted(True):
@@ -303,7 +325,7 @@ class Execution:
 
     async def _checkpoint(self, step: int, checkpoints: Checkpoints, *, late: bool) -> None:
         await self._drained.wait()  # one at a time: the disk may be slower than the steps
-        if checkpoints.wanted(late):
+        if checkpoints.wanted(late and not self._leaving.is_set()):
             self._late, self._checkpointed_at = False, trio.current_time()
             interval, self._interval = self._interval, Gathering(self._checked, step)
             drafts = await self._draft(interval, step)
@@ -330,6 +352,13 @@ class Execution:
             else:
                 self._late = True
                 await self._worker.pause()
+
+    async def _ask_to_leave(self) -> None:
+        """Have the worker stand still; while it does so for another reason it does not hear."""
+        await self._leaving.wait()
+        while True:
+            await self._worker.pause()
+            await trio.sleep(ASK_AGAIN_S)
 
     def _note(self, rows: Rows) -> None:
         work = self._checked.work

@@ -9,7 +9,7 @@ are ``staged``, for the commit that books the receipt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -18,7 +18,7 @@ from msgspec.structs import replace as replace_fields
 
 from p2pflop.dht.blobs import MAX_GET_BYTES, SMALL_BYTES, BlobInfo, Store
 from p2pflop.dht.fetch import fetch
-from p2pflop.dht.manifest import address_of
+from p2pflop.dht.manifest import CHUNK_BYTES, address_of
 from p2pflop.dht.planes import Dialer
 from p2pflop.errors import (
     BlobNotFoundError,
@@ -47,6 +47,8 @@ from p2pflop.node.service import Json
 from p2pflop.wire import decode
 
 MAX_PARALLEL_FETCHES: Final = 4
+MOVED_BYTES: Final = CHUNK_BYTES
+"""So much that was fetched and verified counts as progress of a delivery."""
 MAX_KEPT_CHECKPOINTS: Final = MAX_UNSIGNED_RECEIPTS
 
 ToldValue = tuple[int, int, int, Scalar]
@@ -56,7 +58,14 @@ ToldValue = tuple[int, int, int, Scalar]
 class Goods:
     """What provider ``peer`` has shown so far. Methods raise ProtocolError for what is wrong."""
 
-    def __init__(self, checked: CheckedJob, store: Store, dialer: Dialer, peer: str = "") -> None:
+    def __init__(
+        self,
+        checked: CheckedJob,
+        store: Store,
+        dialer: Dialer,
+        peer: str = "",
+        on_moved: Callable[[], None] = lambda: None,
+    ) -> None:
         self.peer = peer
         self.result: Result | None = None
         self.staged = store.stage(())
@@ -64,15 +73,18 @@ class Goods:
         self._checked = checked
         self._store = store
         self._dialer = dialer
+        self._on_moved = on_moved
+        self._moved_bytes = 0
+        self._checking = trio.CancelScope()
         self._intervals: dict[int, tuple[Result, Sequence[tuple[bytes, bytes]]]] = {}
         self._inline: dict[bytes, bytes] = {}
         self._last_row = (checked.job.first_step, -1, -1)
         self._told_to = checked.job.first_step
         self._progress: dict[int, int] = {}
 
-    @property
-    def told_to(self) -> int:
-        """The step up to which rows have come."""
+    def leave(self) -> int:
+        """Fetch no more; the step up to which rows have come."""
+        self._checking.cancel()
         return self._told_to
 
     def is_progress(self, message: m.Message) -> bool:
@@ -153,6 +165,11 @@ class Goods:
         Raises ProtocolError if it is not what was bought, ProviderError or BlobNotFoundError if it
         could not be had now, StoreError if it cannot be kept.
         """
+        with trio.CancelScope() as self._checking:
+            return await self._check(receipt, class_id)
+        raise ProviderError("its provider was given up")
+
+    async def _check(self, receipt: Receipt, class_id: bytes) -> Result:
         if receipt.result != ZERO_HASH:
             return await self._check_last(receipt, class_id)
         interval, blobs = self._intervals.get(receipt.to_step, (None, ()))
@@ -257,6 +274,20 @@ class Goods:
         _check_size(blob, held.size_bytes)
         return True
 
+    def _meter(self) -> Callable[[int, int], None]:
+        """Counts what one fetch brings; its first report is of what an earlier one has left."""
+        here_bytes: int | None = None
+
+        def note(done_bytes: int, _total_bytes: int) -> None:
+            nonlocal here_bytes
+            self._moved_bytes += 0 if here_bytes is None else done_bytes - here_bytes
+            here_bytes = done_bytes
+            if self._moved_bytes >= MOVED_BYTES:
+                self._moved_bytes = 0
+                self._on_moved()
+
+        return note
+
     async def _fetch(self, blob: WantedBlob) -> None:
         _check_size(blob, (await self._fetch_new(blob)).size_bytes)
 
@@ -270,7 +301,13 @@ class Goods:
 
         try:
             return await fetch(
-                store, blob.address, [self.peer], self._dialer, max_bytes=bound, on_fault=note
+                store,
+                blob.address,
+                [self.peer],
+                self._dialer,
+                max_bytes=bound,
+                progress=self._meter(),
+                on_fault=note,
             )
         except (BlobNotFoundError, ProviderError) as error:
             if wrong:

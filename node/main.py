@@ -2,8 +2,9 @@
 
 Start: the home is locked, keys are read, SQLite recovers, the zygote warms up, HTTP and
 libp2p listen, unfinished jobs are taken up, the sheet is published. Stop, on Ctrl-C or SIGTERM:
-asks are withdrawn, leases given back, conversations ended, helpers ended; a second Ctrl-C ends it
-at once. A node that was killed finds all of it in its journal.
+bids are refused, asks withdrawn, leases handed over (``handing_over.py``), conversations ended,
+helpers ended; a second Ctrl-C ends it at once. A node that was killed finds all of it in its
+journal.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from p2pflop.node.dialing import NodeDialer
 from p2pflop.node.franchise import Franchise
 from p2pflop.node.franchising import open_franchise
 from p2pflop.node.guard import keep_going, survive
+from p2pflop.node.handing_over import HAND_OVER_S
 from p2pflop.node.home import Home, open_home
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
@@ -57,6 +59,7 @@ from p2pflop.node.network import HostConfig, Network
 from p2pflop.node.payment_book import PaymentBook
 from p2pflop.node.payment_stream import PROTOCOL as PAYMENT_PROTOCOL
 from p2pflop.node.payments import Payments
+from p2pflop.node.quote_stream import PROTOCOL as QUOTE_PROTOCOL
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.sheets import SheetService
@@ -106,12 +109,23 @@ async def _run(settings: Settings, home: Home) -> None:
         async with _started(settings, home, stop) as daemon:
             _announce_start(daemon)
             await stop.wait()
-            _log.info("stopping: leases are given back; Ctrl-C again ends at once")
-            with trio.move_on_after(WITHDRAW_S):
-                await daemon.sheets.withdraw()
-            with trio.move_on_after(STOP_S):
-                await daemon.seller.stop()
+            await _give_back(daemon)
         outer.cancel_scope.cancel()
+
+
+async def _give_back(daemon: Daemon) -> None:
+    """Sell no more, and let buyers have what was computed for them."""
+    leases = f"leases under way: {daemon.seller.busy}"
+    _log.info("stopping; %s; Ctrl-C again ends at once", leases)
+
+    async def withdraw() -> None:
+        with trio.move_on_after(WITHDRAW_S):
+            await daemon.sheets.withdraw()
+
+    with trio.move_on_after(HAND_OVER_S + STOP_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(withdraw)
+            await daemon.seller.stop()
 
 
 @asynccontextmanager
@@ -151,7 +165,7 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
             payment_book,
             network,
             workers,
-            _open_sheets(identity, book, network, known),
+            _open_sheets(identity, book, network, known, gossip=not settings.embedded),
             tape,
             franchising.franchise,
             nursery,
@@ -209,10 +223,12 @@ async def _keep(
 
 
 def _open_sheets(
-    identity: Identity, book: Book, network: Network, known: Acquaintances
+    identity: Identity, book: Book, network: Network, known: Acquaintances, *, gossip: bool
 ) -> SheetService:
     """The sheets, and all who keep count of peers told who is there, comes and goes."""
-    sheets = SheetService(identity, book, network, time.time_ns)
+    sheets = SheetService(
+        identity, book, network, time.time_ns, addresses=network.addresses, gossip=gossip
+    )
     network.on_connect(known.met)
     network.on_disconnect(known.left)
     network.on_disconnect(sheets.left)
@@ -268,6 +284,7 @@ def _assemble(
         nursery=nursery,
         now_ns=time.time_ns,
     )
+    seller.allocator.on_free.append(buyer.room_freed)
     money = Payments(
         identity, payment_book, ledger_book, dialer, sheets.nodes_of, nursery, time.time_ns
     )
@@ -303,7 +320,6 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
             return False  # Its key is not Ed25519: no lease is with it.
         return await daemon.may_read(address, reader)
 
-    daemon.seller.allocator.on_free = daemon.buyer.room_freed
     daemon.seller.allocator.allowance = daemon.allowance
     blobs = BlobServer(daemon.store, authorise)
     daemon.dialer.handle(BLOB_PROTOCOL, blobs.handle)
@@ -311,6 +327,7 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     daemon.dialer.handle(sheets_module.PROTOCOL, daemon.sheets.answer)
     daemon.dialer.handle(tape_module.PROTOCOL, daemon.tape.answer)
     daemon.dialer.handle(PAYMENT_PROTOCOL, daemon.money.handle)
+    daemon.dialer.handle(QUOTE_PROTOCOL, daemon.buyer.wishes.handle)
     sink, source = trio.open_memory_channel[tuple[str, bytes]](MAX_GOSSIP_WAITING)
     nursery.start_soon(_drain, source)
     await daemon.network.subscribe(

@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import trio
 
@@ -32,13 +32,36 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class MemoryNetwork:
-    """Where memory hosts find each other."""
+class Weather(Protocol):
+    """What a ``MemoryNetwork`` does to who uses it. Peers are named by their ids."""
 
-    def __init__(self) -> None:
+    def reaches(self, one: str, other: str) -> bool:
+        """Whether they can connect, and gossip over their connection."""
+
+    def gossips(self, source: str, target: str) -> bool:
+        """Whether this gossiped message arrives."""
+
+    async def carries(self, source: str, target: str) -> bool:
+        """Wait for as long as a frame of a stream is on its way. False: it is lost, and so is all
+        that follows it."""
+
+
+class MemoryNetwork:
+    """Where memory hosts find each other. Without ``weather`` everything arrives at once."""
+
+    def __init__(self, weather: Weather | None = None) -> None:
+        self.weather = weather
         self.hosts: dict[str, MemoryHost] = {}
         self.providers: dict[tuple[str, bytes], dict[str, None]] = {}
         self._opened = 0
+
+    def reaches(self, one: str, other: str) -> bool:
+        """Whether the weather lets them connect."""
+        return self.weather is None or self.weather.reaches(one, other)
+
+    def gossips(self, source: str, target: str) -> bool:
+        """Whether the weather lets a gossiped message arrive."""
+        return self.weather is None or self.weather.gossips(source, target)
 
     @asynccontextmanager
     async def open_host(self, config: HostConfig) -> AsyncIterator[MemoryHost]:
@@ -66,14 +89,17 @@ class MemoryNetwork:
 class _LinkStream:
     """A memory stream that can break, as one over a socket does."""
 
-    def __init__(self, inner: MemoryStream) -> None:
+    def __init__(self, inner: MemoryStream, own: str, network: MemoryNetwork) -> None:
         self.peer = inner.peer
         self._inner = inner
+        self._own = own
+        self._network = network
+        self._is_dark = False
         self._scopes: set[trio.CancelScope] = set()
         self._fault = ""
 
     async def send(self, frame: bytes) -> None:
-        await self._unless_broken(lambda: self._inner.send(frame))
+        await self._unless_broken(lambda: self._carry(frame))
 
     async def receive(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
         return await self._unless_broken(lambda: self._inner.receive(max_bytes))
@@ -85,6 +111,15 @@ class _LinkStream:
         self._fault = self._fault or why
         for scope in self._scopes:
             scope.cancel()
+
+    async def _carry(self, frame: bytes) -> None:
+        weather = self._network.weather
+        if weather is not None and not self._is_dark:
+            self._is_dark = not await weather.carries(self._own, self.peer)
+        if self._is_dark:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._inner.send(frame)
 
     async def _unless_broken(self, use: Callable[[], Awaitable[T]]) -> T:
         if not self._fault:
@@ -126,12 +161,16 @@ class MemoryHost:
         other = self._hosts.hosts.get(peer)
         if other is None or other is self:
             raise ProviderError(f"no address of {peer} is known")
+        if not self._hosts.reaches(self.peer, peer):
+            raise ProviderError(f"{peer} cannot be reached")
         if peer not in self.links:
-            self._link(other)
+            self.link(other)
         handler = other._handlers.get(protocol) if other.network == self.network else None
         if handler is None:
             raise ProviderError(f"{peer} does not answer {protocol}")
-        ours, theirs = (_LinkStream(end) for end in memory_stream_pair(self.peer, peer))
+        near, far = memory_stream_pair(self.peer, peer)
+        ours = _LinkStream(near, self.peer, self._hosts)
+        theirs = _LinkStream(far, peer, self._hosts)
         self._streams.setdefault(peer, set()).add(ours)
         other._streams.setdefault(self.peer, set()).add(theirs)
         other._nursery.start_soon(other._serve, handler, theirs, ours)
@@ -163,11 +202,13 @@ class MemoryHost:
             if other.addresses[0].startswith(head + "/p2p/"):
                 if other.peer != peer:
                     raise ProviderError(f"nobody answers at {address} as {peer}: another peer does")
-                self._link(other)
+                if not self._hosts.reaches(self.peer, peer):
+                    break
+                self.link(other)
                 return peer
         raise ProviderError(f"nobody answers at {address}")
 
-    def _link(self, other: MemoryHost) -> None:
+    def link(self, other: MemoryHost) -> None:
         if other.peer in self.links:
             return
         self.links[other.peer] = False
@@ -227,7 +268,7 @@ class MemoryHost:
         while frontier:
             forwarder = frontier.pop()
             for peer in forwarder.neighbours(topic):
-                if peer not in seen:
+                if peer not in seen and self._hosts.gossips(forwarder.peer, peer):
                     seen.add(peer)
                     host = self._hosts.hosts[peer]
                     if host._accept(topic, self.peer, data, forwarder.peer):

@@ -6,7 +6,9 @@ of one ``MemoryNetwork`` and scripted workers. Time is trio's, so that a mock cl
 
 A node can lose power at any write to its journal or ledger (``cut_at``): nothing that comes after
 that write happens, and with ``cut_before`` the write itself does not either. A ``tamper`` sees each
-frame of a job or payment stream and may change, add or drop some.
+frame of a job or payment stream that it opened and may change, add or drop some; the ``answered``
+ones see those of job streams that others opened. With ``gossips`` sheets travel as in a daemon, and
+not by ``meet``.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from p2pflop.job.collection import collection_of
 from p2pflop.job.file import JobBody, JobFile, Labels, encode_file
 from p2pflop.job.graph import Dtype, Graph, GraphParam, Node, Op, Output, encode_graph, graph_hash
 from p2pflop.job.spec import (
+    MODE_COLLECT,
     MODE_LAST,
     MODE_TRACE,
     ROLE_INPUT,
@@ -57,6 +60,7 @@ from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
 from p2pflop.node.dialing import NodeDialer
 from p2pflop.node.franchising import Franchising, open_franchise
+from p2pflop.node.guard import survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
 from p2pflop.node.ledger_book import LedgerBook
@@ -67,6 +71,7 @@ from p2pflop.node.network import HostConfig
 from p2pflop.node.payment_book import PaymentBook
 from p2pflop.node.payment_stream import PROTOCOL as PAYMENT_PROTOCOL
 from p2pflop.node.payments import Payments
+from p2pflop.node.quote_stream import PROTOCOL as QUOTE_PROTOCOL
 from p2pflop.node.registry_client import Fetch, HttpFetch
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
@@ -81,6 +86,7 @@ EPOCH_NS: Final = 1_800_000_000 * NS_PER_S
 PRICE_NUSD: Final = 10**15
 """High enough for a job of a few FLOP to cost something."""
 
+MAX_GOSSIP_WAITING: Final = 64
 TAMPERED: Final = frozenset({JOB_PROTOCOL, PAYMENT_PROTOCOL})
 
 Tamper = Callable[[bytes], list[bytes]]
@@ -115,6 +121,7 @@ class MemoryNode:
         descriptor: ClassDescriptor = MEMORY_CLASS,
         account: str = "",
         fetch: Callable[[str], Fetch] = HttpFetch,
+        gossips: bool = False,
         **settings: Any,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,11 +143,15 @@ class MemoryNode:
         self.fetch = fetch
         self.tamper_sent: Tamper = unchanged
         self.tamper_heard: Tamper = unchanged
+        self.tamper_answered_sent: Tamper = unchanged
+        self.tamper_answered_heard: Tamper = unchanged
         self.writes = 0
         self.cut_at: int | None = None
         self.cut_before = False
         self.down = trio.Event()
         self._network = network
+        self._gossips = gossips
+        self.gossiping = trio.CancelScope()
         self._scope = trio.CancelScope()
 
     @property
@@ -221,6 +232,8 @@ class MemoryNode:
             self._assemble(self.host, nursery, franchising)
             stack.push_async_callback(self.registries.save)
             await self._listen(nursery)
+            if self._gossips:
+                await self._gossip(nursery)
             self.seller.resume()
             self.buyer.resume()
             self.money.resume()
@@ -281,7 +294,7 @@ class MemoryNode:
             now_ns=now_ns,
         )
 
-        self.seller.allocator.on_free = self.buyer.room_freed
+        self.seller.allocator.on_free.append(self.buyer.room_freed)
         self.seller.allocator.allowance = lambda: franchise.own_slots(
             book.sellers_of(self.account, now_ns())
         )
@@ -305,24 +318,53 @@ class MemoryNode:
             )
 
         dialer.handle(BLOB_PROTOCOL, BlobServer(self.store, authorise).handle)
-        dialer.handle(JOB_PROTOCOL, self.seller.handle)
+        dialer.handle(JOB_PROTOCOL, self._answer_job)
         dialer.handle(sheets_module.PROTOCOL, self.sheets.answer)
         dialer.handle(tape_module.PROTOCOL, self.tape.answer)
         dialer.handle(PAYMENT_PROTOCOL, self.money.handle)
+        dialer.handle(QUOTE_PROTOCOL, self.buyer.wishes.handle)
+
+    async def _answer_job(self, stream: Stream) -> None:
+        await self.seller.handle(
+            _TamperedStream(
+                stream, lambda: self.tamper_answered_sent, lambda: self.tamper_answered_heard
+            )
+        )
 
     async def _listen(self, nursery: trio.Nursery) -> None:
-        """To the gossip of trades. Sheets are learnt by ``meet``."""
-        sink, source = trio.open_memory_channel[tuple[str, bytes]](64)
+        """To the gossip of trades."""
+        nursery.start_soon(self.tape.run)
+        await self._subscribe(nursery, tape_module.TOPIC, self.tape.take)
+
+    async def _gossip(self, nursery: trio.Nursery) -> None:
+        """Join the gossip about sheets, until ``gossiping`` is cancelled."""
+        self.gossiping = trio.CancelScope()
+        await self._subscribe(nursery, sheets_module.TOPIC, self.sheets.take)
+
+        def met(peer: str) -> None:
+            self.sheets.met(peer, ())
+            nursery.start_soon(survive, self.sheets.on_connect, peer)
+
+        self.host.on_connect(met)
+        self.host.on_disconnect(self.sheets.left)
+
+        async def keep_alike() -> None:
+            with self.gossiping:
+                await self.sheets.run()
+
+        nursery.start_soon(keep_alike)
+
+    async def _subscribe(
+        self, nursery: trio.Nursery, topic: str, take: Callable[[bytes, str], bool]
+    ) -> None:
+        sink, source = trio.open_memory_channel[tuple[str, bytes]](MAX_GOSSIP_WAITING)
 
         async def drain() -> None:
             async for _ in source:
                 pass
 
         nursery.start_soon(drain)
-        nursery.start_soon(self.tape.run)
-        await self.host.subscribe(
-            tape_module.TOPIC, lambda _, data, source: self.tape.take(data, source), sink
-        )
+        await self.host.subscribe(topic, lambda _, data, peer: take(data, peer), sink)
 
     def _asks(self, until_ns: int) -> tuple[Ask, ...]:
         settings = self.settings
@@ -349,24 +391,30 @@ class _TamperedDialer:
 
     async def open(self, peer: str, protocol: str) -> Stream:
         stream = await self._inner.open(peer, protocol)
-        return _TamperedStream(stream, self._node) if protocol in TAMPERED else stream
+        if protocol not in TAMPERED:
+            return stream
+        node = self._node
+        return _TamperedStream(stream, lambda: node.tamper_sent, lambda: node.tamper_heard)
 
 
 class _TamperedStream:
-    def __init__(self, inner: Stream, node: MemoryNode) -> None:
+    def __init__(
+        self, inner: Stream, sent: Callable[[], Tamper], heard: Callable[[], Tamper]
+    ) -> None:
         self.peer = inner.peer
         self._inner = inner
-        self._node = node
+        self._tamper_sent = sent
+        self._tamper_heard = heard
         self._heard: list[bytes] = []
 
     async def send(self, frame: bytes) -> None:
-        for other in await self._tampered(self._node.tamper_sent, frame):
+        for other in await self._tampered(self._tamper_sent(), frame):
             await self._inner.send(other)
 
     async def receive(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
         while not self._heard:
             frame = await self._inner.receive(max_bytes)
-            self._heard += await self._tampered(self._node.tamper_heard, frame)
+            self._heard += await self._tampered(self._tamper_heard(), frame)
         return self._heard.pop(0)
 
     async def aclose(self) -> None:
@@ -399,11 +447,13 @@ def sample_file(
     first_step: int = 0,
     members: bool = False,
     stop_every: int = 0,
+    collects: bool = False,
 ) -> bytes:
     """A job file with a state, an input, a traced scalar, a last output and a flag to stop by.
 
     With ``stop_every`` it stops by that, which memory's workers do the first time it is looked at.
-    With ``members`` state and input are entries of ``sample_collection``.
+    With ``members`` state and input are entries of ``sample_collection``; if it ``collects``, every
+    value of the output is kept, not the last alone.
     """
     step = int(Dtype.INT32)
     graph = encode_graph(
@@ -429,9 +479,10 @@ def sample_file(
     collection = sample_collection(floats)
     entries = [MemberSource(address_of(collection), len(collection), entry) for entry in (0, 1)]
     sources: Sequence[BlobSource | MemberSource] = entries if members else blobs
+    kept = MODE_COLLECT if collects else MODE_LAST
     work = Work(
         version=1,
-        phases=(Phase(graph_hash(graph), 1, 0, (MODE_TRACE, MODE_LAST)),),
+        phases=(Phase(graph_hash(graph), 1, 0, (MODE_TRACE, kept)),),
         params=(
             WorkParam(int(Dtype.FLOAT32), (floats,), ROLE_STATE, sources[0]),
             WorkParam(int(Dtype.FLOAT32), (floats,), ROLE_INPUT, sources[1]),

@@ -25,7 +25,7 @@ from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.ids import content_hash
 from p2pflop.market.book import Book, Dump
 from p2pflop.market.exchange import Exchange, proofs_hash, read
-from p2pflop.market.relay import COMPARE_SOON_S, OpenedSheet, Relay
+from p2pflop.market.relay import COMPARE_SOON_S, PASS_ON_S, OpenedSheet, Relay
 from p2pflop.market.samples import NOW_NS, ask, party
 from p2pflop.market.sheets import OpenSheet, open_sheet
 from p2pflop.node.sheets import EXPIRE_S, SILENCE_S
@@ -280,6 +280,7 @@ class MeshPeer:
         self.book.load(self._saved, self.now_ns())
         self.relay = Relay(self.book, self.mesh.random.random, DEFAULT_NETWORK, self._opener)
         self._every(COMPARE_SOON_S, self.tick)
+        self._every(PASS_ON_S, self.pass_on)
         self._every(EXPIRE_S, lambda: self.book.expire(self.now_ns()))
         self._every(SAVE_S, self._save)
         self.tick()
@@ -301,6 +302,12 @@ class MeshPeer:
             self.mesh.link(self, self.mesh.random.choice(self.mesh.peers))
         for name in self.relay.due(self.now_ns()):
             self.compare(self.mesh.peers[int(name.split()[1])])
+
+    def pass_on(self) -> None:
+        """Gossip what the relay has kept for later."""
+        for wire in self.relay.to_pass_on(self.now_ns()):
+            self.mesh.counts["passed on"] += 1
+            self.gossip(wire, self.links)
 
     def met(self, other: MeshPeer) -> None:
         """A connection has begun."""

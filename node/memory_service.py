@@ -165,6 +165,10 @@ class MemoryService:
         """Empty."""
         return []
 
+    async def wishes(self) -> list[Json]:
+        """Nobody's."""
+        return []
+
     async def market(self) -> Json:
         """Nothing is asked, and of trades only the classes are told."""
         named = sorted({trade["class_id"] for trade in self.traded})

@@ -14,10 +14,10 @@ from p2pflop.job.delivery import output_bytes
 from p2pflop.job.file import CheckedJob, JobFile, decode_file, encode_body, open_job
 from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
-from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, Work, shards_of, times_due
+from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, shards_of, times_due
 from p2pflop.job.validate import Refusal
 from p2pflop.market.book import IsAttested
-from p2pflop.market.ranking import Deal, Miss, Policy
+from p2pflop.market.ranking import Deal, Miss, Need, Policy
 from p2pflop.market.records import MIN_CHECKPOINT_SECONDS, CostLine, Terms
 from p2pflop.market.views import BookView
 from p2pflop.node.execute import memory_bytes, unsupported
@@ -39,7 +39,8 @@ MAX_CHECKPOINTS: Final = 1000
 class Order:
     """A submission, decoded and checked: what is to be bought, and within which bounds.
 
-    ``classes`` are those that it may be computed in; empty for any.
+    ``classes`` are those that it may be computed in; empty for any. One that ``rests`` waits for a
+    quote where no ask fits.
     """
 
     file: JobFile
@@ -50,6 +51,20 @@ class Order:
     checkpoint_steps: int
     checkpoint_s: int
     classes: frozenset[bytes]
+    rests: bool = False
+
+    def need(self, class_ids: frozenset[bytes], nonce: bytes) -> Need:
+        """What is to be bought, in one of these classes; ``nonce`` will be the bid's."""
+        return Need(
+            class_ids=class_ids,
+            flop=self.checked.cost.flop,
+            touched_bytes=self.checked.cost.touched_bytes,
+            moved_bytes=self.moved_bytes,
+            memory_bytes=self.terms.memory_bytes,
+            deadline_ns=self.deadline_ns,
+            max_nusd=self.max_nusd,
+            nonce=nonce,
+        )
 
     @property
     def costs(self) -> tuple[CostLine, ...]:
@@ -168,7 +183,7 @@ def open_order(
                 f"a deadline of {deadline_s} s", hint=f"Use 1 s to {MAX_DEADLINE_S // 86400} days."
             )
         deadline_ns = now_ns + deadline_s * NS_PER_S
-    every = checkpoint_steps(checked.work, checked.job, options.checkpoint_steps)
+    every = checkpoint_steps(checked.job, options.checkpoint_steps)
     if every < 0 or checkpoints(checked.job, every) > MAX_CHECKPOINTS:
         raise ConfigError(
             f"{every} steps between checkpoints are over {MAX_CHECKPOINTS} checkpoints",
@@ -181,8 +196,9 @@ def open_order(
         MAX_NUSD if options.max_nusd is None else options.max_nusd,
         deadline_ns,
         every,
-        _checkpoint_s(checked.work, options.checkpoint_s),
+        _checkpoint_s(options.checkpoint_s),
         classes,
+        options.rest,
     )
 
 
@@ -281,12 +297,8 @@ def order_card(order: Order) -> Json:
     }
 
 
-def _checkpoint_s(work: Work, wanted: int | None) -> int:
+def _checkpoint_s(wanted: int | None) -> int:
     """After how many seconds without a checkpoint there should be one."""
-    if any(MODE_COLLECT in phase.modes for phase in work.phases):
-        if wanted:
-            raise _no_checkpoints()
-        return 0
     if wanted and not MIN_CHECKPOINT_SECONDS <= wanted <= MAX_DEADLINE_S:
         raise ConfigError(
             f"a checkpoint every {wanted} s",
@@ -295,16 +307,8 @@ def _checkpoint_s(work: Work, wanted: int | None) -> int:
     return DEFAULT_CHECKPOINT_S if wanted is None else wanted
 
 
-def _no_checkpoints() -> ConfigError:
-    return ConfigError("a job that collects has no checkpoints", hint="Split it into shorter jobs.")
-
-
-def checkpoint_steps(work: Work, job: Job, wanted: int | None) -> int:
+def checkpoint_steps(job: Job, wanted: int | None) -> int:
     """How many steps lie between checkpoints: as wanted, else a quarter, for jobs that are long."""
-    if any(MODE_COLLECT in phase.modes for phase in work.phases):
-        if wanted:
-            raise _no_checkpoints()
-        return 0  # What was collected is delivered with the result: a checkpoint has the state.
     if wanted is not None:
         return wanted
     return -(-job.steps // DEFAULT_CHECKPOINTS) if job.steps >= MIN_CHECKPOINT_STEPS else 0

@@ -30,6 +30,7 @@ from p2pflop.job.events import (
     Blame,
     Cancel,
     Event,
+    Fetched,
     Finish,
     Lost,
     Ranked,
@@ -45,7 +46,6 @@ from p2pflop.job.naming import output_names
 from p2pflop.job.results import result_hash
 from p2pflop.job.spec import Result
 from p2pflop.keys import peer_id
-from p2pflop.market.desk import BuyerDesk
 from p2pflop.market.ranking import no_deal
 from p2pflop.market.records import ZERO_HASH, Bid, Receipt
 from p2pflop.node import messages as m
@@ -60,7 +60,7 @@ from p2pflop.node.letters import FAREWELL_S, JOB_PROTOCOL, leave_word
 from p2pflop.node.orders import Order, describe_ranking
 from p2pflop.node.outcomes import describe_result, error_of
 from p2pflop.node.printable import printable
-from p2pflop.node.returning import OPEN_S, Returns
+from p2pflop.node.returning import BOUND, OPEN_S, UNCONFIRMED, Returns
 from p2pflop.node.runs import Last, Run
 from p2pflop.node.stretches import RESULT_ROW, Stretches, last_state, owed_nusd
 from p2pflop.wire import Sealed, reopen
@@ -73,10 +73,6 @@ MAX_RETRY_S: Final = 15.0
 LAST_VERIFY_S: Final = 5.0
 """For what was billed before the provider gave the lease back; shorter than its silence may be."""
 
-UNCONFIRMED: Final = frozenset({State.RANKING, State.WAITING, State.BIDDING})
-BOUND: Final = frozenset({State.CONFIRMING, State.RUNNING, State.VERIFYING})
-"""When a provider is bound by a confirm."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -87,7 +83,7 @@ class Purchase:
         self._buyer = buyer
         self._run = run
         self._stretches = Stretches(order, run.rows)
-        self._bidding = Bidding(buyer, order, run.rows)
+        self._bidding = Bidding(buyer, run.id, order, run.rows)
         self._conversation: Conversation | None = None
         self._returns = Returns()
         self._goods: Goods | None = None
@@ -103,14 +99,8 @@ class Purchase:
         self._looked = trio.Event()
         self._names = output_names(order.file.labels)
         self._nursery: trio.Nursery
-        desk = BuyerDesk(
-            buyer.identity.node,
-            order.checked.work,
-            bid_on=self._bidding.bid_on,
-            account_of=self._bidding.account_of,
-            network=buyer.identity.network,
-        )
-        self._lifecycle = buyer_lifecycle(desk, order.deadline_ns)
+        desk = self._bidding.desk()
+        self._lifecycle = buyer_lifecycle(desk, order.deadline_ns, rests=order.rests)
         self._driver = Driver(self._lifecycle, run.rows, self, buyer.now_ns)
 
     async def run(self, *, resume: bool = False) -> None:
@@ -123,7 +113,7 @@ class Purchase:
         except* P2PFlopError as group:
             self._failure = self._failure or first_error(group)
         finally:
-            self._buyer.wait_no_more(self._run.id)
+            self._bidding.end()
         self._take_back()
         if self._failure is not None:
             raise self._failure
@@ -206,12 +196,12 @@ class Purchase:
         """See Hands."""
         if task == "verify":
             self._to_verify.set()
-        elif task == "wait":
+        elif task in ("wait", "rest"):
             self._note_failure()
             if self._conversation is not None:
                 self._conversation.finish()
                 self._conversation = None
-            self._buyer.wait(self._run.id, self)
+            self._bidding.wait(self)
             if self._lifecycle.side.rounds:
                 self._nursery.start_soon(self._tell_loss, "")
             self._nursery.start_soon(self._tell_state)
@@ -284,9 +274,11 @@ class Purchase:
 
     def _note_failure(self) -> None:
         """Whoever had the lease did not do the job: not to be asked again for a while."""
-        account = self._bidding.account_of(self._lent_to)
+        account, experience = self._bidding.account_of(self._lent_to), self._buyer.experience
         if account is not None:
-            self._buyer.experience.note_failure(account, self._buyer.now_ns())
+            was_handed_over = self._lifecycle.side.was_handed_over
+            note = experience.note_handed_over if was_handed_over else experience.note_failure
+            note(account, self._buyer.now_ns())
         self._take_back()
 
     def _take_back(self) -> None:
@@ -299,7 +291,7 @@ class Purchase:
         if not self._lent_to:
             return
         side, peer = self._lifecycle.side, peer_id(self._lent_to)
-        told_to = 0 if self._goods is None else self._goods.told_to
+        told_to = 0 if self._goods is None else self._goods.leave()
         self._stretches.lose(peer, side.outcome()[0], told_to)
         if edge == Edge.RESUBMIT and side.was_paid:
             letter = self._run.rows.add_letter(peer, side.delivered[-1], len(side.delivered))
@@ -318,7 +310,7 @@ class Purchase:
         buyer, order = self._buyer, self._stretches.now
         self._note_failure()
         self._returns, self._gone = Returns(), ""
-        self._goods = Goods(order.checked, buyer.store, buyer.dialer, self._peer)
+        self._goods = Goods(order.checked, buyer.store, buyer.dialer, self._peer, self._moved)
         await self._tell_loss(self._peer)
         self._say(m.Offer(bid, order.body))
 
@@ -436,6 +428,7 @@ class Purchase:
             with suppress(ProtocolError):
                 reason = self._lifecycle.side.desk.check_reject(wire, self._lifecycle.side.bid)
                 self._run.rows.add(REJECT_ROW, wire)
+                self._bidding.refused(reason)
                 await self._tell_rejected(reason)
         return await self._driver.hear(Received(wire))
 
@@ -499,6 +492,9 @@ class Purchase:
                 self._to_verify = trio.Event()
                 wait_s = min(2 * wait_s, MAX_RETRY_S)
             self._looked.set()
+
+    def _moved(self) -> None:
+        self._nursery.start_soon(self._driver.hear, Fetched())
 
     async def _verify_the_last(self) -> None:
         """A checkpoint that came before the provider gave up is not to be lost."""
@@ -565,7 +561,8 @@ class Purchase:
         buyer = self._buyer
         rows = buyer.runs.rows(self._run.id)
         result = self._stretches.recall(rows)
-        goods = self._goods = Goods(self._stretches.now.checked, buyer.store, buyer.dialer)
+        checked = self._stretches.now.checked
+        goods = self._goods = Goods(checked, buyer.store, buyer.dialer, on_moved=self._moved)
         if result:
             goods.recall_result(result)
         self._bidding.recall(rows, self._stretches.now)

@@ -12,6 +12,12 @@ from typing import Final
 
 import trio
 
+from p2pflop.job.events import State
+
+UNCONFIRMED: Final = frozenset({State.RANKING, State.WAITING, State.BIDDING})
+BOUND: Final = frozenset({State.CONFIRMING, State.RUNNING, State.VERIFYING})
+"""When a provider is bound by a confirm."""
+
 OPEN_S: Final = 8.0
 RETURN_S: Final = 0.25
 MAX_RETURNS: Final = 5

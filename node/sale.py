@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -44,7 +43,7 @@ from p2pflop.job.events import (
 from p2pflop.job.file import CheckedJob, JobBody
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.selling import provider as provider_lifecycle
-from p2pflop.job.spec import BlobSource, Result
+from p2pflop.job.spec import BlobSource
 from p2pflop.keys import peer_id
 from p2pflop.market.desk import ProviderDesk
 from p2pflop.market.fills import SALT_BYTES
@@ -65,6 +64,7 @@ from p2pflop.node.execute import (
 from p2pflop.node.feeding import Feeds
 from p2pflop.node.goods import check_inline
 from p2pflop.node.journal import JobRows, Row, Unpaid
+from p2pflop.node.sale_rows import Delivery, SaleRow, named
 from p2pflop.node.supply import Supply
 from p2pflop.node.window import COUNTERSIGN_WITHIN_S, Window, window_of
 from p2pflop.node.worker_types import Rows
@@ -77,24 +77,6 @@ MAX_FAULT_CHARS: Final = 200
 WORKER_THREADS: Final = 1
 
 _log = logging.getLogger(__name__)
-
-
-class SaleRow(StrEnum):
-    """Rows of a sale beside those of its lifecycle."""
-
-    BID = "bid"
-    ACCOUNT = "account"
-    BODY = "body"
-    PRICE = "price"
-    RESULT = "result"
-    INTERVAL = "interval"
-
-
-class _Delivery(msgspec.Struct, array_like=True, frozen=True):
-    """What a result names, as the journal keeps it."""
-
-    result: bytes
-    blobs: tuple[tuple[bytes, bytes], ...]
 
 
 class Sale:
@@ -124,9 +106,10 @@ class Sale:
         self._checkpoints: dict[int, m.Checkpoint] = {}
         self._at_hand: dict[bytes, bytes] = {}
         self._shown_to = bid.record.job.first_step
-        self._delivery: _Delivery | None = None
+        self._delivery: Delivery | None = None
         self._booked = b""
         self._window: Window | None = None
+        self._execution: Execution | None = None
         self._working = trio.CancelScope()
         self._may_run = trio.Event()
         self._confirm_kept = trio.Event()
@@ -185,6 +168,31 @@ class Sale:
                 self._break_off(failure)
             self._seller.release(self)
 
+    @property
+    def attended(self) -> bool:
+        """Whether its buyer has a stream to it."""
+        return self._conversation is not None
+
+    @property
+    def waits_for(self) -> str:
+        """What a node that is to stop waits for, in words: nothing once all is handed over."""
+        execution, state = self._execution, self.state
+        if self.over or self.driver.failure is not None:
+            return ""
+        if state is State.RUNNING and execution is not None:
+            if not execution.has_left:
+                return "the running step and its checkpoint"
+            return "the buyer to verify the checkpoint" if self._lifecycle.side.unsigned else ""
+        delivered = state in (State.COMMITTED, State.RECEIPTED)
+        return "the buyer to verify the result" if delivered and self.attended else ""
+
+    def leave(self) -> None:
+        """Compute no further than the current step."""
+        if self._execution is not None:
+            self._execution.leave()
+        if self._window is not None:
+            self._window.wake()
+
     async def tell(self, event: Event) -> None:
         """Tell the lifecycle of something that happened here."""
         await self.driver.on(event)
@@ -198,7 +206,7 @@ class Sale:
         """Take up what the journal remembers."""
         for row in rows:
             if row.kind == SaleRow.RESULT:
-                self._delivery = msgspec.msgpack.decode(row.body, type=_Delivery)
+                self._delivery = msgspec.msgpack.decode(row.body, type=Delivery)
             elif row.kind == SaleRow.INTERVAL:
                 checkpoint = decode(m.Checkpoint, row.body)
                 self._checkpoints[checkpoint.step] = checkpoint
@@ -207,9 +215,9 @@ class Sale:
         await self.driver.resume(rows)
         self._bind()
         if self._delivery is not None and not self.over:
-            await self._hold(_named(self._delivery.result))
+            await self._hold(named(self._delivery.result))
         for told in self._checkpoints.values():
-            await self._hold(_named(told.interval))
+            await self._hold(named(told.interval))
 
     async def attend(self, conversation: Conversation, first: m.Message) -> None:
         """Talk with the buyer over this stream, from now on the only one."""
@@ -423,7 +431,7 @@ class Sale:
             if checked.feeds:
                 nursery.start_soon(feeds.run)
             async with seller.warm.lease(self.account, limits) as worker:
-                execution = Execution(
+                execution = self._execution = Execution(
                     self._checked,
                     seller.workers.class_id,
                     seller.store,
@@ -438,7 +446,9 @@ class Sale:
                 await self._may_run.wait()
                 outcome = await execution.run(self._checkpoint_plan(), self._tell_rows)
             nursery.cancel_scope.cancel()
-        self._delivery = _Delivery(encode(outcome.result), inline_blobs(outcome.kept))
+        if outcome is None:
+            return
+        self._delivery = Delivery(encode(outcome.result), inline_blobs(outcome.kept))
         self.rows.add(SaleRow.RESULT, msgspec.msgpack.encode(self._delivery))
         salt = secrets.token_bytes(SALT_BYTES)
         done = Done(outcome.done_to, outcome.result.state_root, outcome.hash, salt)
@@ -511,9 +521,9 @@ class Sale:
         self._checkpoints = {step: told for step, told in kept if step > receipt.to_step}
         needed = {source.address for source in self._inputs()}
         needed |= {
-            address for told in self._checkpoints.values() for address in _named(told.interval)
+            address for told in self._checkpoints.values() for address in named(told.interval)
         }
-        of_past = {address for told in past for address in _named(told.interval)}
+        of_past = {address for told in past for address in named(told.interval)}
         if self._delivery is None:  # else the result may name them too
             await self._seller.blobs.drop(self.bid.id, of_past - needed)
 
@@ -587,17 +597,3 @@ def _reason(failure: Exception) -> str:
     if isinstance(failure, StoreError):
         return "the provider's disk failed"
     return failure.message if isinstance(failure, P2PFlopError) else "the node failed"
-
-
-def _named(result: bytes) -> list[bytes]:
-    """The addresses in an encoded Result."""
-    record = decode(Result, result)
-    return [*(output.address for output in record.outputs), record.trace, *record.state]
-
-
-def first_row(rows: list[Row], kind: str) -> bytes:
-    """The body of the first row of a kind. Raises StoreError."""
-    for row in rows:
-        if row.kind == kind:
-            return row.body
-    raise StoreError(f"the journal has no {kind} row for this sale")

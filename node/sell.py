@@ -26,7 +26,7 @@ from p2pflop.errors import (
     ProviderError,
     VerificationError,
 )
-from p2pflop.job.events import Grant, State, Withdraw
+from p2pflop.job.events import Grant, State
 from p2pflop.job.file import CheckedJob, JobBody
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import OpenBid, check_bid, make_reject
@@ -37,12 +37,15 @@ from p2pflop.node.allocator import Allocator
 from p2pflop.node.config import Settings
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.guard import keep_going, survive
+from p2pflop.node.handing_over import SHUTTING_DOWN, hand_over
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import PROVIDER, Head, JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.opening import Opener
-from p2pflop.node.sale import Sale, SaleRow, first_row
+from p2pflop.node.quoting import Quoting
+from p2pflop.node.sale import Sale
+from p2pflop.node.sale_rows import SaleRow, first_row
 from p2pflop.node.service import Json
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.tape import TapeService
@@ -82,6 +85,7 @@ class Seller:
     allocator: Allocator = field(init=False)
     blobs: LeaseBlobs = field(init=False)
     opener: Opener = field(init=False)
+    quoting: Quoting = field(init=False)
     _sales: dict[bytes, Sale] = field(default_factory=dict)
     _over: OrderedDict[bytes, Sale] = field(default_factory=OrderedDict)
     _over_bytes: int = 0
@@ -103,6 +107,7 @@ class Seller:
             self.allocator.note_unpaid(unpaid)
         self.blobs = LeaseBlobs(self.store, self.now_ns)
         self.opener = Opener(self.now_ns)
+        self.quoting = Quoting(self)
 
     @property
     def busy(self) -> int:
@@ -129,8 +134,10 @@ class Seller:
             await sale.attend(Conversation(stream), first)
 
     def resume(self) -> None:
-        """Bring every sale that a restart found unfinished to its end, and sweep old blobs."""
+        """Bring every sale that a restart found unfinished to its end, and sweep old blobs; answer
+        wishes."""
         self.nursery.start_soon(survive, self._take_all_up)
+        self.nursery.start_soon(keep_going, self.quoting.run)
 
     def cards(self) -> list[Json]:
         """Sales that are not over, oldest first, as JSON. See ``NodeService.sales``."""
@@ -150,12 +157,12 @@ class Seller:
         ]
 
     async def stop(self) -> None:
-        """Take no more bids and give running leases back."""
+        """Take no more bids; hand over what runs and give it back (``handing_over.py``)."""
         self.stopping = True
+        sales = [sale for sale in self._sales.values() if not sale.over]
         async with trio.open_nursery() as nursery:
-            for sale in [sale for sale in self._sales.values() if not sale.over]:
-                await sale.tell(Withdraw("the provider is shutting down"))
-                nursery.start_soon(sale.part)
+            for sale in sales:
+                nursery.start_soon(hand_over, sale)
 
     def release(self, sale: Sale) -> None:
         """Called by a sale that has ended, once its worker has too."""
@@ -251,7 +258,9 @@ class Seller:
 
     def _objection(self, bid: OpenBid) -> str:
         if self.stopping:
-            return "the provider is shutting down"
+            return SHUTTING_DOWN
+        if self.quoting.is_filled(bid.quote_id):
+            return "the quote is filled already"
         return self.allocator.objection(bid, self.now_ns())
 
     async def _grant(
@@ -261,6 +270,8 @@ class Seller:
         sale = self._remember(bid.sealed, bid.account, body, checked, head)
         sale.body_bytes = len(encoded)
         self.allocator.take(sale)
+        if bid.quote_id:
+            self.quoting.fill(bid.quote_id)
         await self._hold_inputs(sale, checked)
         sale.rows.add(SaleRow.BID, bid.sealed.wire)
         sale.rows.add(SaleRow.ACCOUNT, bid.account)

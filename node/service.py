@@ -13,6 +13,7 @@ kind            fields
 ``state``       ``state``: the buyer's lifecycle state
 ``ranked``      ``deals``: ``[{provider, account, total_nusd, minutes, price_nusd}]`` best first,
                 ``misses``: ``[{provider, reason}]``
+``resting``     ``limit_nusd``: the most that the wish would pay, ``deadline_ns``: until when
 ``filled``      ``provider``, ``quote_nusd``, ``first_step``: where its stretch begins,
                 ``prepaid_nusd``: what is paid ahead to its account
 ``rejected``    ``provider``, ``reason`` (a peer's own words: clean them before a terminal)
@@ -65,7 +66,8 @@ class SubmitOptions:
     ``checkpoint_steps`` is how many steps lie between two checkpoints, ``checkpoint_s`` after how
     many seconds without one there should be another (0: never). ``classes`` names the
     classes that it may be computed in: ids in hex, names of this machine's, or ``any`` alone; none
-    are this node's own. ``fresh`` buys even what has been bought before.
+    are this node's own. ``fresh`` buys even what has been bought before. ``rest`` waits, as a wish
+    in the order book, where no ask fits.
     ``run_id`` (12 hex digits) makes a submission safe to repeat: if that run exists, it is the one.
     """
 
@@ -75,6 +77,7 @@ class SubmitOptions:
     checkpoint_s: int | None = None
     classes: tuple[str, ...] = ()
     fresh: bool = False
+    rest: bool = False
     run_id: str | None = None
 
 
@@ -137,6 +140,9 @@ class NodeService(Protocol):
 
     async def book(self) -> list[Json]:
         """The asks that this node knows."""
+
+    async def wishes(self) -> list[Json]:
+        """The wishes that this node knows, by class and limit; of its own it says so."""
 
     async def market(self) -> Json:
         """``classes``: of each the ``depth`` of its asks, ``last_nusd``, ``low_nusd``,

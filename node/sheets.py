@@ -1,11 +1,12 @@
 """This node's sheets and everybody's book, kept alike by gossip and by comparing books.
 
-A new sheet is gossiped once; each node passes it on only if it changed its book. What gossip lost
-is mended by comparing books: on every new connection, and with a few neighbours in turn. What is
-taken, passed on and compared when is decided in ``p2pflop.market.relay``, how two books compare in
-``p2pflop.market.exchange``; here are the streams and the clock. The signatures of a long parcel are
-checked in a thread, a frame at a time. Those of a gossiped sheet take 0.1 ms and are checked where
-it arrives, as gossip waits for the verdict; quotas bound how often.
+A new sheet is gossiped once; each node passes it on only if it changed its book, at once or within
+a second. What gossip lost is mended by comparing books: on every new connection, and with a few
+neighbours in turn. What is taken, passed on and compared when is decided in
+``p2pflop.market.relay``, how two books compare in ``p2pflop.market.exchange``; here are the streams
+and the clock. The signatures of a long parcel are checked in a thread, a frame at a time. Those of
+a gossiped sheet take 0.1 ms and are checked where it arrives, as gossip waits for the verdict;
+quotas bound how often.
 
 Own sheets live for an hour and are issued anew every ``REISSUE_S``, so that a node that vanished
 leaves the book by itself.
@@ -26,8 +27,8 @@ from p2pflop.dht.planes import Dialer, Stream
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.market.book import Book
 from p2pflop.market.exchange import Exchange, Message, read
-from p2pflop.market.records import Ask, Sheet
-from p2pflop.market.relay import COMPARE_SOON_S, Outcome, Relay
+from p2pflop.market.records import Ask, Sheet, Wish
+from p2pflop.market.relay import PASS_ON_S, Outcome, Relay
 from p2pflop.market.sheets import OpenSheet, make_sheet
 from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.identity import Identity
@@ -44,8 +45,9 @@ SILENCE_S: Final = 4.0
 """Longer than a book's signatures take: a stalled stream must not hold up the next comparison."""
 CLOSE_S: Final = 2.0
 MAX_TOLD_OF_WITHDRAWAL: Final = 16
-HONOURED_SHEETS: Final = 4
-"""Superseded own sheets on which bids that were under way are still taken."""
+HONOURED_SHEETS: Final = 8
+"""Own sheets on which bids that were under way are still taken: some seconds' worth, as wishes come
+and go."""
 MAX_EXCHANGES: Final = 16
 """Answered at once, one of each peer: each may cost a book's worth of bytes."""
 LONG_FRAME_BYTES: Final = 8 * KIB
@@ -65,10 +67,21 @@ class Gossip(Dialer, Protocol):
 
 
 class SheetService:
-    """The book, the node's own sheet in it, and its conversations about sheets."""
+    """The book, the node's own sheet in it, and its conversations about sheets.
+
+    ``addresses`` are told on the sheet, and without ``gossip`` nobody else gets it, unless
+    ``offer`` says otherwise.
+    """
 
     def __init__(
-        self, identity: Identity, book: Book, host: Gossip, now_ns: Callable[[], int]
+        self,
+        identity: Identity,
+        book: Book,
+        host: Gossip,
+        now_ns: Callable[[], int],
+        *,
+        addresses: Sequence[str] = (),
+        gossip: bool = True,
     ) -> None:
         self.book = book
         self.relay = Relay(book, secrets.SystemRandom().random, identity.network)
@@ -76,8 +89,10 @@ class SheetService:
         self._host = host
         self._now_ns = now_ns
         self._asks: Callable[[int], Sequence[Ask]] | None = None
-        self._addresses: tuple[str, ...] = ()
-        self._gossip = True
+        self._wishes: Callable[[int], Sequence[Wish]] = lambda _: ()
+        self._on_news: list[Callable[[], None]] = []
+        self._addresses = tuple(addresses)
+        self._gossip = gossip
         self._last_number = book.last_number(identity.node.public_key)
         self._own: dict[int, OpenSheet] = {}
         self._answering: set[str] = set()
@@ -92,6 +107,14 @@ class SheetService:
     def newest(self) -> OpenSheet | None:
         """The node's own newest sheet."""
         return self._own.get(self._last_number)
+
+    def wish(self, wishes: Callable[[int], Sequence[Wish]]) -> None:
+        """Take the wishes on each new sheet from ``wishes(until_ns)``."""
+        self._wishes = wishes
+
+    def on_news(self, told: Callable[[], None]) -> None:
+        """Call ``told()`` whenever the book may have changed, the own sheet too."""
+        self._on_news.append(told)
 
     def nodes_of(self, account: bytes) -> list[bytes]:
         """The keys of nodes of that account in the book now."""
@@ -123,9 +146,10 @@ class SheetService:
 
         Gossip is too slow for a node that is about to go, so books are compared as well.
         """
-        if self._asks is None:
+        newest = self.newest
+        self._asks, self._wishes = None, lambda _: ()
+        if newest is None or not (newest.sheet.asks or newest.sheet.wishes):
             return
-        self._asks = None
         await self.issue()
         async with trio.open_nursery() as nursery:
             for peer in self._host.peers()[:MAX_TOLD_OF_WITHDRAWAL]:
@@ -142,6 +166,7 @@ class SheetService:
             now_ns=now_ns,
             delegation=self._identity.delegation(now_ns),
             asks=() if self._asks is None else self._asks(now_ns + lifetime_ns),
+            wishes=self._wishes(now_ns + lifetime_ns),
             addresses=self._addresses,
             lifetime_ns=lifetime_ns,
             network=self._identity.network,
@@ -153,6 +178,7 @@ class SheetService:
         while len(self._own) > HONOURED_SHEETS:
             del self._own[min(self._own)]
         self.book.apply(sheet, now_ns)
+        self._tell_news()
         await self._publish(sheet.sealed.wire)
         return sheet
 
@@ -163,6 +189,8 @@ class SheetService:
             _log.debug("sheet from %s: %s", source, printable(verdict.reason))
         if verdict.outcome is Outcome.PROOF:
             _log.warning("a node signed two sheets under one number; both are dropped")
+        if verdict.outcome.is_passed_on:
+            self._tell_news()
         return verdict.outcome.is_passed_on
 
     def met(self, peer: str, addresses: Sequence[str]) -> None:
@@ -174,9 +202,9 @@ class SheetService:
         self.relay.disconnected(peer)
 
     async def run(self) -> None:
-        """Reissue, expire and compare, until cancelled."""
+        """Reissue, expire, pass on and compare, until cancelled."""
         async with trio.open_nursery() as nursery:
-            for task in (self._reissue, self._expire, self._compare_in_turn):
+            for task in (self._reissue, self._expire, self._mend):
                 nursery.start_soon(keep_going, task)
 
     async def compare(self, peer: str) -> int:
@@ -220,6 +248,9 @@ class SheetService:
         except ProtocolError:
             self.relay.fault(stream.peer, self._now_ns())
             raise
+        finally:
+            if exchange.news:
+                self._tell_news()
         return exchange.news
 
     async def _read(self, kind: type[Record], frame: bytes) -> Message:
@@ -227,6 +258,10 @@ class SheetService:
             await trio.lowlevel.checkpoint()
             return read(kind, frame, self._identity.network)
         return await trio.to_thread.run_sync(read, kind, frame, self._identity.network)
+
+    def _tell_news(self) -> None:
+        for told in self._on_news:
+            told()
 
     async def _publish(self, wire: bytes) -> None:
         if not self._gossip:
@@ -239,7 +274,8 @@ class SheetService:
     async def _reissue(self) -> None:
         while True:
             await trio.sleep(REISSUE_S)
-            if self._asks is not None:
+            newest = self.newest
+            if newest is not None and (newest.sheet.asks or newest.sheet.wishes):
                 await self.issue()
 
     async def _expire(self) -> None:
@@ -247,10 +283,12 @@ class SheetService:
             await trio.sleep(EXPIRE_S)
             self.book.expire(self._now_ns())
 
-    async def _compare_in_turn(self) -> None:
+    async def _mend(self) -> None:
         async with trio.open_nursery() as nursery:
             while True:
-                await trio.sleep(COMPARE_SOON_S)
+                await trio.sleep(PASS_ON_S)
+                for wire in self.relay.to_pass_on(self._now_ns()):
+                    await self._publish(wire)
                 for peer in self.relay.due(self._now_ns()):
                     nursery.start_soon(survive, self._compare_quietly, peer)
 

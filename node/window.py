@@ -14,7 +14,7 @@ from typing import Final
 
 import trio
 
-from p2pflop.job.spec import MODE_COLLECT, Work
+from p2pflop.job.spec import Work
 from p2pflop.market.receipts import amount_nusd
 from p2pflop.market.records import Bid
 
@@ -37,6 +37,10 @@ class Window:
     def note_signed(self, amount_nusd: int) -> None:
         """The buyer has countersigned that much in all."""
         self.signed_nusd = amount_nusd
+        self.wake()
+
+    def wake(self) -> None:
+        """Have whoever waits look again."""
         self.news.set()
         self.news = trio.Event()
 
@@ -69,9 +73,8 @@ def window_of(
     bid: Bid, work: Work, limit_nusd: int | None, give_up: Callable[[], Awaitable[None]]
 ) -> Window | None:
     """The window of a lease; None where it changes nothing: without a limit, if all of the job
-    costs no more, and if the work collects, of which only the whole can be countersigned."""
-    collects = any(MODE_COLLECT in phase.modes for phase in work.phases)
-    if limit_nusd is None or bid.quote_nusd <= limit_nusd or collects:
+    costs no more."""
+    if limit_nusd is None or bid.quote_nusd <= limit_nusd:
         return None
 
     def due_nusd(step: int) -> int:

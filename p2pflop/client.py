@@ -112,6 +112,10 @@ class Client:
         """The asks that the node knows."""
         return self._list("book")
 
+    def wishes(self) -> list[Json]:
+        """The wishes of buyers that the node knows, by class and limit."""
+        return self._list("wishes")
+
     def market(self) -> Json:
         """``classes``: depth, last price and volume of each; and the ``take`` rate."""
         return self._json("GET", "/v1/market")
@@ -549,10 +553,10 @@ def _wait(wait_s: float | None) -> dict[str, str]:
 def _params(options: SubmitOptions | None) -> Params:
     fields = asdict(options) if options is not None else {}
     classes = list(fields.pop("classes", ()))
-    fresh = {"fresh": "1"} if fields.pop("fresh", False) else {}
+    switches = {name: "1" for name in ("fresh", "rest") if fields.pop(name, False)}
     run_id = fields.pop("run_id", None)
     given = {name: str(value) for name, value in fields.items() if value is not None}
-    return {**given, **fresh, **({"id": run_id} if run_id else {}), "class": classes}
+    return {**given, **switches, **({"id": run_id} if run_id else {}), "class": classes}
 
 
 def _blob(item: Json) -> BlobStat:

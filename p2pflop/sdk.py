@@ -307,6 +307,7 @@ def submit(
     checkpoint_every: str | float | None = None,
     classes: Sequence[str] = (),
     fresh: bool = False,
+    rest: bool = False,
     client: Client | None = None,
 ) -> Run:
     """Buy the run of a job on the best deal; returns as soon as the node has it in its journal.
@@ -318,7 +319,9 @@ def submit(
     ``["any"]``; the first provider fixes it. By default it is that of this machine, so that
     ``run_local`` gives the same hash. What this node has bought before, and still has, is
     not bought again: the run ends at once, at no cost; ``fresh`` buys it all the same. Inputs that
-    the node lacks are put into its store first, privately.
+    the node lacks are put into its store first, privately. Where no ask fits, the run fails; one
+    that may ``rest`` waits until its deadline instead, as a wish in the order book that providers
+    answer.
 
     Raises ConfigError for what is no job, BlobNotFoundError or VerificationError for an input that
     neither the job nor the node has whole.
@@ -327,7 +330,9 @@ def submit(
         raise ConfigError(
             f"submit takes a Job, not {job!r:.80}", hint="Make one with pf.trace or pf.load."
         )
-    options = submit_options(max_usd, deadline, checkpoint_steps, checkpoint_every, classes, fresh)
+    options = submit_options(
+        max_usd, deadline, checkpoint_steps, checkpoint_every, classes, fresh, rest
+    )
     client = client or Client(start=True)
     put_inputs(job, client)
     run_id, events = client.submit_and_follow(encode_file(job.file), options, wait_s=FIRST_S)
@@ -424,6 +429,7 @@ def submit_options(
     checkpoint_every: str | float | None = None,
     classes: Sequence[str] = (),
     fresh: bool = False,
+    rest: bool = False,
 ) -> SubmitOptions:
     """Options in the node's units. Raises ConfigError."""
     seconds = None
@@ -441,6 +447,7 @@ def submit_options(
         checkpoint_s=None if checkpoint_every is None else _seconds(checkpoint_every),
         classes=tuple(classes),
         fresh=fresh,
+        rest=rest,
     )
 
 

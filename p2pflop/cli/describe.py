@@ -86,7 +86,7 @@ def describe_meter(job: Job) -> dict[str, Any]:
     if stretch.first_step == 0:
         inits = [_line(opened, INIT, graph, 1) for graph in init_graphs(work)]
         lines += [line | {"moved_bytes": 0} for line in inits]
-    every = checkpoint_steps(work, stretch, None)
+    every = checkpoint_steps(stretch, None)
     return {
         "meter": METER_ID,
         "flop": opened.cost.flop,

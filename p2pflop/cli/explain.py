@@ -14,6 +14,7 @@ from p2pflop.errors import ConfigError, ProtocolError
 from p2pflop.keys import peer_id
 from p2pflop.market.evidence import Evidence, Replay, Replayed, replay
 from p2pflop.market.ranking import Deal, Miss
+from p2pflop.market.records import ticket_of
 from p2pflop.units import format_usd
 from p2pflop.wire import decode
 
@@ -132,12 +133,17 @@ def _print_look(look: Replay, provider: str) -> None:
 
 def _outcomes(look: Replay) -> Iterator[tuple[Deal | Miss, str]]:
     """Each ask, best first, and what came of it."""
-    bids = {(each.bid.provider, each.bid.ask): each for each in look.bids if each.bid is not None}
+    bids = {
+        (each.bid.provider, each.bid.ask, ticket_of(each.bid)): each
+        for each in look.bids
+        if each.bid is not None
+    }
     for entry in look.ranked:
-        replayed = bids.get((entry.node, entry.ask.number))
         if isinstance(entry, Miss):
             yield entry, f"does not do: {entry.reason}"
-        elif replayed is None:
+            continue
+        replayed = bids.get((entry.node, entry.ask.number, entry.ticket))
+        if replayed is None:
             yield entry, "not asked: another was better"
         elif replayed.filled:
             yield entry, "took the job" + (f", then: {replayed.reason}" if replayed.reason else "")

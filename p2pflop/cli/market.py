@@ -26,6 +26,7 @@ from p2pflop.cli.tape import (
     take_line,
     watch_book,
 )
+from p2pflop.cli.wishes import print_wishes, wish_lines
 from p2pflop.market.credit import ledger_risk
 from p2pflop.units import format_duration, format_usd
 
@@ -35,27 +36,31 @@ if TYPE_CHECKING:
 
 @click.command("book")
 @click.option("--classes", is_flag=True, help="Show the depth of each class, not each ask.")
+@click.option("--wishes", is_flag=True, help="Show the wishes of buyers alone.")
 @click.option("--watch", is_flag=True, help="Go on showing what changes, until Ctrl-C.")
 @common_options
 @click.pass_obj
-def book_command(flags: Flags, classes: bool, watch: bool) -> None:
+def book_command(flags: Flags, classes: bool, wishes: bool, watch: bool) -> None:
     """Show the order book.
 
     Every ask that this node knows, cheapest first; prices are dollars a PFLOP. Below, of each class
     the last price, the lowest and highest price and the volume of the tape, and how much is asked;
-    and the take rate. With --watch a terminal shows all of it anew every two seconds; into a pipe,
-    or with --json, goes a line for each ask that is new or gone.
+    the take rate; and what buyers wish for, if anything. With --watch a terminal shows all of it
+    anew every two seconds; into a pipe, or with --json, goes a line for each ask new or gone.
 
     \b
     Examples:
       p2pflop book
       p2pflop book --classes
+      p2pflop book --wishes
       p2pflop book --watch
       p2pflop book --json | jq '.[0]'
     """
     client = flags.client()
     if watch:
         watch_book(flags, client, lambda: _book_lines(client, classes=classes))
+    elif wishes:
+        print_wishes(flags, client.wishes())
     elif flags.json:
         print_json(client.market() if classes else client.book())
     else:
@@ -74,7 +79,8 @@ def _book_lines(client: Client, *, classes: bool) -> list[str]:
     else:
         empty = "No asks known yet: 'p2pflop peers' shows whether anybody is connected."
         lines = [*(table_lines(ASK_HEADER, map(ask_row, asks)) or [empty]), "", *lines]
-    return [*lines, "", take_line(market["take"])]
+    wished = wish_lines(client.wishes())
+    return [*lines, "", take_line(market["take"]), *(["", *wished] if wished else [])]
 
 
 @click.command("peers")

@@ -16,6 +16,9 @@ PR_SET_PDEATHSIG: Final = 1
 
 @click.command("node")
 @click.option("--ask", metavar="USD", help="Sell compute at this price a PFLOP; else do not sell.")
+@click.option(
+    "--wish-ask", metavar="USD", help="Answer wishes of buyers down to this price [default: --ask]."
+)
 @click.option("--listen", metavar="MULTIADDR", multiple=True, help="Listen here; repeatable.")
 @click.option("--port", type=click.IntRange(0, 65535), help="HTTP port [default: 7420; 0: any].")
 @click.option("--connect", metavar="MULTIADDR", multiple=True, help="Dial this peer; repeatable.")
@@ -55,6 +58,7 @@ PR_SET_PDEATHSIG: Final = 1
 def node_command(
     flags: Flags,
     ask: str | None,
+    wish_ask: str | None,
     listen: tuple[str, ...],
     port: int | None,
     connect: tuple[str, ...],
@@ -95,6 +99,7 @@ def node_command(
     overrides: dict[str, Any] = {
         "home": flags.home,
         "ask_nusd": None if ask is None else parse_usd(ask),
+        "wish_ask_nusd": None if wish_ask is None else parse_usd(wish_ask),
         "listen": listen or None,
         "http_port": port,
         "connect": connect or None,

@@ -24,7 +24,7 @@ from rich.text import Text
 from p2pflop.cli.output import Flags, clean, print_json, short, table_lines
 from p2pflop.market.credit import job_risk
 from p2pflop.runs import Run, check_event
-from p2pflop.units import NS_PER_S, format_duration, format_usd
+from p2pflop.units import MAX_NUSD, NS_PER_S, format_duration, format_usd
 
 MAX_SHOWN: Final = 20
 PLAIN_EVERY_S: Final = 5.0
@@ -107,6 +107,13 @@ class RunView:
     def _on_ranked(self, event: Mapping[str, Any]) -> None:
         for line in ranked_lines(event):
             self._console.print(Text(line), soft_wrap=True)
+
+    def _on_resting(self, event: Mapping[str, Any]) -> None:
+        limit_nusd = int(event["limit_nusd"])
+        limit = f"up to {format_usd(limit_nusd)}" if limit_nusd < MAX_NUSD else "any price"
+        self._say(
+            f"no ask fits now: resting as a wish, at {limit}, until a provider's quote or ask"
+        )
 
     def _on_filled(self, event: Mapping[str, Any]) -> None:
         quote = format_usd(int(event["quote_nusd"]))

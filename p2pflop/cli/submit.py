@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     help="Go on from a checkpoint after N steps.",
 )
 @click.option("--fresh", is_flag=True, help="Buy it even if it was bought before.")
+@click.option("--rest", is_flag=True, help="Where no ask fits, wait as a wish for a quote.")
 @click.option("--detach", is_flag=True, help="Print the run's id and leave it.")
 @click.option("--quote", is_flag=True, help="Show the ranked asks and buy nothing.")
 @common_options
@@ -62,6 +63,7 @@ def submit_command(
     classes: tuple[str, ...],
     from_step: int | None,
     fresh: bool,
+    rest: bool,
     detach: bool,
     quote: bool,
 ) -> None:
@@ -76,6 +78,7 @@ def submit_command(
       p2pflop submit digits.p2pj --max-usd 0.05
       p2pflop submit examples/digits.py --deadline 10m
       p2pflop submit digits.p2pj --quote
+      p2pflop submit digits.p2pj --max-usd 0.01 --deadline 8h --rest
       p2pflop submit digits.p2pj --from-step 500
       p2pflop submit digits.p2pj --json | jq -r 'select(.kind == "result") | .hash'
     """
@@ -109,6 +112,7 @@ def submit_command(
         checkpoint_every=checkpoint_every,
         classes=classes,
         fresh=fresh,
+        rest=rest,
         client=client,
     )
     if detach:

@@ -16,6 +16,7 @@ from p2pflop.job.events import (
     Cancel,
     Event,
     Fault,
+    Fetched,
     Lost,
     Ranked,
     Received,
@@ -30,7 +31,8 @@ from p2pflop.job.events import (
 from p2pflop.job.lifecycle import (
     BUYER,
     BUYER_LIMITS,
-    STALLS,
+    DELIVERY,
+    STALL,
     Edge,
     Lifecycle,
     Limit,
@@ -43,11 +45,16 @@ from p2pflop.units import NS_PER_S
 MAX_ATTEMPTS: Final = 64
 MAX_UNSIGNED_RECEIPTS: Final = 64
 JOB_FAULT_PREFIX: Final = "job: "
+ONE_OPINION: Final = " (so one account says; there is no other to ask)"
 GAVE_BACK: Final = "the provider gave the lease back: "
 BUSY_PREFIX: Final = "busy: "
 """How a provider's reason begins that holds now and may not hold later."""
+PREEMPTED_PREFIX: Final = "pre-empted: "
+"""How a provider's reason begins whose operator wants it to stop."""
 
 FIRST_WAIT_NS: Final = NS_PER_S // 2
+MAX_REST_NS: Final = 300 * NS_PER_S
+"""The longest wait of a run that rests: a quote wakes it sooner."""
 MAX_STALLED: Final = 5
 """How often a run is submitted again without having been delivered anything more."""
 
@@ -64,6 +71,7 @@ BUYER_EDGES: Final[Mapping[str, tuple[Edge, ...]]] = {
     "alive": (Edge.STARTED, Edge.ALIVE, Edge.WORKED, Edge.QUIET),
     "verified": (Edge.VERIFIED, Edge.COUNTERSIGN, Edge.QUIET),
     "refuted": (Edge.RESUBMIT, Edge.REFUTED, Edge.QUIET),
+    "fetched": (Edge.WORKED, Edge.QUIET),
     "unreachable": (Edge.RESUBMIT, Edge.LOST, Edge.QUIET),
     "cancel": (Edge.CANCEL, Edge.QUIET),
     "timer": (Edge.NEXT, Edge.SILENT, Edge.AGAIN),
@@ -86,8 +94,12 @@ class BuyerDesk(Protocol):
 
     def confirm(self, fill: bytes) -> bytes: ...
 
-    def provider_of(self, bid: bytes) -> bytes:
-        """The key of the provider's node that a bid is for."""
+    def account_of(self, bid: bytes) -> bytes:
+        """The account that a bid is to: its nodes have one opinion between them."""
+        ...
+
+    def is_own(self, bid: bytes) -> bool:
+        """Whether that account is the buyer's own."""
         ...
 
     def check_commit(self, wire: bytes, fill: bytes) -> None: ...
@@ -120,16 +132,18 @@ class Buying:
 
     Those of a stretch that was broken off are gone but for ``delivered``, the last receipt that was
     countersigned in each; ``was_paid`` tells whether the latest one had any.
+
+    One that ``rests`` waits until its deadline where no ask fits and nobody takes the job.
     """
 
     table: Table = BUYER
     limits: Mapping[State, Limit] = BUYER_LIMITS
-    stalls: Mapping[State, Limit] = STALLS
     edges: Mapping[str, tuple[Edge, ...]] = BUYER_EDGES
     initial = State.RANKING
 
-    def __init__(self, desk: BuyerDesk) -> None:
+    def __init__(self, desk: BuyerDesk, *, rests: bool = False) -> None:
         self.desk = desk
+        self.rests = rests
         self.attempt = 0
         self.rounds = 0
         self.faulted_by: set[bytes] = set()
@@ -195,6 +209,11 @@ class Buying:
             case _:
                 raise ValueError(f"{edge} with {len(parts)} parts")
 
+    @property
+    def was_handed_over(self) -> bool:
+        """Whether the latest provider had to stop, and brought what it had computed first."""
+        return self.was_paid and self._reason.startswith(GAVE_BACK + PREEMPTED_PREFIX)
+
     def _leave(self, reason: str, bid: bytes, resubmits: bool) -> None:
         """A provider is of no use; ``bid`` is for the next one, empty to wait for another round."""
         self.was_paid = bool(self.countersigned)
@@ -203,7 +222,7 @@ class Buying:
             self.stalled, self.faulted_by = 0, set()
         self.attempt += 1
         if reason.startswith(GAVE_BACK + JOB_FAULT_PREFIX):
-            self.faulted_by.add(self.desk.provider_of(self.bid))
+            self.faulted_by.add(self.desk.account_of(self.bid))
         self.bid, self._reason = bid, reason
         self._busy = self._busy or BUSY_PREFIX in reason
         if not bid:
@@ -224,7 +243,13 @@ class Buying:
         if state is not State.WAITING:
             return limit
         wait_ns = FIRST_WAIT_NS << min(self.rounds, 16) if self.rounds else 0
-        return Limit(limit.name, min(limit.after_ns, wait_ns))
+        return Limit(limit.name, min(MAX_REST_NS if self.rests else limit.after_ns, wait_ns))
+
+    def stall(self, state: State) -> Limit | None:
+        """See ``Side``. What was billed and is not here weighs more than what is told."""
+        if state is State.RUNNING and not self.unsigned:
+            return STALL
+        return DELIVERY if state in (State.RUNNING, State.VERIFYING) else None
 
     def revive(self, _state: State) -> Sequence[Move]:
         """See ``Side``: a buyer goes on where it was."""
@@ -232,6 +257,8 @@ class Buying:
 
     def pending(self, state: State) -> Sequence[Action]:
         """See ``Side``. In RANKING the driver ranks again."""
+        if state is State.WAITING:
+            return [Start("rest" if self.rests else "wait")]
         if state is State.BIDDING:
             return [Send("bid", self.bid)]
         if state in (State.CONFIRMING, State.RUNNING, State.VERIFYING):
@@ -299,18 +326,21 @@ class Buying:
         return self._start_over(reason, state, now_ns, Edge.GIVEN_UP, fence=False)
 
     def _on_job_fault(self, reason: str, now_ns: int) -> Move:
-        """One provider says that the job itself is to blame: believed when a second one says so,
-        or when there is no other to ask, not even one that has no room now."""
-        if self.faulted_by - {self.desk.provider_of(self.bid)}:
+        """A provider says that the job itself is to blame: believed of the buyer's own account,
+        when a second account says so, or when there is no other to ask, not even one that has no
+        room now. If its other nodes come next, ranking anew finds others first: it is avoided."""
+        account = self.desk.account_of(self.bid)
+        if self.faulted_by - {account} or self.desk.is_own(self.bid):
             return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
         bid = self._next_bid(now_ns)
-        if bid is not None and self.countersigned:
+        is_same = bid is not None and self.desk.account_of(bid) == account
+        if bid is not None and (self.countersigned or (is_same and not self.faulted_by)):
             return self._resubmit(reason, fence=False)
         if bid is not None:
             return self._go_to(bid, reason, fence=False)
         if self._busy:
             return self._wait(reason, fence=False)
-        return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
+        return self._end(Edge.JOB_FAULT, reason + ONE_OPINION, Blame.JOB, fence=False)
 
     def _start_over(
         self, reason: str, state: State, now_ns: int, edge: Edge, *, fence: bool = True
@@ -342,7 +372,7 @@ class Buying:
             case Alive(worked):
                 if state is State.CONFIRMING:
                     return Move(Edge.STARTED)
-                alive = Edge.WORKED if worked else Edge.ALIVE
+                alive = Edge.WORKED if worked and not self.unsigned else Edge.ALIVE
                 return Move(alive if state is State.RUNNING else Edge.QUIET)
             case _ if state in (State.RANKING, State.WAITING, State.VERIFYING):
                 # No stream is needed yet, or all that is needed can come over another one.
@@ -359,15 +389,13 @@ class Buying:
             return self._end(Edge.SILENT, "no deal was found in time", Blame.MARKET)
         if state is State.WAITING:
             return Move(Edge.AGAIN, (), [Start("rank")])
-        if state is State.VERIFYING:
-            reason = "the result could not be verified in time"
-            return self._start_over(reason, state, now_ns, Edge.SILENT)
-        stall = STALLS.get(state)
-        if stall is not None and name == stall.name:
-            reason = f"the provider made no progress for {stall.after_ns // NS_PER_S} s"
-            return self._fall(reason, state, now_ns, Edge.SILENT)
-        seconds = BUYER_LIMITS[state].after_ns // NS_PER_S
-        return self._fall(f"the provider was silent for {seconds} s", state, now_ns, Edge.SILENT)
+        limit, did = BUYER_LIMITS[state], "was silent"
+        if name == DELIVERY.name:
+            limit, did = DELIVERY, "handed over nothing more of what it billed"
+        elif name == STALL.name:
+            limit, did = STALL, "made no progress"
+        reason = f"the provider {did} for {limit.after_ns // NS_PER_S} s"
+        return self._fall(reason, state, now_ns, Edge.SILENT)
 
     def _on_deadline(self, state: State) -> Move:
         blame = Blame.PROVIDER if state is State.RUNNING else Blame.MARKET
@@ -377,7 +405,7 @@ class Buying:
         match event:
             case Ranked(reason):
                 bid = self.desk.bid(self.attempt, now_ns)
-                if bid is None and self._has_filled:
+                if bid is None and (self._has_filled or self.rests):
                     return self._wait(reason, fence=False)
                 if bid is None:
                     return self._end(Edge.NO_DEAL, reason, Blame.MARKET)
@@ -388,6 +416,8 @@ class Buying:
                 return self._on_verified(number)
             case Refuted(reason, wire) if wire in self.unsigned.values():
                 return self._start_over(f"wrong delivery: {reason}", state, now_ns, Edge.REFUTED)
+            case Fetched() if self.unsigned:
+                return Move(Edge.WORKED)
             case Unreachable(reason) if state is State.VERIFYING:
                 reason = f"the provider was lost: {reason}"
                 return self._start_over(reason, state, now_ns, Edge.LOST)
@@ -419,7 +449,7 @@ class Buying:
         bid = self._next_bid(now_ns)
         if bid is not None:
             return self._go_to(bid, reason, fence=True)
-        if self._has_filled or self._busy or BUSY_PREFIX in reason:
+        if self._has_filled or self.rests or self._busy or BUSY_PREFIX in reason:
             return self._wait(reason, fence=True)
         message = f"no provider took the job; the last one: {reason}"
         return self._end(Edge.EXHAUSTED, message, Blame.MARKET)
@@ -437,7 +467,7 @@ class Buying:
     def _wait(self, reason: str, *, fence: bool) -> Move:
         abandon = self._fence(reason) if fence else []
         parts = (reason.encode(), b"", abandon[0].wire if abandon else b"")
-        return Move(Edge.WAIT, parts, [*abandon, Start("wait")])
+        return Move(Edge.WAIT, parts, [*abandon, Start("rest" if self.rests else "wait")])
 
     def _end(self, edge: Edge, reason: str, blame: Blame, fence: bool = True) -> Move:
         abandon = self._fence(reason) if fence else []
@@ -462,6 +492,6 @@ class Buying:
         return [Send("countersign", self.countersigned)] if self.countersigned else []
 
 
-def buyer(desk: BuyerDesk, deadline_ns: int) -> Lifecycle[Buying]:
+def buyer(desk: BuyerDesk, deadline_ns: int, *, rests: bool = False) -> Lifecycle[Buying]:
     """A purchase that has not begun."""
-    return Lifecycle(Buying(desk), deadline_ns)
+    return Lifecycle(Buying(desk, rests=rests), deadline_ns)

@@ -113,6 +113,11 @@ class Refuted:
 
 
 @dataclass(frozen=True, slots=True)
+class Fetched:
+    """Buyer: a good deal more of what receipts are about is here."""
+
+
+@dataclass(frozen=True, slots=True)
 class Unreachable:
     """Buyer: what the last receipt is about is not all here, and its provider is gone."""
 
@@ -184,6 +189,7 @@ Event = (
     | Again
     | Verified
     | Refuted
+    | Fetched
     | Unreachable
     | Cancel
     | Grant
@@ -218,7 +224,8 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Begin ``prepare``, ``run`` or ``reveal`` (provider), or ``verify``, ``wait`` or ``rank``."""
+    """Begin ``prepare``, ``run`` or ``reveal`` (provider), or ``verify``, ``wait``, ``rest`` or
+    ``rank``. To rest is to wait for a quote, too, and begins once it is on disk."""
 
     task: str
 

@@ -18,7 +18,7 @@ A buyer whom every provider refused, and at least one for want of room, waits an
 more rarely, until its deadline. A buyer whose provider is lost takes ``RESUBMIT``: it ranks again
 and buys what is not delivered yet, as another stretch of the same work; the first time at once,
 then, as long as nothing more is delivered, after ever longer waits, and ``MAX_STALLED`` times at
-most. From its first fill on it waits, too, where no ask fits.
+most. From its first fill on it waits, too, where no ask fits; one that rests does from the start.
 
 Repeating is harmless: the same bid gets the same fill, the same confirm or receipt the same answer,
 in end states too. What a buyer has countersigned is owed, so a provider takes that in after its end
@@ -124,6 +124,8 @@ class Edge(StrEnum):
 
 
 VOLATILE: Final = frozenset({Edge.ALIVE, Edge.WORKED, Edge.REPEAT, Edge.QUIET})
+CLAIMS: Final = frozenset({Edge.RECEIPT, Edge.COMMIT, Edge.LAST_RECEIPT})
+"""Those by which a provider says, and does not yet show, that it has got on."""
 
 Table = Mapping[State, Mapping[Edge, State]]
 
@@ -201,6 +203,7 @@ BUYER: Final[Table] = {
         Edge.SILENT: State.FAILED,
         Edge.GIVEN_UP: State.FAILED,
         Edge.CANCEL: State.CANCELLED,
+        Edge.WORKED: State.VERIFYING,
         Edge.REPEAT: State.VERIFYING,
         Edge.QUIET: State.VERIFYING,
     },
@@ -253,7 +256,6 @@ PROVIDER: Final[Table] = {
         Edge.FAULT: State.FAILED,
         Edge.ABANDONED: State.RELEASED,
         Edge.SILENT: State.RELEASED,
-        Edge.ALIVE: State.COMMITTED,
         Edge.REPEAT: State.COMMITTED,
         Edge.QUIET: State.COMMITTED,
     },
@@ -279,16 +281,19 @@ class Limit:
     after_ns: int
 
 
+DELIVERY: Final = Limit("delivery", 60 * NS_PER_S)
+"""How long the buyer waits, each time, for a good deal more of what was billed."""
+STALL: Final = Limit("stall", 900 * NS_PER_S)
+"""How long a provider may be alive without any progress: longer than the longest step."""
+
 BUYER_LIMITS: Final[Mapping[State, Limit]] = {
     State.RANKING: Limit("ranking", 60 * NS_PER_S),
     State.BIDDING: Limit("answer", 10 * NS_PER_S),
     State.WAITING: Limit("again", MAX_WAIT_NS),
     State.CONFIRMING: Limit("start", 10 * NS_PER_S),
     State.RUNNING: Limit("provider silence", 30 * NS_PER_S),
-    State.VERIFYING: Limit("verification", 1800 * NS_PER_S),
+    State.VERIFYING: DELIVERY,
 }
-STALLS: Final[Mapping[State, Limit]] = {State.RUNNING: Limit("stall", 900 * NS_PER_S)}
-"""How long a provider may be alive without any progress: longer than the longest step."""
 
 PROVIDER_LIMITS: Final[Mapping[State, Limit]] = {
     State.OFFERED: Limit("decision", 10 * NS_PER_S),
@@ -330,7 +335,6 @@ class Side(Protocol):
 
     table: Table
     limits: Mapping[State, Limit]
-    stalls: Mapping[State, Limit]
     edges: Mapping[str, tuple[Edge, ...]]
     """Which edges an event of that name may take, in whatever state."""
     initial: State
@@ -349,6 +353,10 @@ class Side(Protocol):
 
     def limit(self, state: State) -> Limit:
         """How long that state may last from now: at most what ``limits`` says."""
+        ...
+
+    def stall(self, state: State, /) -> Limit | None:
+        """What else bounds that state: how long it may last without ``WORKED``."""
         ...
 
     def revive(self, state: State, /) -> Sequence[Move]:
@@ -441,11 +449,11 @@ class Lifecycle(Generic[SideT]):
         if self.ended:
             self._timers.clear()
             return [*actions, Stop(), Finish(after, *self.side.outcome())]
-        return [*actions, *self._arm(now_ns)]
+        return [*actions, *self._arm(now_ns, worked=move.edge not in CLAIMS)]
 
     def _arm(self, now_ns: int, *, worked: bool = True) -> list[Action]:
         limit = self.side.limit(self.state)
-        stall = self.side.stalls.get(self.state)
+        stall = self.side.stall(self.state)
         timers = {limit.name: now_ns + limit.after_ns}
         if stall is not None:
             fresh_ns = now_ns + stall.after_ns

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from types import MappingProxyType
 from typing import Final, Protocol
 
 from p2pflop.errors import ProtocolError
@@ -103,7 +102,6 @@ class Selling:
 
     table: Table = PROVIDER
     limits: Mapping[State, Limit] = PROVIDER_LIMITS
-    stalls: Mapping[State, Limit] = MappingProxyType({})
     edges: Mapping[str, tuple[Edge, ...]] = PROVIDER_EDGES
     initial = State.OFFERED
 
@@ -166,6 +164,10 @@ class Selling:
     def limit(self, state: State) -> Limit:
         """See ``Side``."""
         return self.limits[state]
+
+    def stall(self, _state: State) -> Limit | None:
+        """See ``Side``."""
+        return None
 
     def revive(self, state: State) -> Sequence[Move]:
         """See ``Side``. The worker died with the node, so a running lease is given back."""
@@ -242,7 +244,7 @@ class Selling:
         match event:
             case Timer(name):
                 return self._on_deadline(state) if name == DEADLINE else self._limit(state)
-            case Alive() if working:
+            case Alive() if state in (State.PREPARING, State.RUNNING):
                 return Move(Edge.ALIVE)
             case Fault(reason, job_fault) if working:
                 if job_fault:

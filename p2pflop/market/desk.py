@@ -54,7 +54,8 @@ class BuyerDesk:
     """A ``job.buying.BuyerDesk``.
 
     ``bid_on(attempt, now_ns)`` gives the sealed bid for the deal to try next, or None;
-    ``account_of(node)`` the account whose sheet offers for that node, or None if it has none.
+    ``account_of(node)`` the account whose sheet offers for that node, or None if it has none;
+    ``own_account`` is the buyer's.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class BuyerDesk:
         *,
         bid_on: Callable[[int, int], Sealed[Bid] | None],
         account_of: Callable[[bytes], bytes | None],
+        own_account: bytes,
         network: str = DEFAULT_NETWORK,
     ) -> None:
         self._key = key
         self._work = work
         self._bid_on = bid_on
         self._account_of = account_of
+        self._own_account = own_account
         self._records = _Records(network)
         self._network = network
 
@@ -95,9 +98,14 @@ class BuyerDesk:
         """See the protocol."""
         return make_confirm(self._key, self._records.get(Fill, fill), self._network).wire
 
-    def provider_of(self, bid: bytes) -> bytes:
+    def account_of(self, bid: bytes) -> bytes:
+        """See the protocol. A node whose account is not known any more counts as one."""
+        node = self._records.get(Bid, bid).record.provider
+        return self._account_of(node) or node
+
+    def is_own(self, bid: bytes) -> bool:
         """See the protocol."""
-        return self._records.get(Bid, bid).record.provider
+        return self.account_of(bid) == self._own_account
 
     def check_commit(self, wire: bytes, fill: bytes) -> None:
         """See the protocol."""

@@ -3,7 +3,8 @@
 A buyer keeps, of each look at the book, the sheets that it had, its policy and its bids with what
 came of them. ``replay`` ranks those sheets anew by the public rule and compares: the bids commit to
 the book and the policy by their digests, sheets and bids are signed, so that neither can be made up
-afterwards. A bid is right if every better deal was asked before and did not fill.
+afterwards. A bid is right if every better deal was asked before and did not fill. A directed quote
+is no part of the book: the bid on it shows it, and it has to be better than all that the book had.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from p2pflop.errors import ProtocolError, VerificationError
-from p2pflop.market.ranking import Deal, Miss, Need, Policy, rank, sum_costs
-from p2pflop.market.records import MAX_SHEET_BYTES, Bid, Fill, Reject, Rejected
+from p2pflop.market.ranking import Deal, Miss, Need, Policy, Quoted, rank, sum_costs
+from p2pflop.market.records import MAX_SHEET_BYTES, Bid, Fill, Reject, Rejected, ticket_of
 from p2pflop.market.sheets import OpenSheet, open_sheet
 from p2pflop.market.views import BookView
+from p2pflop.market.wishes import check_ticket
 from p2pflop.wire import U63, Hash, Key, Record, Sealed, Text, open_sealed
 
 MAX_SHEETS: Final = 256
@@ -136,17 +138,16 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
     def is_attested(account: bytes, _now_ns: int) -> bool:
         return account in attested
 
+    opened = [_open_attempt(attempt, network) for attempt in look.attempts]
+    quoted = _quoted(view, [bid for bid in opened if bid is not None], network)
     first: list[Deal | Miss] = []
     bids: list[Replayed] = []
-    for number, attempt in enumerate(look.attempts):
-        try:
-            bid = open_sealed(Bid, attempt.bid, network)
-            _check_answers(attempt, bid, network)
-        except (ProtocolError, VerificationError):
+    for number, (attempt, bid) in enumerate(zip(look.attempts, opened, strict=True)):
+        if bid is None:
             bids.append(Replayed(None, Verdict.FORGED, -1, False, attempt.reason))
             continue
         need = _need(look, view, bid.record)
-        ranked = rank(view.sheets, need, look.policy, look.at_ns, is_attested)
+        ranked = rank(view.sheets, need, look.policy, look.at_ns, is_attested, quoted)
         first = ranked if number == 0 else first
         deals = [entry for entry in ranked if isinstance(entry, Deal)]
         verdict, place = _judge(look, view, bid.record, deals, tried)
@@ -160,6 +161,29 @@ def _open_sheet(wire: bytes, network: str) -> OpenSheet:
     if isinstance(checked, Rejected):
         raise VerificationError(checked.reason)
     return checked
+
+
+def _open_attempt(attempt: Attempt, network: str) -> Sealed[Bid] | None:
+    """The bid of an attempt, or None if a record in it is not signed as it should be."""
+    try:
+        bid = open_sealed(Bid, attempt.bid, network)
+        _check_answers(attempt, bid, network)
+    except (ProtocolError, VerificationError):
+        return None
+    is_forged = ticket_of(bid.record) and isinstance(check_ticket(bid, network), Rejected)
+    return None if is_forged else bid
+
+
+def _quoted(view: BookView, bids: Sequence[Sealed[Bid]], network: str) -> list[Quoted]:
+    """The quotes that these bids show, once each, of nodes whose sheet was in the book."""
+    sheets = {sheet.node: sheet for sheet in view.sheets}
+    found = {}
+    for bid in bids:
+        quote = check_ticket(bid, network)
+        if isinstance(quote, Sealed) and quote.signer in sheets:
+            ticket = ticket_of(bid.record)
+            found[ticket] = Quoted(sheets[quote.signer], quote.record.ask, ticket)
+    return list(found.values())
 
 
 def _check_answers(attempt: Attempt, bid: Sealed[Bid], network: str) -> None:
@@ -199,8 +223,8 @@ def _judge(
     found = [
         place
         for place, deal in enumerate(deals)
-        if (deal.node, deal.sheet.sheet.number, deal.ask.number)
-        == (bid.provider, bid.sheet_number, bid.ask)
+        if (deal.node, deal.sheet.sheet.number, deal.ask.number, deal.ticket)
+        == (bid.provider, bid.sheet_number, bid.ask, ticket_of(bid))
     ]
     place = found[0] if found else -1
     if look.whole and bid.book_digest != view.digest:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from struct import Struct
 from typing import Annotated, ClassVar, Final
 
 import msgspec
@@ -33,12 +34,12 @@ from p2pflop.ids import content_hash
 from p2pflop.market.book import MAX_PROOFS, MAX_SHEETS
 from p2pflop.market.relay import MAX_SHEET_WIRE_BYTES, OpenedSheet, Opener, Outcome, Relay
 from p2pflop.market.sheets import open_sheet
-from p2pflop.market.views import BUCKETS, BookView, bucket_of
+from p2pflop.market.views import BUCKET_HASH_BYTES, BUCKETS, BookView
 from p2pflop.units import KIB, MIB
 from p2pflop.wire import U63, Hash, Key, Record, decode, encode
 
-BUCKET_HASH_BYTES: Final = 16
 OUTLINE_BYTES: Final = BUCKETS * BUCKET_HASH_BYTES
+_BUCKETS: Final = Struct(f"{BUCKET_HASH_BYTES}s")
 MAX_SUMMARIES_A_PAGE: Final = 8_192
 MAX_SHEETS_A_FRAME: Final = 64
 MAX_PROOFS_A_FRAME: Final = 16
@@ -155,7 +156,7 @@ class Exchange:
         self._dialling = dialling
         self._ours: Outline | None = None
         self._view = BookView((), 0)
-        self._differing: frozenset[int] = frozenset()
+        self._differing: tuple[int, ...] = ()
         self._proofs_differ = False
         self._entries: list[Summary] = []
         self._convictions: list[Conviction] = []
@@ -184,8 +185,7 @@ class Exchange:
     def _outline(self, now_ns: int) -> Outline:
         book = self._relay.book
         self._view = book.view(now_ns)
-        buckets = b"".join(digest[:BUCKET_HASH_BYTES] for digest in self._view.buckets)
-        self._ours = Outline(buckets, proofs_hash(book.convicted()))
+        self._ours = Outline(self._view.outline, proofs_hash(book.convicted()))
         return self._ours
 
     def _on_outline(self, theirs: Outline, now_ns: int) -> Iterator[bytes]:
@@ -196,11 +196,8 @@ class Exchange:
         if ours == theirs:
             self.done = True
             return
-        self._differing = frozenset(
-            bucket
-            for bucket in range(BUCKETS)
-            if _bucket(ours.buckets, bucket) != _bucket(theirs.buckets, bucket)
-        )
+        pairs = zip(*(_BUCKETS.iter_unpack(o.buckets) for o in (ours, theirs)), strict=True)
+        self._differing = tuple(number for number, (one, other) in enumerate(pairs) if one != other)
         self._proofs_differ = ours.proofs != theirs.proofs
         self.expects = Listing
         if not self._dialling:
@@ -249,8 +246,8 @@ class Exchange:
     def _listing(self) -> Iterator[bytes]:
         entries = [
             Summary(sheet.node, sheet.sheet.number, sheet.sealed.id)
-            for sheet in self._view.sheets
-            if bucket_of(sheet.node) in self._differing
+            for bucket in self._differing
+            for sheet in self._view.bucket(bucket)
         ]
         convicted = self._relay.book.convicted() if self._proofs_differ else {}
         convictions = tuple(Conviction(*each) for each in sorted(convicted.items()))
@@ -299,10 +296,6 @@ def proofs_hash(convicted: dict[bytes, int]) -> bytes:
     return content_hash(
         b"".join(node + number.to_bytes(8, "big") for node, number in sorted(convicted.items()))
     )
-
-
-def _bucket(buckets: bytes, number: int) -> bytes:
-    return buckets[number * BUCKET_HASH_BYTES : (number + 1) * BUCKET_HASH_BYTES]
 
 
 def _slice(items: Sequence, number: int, size: int) -> tuple:  # type: ignore[type-arg]

@@ -20,7 +20,7 @@ from p2pflop.ids import HASH_BYTES, content_hash
 from p2pflop.job.lifecycle import CONFIRM_WITHIN_NS
 from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey, peer_id
-from p2pflop.market.ranking import Deal, sum_costs, total_nusd
+from p2pflop.market.ranking import Deal, MissReason, sum_costs, total_nusd
 from p2pflop.market.records import (
     FIXED_EXT,
     MAX_COST_LINES,
@@ -38,12 +38,16 @@ from p2pflop.market.records import (
     Terms,
     checkpoint_ext,
     fixed_ext,
+    ticket_ext,
+    ticket_of,
 )
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, check_delegation
+from p2pflop.market.wishes import check_ticket
 from p2pflop.units import MAX_NUSD, NS_PER_S
 from p2pflop.wire import DEFAULT_NETWORK, Ext, Sealed, SignedRecord, reopen, seal
 
 MAX_BID_AGE_NS: Final = 60 * NS_PER_S
+ASK_EXPIRED: Final = str(MissReason.EXPIRED)
 SALT_BYTES: Final = 32
 
 S = TypeVar("S", bound=SignedRecord)
@@ -51,11 +55,15 @@ S = TypeVar("S", bound=SignedRecord)
 
 @dataclass(frozen=True, slots=True)
 class OpenBid:
-    """A bid that is for this provider and whose quote is right. ``account`` is the buyer's."""
+    """A bid that is for this provider and whose quote is right. ``account`` is the buyer's.
+
+    ``quote_id`` is that of the directed quote that it is on; empty for a bid on a sheet.
+    """
 
     sealed: Sealed[Bid]
     account: bytes
     ask: Ask
+    quote_id: bytes = b""
 
     @property
     def peer(self) -> str:
@@ -109,7 +117,7 @@ def make_bid(
         book_digest=book_digest,
         policy_digest=policy_digest,
         delegation=delegation,
-        ext=(*_charges(deal.ask), *checkpoint_ext(checkpoint_s)),
+        ext=(*_charges(deal.ask), *checkpoint_ext(checkpoint_s), *ticket_ext(deal.ticket)),
     )
     return seal(bid, key, network)
 
@@ -131,7 +139,7 @@ def check_bid(
     """The provider's check, before it looks at the job.
 
     ``node`` is the provider's own node key and ``sheets`` its own sheets that it still honours, by
-    number. That the costs are the job's is for ``check_costs``.
+    number; a bid on a quote needs none. That the costs are the job's is for ``check_costs``.
     """
     sealed = _open(Bid, data, network)
     if isinstance(sealed, Rejected):
@@ -148,18 +156,31 @@ def check_bid(
     )
     if isinstance(account, Rejected):
         return account
-    ask = _asked(bid, sheets.get(bid.sheet_number), now_ns)
-    return ask if isinstance(ask, Rejected) else OpenBid(sealed, account, ask)
+    quote_id = b""
+    if ticket_of(bid):
+        quoted = check_ticket(sealed, network)
+        if isinstance(quoted, Rejected):
+            return quoted
+        ask, quote_id = quoted.record.ask, quoted.id
+    else:
+        found = _on_sheet(bid, sheets.get(bid.sheet_number))
+        if isinstance(found, Rejected):
+            return found
+        ask = found
+    wrong = _misquoted(bid, ask, now_ns)
+    return OpenBid(sealed, account, ask, quote_id) if wrong is None else wrong
 
 
-def _asked(bid: Bid, sheet: Sheet | None, now_ns: int) -> Ask | Rejected:
+def _on_sheet(bid: Bid, sheet: Sheet | None) -> Ask | Rejected:
     if sheet is None:
         return Rejected("sheet is superseded")
     ask = next((ask for ask in sheet.asks if ask.number == bid.ask), None)
-    if ask is None:
-        return Rejected("the sheet has no such ask")
-    if min(ask.valid_until_ns, sheet.expires_ns) <= now_ns:
-        return Rejected("ask has expired")
+    return Rejected("the sheet has no such ask") if ask is None else ask
+
+
+def _misquoted(bid: Bid, ask: Ask, now_ns: int) -> Rejected | None:
+    if ask.valid_until_ns <= now_ns:
+        return Rejected(ASK_EXPIRED)
     if bid.class_id != ask.class_id:
         return Rejected("the ask is for another class")
     if bid.terms.memory_bytes > ask.memory_bytes:
@@ -169,7 +190,7 @@ def _asked(bid: Bid, sheet: Sheet | None, now_ns: int) -> Ask | Rejected:
     quote_nusd = quote(ask, bid.costs, bid.terms)
     if quote_nusd != bid.quote_nusd or quote_nusd > MAX_NUSD:
         return Rejected(f"the quote should be {quote_nusd} nusd, not {bid.quote_nusd}")
-    return ask
+    return None
 
 
 def _charges(ask: Ask) -> Ext:

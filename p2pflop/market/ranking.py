@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import groupby
-from typing import Annotated, Final, Literal
+from itertools import chain, groupby
+from typing import Annotated, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -118,11 +118,23 @@ _ADVICE: Final = {
 }
 
 
+class Quoted(NamedTuple):
+    """An ask that one provider has quoted to this buyer alone, and the newest sheet of its node.
+
+    ``ticket`` is what a bid on it shows (``p2pflop.market.wishes``).
+    """
+
+    sheet: OpenSheet
+    ask: Ask
+    ticket: bytes
+
+
 class Deal(msgspec.Struct, frozen=True, gc=False):
     """An ask that does, and what it would cost.
 
     ``total_nusd`` is the quote; ``compute_nusd``, ``moved_nusd`` and the ask's ``setup_nusd`` add
-    up to it unless the minimum charge is higher. ``flop`` is the metered total.
+    up to it unless the minimum charge is higher. ``flop`` is the metered total. ``ticket`` is what
+    a bid on a directed quote shows; empty for an ask of the sheet.
     """
 
     sheet: OpenSheet
@@ -131,6 +143,7 @@ class Deal(msgspec.Struct, frozen=True, gc=False):
     compute_nusd: int
     moved_nusd: int
     flop: int
+    ticket: bytes = b""
 
     @property
     def node(self) -> bytes:
@@ -211,27 +224,31 @@ def rank(
     policy: Policy,
     now_ns: int,
     is_attested: IsAttested = nobody,
+    quoted: Iterable[Quoted] = (),
 ) -> list[Deal | Miss]:
-    """Every ask: deals first, best first, then a Miss with its reason for each of the others."""
+    """Every ask: deals first, best first, then a Miss with its reason for each of the others.
+
+    What was ``quoted`` is ranked among the asks of the sheets, by the same rule.
+    """
     judge = _Judge(need, policy, now_ns, is_attested)
     deals: list[Deal] = []
     misses: list[Deal | Miss] = []
-    for sheet in sheets:
-        for ask in sheet.sheet.asks:
-            compute = compute_nusd(ask, need.flop, need.touched_bytes)
-            moved = moved_nusd(ask, need.moved_bytes)
-            total = max(ask.min_charge_nusd, ask.setup_nusd + compute + moved)
-            reason = judge.reason(sheet, ask, total)
-            if reason is None:
-                deals.append(Deal(sheet, ask, total, compute, moved, need.flop))
-            else:
-                misses.append(Miss(sheet, ask, reason, total, need))
+    on_sheets = ((sheet, ask, b"") for sheet in sheets for ask in sheet.sheet.asks)
+    for sheet, ask, ticket in chain(on_sheets, quoted):
+        compute = compute_nusd(ask, need.flop, need.touched_bytes)
+        moved = moved_nusd(ask, need.moved_bytes)
+        total = max(ask.min_charge_nusd, ask.setup_nusd + compute + moved)
+        reason = judge.reason(sheet, ask, total)
+        if reason is None:
+            deals.append(Deal(sheet, ask, total, compute, moved, need.flop, ticket))
+        else:
+            misses.append(Miss(sheet, ask, reason, total, need))
     deals.sort(key=lambda deal: deal.total_nusd)
     ranked: list[Deal | Miss] = []
     for _, group in groupby(deals, key=lambda deal: deal.total_nusd):
         tied = list(group)
         if len(tied) > 1:
-            tied.sort(key=lambda deal: tie_key(need.nonce, deal.sheet, deal.ask))
+            tied.sort(key=lambda deal: (tie_key(need.nonce, deal.sheet, deal.ask), deal.ticket))
         ranked += tied
     misses.sort(key=lambda miss: (miss.total_nusd, miss.sheet.sealed.signer, miss.ask.number))
     return ranked + misses

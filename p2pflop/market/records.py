@@ -22,6 +22,7 @@ MAX_SHEET_BYTES: Final = 8 * 1024
 MAX_SHEET_ORDERS: Final = 32
 MAX_SHEET_LIFETIME_NS: Final = 3600 * 10**9
 MAX_DELEGATION_BYTES: Final = 512
+MAX_QUOTE_BYTES: Final = 512
 MAX_TRADE_BYTES: Final = 2 * 1024
 MAX_COST_LINES: Final = 64
 NONCE_BYTES: Final = 16
@@ -69,13 +70,18 @@ class Ask(Record, frozen=True):
 
 
 class Wish(Record, frozen=True):
-    """A resting bid: what a buyer would pay, never what it would run."""
+    """A resting bid: what a buyer would pay, never what it would run.
+
+    ``limit_nusd`` is the most that all of it may cost; ``class_id`` is ``ZERO_HASH`` for any class.
+    Limit and sizes have three significant digits: exact ones would give a known job away.
+    """
 
     number: U32
     class_id: Hash
-    limit_price_nusd: U63
+    limit_nusd: U63
     flop: U63
     touched_bytes: U63
+    moved_bytes: U63
     memory_bytes: U63
     commitment: Hash
     valid_until_ns: U63
@@ -116,6 +122,8 @@ class Terms(Record, frozen=True):
     deadline_ns: U63
 
 
+QUOTE_EXT: Final = 3
+"""Critical: a provider that does not know it would take the bid for one on its sheet."""
 FIXED_EXT: Final = 1
 
 
@@ -127,7 +135,7 @@ class Bid(SignedRecord, frozen=True):
     """
 
     KIND: ClassVar[str] = "bid"
-    KNOWN_EXT: ClassVar[frozenset[int]] = frozenset({FIXED_EXT})
+    KNOWN_EXT: ClassVar[frozenset[int]] = frozenset({FIXED_EXT, QUOTE_EXT})
 
     version: Version
     provider: Key
@@ -180,6 +188,35 @@ def checkpoint_seconds(bid: Bid) -> int:
     say so. At least ``MIN_CHECKPOINT_SECONDS``."""
     said = int.from_bytes(dict(bid.ext).get(CHECKPOINT_EXT, b"")[:4], "big")
     return max(said, MIN_CHECKPOINT_SECONDS) if said else 0
+
+
+def ticket_ext(ticket: bytes) -> Ext:
+    """What a bid on a quote shows for it (``p2pflop.market.wishes``); none for a bid on a sheet."""
+    return ((QUOTE_EXT, ticket),) if ticket else ()
+
+
+def ticket_of(bid: Bid) -> bytes:
+    """The ticket of a bid on a quote; empty for a bid on a sheet."""
+    return dict(bid.ext).get(QUOTE_EXT, b"")
+
+
+class Quote(SignedRecord, frozen=True):
+    """A provider's answer to one wish of the node ``buyer``: ``ask``, for that wish alone.
+
+    ``ask`` bears the number of an ask on the provider's sheet and costs no more. Its price is firm
+    until the quote expires, ``valid_until_ns`` and ``firm_until_ns`` of the ask.
+    """
+
+    KIND: ClassVar[str] = "quote"
+    MAX_BYTES: ClassVar[int] = MAX_QUOTE_BYTES
+
+    version: Version
+    buyer: Key
+    commitment: Hash
+    ask: Ask
+    issued_ns: U63
+    nonce: Nonce
+    ext: Ext = ()
 
 
 class Fill(SignedRecord, frozen=True):

@@ -13,17 +13,21 @@ the book, or proved an equivocation:
    clock: what is wrong here is the forwarder's **fault**. It may have ``MAX_FAULTS``, and one is
    forgiven every ``FORGIVEN_S``; beyond them it is shunned;
 5. the clock, which may differ by ``CLOCK_TOLERANCE_NS``;
-6. what the account may still gossip;
-7. the book.
+6. the book;
+7. what the account may still gossip: beyond it the sheet is passed on **later**.
 
-What is refused for a quota, the clock or want of space is not remembered: another forwarder may
-bring it, and comparing will.
+What is refused for a forwarder's quota, the clock or want of space is not remembered: another
+forwarder may bring it, and comparing will.
 
 **Comparing** mends what gossip lost. ``due`` names ``COMPARED_AT_ONCE`` random neighbours every
-``COMPARE_S``. News that gossip can bring no more, because it is old, as after a partition, or its
-account is near its quota, is handed on the same way: who learnt it by comparing, or refused it for
-the quota, compares again after ``COMPARE_SOON_S``, so it spreads like a rumour, with a factor of up
-to ``1 + COMPARED_AT_ONCE`` a round. How two books compare is in ``exchange``.
+``COMPARE_S``. How two books compare is in ``exchange``.
+
+**Later.** What changed the book is passed on once, however it came. ``to_pass_on`` gives what is to
+be gossiped now: of an account over its quota the newest sheets, as the quota allows; and what was
+learnt by comparing, unless gossip brought it within ``OVERTAKEN_S`` after all, as it does when a
+comparison was only faster. So a sheet of which few neighbours know goes on at the speed of gossip.
+News of more sheets than ``PASSED_ON_BURST``, as after a partition, spreads by comparing again
+after ``COMPARE_SOON_S``, which costs less than a message for each.
 """
 
 from __future__ import annotations
@@ -62,8 +66,14 @@ ANSWERED_BURST: Final = 8
 COMPARED_AT_ONCE: Final = 3
 COMPARE_S: Final = 4.0
 COMPARE_SOON_S: Final = 0.5
-STALE_NEWS_NS: Final = 2 * NS_PER_S
-"""A sheet issued longer ago than this is not on its way by gossip any more."""
+PASS_ON_S: Final = 0.25
+PASSED_ON_PER_S: Final = 3.0
+PASSED_ON_BURST: Final = 16
+"""Sheets of others that a node gossips anew: each neighbour checks one more signature for it."""
+OVERTAKEN_S: Final = 0.5
+"""Longer than gossip takes to a neighbour."""
+MAX_LATER: Final = 4_096
+"""Nodes whose sheet waits to be passed on."""
 MAX_NEIGHBOURS: Final = 4_096
 
 OpenedSheet = OpenSheet | Rejected
@@ -82,7 +92,7 @@ class Outcome(StrEnum):
     SUBNET = "over the quota of the forwarder's subnet"
     BAD = "not a valid sheet"
     CLOCK = "not for now"
-    ACCOUNT = "over the account's quota"
+    LATER = "held back by the account's quota"
     BOOK = "refused by the book"
 
     @property
@@ -127,6 +137,8 @@ class Relay:
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._turned_away: OrderedDict[tuple[bytes, str], int] = OrderedDict()
         self._compare_at_ns = 0
+        self._passed_on = Rates(PASSED_ON_PER_S, PASSED_ON_BURST)
+        self._later: OrderedDict[bytes, int] = OrderedDict()
 
     @property
     def neighbours(self) -> tuple[str, ...]:
@@ -157,8 +169,7 @@ class Relay:
         verdict = self._enter(opened, source, now_ns)
         self.counts[verdict.outcome] += 1
         if verdict.outcome is Outcome.NEW and isinstance(opened, OpenSheet):
-            if self._is_off_gossip(opened, now_ns):
-                self._compare_soon(now_ns)
+            self._pass_on_later(opened.node, now_ns + int(OVERTAKEN_S * NS_PER_S))
         elif verdict.outcome is Outcome.PROOF:
             self._compare_soon(now_ns)
         return verdict
@@ -208,10 +219,22 @@ class Relay:
         """Up to ``most`` random neighbours that are not shunned."""
         return self._sample([p for p in self._subnets if not self.is_shunned(p, now_ns)], most)
 
-    def _is_off_gossip(self, sheet: OpenSheet, now_ns: int) -> bool:
-        """Whether neighbours that lack this sheet can only learn it by comparing."""
-        left = self._accounts.left(sheet.account.hex(), now_ns / NS_PER_S)
-        return sheet.sheet.issued_ns + STALE_NEWS_NS < now_ns or left < ACCOUNT_BURST / 2
+    def to_pass_on(self, now_ns: int) -> list[bytes]:
+        """The envelopes to gossip now. Ask every ``PASS_ON_S``."""
+        now_s, found = now_ns / NS_PER_S, []
+        for node in [node for node, at_ns in self._later.items() if at_ns <= now_ns]:
+            sheet = self.book.get(node, now_ns)
+            if sheet is not None and self._accounts.left(sheet.account.hex(), now_s) < 1:
+                continue
+            del self._later[node]
+            if sheet is None:
+                continue
+            if self._passed_on.allow("", now_s):
+                self._accounts.allow(sheet.account.hex(), now_s)
+                found.append(sheet.sealed.wire)
+            else:
+                self._compare_soon(now_ns)
+        return found
 
     def _sample(self, peers: list[str], most: int) -> tuple[str, ...]:
         chosen = min(most, len(peers))
@@ -241,15 +264,30 @@ class Relay:
             early = check_clock(opened, now_ns)
             if early is not None:
                 return Verdict(Outcome.CLOCK, early.reason)
-            if not self._accounts.allow(opened.account.hex(), now_ns / NS_PER_S):
-                self._compare_soon(now_ns)  # what gossip may not bring, comparing will
-                return Verdict(Outcome.ACCOUNT)
         verdict = self._enter(opened, forwarder, now_ns)
+        if isinstance(opened, OpenSheet):
+            verdict = self._may_gossip(verdict, opened, now_ns)
         if verdict.outcome is not Outcome.BOOK:
             self._seen[key] = None
             if len(self._seen) > MAX_SEEN:
                 self._seen.popitem(last=False)
         return verdict
+
+    def _may_gossip(self, verdict: Verdict, sheet: OpenSheet, now_ns: int) -> Verdict:
+        """The verdict on a gossiped sheet, by what its account may still gossip."""
+        is_late = verdict.outcome is Outcome.KNOWN and sheet.node in self._later
+        if verdict.outcome is not Outcome.NEW and not is_late:
+            return verdict
+        if self._accounts.allow(sheet.account.hex(), now_ns / NS_PER_S):
+            self._later.pop(sheet.node, None)
+            return Verdict(Outcome.NEW)
+        self._pass_on_later(sheet.node, now_ns)
+        return Verdict(Outcome.LATER)
+
+    def _pass_on_later(self, node: bytes, at_ns: int) -> None:
+        self._later[node] = at_ns
+        if len(self._later) > MAX_LATER:
+            self._later.popitem(last=False)
 
     def _over_quota(self, forwarder: str, now_ns: int) -> Outcome | None:
         now_s = now_ns / NS_PER_S

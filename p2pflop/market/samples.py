@@ -142,6 +142,7 @@ def buyer_desk(buyer: Party, found: list[Deal]) -> BuyerDesk:
             bid(buyer, found[attempt], now_ns) if attempt < len(found) else None
         ),
         account_of=accounts.get,
+        own_account=buyer.account.public_key,
     )
 
 

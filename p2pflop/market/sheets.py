@@ -206,8 +206,9 @@ def _check_orders(sheet: Sheet) -> Rejected | None:
         if not ask.firm_until_ns <= ask.valid_until_ns <= sheet.expires_ns:
             return Rejected(f"ask {ask.number} outlives its sheet or is firm for too long")
     for wish in sheet.wishes:
-        if not is_price(wish.limit_price_nusd):
-            return Rejected(f"wish {wish.number} has a price of over three significant digits")
+        sizes = (wish.flop, wish.touched_bytes, wish.moved_bytes, wish.memory_bytes)
+        if not all(is_price(number) for number in (wish.limit_nusd, *sizes)):
+            return Rejected(f"wish {wish.number} has over three significant digits")
         if wish.valid_until_ns > sheet.expires_ns:
             return Rejected(f"wish {wish.number} outlives its sheet")
     return None

@@ -24,6 +24,8 @@ from p2pflop.market.records import Ask
 from p2pflop.market.sheets import OpenSheet
 
 BUCKETS: Final = 256
+BUCKET_HASH_BYTES: Final = 16
+"""What an outline has of each."""
 MIN_REBUILT: Final = 64
 """Up to so many changes between two views are made one by one."""
 
@@ -57,6 +59,16 @@ class BookView:
         """The hash of the buckets: names exactly these sheets."""
         return content_hash(b"".join(self.index.buckets))
 
+    @cached_property
+    def outline(self) -> bytes:
+        """The first ``BUCKET_HASH_BYTES`` of each bucket's hash, in order."""
+        return b"".join(digest[:BUCKET_HASH_BYTES] for digest in self.index.buckets)
+
+    def bucket(self, number: int) -> tuple[OpenSheet, ...]:
+        """The sheets of a bucket, nodes rising."""
+        first = bisect_left(self.sheets, number, key=_bucket_of_sheet)
+        return self.sheets[first : bisect_left(self.sheets, number + 1, key=_bucket_of_sheet)]
+
     @property
     def by_price(self) -> Mapping[bytes, list[PricedAsk]]:
         """The asks of each class, cheapest price per PFLOP first."""
@@ -74,6 +86,10 @@ class ShelfIndex:
 def bucket_of(node: bytes) -> int:
     """Where a node belongs."""
     return node[0]
+
+
+def _bucket_of_sheet(sheet: OpenSheet) -> int:
+    return bucket_of(sheet.node)
 
 
 def bucket_hash(sheets: Iterable[OpenSheet]) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -17,7 +17,9 @@ StartNode = Callable[..., Any]
 LONG_STEPS = 2_000_000
 
 
-def counting_job(steps: int, seed: int = 0) -> pf.Job:
+def counting_job(
+    steps: int, seed: int = 0, *, look_every: int = 10, collect: Sequence[str] = ()
+) -> pf.Job:
     """A state that halves and grows, dropout and all: small, but with everything a job can have."""
     data = Tensor([1.0, 2.0, 3.0, 4.0]).realize()
     weight = Tensor.zeros(4, dtype=dtypes.float32).contiguous()
@@ -29,7 +31,9 @@ def counting_job(steps: int, seed: int = 0) -> pf.Job:
     def look() -> dict[str, Tensor]:
         return {"top": weight.max()}
 
-    return pf.trace(step, steps=steps, every={10: look}, seed=seed, title="counting")
+    return pf.trace(
+        step, steps=steps, every={look_every: look}, seed=seed, collect=collect, title="counting"
+    )
 
 
 def submit(job: pf.Job, node: Any, **options: Any) -> pf.Run:

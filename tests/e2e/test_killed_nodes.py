@@ -27,7 +27,9 @@ def whole_hash() -> str:
 class Market:
     """A buyer and two providers, the first one cheaper."""
 
-    def __init__(self, start_node: StartNode, wait_until: Any) -> None:
+    def __init__(
+        self, start_node: StartNode, wait_until: Any, every: int = EVERY, **job: Any
+    ) -> None:
         self.start_node = start_node
         self.wait_until = wait_until
         self.buyer = start_node("buyer")
@@ -35,7 +37,7 @@ class Market:
         self.providers = {name: self.start(name) for name in ("cheap", "dear")}
         wait_for_asks(self.buyer, 2, wait_until)
         self.run = pf.submit(
-            counting_job(STEPS), client=Client(self.buyer.home), checkpoint_steps=EVERY
+            counting_job(STEPS, **job), client=Client(self.buyer.home), checkpoint_steps=every
         )
 
     def start(self, name: str) -> Any:
@@ -129,3 +131,17 @@ def test_a_provider_that_stands_still_is_noticed(market: Market, whole_hash: str
     finally:
         cheap.process.send_signal(signal.SIGCONT)
     market.check(whole_hash)
+
+
+def test_a_job_that_collects_goes_on_with_what_it_has(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    collecting: dict[str, Any] = {"look_every": 3000, "collect": ["top"]}
+    market = Market(start_node, wait_until, **collecting)
+    assert market.wait_for("receipt")["to_step"] == EVERY
+    market.providers["cheap"].kill()
+    local = counting_job(STEPS, **collecting).run_local()
+    market.check(local.hash)
+    result = pf.Run(market.run.id, Client(market.buyer.home)).result(timeout=60)
+    assert result.steps_of("top") == list(range(2999, STEPS, 3000))
+    assert list(result["top"]) == list(local["top"])

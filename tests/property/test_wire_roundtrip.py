@@ -36,7 +36,7 @@ EXT = st.dictionaries(
 KEYS = st.integers(0, 255).map(lambda n: PrivateKey(bytes([n]) * 32))
 
 ASKS = st.builds(records.Ask, U32, HASH, U63, U63, U63, U63, U63, U63, U63, U63, U63)
-WISHES = st.builds(records.Wish, U32, HASH, U63, U63, U63, U63, HASH, U63)
+WISHES = st.builds(records.Wish, U32, HASH, U63, U63, U63, U63, U63, HASH, U63)
 JOBS = st.builds(Job, HASH, U63, st.integers(1, 2**40))
 COSTS = st.builds(records.CostLine, HASH, U63, U63, U63)
 TERMS = st.builds(records.Terms, U63, U63, U63, U63)
@@ -75,6 +75,7 @@ SIGNED: st.SearchStrategy[SignedRecord] = st.one_of(
         DELEGATION,
         EXT,
     ),
+    st.builds(records.Quote, VERSION, HASH, HASH, ASKS, U63, NONCE, EXT.map(lambda ext: ext[:1])),
     st.builds(records.Fill, VERSION, HASH, U63, U63, DELEGATION, EXT),
     st.builds(records.Reject, VERSION, HASH, TEXT, st.binary(max_size=300), EXT),
     st.builds(records.Confirm, VERSION, HASH, EXT),
@@ -91,6 +92,7 @@ KINDS: list[type[SignedRecord]] = [
     records.Delegation,
     records.Sheet,
     records.Bid,
+    records.Quote,
     records.Fill,
     records.Reject,
     records.Confirm,

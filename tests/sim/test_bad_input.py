@@ -15,12 +15,14 @@ from msgspec.structs import replace
 import p2pflop as pf
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import JobError, StoreFullError
+from p2pflop.job.buying import ONE_OPINION
 from p2pflop.job.collection import numbered
 from p2pflop.job.file import JobFile, decode_file, encode_file
 from p2pflop.job.spec import ROLE_FEED, FeedSource, Work, WorkParam, work_id
+from p2pflop.market.evidence import Evidence, replay
 from p2pflop.node import messages as m
 from p2pflop.node.buy import Buyer
-from p2pflop.node.memory_market import MemoryNode, sample_file, unchanged
+from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_file, unchanged
 from p2pflop.node.memory_workers import CountingSession, MemoryWorker
 from p2pflop.node.service import Json
 from p2pflop.wire import decode, encode
@@ -82,7 +84,7 @@ async def test_after_a_fault_a_run_goes_on_from_its_last_checkpoint(
     file = sample_file(STEPS)
     end = await buy(market, buyer, file)
     assert end["error"] == "JobError"
-    assert end["message"] == "the job failed: the job's code faulted (SIGSEGV)"
+    assert end["message"] == "the job failed: the job's code faulted (SIGSEGV)" + ONE_OPINION
     assert GOOD.search(end["hint"])
     rest = encode_file(pf.Job(decode_file(file)).resume(2).file)
     end = await buy(market, buyer, rest)
@@ -90,6 +92,39 @@ async def test_after_a_fault_a_run_goes_on_from_its_last_checkpoint(
     whole = await buy(market, buyer, sample_file(STEPS, seed=1))
     assert end["state"] == whole["state"]
     assert await works(market, provider, buyer)
+
+
+class Blames(CountingSession):
+    """Says that the job is at fault."""
+
+    def step(self, number: int) -> None:
+        raise JobError(f"the job's code faulted in step {number}")
+
+
+async def test_two_nodes_of_one_account_cannot_blame_a_job(
+    market: Market, autojump_clock: object
+) -> None:
+    for name in ("one", "two"):
+        await market.provider(name, account="liar", session=Blames)
+    honest = await market.provider("honest", price_nusd=2 * PRICE_NUSD)
+    buyer = await market.buyer()
+    run_id = await buyer.submit(sample_file(STEPS))
+    end = await market.end_of(buyer, run_id)
+    assert (end["kind"], end["provider"]) == ("result", honest.peer)
+    assert len(buyer.events(run_id, "resubmitted")) == 1, "its other node is not asked"
+    assert all(look.is_right for look in replay(decode(Evidence, buyer.buyer.evidence(run_id))))
+
+
+async def test_a_job_fault_is_believed_of_two_accounts(
+    market: Market, autojump_clock: object
+) -> None:
+    for name in ("one", "two", "three"):
+        await market.provider(name, session=Blames)
+    buyer = await market.buyer()
+    run_id = await buyer.submit(sample_file(STEPS))
+    end = await market.end_of(buyer, run_id)
+    assert end["message"] == "the job failed: the job's code faulted in step 0"
+    assert len(buyer.events(run_id, "filled")) == 2
 
 
 def filled_up(node: MemoryNode) -> None:

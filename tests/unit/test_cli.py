@@ -346,6 +346,9 @@ class TestCommands:
         ledger = {"owed_nusd": 0, "owing_nusd": 5, "entries": [entry]}
         peer = {"peer": PEER, "addresses": ["/ip4/1.2.3.4"], "inbound": True, "rtt_ns": None}
         monkeypatch.setattr(Client, "book", lambda _: [ask])
+        level = {"class_id": "", "price_nusd": 3 * 10**7, "wishes": 4, "own": 1}
+        level |= {"flop": 2 * 10**15, "limit_nusd": 7 * 10**7}
+        monkeypatch.setattr(Client, "wishes", lambda _: [level])
         monkeypatch.setattr(Client, "ledger", lambda _: ledger)
         monkeypatch.setattr(Client, "peers", lambda _: [peer])
         for command in ("book", "ledger", "peers"):
@@ -354,8 +357,19 @@ class TestCommands:
         assert "..ghijklmnop (this node)" in text
         assert "$0.05" in text
         assert "10 GFLOP/s" in text
+        assert "4 (1 of this node)" in text
         assert "-$0.000000005" in text
         assert "inbound" in text
+
+    def test_wishes_alone(self, start_node: StartNode, capsys: Output, monkeypatch: Any) -> None:
+        start_node()
+        assert run(["book", "--wishes"]) == 0
+        assert "Nobody wishes" in capsys.readouterr().out
+        level = {"class_id": "ab" * 32, "price_nusd": 1, "wishes": 2, "own": 0, "flop": 1}
+        level |= {"limit_nusd": 5}
+        monkeypatch.setattr(Client, "wishes", lambda _: [level])
+        assert run(["book", "--wishes", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == [level]
 
     def test_jobs_show_watch_cancel(self, start_node: StartNode, capsys: Output) -> None:
         start_node(script=STORY)

@@ -40,3 +40,16 @@ def test_a_home_below_a_file_is_told_in_words(tmp_path: Path) -> None:
 def test_an_emulator_is_no_class_for_a_node(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="PYTHON::sm_80 is an emulator"):
         load_settings({"home": tmp_path, "class_name": "PYTHON::sm_80"})
+
+
+def test_wishes_are_answered_down_to_a_price_below_the_ask(tmp_path: Path) -> None:
+    told = {"home": tmp_path, "ask_nusd": 50, "wish_ask_nusd": 30}
+    assert load_settings(told).wish_ask_nusd == 30
+    (tmp_path / "config.toml").write_text('wish_ask = "0.00000001"\n')
+    assert load_settings({"home": tmp_path, "ask_nusd": 50}).wish_ask_nusd == 10
+    with pytest.raises(ConfigError, match="wish_ask without ask"):
+        load_settings({"home": tmp_path})
+    with pytest.raises(ConfigError, match="wish_ask is over ask"):
+        load_settings(told | {"ask_nusd": 29})
+    with pytest.raises(ConfigError, match="three significant digits"):
+        load_settings(told | {"ask_nusd": 10**6, "wish_ask_nusd": 1234})

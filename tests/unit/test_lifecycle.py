@@ -9,9 +9,11 @@ import pytest
 
 from p2pflop.errors import ProtocolError, StoreError
 from p2pflop.ids import content_hash
-from p2pflop.job.buying import MAX_ATTEMPTS, Buying, buyer
+from p2pflop.job.buying import MAX_ATTEMPTS, MAX_REST_NS, Buying, buyer
 from p2pflop.job.events import (
+    DEADLINE,
     Action,
+    Again,
     Alive,
     Blame,
     Checkpointed,
@@ -352,6 +354,33 @@ def test_no_deal_fails_with_the_reason_given() -> None:
     made.start(NOW_NS)
     actions = made.on(Ranked("all too dear"), NOW_NS)
     assert actions[-1] == Finish(State.FAILED, "all too dear", Blame.MARKET)
+
+
+def test_a_run_that_rests_waits_ever_longer_until_its_deadline() -> None:
+    made = buyer(buyer_desk(SHOPPER, []), DEADLINE_NS, rests=True)
+    made.start(NOW_NS)
+    now_ns, waits = NOW_NS, []
+    while not made.ended:
+        actions = made.on(Ranked("all too dear"), now_ns)
+        assert made.state is State.WAITING
+        assert Start("rest") in actions
+        [again] = [a for a in actions if isinstance(a, SetTimer) and a.name == "again"]
+        waits.append(again.at_ns - now_ns)
+        now_ns = min(again.at_ns, DEADLINE_NS)
+        made.on(Timer("again" if now_ns < DEADLINE_NS else DEADLINE), now_ns)
+    assert waits == sorted(waits)
+    assert waits[-1] == MAX_REST_NS
+    assert made.state is State.FAILED
+
+
+def test_a_quote_wakes_a_run_that_rests_and_a_restart_has_it_wait_again() -> None:
+    made = buyer(buyer_desk(SHOPPER, []), DEADLINE_NS, rests=True)
+    rows = [made.start(NOW_NS)[0], made.on(Ranked("all too dear"), NOW_NS)[0]]
+    journal = [(row.kind, row.body) for row in rows if isinstance(row, Persist)]
+    again = buyer(buyer_desk(SHOPPER, []), DEADLINE_NS, rests=True)
+    assert Start("rest") in again.resume(journal, NOW_NS)
+    assert Start("rank") in again.on(Again(), NOW_NS)
+    assert again.state is State.RANKING
 
 
 def test_a_refusal_leads_to_the_next_deal_and_the_last_to_failure() -> None:

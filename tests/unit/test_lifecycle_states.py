@@ -31,6 +31,7 @@ from p2pflop.job.events import (
     Done,
     Event,
     Fault,
+    Fetched,
     Finish,
     Grant,
     Lost,
@@ -52,6 +53,7 @@ from p2pflop.job.lifecycle import (
     BUYER,
     BUYER_LIMITS,
     CONFIRM_WITHIN_NS,
+    DELIVERY,
     MAX_WAIT_NS,
     PROVIDER,
     PROVIDER_LIMITS,
@@ -183,46 +185,6 @@ def test_a_check_of_a_receipt_counts_for_that_receipt_alone() -> None:
     assert pair(State.CONFIRMING).buyer.on(Verified(1, b"another receipt"), NOW_NS) == []
 
 
-def job_fault(seller: Party, made: Lifecycle[Buying]) -> None:
-    """The provider that is asked now fills and then says that the job is at fault."""
-    sale = provider(provider_desk(seller), made.side.bid, DEADLINE_NS)
-    sale.start(NOW_NS)
-    both = Pair(made, sale, seller)
-    both.to_provider(both.to_buyer(sale.on(Grant(), NOW_NS)))
-    both.to_buyer(sale.on(Fault("it faulted", job_fault=True), NOW_NS))
-
-
-def test_a_job_fault_is_believed_when_a_second_provider_says_so() -> None:
-    sellers = [party(number) for number in (1, 2, 3)]
-    found = [deal for seller in sellers for deal in deals(seller.sheet(ask()))]
-    made = buyer(buyer_desk(SHOPPER, found), DEADLINE_NS)
-    made.start(NOW_NS)
-    made.on(Ranked(), NOW_NS)
-    states = []
-    for seller in sellers[:2]:
-        job_fault(seller, made)
-        states.append(made.state)
-    assert states == [State.BIDDING, State.FAILED], "another one is asked first"
-    assert made.side.outcome()[1] is Blame.JOB
-
-
-def test_a_job_fault_of_one_provider_twice_is_one_opinion() -> None:
-    busy, liar = party(1), party(2)
-    (first,), (second,) = deals(busy.sheet(ask())), deals(liar.sheet(ask()))
-    found = [first, second]
-    made = buyer(buyer_desk(SHOPPER, found), DEADLINE_NS)
-    made.start(NOW_NS)
-    for _ in range(3):
-        made.on(Ranked(), NOW_NS)
-        sale = provider(provider_desk(busy), made.side.bid, DEADLINE_NS)
-        sale.start(NOW_NS)
-        Pair(made, sale, busy).to_buyer(sale.on(Deny(BUSY_PREFIX + "full"), NOW_NS))
-        job_fault(liar, made)
-        assert made.state is State.WAITING, "the other one may have room later"
-        found += [first, second]
-        made.on(Again(), NOW_NS)
-
-
 def test_a_confirm_must_come_within_two_seconds() -> None:
     both = pair(State.LEASED)
     late = NOW_NS + CONFIRM_WITHIN_NS
@@ -333,6 +295,41 @@ def test_signs_of_life_renew_the_limit() -> None:
     assert both.provider.state is State.RUNNING
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_what_was_billed_has_to_come_whatever_else_is_told(last: bool) -> None:
+    both = pair(State.RUNNING)
+    both.to_buyer(both.provider.on(Checkpointed(1, HALF), NOW_NS))
+    half_ns = NOW_NS + DELIVERY.after_ns // 2
+    for at_ns in range(NOW_NS, half_ns, 10 * NS_PER_S):
+        both.buyer.on(Alive(worked=True), at_ns)
+    both.to_buyer(both.provider.on(Checkpointed(2, HALF), half_ns), half_ns)
+    if last:
+        both.to_buyer(both.provider.on(Done(STEPS, ROOT, RESULT, SALT), half_ns), half_ns)
+        both.to_buyer(both.provider.on(Reveal(), half_ns), half_ns)
+    due_ns = NOW_NS + DELIVERY.after_ns
+    assert both.buyer.on(Timer(DELIVERY.name), due_ns - 1) == []
+    assert both.buyer.on(Timer(DELIVERY.name), due_ns)
+    assert "handed over nothing more" in both.buyer.side.outcome()[0]
+    assert both.buyer.state is State.WAITING
+
+
+@pytest.mark.parametrize("renews", [Fetched(), "countersignature"])
+def test_a_delivery_that_moves_is_waited_for(renews: Event | str) -> None:
+    both = pair(State.RUNNING)
+    for step in (1, 2):
+        both.to_buyer(both.provider.on(Checkpointed(step, HALF), NOW_NS))
+    later_ns = NOW_NS + 20 * NS_PER_S
+    event = verified(both.buyer, 1) if isinstance(renews, str) else renews
+    both.buyer.on(Alive(), later_ns)
+    both.buyer.on(event, later_ns)
+    due_ns = later_ns + DELIVERY.after_ns
+    for at_ns in range(later_ns, due_ns, 10 * NS_PER_S):
+        assert both.buyer.on(Alive(), at_ns)
+    assert both.buyer.state.value == "running"
+    assert both.buyer.on(Timer(DELIVERY.name), due_ns)
+    assert both.buyer.state is State.WAITING
+
+
 def test_the_deadline_ends_what_is_not_delivered_and_spares_what_is() -> None:
     running = pair(State.RUNNING)
     for at_ns in range(NOW_NS, DEADLINE_NS, 20 * NS_PER_S):
@@ -343,6 +340,8 @@ def test_the_deadline_ends_what_is_not_delivered_and_spares_what_is() -> None:
         assert isinstance(actions[-1], Finish)
         assert "deadline" in actions[-1].reason
     delivered = pair(State.VERIFYING)
+    for at_ns in range(NOW_NS, DEADLINE_NS, 20 * NS_PER_S):
+        delivered.buyer.on(Fetched(), at_ns)
     assert not [
         a
         for a in delivered.buyer.on(verified(delivered.buyer, 1), DEADLINE_NS + 1)
@@ -498,6 +497,7 @@ ALL_EVENTS: list[Event] = [
     Alive(),
     Lost("x"),
     Fault("x"),
+    Fetched(),
     Ranked(),
     Verified(1, b""),
     Refuted("x", b""),

@@ -17,7 +17,8 @@ from p2pflop.market.relay import (
     FORWARDER_BURST,
     MAX_FAULTS,
     MAX_SHEET_WIRE_BYTES,
-    STALE_NEWS_NS,
+    OVERTAKEN_S,
+    PASSED_ON_BURST,
     SUBNET_BURST,
     Outcome,
     Relay,
@@ -112,12 +113,15 @@ def test_a_subnet_shares_a_quota(relay: Relay, monkeypatch: pytest.MonkeyPatch) 
 def test_an_account_gossips_a_bounded_number_of_sheets(relay: Relay) -> None:
     for number in range(1, ACCOUNT_BURST + 1):
         assert take(relay, wire(number)) is Outcome.NEW
-    relay.connected("peer", "")
-    relay.due(NOW_NS)
-    assert take(relay, wire(number + 1)) is Outcome.ACCOUNT
-    assert relay.due(NOW_NS + int(COMPARE_SOON_S * NS_PER_S)) == ("peer",), "comparing brings it"
+    for over in (number + 1, number + 2):
+        assert take(relay, wire(over)) is Outcome.LATER
+        assert not Outcome.LATER.is_passed_on
+    assert take(relay, wire(over), "another") is Outcome.KNOWN
+    assert relay.book.last_number(SELLER.node.public_key) == over, "it is taken nevertheless"
+    assert relay.to_pass_on(NOW_NS) == []
     later_ns = NOW_NS + int(NS_PER_S / ACCOUNT_PER_S)
-    assert take(relay, wire(number + 1), now_ns=later_ns) is Outcome.NEW
+    assert relay.to_pass_on(later_ns) == [wire(over)], "the newest alone"
+    assert relay.to_pass_on(later_ns + NS_PER_S) == []
     assert ACCOUNT_BURST >= MAX_SHEETS_PER_ACCOUNT
 
 
@@ -130,14 +134,16 @@ def test_what_one_peer_may_not_bring_another_may() -> None:
 
 
 def test_memory_is_bounded(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MAX_SEEN", "MAX_TURNED_AWAY", "MAX_NEIGHBOURS"):
+    for name in ("MAX_SEEN", "MAX_TURNED_AWAY", "MAX_NEIGHBOURS", "MAX_LATER"):
         monkeypatch.setattr(relay_module, name, 3)
     for number in range(1, 9):
         take(relay, wire(node=number))
         relay.connected(f"peer {number}", "")
         sheet = party(number).sheet(lifetime_ns=1)
         assert relay.enter(sheet, "peer", NOW_NS + 1).outcome is Outcome.CLOCK
-    assert len(relay._seen) == len(relay._turned_away) == len(relay.neighbours) == 3
+        assert relay.enter(party(100 + number).sheet(), "peer", NOW_NS).outcome is Outcome.NEW
+    kept = relay._seen, relay._turned_away, relay.neighbours, relay._later
+    assert [len(each) for each in kept] == [3] * 4
 
 
 def test_books_are_compared_with_three_neighbours_in_turn(relay: Relay) -> None:
@@ -170,25 +176,41 @@ def test_nobody_compares_with_the_shunned(relay: Relay) -> None:
     assert relay.due(NOW_NS) == ()
 
 
-def test_old_news_is_handed_on_soon_and_fresh_news_is_not(relay: Relay) -> None:
-    relay.connected("peer", "")
-    soon_ns = int(COMPARE_SOON_S * NS_PER_S)
-    late_ns = NOW_NS + STALE_NEWS_NS + 1
-    relay.due(late_ns)
-    fresh = party(2).sheet(ask(), now_ns=late_ns)
-    assert relay.enter(fresh, "peer", late_ns).outcome is Outcome.NEW
-    assert relay.due(late_ns + soon_ns) == ()
-    assert relay.enter(SELLER.sheet(ask()), "peer", late_ns).outcome is Outcome.NEW
-    assert relay.due(late_ns + soon_ns) == ("peer",)
+def test_what_replays_is_not_its_accounts_doing(relay: Relay) -> None:
+    take(relay, wire(number=1000))
+    for number in range(1, ACCOUNT_BURST + 2):
+        assert take(relay, wire(number)) is Outcome.BOOK
+    assert take(relay, wire(number=1001)) is Outcome.NEW
 
 
-def test_news_of_an_account_near_its_quota_is_handed_on_soon(relay: Relay) -> None:
+def test_what_comparing_brings_is_gossiped_unless_gossip_was_only_slower(relay: Relay) -> None:
+    ripe_ns = NOW_NS + int(OVERTAKEN_S * NS_PER_S)
+    for node in (1, 2):
+        sheet = party(node).sheet(ask())
+        assert relay.enter(sheet, "peer", NOW_NS).outcome is Outcome.NEW
+    assert relay.to_pass_on(ripe_ns - 1) == []
+    assert take(relay, party(1).sheet(ask()).sealed.wire) is Outcome.NEW, "it is passed on now"
+    assert relay.to_pass_on(ripe_ns) == [party(2).sheet(ask()).sealed.wire]
+    assert relay.to_pass_on(ripe_ns + NS_PER_S) == []
+    assert take(relay, party(2).sheet(ask()).sealed.wire) is Outcome.KNOWN, "it was passed on"
+
+
+def test_much_news_at_once_goes_on_by_comparing(relay: Relay) -> None:
     relay.connected("peer", "")
-    for number in range(1, ACCOUNT_BURST // 2 + 2):
-        take(relay, wire(number))
     relay.due(NOW_NS)
-    assert relay.enter(SELLER.sheet(ask(), number=number + 1), "peer", NOW_NS).reason == ""
-    assert relay.due(NOW_NS + int(COMPARE_SOON_S * NS_PER_S)) == ("peer",)
+    for node in range(PASSED_ON_BURST + 1):
+        relay.enter(party(node).sheet(ask()), "peer", NOW_NS)
+    ripe_ns = NOW_NS + int(OVERTAKEN_S * NS_PER_S)
+    assert len(relay.to_pass_on(ripe_ns)) == PASSED_ON_BURST
+    assert relay.to_pass_on(ripe_ns + NS_PER_S) == []
+    assert relay.due(ripe_ns + int(COMPARE_SOON_S * NS_PER_S)) == ("peer",)
+
+
+def test_what_is_gone_is_not_passed_on(relay: Relay) -> None:
+    assert relay.enter(SELLER.sheet(ask(1)), "peer", NOW_NS).outcome is Outcome.NEW
+    assert relay.enter(SELLER.sheet(ask(2)), "peer", NOW_NS).outcome is Outcome.PROOF
+    assert relay.to_pass_on(NOW_NS + NS_PER_S) == []
+    assert not relay._later
 
 
 def test_a_new_proof_is_handed_on_soon(relay: Relay) -> None:

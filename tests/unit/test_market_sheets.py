@@ -55,9 +55,9 @@ def changed(**values: object) -> Ask:
 
 
 def wish(number: int = 9, **values: int) -> Wish:
-    return Wish(
-        number, CLASS_ID, values.get("price", 10), 1, 1, 1, ROOT, values.get("until", UNTIL_NS)
-    )
+    sizes = values.get("size", 1), 1, 1, 1
+    limit_nusd, until_ns = values.get("limit", 10), values.get("until", UNTIL_NS)
+    return Wish(number, CLASS_ID, limit_nusd, *sizes, ROOT, until_ns)
 
 
 def test_a_sheet_opens_with_its_account_and_peer() -> None:
@@ -144,7 +144,8 @@ def test_orders_do_not_outlive_their_sheet() -> None:
     assert "outlives" in reason(signed(asks=(ask(valid_until_ns=UNTIL_NS + 1),)))
     assert "firm" in reason(signed(asks=(ask(firm_until_ns=NOW_NS + ASK_LIFE_NS + 1),)))
     assert "outlives" in reason(signed(wishes=(wish(until=UNTIL_NS + 1),)))
-    assert "digits" in reason(signed(wishes=(wish(price=1234),)))
+    assert "digits" in reason(signed(wishes=(wish(limit=1234),)))
+    assert "digits" in reason(signed(wishes=(wish(size=1234),)))
 
 
 @pytest.mark.parametrize("address", ["/ip4/1.2.3.4/\x00", "/ip4/\n", "/dns/é", "\x7f"])

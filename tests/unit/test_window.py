@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import trio
-from msgspec.structs import replace
 
-from p2pflop.job.spec import MODE_COLLECT
 from p2pflop.market.samples import STEPS, WORK, ask, bid, deals, party
 from p2pflop.node.window import COUNTERSIGN_WITHIN_S, Window, window_of
 
@@ -62,5 +60,3 @@ def test_only_a_lease_that_can_run_ahead_has_one() -> None:
     assert window.unsigned_nusd(bought.job.first_step + STEPS) == bought.quote_nusd
     assert window_of(bought, WORK, bought.quote_nusd, never) is None
     assert window_of(bought, WORK, None, never) is None
-    collecting = replace(WORK.phases[0], modes=(MODE_COLLECT,))
-    assert window_of(bought, replace(WORK, phases=(collecting,)), 0, never) is None
