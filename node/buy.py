@@ -100,7 +100,9 @@ class Buyer:
 
     def __post_init__(self) -> None:
         self.experience = Experience(self.identity.account.public_key)
-        self.wishes = Wishes(self.identity, self.sheets, self.nursery, self.now_ns, self.wake)
+        self.wishes = Wishes(
+            self.identity, self.sheets, self.nursery, self.now_ns, self.wake, self.franchise
+        )
 
     def wait(self, run_id: str, purchase: Purchase) -> None:
         """Called by a purchase that waits for room."""

@@ -84,7 +84,7 @@ class Franchise:
         self.slots = slots
         self.changes = Changes()
         self.left_out_by: dict[str, str] = {}
-        self.on_news: Callable[[], None] = lambda: None
+        self.on_news: list[Callable[[], None]] = []
         self.unlinked: dict[bytes, OrderedDict[bytes, None]] = {
             k: OrderedDict() for k in registries
         }
@@ -373,9 +373,13 @@ class Franchise:
         self.changes.proofs[taken.issuer, is_revocation, taken.account] = taken.proof
         self._keep_certificates(taken.issuer)
         self._news.append(News(self._now_ns(), is_revocation, taken.proof))
-        self.on_news()
+        self._tell()
         self._see_forks()
         return ""
+
+    def _tell(self) -> None:
+        for told in self.on_news:
+            told()
 
     def _keep_certificates(self, issuer: bytes) -> None:
         certificates = self.roll.issuer(issuer).certificates.values()
@@ -392,7 +396,7 @@ class Franchise:
                 self.note(issuer, fork=fork)
             _log.error("%s", _accusation(issuer))
             _log.error("the proof, for anybody to check: %s", fork.hex())
-            self.on_news()
+            self._tell()
 
 
 def is_fault(reason: str) -> bool:

@@ -89,7 +89,7 @@ class FranchiseService:
         self._talks = 0
         self._random = secrets.SystemRandom()
         self._news = trio.Event()
-        franchise.on_news = self._hurry
+        franchise.on_news.append(self._hurry)
 
     async def run(self) -> None:
         """Tell neighbours and write to disk, until cancelled."""

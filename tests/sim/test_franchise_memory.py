@@ -247,6 +247,27 @@ async def test_two_registries_that_disagree(
     assert not strict.franchise.admits(provider.account, now_ns())
 
 
+async def test_a_resting_run_waits_for_the_attested_alone(
+    market: Market, fetch: SampleFetch, autojump_clock: object
+) -> None:
+    """Neither a better ask nor a quote of who is not attested ends its rest."""
+    cheap, dear, buyer = await cheap_dear_buyer(market, fetch)
+    told = await buyer.buyer.quote(sample_file(), SubmitOptions())
+    between_nusd = told["deals"][0]["total_nusd"] * 3 // 4
+    assert told["misses"][0]["total_nusd"] < between_nusd
+    run_id = await buyer.submit(sample_file(), max_nusd=between_nusd, rest=True)
+    await trio.sleep(5)
+    for seller in (cheap, dear):
+        seller.meet(buyer)
+    await trio.sleep(120)
+    assert not buyer.events(run_id, "filled")
+    assert not buyer.runs.get(run_id).over
+    fetch.registry.attest(cheap.account)
+    await trio.sleep(POLL_S)
+    assert (await market.end_of(buyer, run_id))["kind"] == "result"
+    assert buyer.events(run_id, "filled")[-1]["provider"] == cheap.peer
+
+
 # Slots
 
 

@@ -69,7 +69,7 @@ def test_why_an_account_is_left_out(registry: SampleRegistry) -> None:
 def test_the_same_attestation_under_another_head_is_no_news(registry: SampleRegistry) -> None:
     strict = franchise(registry)
     told: list[int] = []
-    strict.on_news = lambda: told.append(1)
+    strict.on_news.append(lambda: told.append(1))
     first = attest(registry, OTHER)
     registry.attest(key(3).public_key)
     again = registry.prove(2)
