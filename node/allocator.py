@@ -56,7 +56,10 @@ class Claim(Protocol):
 
 @dataclass(slots=True)
 class Allocator:
-    """All that is taken. Only one task decides at a time, so that a slot is given once."""
+    """All that is taken. Only one task decides at a time, so that a slot is given once.
+
+    ``allowance()`` is how many leases the account's attestation leaves to this node.
+    """
 
     own_account: bytes
     settings: Settings
@@ -66,6 +69,7 @@ class Allocator:
     _held: dict[bytes, Claim] = field(default_factory=dict)
     _open: dict[bytes, Claim] = field(default_factory=dict)
     on_free: list[Callable[[], None]] = field(default_factory=list)
+    allowance: Callable[[], int] | None = None
     _lapses: OrderedDict[bytes, tuple[int, int]] = field(default_factory=OrderedDict)
     _unpaid: deque[Unpaid] = field(default_factory=lambda: deque(maxlen=MAX_UNPAID))
 
@@ -139,6 +143,10 @@ class Allocator:
                 f"the deadline is over {MAX_LEASE_NS // (24 * 3600 * NS_PER_S)} days away",
             ),
             (len(self._held) >= self.settings.slots, BUSY_PREFIX + "every slot is taken"),
+            (
+                self.allowance is not None and len(self._held) >= self.allowance(),
+                BUSY_PREFIX + "every slot that the account is attested for is taken",
+            ),
             (
                 held_bytes + terms.memory_bytes > self.settings.resolved_memory_bytes(),
                 BUSY_PREFIX + "too little memory is free",

@@ -33,6 +33,7 @@ from p2pflop.node.earlier import answer, find_earlier, result_record
 from p2pflop.node.evidence import evidence_of
 from p2pflop.node.experience import Experience
 from p2pflop.node.feeding import open_feed
+from p2pflop.node.franchise import Franchise
 from p2pflop.node.guard import survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
@@ -88,6 +89,7 @@ class Buyer:
     runs: Runs
     ledger_book: LedgerBook
     letters: Letters
+    franchise: Franchise
     nursery: trio.Nursery
     now_ns: Callable[[], int]
     experience: Experience = field(init=False)
@@ -98,7 +100,9 @@ class Buyer:
 
     def __post_init__(self) -> None:
         self.experience = Experience(self.identity.account.public_key)
-        self.wishes = Wishes(self.identity, self.sheets, self.nursery, self.now_ns, self.wake)
+        self.wishes = Wishes(
+            self.identity, self.sheets, self.nursery, self.now_ns, self.wake, self.franchise
+        )
 
     def wait(self, run_id: str, purchase: Purchase) -> None:
         """Called by a purchase that waits for room."""
@@ -207,12 +211,15 @@ class Buyer:
         nonce = secrets.token_bytes(NONCE_BYTES)
         view = self.sheets.book.view(now_ns)
         need = order.need(classes or frozenset(view.by_price), nonce)
+        avoided = self.experience.avoided(now_ns)
+        is_strict, admits = self.franchise.is_strict, self.franchise.admits
         # Better one that has failed before than none.
-        for policy in (Policy(excluded=self.experience.avoided(now_ns)), Policy()):
-            ranked = rank(view.sheets, need, policy, now_ns, quoted=quoted)
+        for excluded in (avoided, ()):
+            policy = Policy(excluded=excluded, attested_only=is_strict)
+            ranked = rank(view.sheets, need, policy, now_ns, admits, quoted)
             if any(isinstance(entry, Deal) for entry in ranked):
                 break
-        return Ranking(nonce, view, policy, ranked)
+        return Ranking(nonce, view, policy, ranked, admits)
 
     def job_file(self, run_id: str) -> bytes:
         """The encoded job file of a run."""

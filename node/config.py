@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from typing import Any, Final
 import platformdirs
 
 from p2pflop.errors import ConfigError
+from p2pflop.franchise.records import MAX_PERSONAL_CHARS
+from p2pflop.franchise.roll import MAX_ISSUERS
 from p2pflop.kernels.classes import CLASS_NAME, chosen_family
 from p2pflop.units import GIB, format_bytes, is_price, parse_bytes, parse_usd
 from p2pflop.wire import DEFAULT_NETWORK
@@ -24,10 +27,13 @@ MAX_SLOTS: Final = 64
 MAX_CONNECT: Final = 64
 CONFIG_NAME: Final = "config.toml"
 MIN_MEMORY_BYTES: Final = 256 * 1024**2
+_REGISTRY: Final = re.compile(r"([0-9a-f]{64})@(https?://[^\s/@?#]{1,200}(?:/[^\s@?#]{0,200})?)")
+_ROOT_KEY: Final = re.compile(r"[0-9a-f]{64}")
 
-_TEXTS: Final = ("listen", "connect")
-_NAMES: Final = {"class": "class_name"}
-_SWITCHES: Final = ("embedded", "log_json", "debug")
+_TEXTS: Final = ("listen", "connect", "registry", "forgive")
+_NAMES: Final = {"class": "class_name", "open": "is_open"}
+_SWITCHES: Final = ("embedded", "log_json", "debug", "is_open", "enroll")
+_WORDS: Final = ("agree", "contact", "place")
 _AMOUNTS: Final = {
     "ask": "ask_nusd",
     "byte_price": "byte_price_nusd",
@@ -54,6 +60,11 @@ class Settings:
     work of a lease runs ahead of what its buyer has countersigned;
     ``wish_ask_nusd`` the price per PFLOP to which quotes go down for buyers' wishes, None for
     ``ask_nusd``.
+
+    ``registry`` are those that it trusts, each ``KEY@URL``; with none, or ``is_open``, it deals
+    with everybody. With ``enroll`` its account applies to them, by ``contact`` and ``place``, and
+    agrees to the version ``agree`` of their guidelines. ``forgive`` are root keys of registries
+    that told two histories and are to be trusted again.
     """
 
     home: Path
@@ -75,6 +86,19 @@ class Settings:
     credit_nusd: int = 10**9
     wish_ask_nusd: int | None = None
     window_nusd: int = 10**8
+    registry: tuple[str, ...] = ()
+    is_open: bool = False
+    enroll: bool = False
+    agree: str = ""
+    contact: str = ""
+    place: str = ""
+    forgive: tuple[str, ...] = ()
+
+    def registries(self) -> dict[bytes, str]:
+        """The URL by the root key of each registry that is trusted. Raises ConfigError."""
+        if self.is_open:
+            return {}
+        return dict(parse_registry(text) for text in self.registry)
 
     def resolved_memory_bytes(self) -> int:
         """The memory for jobs in bytes: as set, or a half of this machine's, at most 64 GiB."""
@@ -87,6 +111,18 @@ class Settings:
         if self.disk_bytes is not None:
             return self.disk_bytes
         return shutil.disk_usage(self.home).free // 2
+
+
+def parse_registry(text: str) -> tuple[bytes, str]:
+    """Root key and URL of ``KEY@URL``. Raises ConfigError."""
+    found = _REGISTRY.fullmatch(text)
+    if found is None:
+        raise ConfigError(
+            f"{text[:120]!r} is not a registry",
+            hint="Write it like KEY@https://registry.example.org, with its root key in 64 hex "
+            "digits: it is what is trusted, wherever the registry moves.",
+        )
+    return bytes.fromhex(found[1]), found[2]
 
 
 def machine_memory_bytes() -> int:
@@ -189,6 +225,9 @@ def _check(settings: Settings) -> None:
         value = getattr(settings, name)
         texts = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
         require(texts, f"{name} is not a list of texts", f'Write it like {name} = ["..."].')
+    for name in _WORDS:
+        require(isinstance(getattr(settings, name), str), f"{name} is not a text")
+    _check_registries(settings)
     require(isinstance(settings.network, str), "network is not a text")
     require(isinstance(settings.class_name, str), "class is not a text")
     chosen_family(settings.class_name)
@@ -224,3 +263,30 @@ def _check(settings: Settings) -> None:
             f"{name} must have at most three significant digits",
             "Prices on a sheet are rounded so that nobody wins by a billionth.",
         )
+
+
+def _check_registries(settings: Settings) -> None:
+    keys = [key for key, _ in map(parse_registry, settings.registry)]
+    if len(keys) > MAX_ISSUERS:
+        raise ConfigError(f"at most {MAX_ISSUERS} registries can be trusted")
+    if len(set(keys)) < len(keys):
+        raise ConfigError("one registry is named twice")
+    for key in settings.forgive:
+        if _ROOT_KEY.fullmatch(key) is None or bytes.fromhex(key) not in keys:
+            raise ConfigError(
+                f"{key[:80]!r} is not the root key of a registry that is trusted here",
+                hint="Name it with --registry KEY@URL too.",
+            )
+    if not settings.enroll:
+        return
+    if not settings.registries():
+        raise ConfigError("there is no registry to enrol at", hint="Name it: --registry KEY@URL.")
+    if not settings.contact.strip():
+        raise ConfigError(
+            "an enrolment needs a contact",
+            hint="Say how the registry's operator reaches you: --contact you@example.org.",
+        )
+    for name in ("contact", "place"):
+        text = getattr(settings, name)
+        if not text.isprintable() or len(text) > MAX_PERSONAL_CHARS:
+            raise ConfigError(f"{name} is one line of up to {MAX_PERSONAL_CHARS} characters")

@@ -23,10 +23,12 @@ from p2pflop.dht.fetch import fetch
 from p2pflop.errors import BlobNotFoundError, ProviderError, StoreError
 from p2pflop.job.meter import METER_ID
 from p2pflop.market.records import ZERO_HASH
+from p2pflop.market.views import BookView
 from p2pflop.market.wishes import depth
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
 from p2pflop.node.dialing import NodeDialer
+from p2pflop.node.franchise import Franchise
 from p2pflop.node.home import Home
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
@@ -67,6 +69,7 @@ class Daemon:
     buyer: Buyer
     seller: Seller
     money: Payments
+    franchise: Franchise
     packs: Packs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,6 +94,7 @@ class Daemon:
             "class_id": self.workers.class_id.hex(),
             "sandbox_level": self.workers.level,
             "selling": self.sheets.selling,
+            "franchise": self.franchise.report(),
             "uptime_ns": time.monotonic_ns() - self.seller.started_ns,
         }
 
@@ -143,7 +147,8 @@ class Daemon:
         self.runs.get(run_id).cancel_requested.set()
 
     async def book(self) -> list[Json]:
-        """See NodeService. Cheapest price first."""
+        """See NodeService. Cheapest price first; a strict node leaves out who is not attested."""
+        now_ns = time.time_ns()
         asks = [
             {
                 "provider": sheet.peer,
@@ -160,7 +165,8 @@ class Daemon:
                 "flop_per_s": ask.flop_per_s,
                 "valid_until_ns": ask.valid_until_ns,
             }
-            for sheet in self.sheets.book.view(time.time_ns()).sheets
+            for sheet in self.sheets.book.view(now_ns).sheets
+            if self.franchise.admits(sheet.account, now_ns)
             for ask in sheet.sheet.asks
         ]
         return sorted(asks, key=lambda ask: (ask["price_nusd"], ask["provider"]))
@@ -189,6 +195,9 @@ class Daemon:
         """See NodeService."""
         now_ns = time.time_ns()
         view = self.sheets.book.view(now_ns)
+        if self.franchise.is_strict:
+            admits = self.franchise.admits
+            view = BookView(tuple(s for s in view.sheets if admits(s.account, now_ns)), now_ns)
         shown = classes(view, self.tape.tape.trades(now_ns), now_ns)
         return {"classes": shown, "take": await self._take()}
 
@@ -276,6 +285,11 @@ class Daemon:
             hint="Is it public (p2pflop put --public), and the node that has it running?",
         )
 
+    def allowance(self) -> int:
+        """How many leases this node may run at once, by what its account is attested for."""
+        account = self.identity.account.public_key
+        return self.franchise.own_slots(self.sheets.book.sellers_of(account, time.time_ns()))
+
     async def may_read(self, address: bytes, reader: bytes) -> bool:
         """Whether the peer with that key may have a blob: public, granted, or of a lease of its."""
         return (
@@ -324,6 +338,7 @@ class Daemon:
             )
             if holds
         ]
+        problems += self.franchise.problems(selling=self.sheets.selling)
         return {
             "problems": problems,
             "home": str(self.home.path),

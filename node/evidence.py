@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Final
 
 import msgspec
@@ -28,6 +28,8 @@ from p2pflop.node.orders import Ranking
 from p2pflop.wire import U63, Hash, Record, decode, encode, envelope_kind
 
 LOOK_ROW: Final = "look"
+ATTESTED_ROW: Final = "attested"
+"""The accounts of the look before that a strict buyer held to be attested, one after the other."""
 REJECT_ROW: Final = "reject"
 MAX_REASON_CHARS: Final = 200
 
@@ -55,6 +57,15 @@ class _Tried:
     fill: bytes = b""
     reject: bytes = b""
     reason: str = ""
+
+
+@dataclass(slots=True)
+class _Looked:
+    """A look as it comes together."""
+
+    row: LookRow
+    attested: bytes = b""
+    tried: list[_Tried] = field(default_factory=list)
 
 
 def keep_look(
@@ -86,29 +97,34 @@ def keep_look(
         sheets=b"".join(sheet.sealed.id for sheet in sheets),
     )
     rows.add(LOOK_ROW, encode(look))
+    if ranking.policy.attested_only:
+        accounts = sorted({sheet.account for sheet in sheets})
+        attested = [each for each in accounts if ranking.admits(each, ranking.view.at_ns)]
+        rows.add(ATTESTED_ROW, b"".join(attested))
 
 
 def evidence_of(
     rows: Sequence[Row], sheet: Callable[[bytes], bytes | None], network: str
 ) -> Evidence:
     """The evidence of a run. ``sheet`` gives an envelope by its id, None if it is kept no more."""
-    looks: list[tuple[LookRow, list[_Tried]]] = []
+    looks: list[_Looked] = []
     for row in rows:
         if row.kind == LOOK_ROW:
-            looks.append((decode(LookRow, row.body), []))
+            looks.append(_Looked(decode(LookRow, row.body)))
+        elif row.kind == ATTESTED_ROW and looks:
+            looks[-1].attested = row.body
         elif looks:
-            _take(row, looks[-1][1])
+            _take(row, looks[-1].tried)
     return Evidence(
         version=1,
         network=network,
-        looks=tuple(_look(kept, tried, sheet) for kept, tried in looks[-MAX_LOOKS:]),
+        looks=tuple(_look(looked, sheet) for looked in looks[-MAX_LOOKS:]),
     )
 
 
-def _look(kept: LookRow, tried: list[_Tried], sheet: Callable[[bytes], bytes | None]) -> Look:
-    ids = [
-        kept.sheets[place : place + HASH_BYTES] for place in range(0, len(kept.sheets), HASH_BYTES)
-    ]
+def _look(looked: _Looked, sheet: Callable[[bytes], bytes | None]) -> Look:
+    kept = looked.row
+    ids = _split(kept.sheets)
     wires = [wire for wire in map(sheet, ids) if wire is not None]
     return Look(
         at_ns=kept.at_ns,
@@ -118,10 +134,16 @@ def _look(kept: LookRow, tried: list[_Tried], sheet: Callable[[bytes], bytes | N
         policy=kept.policy,
         whole=kept.whole and len(wires) == len(ids),
         sheets=tuple(wires),
+        attested=tuple(_split(looked.attested)),
         attempts=tuple(
-            Attempt(each.bid, each.fill, each.reject, each.reason) for each in tried[:MAX_ATTEMPTS]
+            Attempt(each.bid, each.fill, each.reject, each.reason)
+            for each in looked.tried[:MAX_ATTEMPTS]
         ),
     )
+
+
+def _split(joined: bytes) -> list[bytes]:
+    return [joined[place : place + HASH_BYTES] for place in range(0, len(joined), HASH_BYTES)]
 
 
 def _take(row: Row, tried: list[_Tried]) -> None:

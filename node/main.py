@@ -45,6 +45,8 @@ from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
 from p2pflop.node.daemon import Daemon
 from p2pflop.node.dialing import NodeDialer
+from p2pflop.node.franchise import Franchise
+from p2pflop.node.franchising import open_franchise
 from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.handing_over import HAND_OVER_S
 from p2pflop.node.home import Home, open_home
@@ -145,9 +147,10 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
         )
         await workers.start(nursery)
         await _closing(stack, workers)
+        franchising = await stack.enter_async_context(open_franchise(settings, identity))
         network = await stack.enter_async_context(_open_network(settings, home))
         known = Acquaintances(ledger_book)
-        book = _make_book(settings, identity, known)
+        book = _make_book(settings, identity, known, franchising.franchise)
         tape = Tape(secrets.token_bytes(TAPE_SECRET_BYTES), settings.network)
         await _keep(KeptFile(home.path / "book", Dump), book, stack, nursery)
         await _keep(KeptFile(home.path / "tape", TapeDump), tape, stack, nursery)
@@ -162,12 +165,14 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
             payment_book,
             network,
             workers,
-            book,
+            _open_sheets(identity, book, network, known, gossip=not settings.embedded),
             tape,
-            known,
+            franchising.franchise,
             nursery,
         )
         await _serve(daemon, nursery)
+        service = franchising.start(network, book, nursery)
+        stack.push_async_callback(survive, service.save)
         activity, ending = Activity(), trio.Event()
         app = create_app(daemon, home.token, port=listener.port, activity=activity, stopping=ending)
         await nursery.start(serve_api, app, listener, ending)
@@ -195,12 +200,16 @@ async def _open_network(settings: Settings, home: Home) -> AsyncIterator[Network
         yield host
 
 
-def _make_book(settings: Settings, identity: Identity, known: Acquaintances) -> Book:
+def _make_book(
+    settings: Settings, identity: Identity, known: Acquaintances, franchise: Franchise
+) -> Book:
     return Book(
         secrets.token_bytes(SECRET_BYTES),
         network=settings.network,
         own=identity.node.public_key,
+        is_attested=franchise.is_attested,
         is_known=known.is_known,
+        max_nodes=franchise.max_nodes,
     )
 
 
@@ -240,13 +249,12 @@ def _assemble(
     payment_book: PaymentBook,
     network: Network,
     workers: Workers,
-    book: Book,
+    sheets: SheetService,
     tape: Tape,
-    known: Acquaintances,
+    franchise: Franchise,
     nursery: trio.Nursery,
 ) -> Daemon:
     dialer = NodeDialer(network, nursery)
-    sheets = _open_sheets(identity, book, network, known, gossip=not settings.embedded)
     tapes = TapeService(identity, tape, sheets.relay, network, time.time_ns)
     runs = Runs(journal)
     buyer = Buyer(
@@ -258,6 +266,7 @@ def _assemble(
         runs=runs,
         ledger_book=ledger_book,
         letters=Letters(journal, dialer, nursery, time.time_ns),
+        franchise=franchise,
         nursery=nursery,
         now_ns=time.time_ns,
     )
@@ -296,6 +305,7 @@ def _assemble(
         buyer,
         seller,
         money,
+        franchise,
     )
 
 
@@ -310,6 +320,7 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
             return False  # Its key is not Ed25519: no lease is with it.
         return await daemon.may_read(address, reader)
 
+    daemon.seller.allocator.allowance = daemon.allowance
     blobs = BlobServer(daemon.store, authorise)
     daemon.dialer.handle(BLOB_PROTOCOL, blobs.handle)
     daemon.dialer.handle(JOB_PROTOCOL, daemon.seller.handle)
@@ -377,6 +388,7 @@ def _announce_start(daemon: Daemon) -> None:
     elif settings.ask_nusd is not None:
         selling = f"selling at {format_usd(settings.ask_nusd)} a PFLOP"
     _log.info("node %s, %s, sandbox level %d", daemon.network.peer, selling, daemon.workers.level)
+    _log.info("%s", daemon.franchise.describe())
     _log.info("local programs: %s", daemon.url)
     for address in daemon.network.addresses:
         _log.info("peers: --connect %s", address)

@@ -59,6 +59,7 @@ from p2pflop.node.books import open_books
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
 from p2pflop.node.dialing import NodeDialer
+from p2pflop.node.franchising import Franchising, open_franchise
 from p2pflop.node.guard import survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.journal import Journal
@@ -71,6 +72,7 @@ from p2pflop.node.payment_book import PaymentBook
 from p2pflop.node.payment_stream import PROTOCOL as PAYMENT_PROTOCOL
 from p2pflop.node.payments import Payments
 from p2pflop.node.quote_stream import PROTOCOL as QUOTE_PROTOCOL
+from p2pflop.node.registry_client import Fetch, HttpFetch
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
@@ -118,6 +120,7 @@ class MemoryNode:
         level: int = 3,
         descriptor: ClassDescriptor = MEMORY_CLASS,
         account: str = "",
+        fetch: Callable[[str], Fetch] = HttpFetch,
         gossips: bool = False,
         **settings: Any,
     ) -> None:
@@ -137,6 +140,7 @@ class MemoryNode:
         self.workers = MemoryWorkerPool(
             session or CountingSession, level=level, descriptor=descriptor
         )
+        self.fetch = fetch
         self.tamper_sent: Tamper = unchanged
         self.tamper_heard: Tamper = unchanged
         self.tamper_answered_sent: Tamper = unchanged
@@ -218,11 +222,15 @@ class MemoryNode:
             self.journal = Journal(books)
             self.ledger_book = LedgerBook(books, self.account)
             self.payment_book = PaymentBook(books)
+            franchising = await stack.enter_async_context(
+                open_franchise(self.settings, self.identity, now_ns)
+            )
             config = HostConfig(self.identity.node.seed)
             self.host = await stack.enter_async_context(self._network.open_host(config))
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)
-            self._assemble(self.host, nursery)
+            self._assemble(self.host, nursery, franchising)
+            stack.push_async_callback(self.registries.save)
             await self._listen(nursery)
             if self._gossips:
                 await self._gossip(nursery)
@@ -248,9 +256,12 @@ class MemoryNode:
 
         return wired
 
-    def _assemble(self, host: MemoryHost, nursery: trio.Nursery) -> None:
+    def _assemble(self, host: MemoryHost, nursery: trio.Nursery, franchising: Franchising) -> None:
         dialer = NodeDialer(host, nursery)
-        self.sheets = SheetService(self.identity, Book(bytes(32)), host, now_ns)
+        self.franchise = franchise = franchising.franchise
+        book = Book(bytes(32), is_attested=franchise.is_attested, max_nodes=franchise.max_nodes)
+        self.registries = franchising.start(host, book, nursery, self.fetch)
+        self.sheets = SheetService(self.identity, book, host, now_ns)
         self.tape = TapeService(self.identity, self.kept_tape, self.sheets.relay, host, now_ns)
         self.runs = Runs(self.journal, now_ns)
         letters = Letters(self.journal, dialer, nursery, now_ns)
@@ -264,6 +275,7 @@ class MemoryNode:
             runs=self.runs,
             ledger_book=self.ledger_book,
             letters=letters,
+            franchise=franchise,
             nursery=nursery,
             now_ns=now_ns,
         )
@@ -283,6 +295,9 @@ class MemoryNode:
         )
 
         self.seller.allocator.on_free.append(self.buyer.room_freed)
+        self.seller.allocator.allowance = lambda: franchise.own_slots(
+            book.sellers_of(self.account, now_ns())
+        )
         self.money = Payments(
             self.identity,
             self.payment_book,

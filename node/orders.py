@@ -16,6 +16,7 @@ from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, shards_of, times_due
 from p2pflop.job.validate import Refusal
+from p2pflop.market.book import IsAttested
 from p2pflop.market.ranking import Deal, Miss, Need, Policy
 from p2pflop.market.records import MIN_CHECKPOINT_SECONDS, CostLine, Terms
 from p2pflop.market.views import BookView
@@ -88,12 +89,16 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """One look at the book for one order. ``nonce`` breaks its ties and goes into the bid."""
+    """One look at the book for one order. ``nonce`` breaks its ties and goes into the bid.
+
+    ``admits`` says whom a strict node holds to be attested.
+    """
 
     nonce: bytes
     view: BookView
     policy: Policy
     ranked: list[Deal | Miss]
+    admits: IsAttested
 
     @property
     def deals(self) -> list[Deal]:

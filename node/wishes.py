@@ -41,6 +41,7 @@ from p2pflop.market.wishes import (
     ticket,
 )
 from p2pflop.node import quote_stream
+from p2pflop.node.franchise import Franchise
 from p2pflop.node.guard import survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.orders import Order
@@ -107,12 +108,14 @@ class Wishes:
         nursery: trio.Nursery,
         now_ns: Callable[[], int],
         wake: Callable[[str], None],
+        franchise: Franchise,
     ) -> None:
         self._identity = identity
         self._sheets = sheets
         self._nursery = nursery
         self._now_ns = now_ns
         self._wake = wake
+        self._franchise = franchise
         self._resting: dict[str, _Resting] = {}
         self._next_number = FIRST_NUMBER
         self._publishing = False
@@ -124,6 +127,7 @@ class Wishes:
         self._distrusted: OrderedDict[bytes, int] = OrderedDict()
         sheets.wish(self.on_sheet)
         sheets.on_news(self._note_news)
+        franchise.on_news.append(self._note_news)
 
     def rest(self, run_id: str, order: Order, classes: frozenset[bytes]) -> bool:
         """Have a wish for ``order``, which may be computed in ``classes`` (none: in any); whether
@@ -310,7 +314,8 @@ class Wishes:
             return
         view = self._sheets.book.view(now_ns)
         need = resting.order.need(resting.classes or frozenset(view.by_price), bytes(NONCE_BYTES))
-        deal = best(view, need, Policy(), now_ns)
+        policy = Policy(attested_only=self._franchise.is_strict)
+        deal = best(view, need, policy, now_ns, self._franchise.admits)
         if deal is not None and (deal.node, deal.total_nusd) not in resting.seen:
             if len(resting.seen) >= MAX_SEEN:
                 resting.seen.clear()

@@ -159,7 +159,23 @@ def _node(flags: Flags) -> list[Finding]:
         Finding("node peer", True, str(status.get("peer"))),
         Finding("node addresses", True, ", ".join(map(str, told.get("addresses", ())))),
     ]
+    franchise = status.get("franchise")
+    if franchise is not None:
+        findings.append(Finding("franchise", True, _franchise(franchise)))
     return findings + [_problem(problem) for problem in told.get("problems", [])]
+
+
+def _franchise(told: dict[str, Any]) -> str:
+    """Whom the node deals with, and how long its own account is attested."""
+    registries = [each for each in told.get("registries", ()) if each.get("trusted")]
+    if not told.get("strict"):
+        return "open: it deals with everybody"
+    text = f"strict: it deals with accounts that {len(registries)} registries attest"
+    attestation = told.get("attestation")
+    if attestation is None:
+        return f"{text}; its own is not attested"
+    days, slots = attestation.get("days_left"), attestation.get("max_slots")
+    return f"{text}; its own is attested, {days} days left, {slots} slots"
 
 
 def _problem(problem: Any) -> Finding:

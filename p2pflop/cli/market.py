@@ -14,6 +14,7 @@ from p2pflop.cli.output import (
     print_fields,
     print_json,
     print_table,
+    say,
     short,
     table_lines,
 )
@@ -65,6 +66,8 @@ def book_command(flags: Flags, classes: bool, wishes: bool, watch: bool) -> None
     else:
         for line in _book_lines(client, classes=classes):
             click.echo(line)
+        if client.status().get("franchise", {}).get("strict"):
+            say("This node is strict: asks of who is not attested are left out.")
 
 
 def _book_lines(client: Client, *, classes: bool) -> list[str]:

@@ -34,6 +34,23 @@ PR_SET_PDEATHSIG: Final = 1
     help="How to compute, of those that p2pflop doctor lists [default: cpu-clang-nofma].",
 )
 @click.option("--network", metavar="NAME", help="Network to take part in [default: main].")
+@click.option(
+    "--registry",
+    metavar="KEY@URL",
+    multiple=True,
+    help="Deal only with accounts that this registry attests; repeatable.",
+)
+@click.option("--open", "is_open", is_flag=True, help="Deal with everybody [without --registry].")
+@click.option("--enroll", is_flag=True, help="Apply to these registries, and wait.")
+@click.option("--agree", metavar="VERSION", help="Agree to this version of their guidelines.")
+@click.option("--contact", metavar="TEXT", help="How a registry's operator reaches you.")
+@click.option("--place", metavar="TEXT", help="Where the machines are.")
+@click.option(
+    "--forgive",
+    metavar="KEY",
+    multiple=True,
+    help="Trust a registry again that told two histories.",
+)
 @click.option("--embedded", is_flag=True, hidden=True)
 @click.option("--tied", is_flag=True, hidden=True)
 @common_options
@@ -50,6 +67,13 @@ def node_command(
     slots: int | None,
     class_name: str | None,
     network: str | None,
+    registry: tuple[str, ...],
+    is_open: bool,
+    enroll: bool,
+    agree: str | None,
+    contact: str | None,
+    place: str | None,
+    forgive: tuple[str, ...],
     embedded: bool,
     tied: bool,
 ) -> int:
@@ -63,6 +87,8 @@ def node_command(
       p2pflop node                           take part, sell nothing
       p2pflop node --ask 0.05                sell at $0.05 a PFLOP (10^15 FLOP)
       p2pflop node --ask 0.02 --memory 8GiB --slots 2
+      p2pflop node --ask 0.02 --registry KEY@https://registry.example.org --enroll \
+                   --agree 1 --contact ada@example.org
       p2pflop node --home /tmp/n2 --port 0 --connect /ip4/10.0.0.7/tcp/7421/p2p/12D3Koo...
     """
     from p2pflop.node.config import load_settings
@@ -82,6 +108,13 @@ def node_command(
         "slots": slots,
         "class_name": class_name,
         "network": network,
+        "registry": registry or None,
+        "is_open": is_open or None,
+        "enroll": enroll or None,
+        "agree": agree,
+        "contact": contact,
+        "place": place,
+        "forgive": forgive or None,
         "embedded": embedded or None,
         "log_json": flags.json or None,
         "debug": flags.debug or None,

@@ -35,6 +35,8 @@ from p2pflop.wire import (
 )
 
 MAX_CERTIFICATES: Final = 1024
+FUTURE: Final = "head is from the future"
+WITHDRAWN: Final = "head is signed with a key that was withdrawn"
 
 S = TypeVar("S", bound=SignedRecord)
 
@@ -95,11 +97,11 @@ class Issuer:
         if head.record.issuer != self.key or certificate is None:
             return Rejected("head is not by this registry")
         if self.is_withdrawn(certificate):
-            return Rejected("head is signed with a key that was withdrawn")
+            return Rejected(WITHDRAWN)
         if not certificate.valid_from_ns <= head.record.at_ns < certificate.valid_until_ns:
             return Rejected("head is signed with a key that was not certified at that time")
         if head.record.at_ns > now_ns + CLOCK_TOLERANCE_NS:
-            return Rejected("head is from the future")
+            return Rejected(FUTURE)
         return head
 
     def open_signed(self, kind: type[S], data: bytes) -> Sealed[S] | Rejected:

@@ -114,22 +114,32 @@ def is_consistent(
     first: int, first_root: bytes, second: int, second_root: bytes, path: Sequence[bytes]
 ) -> bool:
     """Whether ``path`` proves that the second tree begins with the first (RFC 9162, 2.1.4.2)."""
+    return roots_by_consistency(first, first_root, second, path) == (first_root, second_root)
+
+
+def roots_by_consistency(
+    first: int, first_root: bytes, second: int, path: Sequence[bytes]
+) -> tuple[bytes, bytes] | None:
+    """The roots of both trees that ``path`` leads to; None if it is not one.
+
+    ``first_root`` stands in for what a path leaves out: all of the first tree, if that is complete.
+    """
     if not 0 < first <= second:
-        return False
+        return None
     if first == second:
-        return not path and first_root == second_root
+        return None if path else (first_root, first_root)
     hashes = list(path)
     if first & (first - 1) == 0:
         hashes.insert(0, first_root)
     if not hashes:
-        return False
+        return None
     number, last = first - 1, second - 1
     while number % 2:
         number, last = number // 2, last // 2
     old = new = hashes[0]
     for sibling in hashes[1:]:
         if last == 0:
-            return False
+            return None
         if number % 2 or number == last:
             old, new = node_hash(sibling, old), node_hash(sibling, new)
             while not number % 2 and number:
@@ -137,7 +147,7 @@ def is_consistent(
         else:
             new = node_hash(new, sibling)
         number, last = number // 2, last // 2
-    return last == 0 and old == first_root and new == second_root
+    return (old, new) if last == 0 else None
 
 
 class MemoryTree:

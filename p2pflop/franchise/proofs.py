@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 
@@ -24,6 +25,9 @@ from p2pflop.franchise.records import (
 from p2pflop.market.records import Rejected
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
 from p2pflop.wire import Envelope, Sealed, decode
+
+EXPIRED: Final = "attestation has expired"
+NOT_YET: Final = "attestation is not valid yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +99,9 @@ def check_attestation(
     if attestation.valid_until_ns <= attestation.valid_from_ns:
         return Rejected("attestation ends before it begins")
     if now_ns >= attestation.valid_until_ns:
-        return Rejected("attestation has expired")
+        return Rejected(EXPIRED)
     if attestation.valid_from_ns > now_ns + CLOCK_TOLERANCE_NS:
-        return Rejected("attestation is not valid yet")
+        return Rejected(NOT_YET)
     return Attested(attestation, included)
 
 

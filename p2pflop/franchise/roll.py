@@ -5,27 +5,59 @@ another has revoked, or never knew, takes nothing from that. Of one registry's a
 account the highest serial counts, if no revocation covers it. Proofs are verified when they come
 in; ``is_attested``, asked for every ask, is a look-up.
 
-Heads are remembered: the newest of each registry, and the first two that contradict each other
-as they stand, which are evidence (``forks``).
+Heads are remembered: the newest of each registry. Two that contradict each other are evidence
+(``forks``), which **convicts** their registry: nothing that it says counts any more, until
+somebody forgives it. Evidence of which a head is older than that counts no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 from p2pflop.errors import ProtocolError, VerificationError
-from p2pflop.franchise.forks import contradict, make_fork
-from p2pflop.franchise.issuer import Issuer
-from p2pflop.franchise.proofs import Included, check_attestation, check_revocation
-from p2pflop.franchise.records import Head, Proof
+from p2pflop.franchise.forks import check_fork, contradict, make_fork
+from p2pflop.franchise.issuer import FUTURE, WITHDRAWN, Issuer
+from p2pflop.franchise.proofs import (
+    EXPIRED,
+    NOT_YET,
+    Included,
+    check_attestation,
+    check_revocation,
+)
+from p2pflop.franchise.records import Fork, Head, Proof
 from p2pflop.market.records import Rejected
+from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
 from p2pflop.wire import DEFAULT_NETWORK, Sealed, decode, reopen
 
 MAX_ISSUERS: Final = 16
 MAX_ACCOUNTS: Final = 65_536
 """Of one registry, that are held, and likewise those that it revoked."""
+
+CONVICTED: Final = "the registry told two histories, and is not trusted any more"
+FORGIVEN: Final = "the registry was forgiven this"
+KNOWN: Final = "it is known already"
+OLDER: Final = "attestation is older than the one that is known"
+REVOKED: Final = "attestation was revoked"
+UNTRUSTED: Final = "the registry is not trusted here"
+FULL: Final = "too many accounts of one registry are held already"
+HONEST: Final = frozenset(
+    {
+        CONVICTED,
+        FORGIVEN,
+        KNOWN,
+        OLDER,
+        REVOKED,
+        UNTRUSTED,
+        FULL,
+        EXPIRED,
+        NOT_YET,
+        FUTURE,
+        WITHDRAWN,
+    }
+)
+"""Why something may be refused that was right for whoever tells it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +65,7 @@ class Standing:
     """What one registry says of an account. Times are nanoseconds of Unix time."""
 
     issuer: bytes
+    account: bytes
     serial: int
     max_slots: int
     valid_from_ns: int
@@ -41,17 +74,32 @@ class Standing:
     proof: bytes
 
     def holds(self, now_ns: int) -> bool:
-        """Whether it is for now."""
-        return self.valid_from_ns <= now_ns < self.valid_until_ns
+        """Whether it is for now; a registry's clock may be a little ahead."""
+        return self.valid_from_ns - CLOCK_TOLERANCE_NS <= now_ns < self.valid_until_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What one registry has taken back of an account: attestations up to ``serial``."""
+
+    issuer: bytes
+    account: bytes
+    serial: int
+    proof: bytes
 
 
 @dataclass(slots=True)
 class _Register:
     issuer: Issuer
     standings: dict[bytes, Standing] = field(default_factory=dict)
-    revoked: dict[bytes, int] = field(default_factory=dict)
+    revoked: dict[bytes, Taken] = field(default_factory=dict)
     head: Sealed[Head] | None = None
     fork: bytes | None = None
+    forgiven_ns: int = -1
+
+    def revoked_serial(self, account: bytes) -> int:
+        taken = self.revoked.get(account)
+        return 0 if taken is None else taken.serial
 
 
 class Roll:
@@ -67,23 +115,44 @@ class Roll:
         """Whether any trusted registry attests the account at that time."""
         for register in self._registers.values():
             standing = register.standings.get(account)
-            if standing is not None and standing.holds(now_ns):
+            if (
+                standing is not None
+                and standing.valid_from_ns - CLOCK_TOLERANCE_NS <= now_ns < standing.valid_until_ns
+                and register.fork is None
+            ):
                 return True
         return False
 
     def standing(self, account: bytes, now_ns: int) -> Standing | None:
         """Of what holds for the account now, that which allows most, then longest."""
-        found = [register.standings.get(account) for register in self._registers.values()]
+        registers = self._registers.values()
+        found = [each.standings.get(account) for each in registers if each.fork is None]
         return max(
             (each for each in found if each is not None and each.holds(now_ns)),
             key=lambda standing: (standing.max_slots, standing.valid_until_ns),
             default=None,
         )
 
-    def issuer(self, key: bytes) -> Issuer | None:
-        """A trusted registry with the certificates known of it; None if it is not trusted."""
-        register = self._registers.get(key)
-        return None if register is None else register.issuer
+    @property
+    def issuers(self) -> tuple[bytes, ...]:
+        """The root keys of the trusted registries, convicted ones too."""
+        return tuple(self._registers)
+
+    def standings(self, key: bytes) -> Iterator[Standing]:
+        """What is held of one registry, valid now or not."""
+        return iter(self._registers[key].standings.values())
+
+    def standing_by(self, key: bytes, account: bytes) -> Standing | None:
+        """What is held of one registry about an account, valid now or not."""
+        return self._registers[key].standings.get(account)
+
+    def taken(self, key: bytes, account: bytes) -> Taken | None:
+        """What that registry has taken back of an account."""
+        return self._registers[key].revoked.get(account)
+
+    def issuer(self, key: bytes) -> Issuer:
+        """A trusted registry with the certificates known of it. Raises KeyError if it is not."""
+        return self._registers[key].issuer
 
     def head(self, key: bytes) -> Sealed[Head] | None:
         """The head of the largest log that was seen of that registry."""
@@ -96,7 +165,8 @@ class Roll:
     def admit(self, proof: bytes, now_ns: int) -> Standing | Rejected:
         """Take up the proof of an attestation, from anywhere.
 
-        An older serial than that which is known is refused, and so is one that was revoked.
+        An older serial than that which is known is refused, and so is one that was revoked. Of
+        two proofs of one attestation the first is kept.
         """
         register = self._register_of(proof)
         if isinstance(register, Rejected):
@@ -106,15 +176,20 @@ class Roll:
             return attested
         self._learn(register, attested.included)
         record = attested.attestation
-        if record.serial <= register.revoked.get(record.account, 0):
-            return Rejected("attestation was revoked")
+        if register.fork is not None:
+            return Rejected(CONVICTED)
+        if record.serial <= register.revoked_serial(record.account):
+            return Rejected(REVOKED)
         known = register.standings.get(record.account)
         if known is not None and record.serial < known.serial:
-            return Rejected("attestation is older than the one that is known")
+            return Rejected(OLDER)
+        if known is not None and record.serial == known.serial:
+            return known
         if known is None and len(register.standings) >= MAX_ACCOUNTS:
-            return Rejected(f"over {MAX_ACCOUNTS} accounts of one registry")
+            return Rejected(FULL)
         standing = Standing(
             issuer=record.issuer,
+            account=record.account,
             serial=record.serial,
             max_slots=record.max_slots,
             valid_from_ns=record.valid_from_ns,
@@ -125,8 +200,8 @@ class Roll:
         register.standings[record.account] = standing
         return standing
 
-    def revoke(self, proof: bytes, now_ns: int) -> bytes | Rejected:
-        """Take up the proof of a revocation; the account that it is about."""
+    def revoke(self, proof: bytes, now_ns: int) -> Taken | Rejected:
+        """Take up the proof of a revocation; one that says nothing new is refused."""
         register = self._register_of(proof)
         if isinstance(register, Rejected):
             return register
@@ -135,20 +210,49 @@ class Roll:
             return revoked
         self._learn(register, revoked.included)
         record = revoked.revocation
+        if register.fork is not None:
+            return Rejected(CONVICTED)
+        if record.serial <= register.revoked_serial(record.account):
+            return Rejected(KNOWN)
         if record.account not in register.revoked and len(register.revoked) >= MAX_ACCOUNTS:
-            return Rejected(f"over {MAX_ACCOUNTS} revocations of one registry")
-        serial = max(record.serial, register.revoked.get(record.account, 0))
-        register.revoked[record.account] = serial
+            return Rejected(FULL)
+        taken = Taken(record.issuer, record.account, record.serial, proof)
+        register.revoked[record.account] = taken
         known = register.standings.get(record.account)
-        if known is not None and known.serial <= serial:
+        if known is not None and known.serial <= record.serial:
             del register.standings[record.account]
-        return record.account
+        return taken
+
+    def convict(self, fork: bytes) -> bytes | Rejected:
+        """Take up evidence (an encoded ``Fork``) from anywhere; the key of the registry."""
+        try:
+            head = reopen(Head, decode(Fork, fork).first, self._network)
+        except (ProtocolError, VerificationError) as error:
+            return Rejected(f"evidence: {error.message}")
+        register = self._registers.get(head.record.issuer)
+        if register is None:
+            return Rejected(UNTRUSTED)
+        if register.fork is not None:
+            return Rejected(KNOWN)
+        heads = check_fork(fork, register.issuer)
+        if isinstance(heads, Rejected):
+            return heads
+        if min(each.at_ns for each in heads) <= register.forgiven_ns:
+            return Rejected(FORGIVEN)
+        register.fork = fork
+        return register.issuer.key
+
+    def forgive(self, key: bytes, now_ns: int) -> None:
+        """Trust a registry again from now on, whatever heads it signed before."""
+        register = self._registers[key]
+        register.forgiven_ns = now_ns
+        register.fork = register.head = None
 
     def learn(self, key: bytes, certificates: tuple[bytes, ...]) -> Rejected | None:
         """Take up certificates of a registry; None if they are good."""
         register = self._registers.get(key)
         if register is None:
-            return Rejected("the registry is not trusted here")
+            return Rejected(UNTRUSTED)
         learned = register.issuer.learn_all(certificates)
         if isinstance(learned, Rejected):
             return learned
@@ -159,7 +263,7 @@ class Roll:
         """Compare a head with what is remembered; None if it is good."""
         register = self._registers.get(key)
         if register is None:
-            return Rejected("the registry is not trusted here")
+            return Rejected(UNTRUSTED)
         checked = register.issuer.check_head(head, now_ns)
         if isinstance(checked, Rejected):
             return checked
@@ -186,7 +290,7 @@ class Roll:
         except (ProtocolError, VerificationError) as error:
             return Rejected(f"proof: {error.message}")
         register = self._registers.get(head.record.issuer)
-        return Rejected("the registry is not trusted here") if register is None else register
+        return Rejected(UNTRUSTED) if register is None else register
 
     def _learn(self, register: _Register, included: Included) -> None:
         self._update(register, included.issuer)
@@ -206,6 +310,8 @@ class Roll:
                 register.head = None
 
     def _see(self, register: _Register, head: Sealed[Head]) -> None:
+        if head.record.at_ns <= register.forgiven_ns:
+            return
         known = register.head
         if known is None or known.id == head.id:
             register.head = head

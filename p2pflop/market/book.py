@@ -8,7 +8,8 @@ refused. An entry is kept after its sheet has expired for as long as an older, l
 the same node could be replayed.
 
 Space goes by identity, never by price. Attested accounts come first; strangers share what is left,
-at most ``max_strangers``. Each account may fill ``max_per_account`` places. Where too many compete,
+at most ``max_strangers``. Each account may fill ``max_per_account`` places, and no more than
+``max_nodes`` says: as many nodes as it is attested slots. Where too many compete,
 those with the lowest hash of (account, node) stay, keyed with this book's own secret, so that
 nobody can search for an identity that always wins, and each stranger's chance is the same.
 
@@ -57,6 +58,7 @@ Place = tuple[bytes, bytes]
 """The keyed hash that orders a group, and the node."""
 
 IsAttested = Callable[[bytes, int], bool]
+MaxNodes = Callable[[bytes, int], int]
 IsKnown = Callable[[OpenSheet], bool]
 
 
@@ -103,10 +105,16 @@ def nobody_known(_sheet: OpenSheet) -> bool:
     return False
 
 
+def as_many_as_fit(_account: bytes, _now_ns: int) -> int:
+    """The number of an account's nodes is not limited further."""
+    return MAX_SHEETS_PER_ACCOUNT
+
+
 class Book:
     """``secret`` is 32 random bytes of this node; ``own`` is its key, if it has sheets of its own.
 
-    ``is_attested(account, now_ns)`` and ``is_known(sheet)`` rank space.
+    ``is_attested(account, now_ns)`` and ``is_known(sheet)`` rank space; ``max_nodes(account,
+    now_ns)`` is how many nodes of an account have a place.
     """
 
     def __init__(
@@ -117,6 +125,7 @@ class Book:
         own: bytes = b"",
         is_attested: IsAttested = nobody,
         is_known: IsKnown = nobody_known,
+        max_nodes: MaxNodes = as_many_as_fit,
         max_sheets: int = MAX_SHEETS,
         max_strangers: int = MAX_STRANGERS,
         max_known: int = MAX_KNOWN,
@@ -130,6 +139,7 @@ class Book:
         self._own = own
         self._is_attested = is_attested
         self._is_known = is_known
+        self._max_nodes = max_nodes
         self._max_sheets = max_sheets
         self._max_strangers = max_strangers
         self._max_known = min(max_known, max_strangers)
@@ -193,6 +203,8 @@ class Book:
         for entry in sorted(self._entries.values(), key=lambda entry: entry.since_ns):
             if self._entries.get(entry.sheet.node) is entry:
                 self._regroup(entry, now_ns)
+        for account in [account for account, places in self._accounts.items() if len(places) > 1]:
+            self._trim(account, now_ns)
         for source, (_, since_ns) in list(self._sources.items()):
             if since_ns + SOURCE_WINDOW_NS <= now_ns:
                 del self._sources[source]
@@ -206,6 +218,14 @@ class Book:
         if entry is None or entry.sheet.sheet.expires_ns <= now_ns:
             return None
         return entry.sheet
+
+    def nodes_of(self, account: bytes) -> list[bytes]:
+        """The nodes of an account that have a place here."""
+        return [node for _, node in self._accounts.get(account, ())]
+
+    def sellers_of(self, account: bytes, now_ns: int) -> list[bytes]:
+        """Those of them that offer something now."""
+        return [node for node in self.nodes_of(account) if self._sells(node, now_ns)]
 
     def view(self, now_ns: int) -> BookView:
         """The live sheets, nodes rising, fixed: later changes of the book do not show in it."""
@@ -308,7 +328,7 @@ class Book:
         self._shelf.put(sheet)
         insort(entry.group, entry.place)
         insort(self._accounts.setdefault(account, []), entry.place)
-        self._make_space(account)
+        self._make_space(account, now_ns)
         if node not in self._entries:
             return Rejected("the book has no space for this account")
         return Applied(changed=True)
@@ -319,7 +339,7 @@ class Book:
             del entry.group[bisect_left(entry.group, entry.place)]
             entry.group = group
             insort(group, entry.place)
-            self._make_space(entry.sheet.account)
+            self._make_space(entry.sheet.account, now_ns)
 
     def _group(self, entry: _Entry, now_ns: int) -> list[Place]:
         """Where an entry belongs now. Makes room among the known for whom ``is_known`` speaks."""
@@ -345,14 +365,33 @@ class Book:
         insort(self._new, last.place)
         return True
 
-    def _make_space(self, account: bytes) -> None:
-        places = self._accounts[account]
-        if len(places) > self._max_per_account:
-            self._remove(next(node for _, node in reversed(places) if node != self._own))
+    def _make_space(self, account: bytes, now_ns: int) -> None:
+        self._trim(account, now_ns)
         if len(self._known) + len(self._new) > self._max_strangers:
             self._remove((self._new or self._known)[-1][1])
         if len(self._entries) > self._max_sheets + len(self._ours):
             self._remove((self._new or self._known or self._attested)[-1][1])
+
+    def _trim(self, account: bytes, now_ns: int) -> None:
+        """Drop nodes of an account that have no place here, this node itself never.
+
+        Of those that sell, the first ``max_nodes`` by their keys stay, in every book the same: they
+        are all the account's own, and its slots go by the same order.
+        """
+        places = self._accounts[account]
+        if len(places) > self._max_per_account:
+            self._remove(next(node for _, node in reversed(places) if node != self._own))
+        most = self._max_nodes(account, now_ns)
+        if len(places) <= most:
+            return
+        selling = self.sellers_of(account, now_ns)
+        selling.sort(key=lambda node: (node != self._own, node))
+        for node in selling[max(most, selling[:1] == [self._own]) :]:
+            self._remove(node)
+
+    def _sells(self, node: bytes, now_ns: int) -> bool:
+        sheet = self.get(node, now_ns)
+        return sheet is not None and bool(sheet.sheet.asks)
 
     def _remove(self, node: bytes) -> None:
         entry = self._entries.pop(node, None)

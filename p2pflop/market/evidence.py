@@ -22,7 +22,7 @@ from p2pflop.market.records import MAX_SHEET_BYTES, Bid, Fill, Reject, Rejected,
 from p2pflop.market.sheets import OpenSheet, open_sheet
 from p2pflop.market.views import BookView
 from p2pflop.market.wishes import check_ticket
-from p2pflop.wire import U63, Hash, Record, Sealed, Text, open_sealed
+from p2pflop.wire import U63, Hash, Key, Record, Sealed, Text, open_sealed
 
 MAX_SHEETS: Final = 256
 """Kept of one look; of a larger book the best."""
@@ -47,7 +47,8 @@ class Attempt(Record, frozen=True):
 class Look(Record, frozen=True):
     """One look at the book. ``class_ids`` empty: of any class. ``whole``: nothing was left out.
 
-    ``continues``: who was asked after the look before is not asked again.
+    ``continues``: who was asked after the look before is not asked again. ``attested``: the
+    accounts among these that the buyer held to be so, if its policy is to deal with no others.
     """
 
     at_ns: U63
@@ -57,6 +58,7 @@ class Look(Record, frozen=True):
     policy: Policy
     whole: bool
     sheets: Annotated[tuple[SheetEnvelope, ...], msgspec.Meta(max_length=MAX_SHEETS)]
+    attested: Annotated[tuple[Key, ...], msgspec.Meta(max_length=MAX_SHEETS)]
     attempts: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=MAX_ATTEMPTS)]
 
 
@@ -131,6 +133,11 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
         forged = [Replayed(None, Verdict.FORGED, -1, False, a.reason) for a in look.attempts]
         return Replay([], forged)
     view = BookView(tuple(sorted(sheets, key=lambda sheet: sheet.node)), look.at_ns)
+    attested = frozenset(look.attested)
+
+    def is_attested(account: bytes, _now_ns: int) -> bool:
+        return account in attested
+
     opened = [_open_attempt(attempt, network) for attempt in look.attempts]
     quoted = _quoted(view, [bid for bid in opened if bid is not None], network)
     first: list[Deal | Miss] = []
@@ -140,7 +147,7 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
             bids.append(Replayed(None, Verdict.FORGED, -1, False, attempt.reason))
             continue
         need = _need(look, view, bid.record)
-        ranked = rank(view.sheets, need, look.policy, look.at_ns, quoted=quoted)
+        ranked = rank(view.sheets, need, look.policy, look.at_ns, is_attested, quoted)
         first = ranked if number == 0 else first
         deals = [entry for entry in ranked if isinstance(entry, Deal)]
         verdict, place = _judge(look, view, bid.record, deals, tried)

@@ -111,7 +111,8 @@ _ADVICE: Final = {
     MissReason.DEADLINE: "Give the job a later deadline.",
     MissReason.OWN_NODE: "Connect to a peer that sells.",
     MissReason.POLICY: "Connect to more peers, or relax the policy on accounts.",
-    MissReason.ATTESTATION: "Connect to more peers, or allow accounts that are not attested.",
+    MissReason.ATTESTATION: "Connect to more peers, trust another registry, or buy from everybody: "
+    "p2pflop node --open.",
     MissReason.PRICE: "Raise the policy's price limit, or wait for a cheaper ask.",
     MissReason.SLOW: "Give the job a later deadline, or connect to more peers.",
 }

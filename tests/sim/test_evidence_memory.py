@@ -194,7 +194,7 @@ async def test_the_commands_show_it_and_find_what_is_wrong(
 
 
 def test_limits_bound_what_is_decoded() -> None:
-    look = Look(0, False, 0, (), Policy(), True, (b"",) * (MAX_SHEETS + 1), ())
+    look = Look(0, False, 0, (), Policy(), True, (b"",) * (MAX_SHEETS + 1), (), ())
     with pytest.raises(Exception, match="length"):
         decode(Evidence, encode(Evidence(1, "main", (look,))))
     assert replay(Evidence(1, "main", ())) == []

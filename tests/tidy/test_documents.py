@@ -38,7 +38,14 @@ from p2pflop.market.ranking import total_nusd
 from p2pflop.market.relay import Outcome
 from p2pflop.market.sheets import make_ask
 from p2pflop.market.tape_relay import Outcome as TapeOutcome
-from p2pflop.node import config, messages, payment_stream, quote_stream, service
+from p2pflop.node import (
+    config,
+    franchise_stream,
+    messages,
+    payment_stream,
+    quote_stream,
+    service,
+)
 from p2pflop.node.api import create_app
 from p2pflop.registry.api import RegistryApi
 
@@ -290,6 +297,7 @@ def test_tables_of_numbers_are_the_codes_own() -> None:
         ("## The job stream", messages),
         ("## Quotes", quote_stream),
         ("## Payments", payment_stream),
+        ("## Registries, between nodes", franchise_stream),
     ],
 )
 def test_messages_of_a_stream_are_listed(title: str, module: ModuleType) -> None:

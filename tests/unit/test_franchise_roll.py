@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from p2pflop.franchise import roll as module
-from p2pflop.franchise.forks import check_fork
+from p2pflop.franchise.forks import check_fork, make_fork
 from p2pflop.franchise.issuer import Issuer
-from p2pflop.franchise.records import DAY_NS
-from p2pflop.franchise.roll import MAX_ISSUERS, Roll, Standing
+from p2pflop.franchise.records import DAY_NS, Head
+from p2pflop.franchise.roll import MAX_ISSUERS, Roll, Standing, Taken
 from p2pflop.franchise.samples import YEAR_NS, SampleRegistry, key
 from p2pflop.market.records import Rejected
 from p2pflop.market.samples import NOW_NS
+from p2pflop.wire import Sealed
 
 ALICE, BOB = key(1).public_key, key(2).public_key
 
@@ -67,7 +68,9 @@ def test_revoked_in_either_order(registry: SampleRegistry, roll: Roll, is_first:
     attestation = registry.prove(registry.attest(ALICE))
     revocation = registry.prove(registry.revoke(ALICE, registry.serial))
     if is_first:
-        assert roll.revoke(revocation, NOW_NS) == ALICE
+        taken = roll.revoke(revocation, NOW_NS)
+        assert isinstance(taken, Taken)
+        assert (taken.account, taken.serial) == (ALICE, registry.serial)
         assert reason(roll.admit(attestation, NOW_NS)) == "attestation was revoked"
     else:
         roll.admit(attestation, NOW_NS)
@@ -151,11 +154,11 @@ def test_older_heads_of_one_history_convict_nobody(registry: SampleRegistry, rol
 def test_bounded(registry: SampleRegistry, roll: Roll, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_ACCOUNTS", 1)
     roll.admit(registry.prove(registry.attest(ALICE)), NOW_NS)
-    assert "over 1 accounts" in reason(roll.admit(registry.prove(registry.attest(BOB)), NOW_NS))
+    assert "too many accounts" in reason(roll.admit(registry.prove(registry.attest(BOB)), NOW_NS))
     assert isinstance(roll.admit(registry.prove(registry.attest(ALICE)), NOW_NS), Standing)
     roll.revoke(registry.prove(registry.revoke(BOB, 1)), NOW_NS)
     refused = roll.revoke(registry.prove(registry.revoke(ALICE, 1)), NOW_NS)
-    assert "over 1 revocations" in reason(refused)
+    assert "too many accounts" in reason(refused)
     with pytest.raises(ValueError, match="over 16"):
         Roll([key(number).public_key for number in range(MAX_ISSUERS + 1)])
 
@@ -165,3 +168,55 @@ def test_not_yet_valid_does_not_hide_what_holds(registry: SampleRegistry, roll: 
     early = registry.prove(registry.attest(ALICE, valid_from_ns=NOW_NS + DAY_NS))
     assert "not valid yet" in reason(roll.admit(early, NOW_NS))
     assert roll.is_attested(ALICE, NOW_NS)
+
+
+def fork_of(registry: SampleRegistry) -> bytes:
+    """Evidence: two heads of one size with two roots."""
+    other = SampleRegistry()
+    other.publish(fee_nusd=5)
+    made = Roll([registry.root.public_key])
+    assert made.remember(registry.root.public_key, registry.head(), NOW_NS) is not None
+    assert made.learn(registry.root.public_key, (registry.certificates[0].wire,)) is None
+    for head in (registry.head(), other.head()):
+        assert made.remember(registry.root.public_key, head, NOW_NS) is None
+    fork = made.fork(registry.root.public_key)
+    assert fork is not None
+    return fork
+
+
+def test_evidence_from_elsewhere_convicts_and_can_be_forgiven(
+    registry: SampleRegistry, roll: Roll
+) -> None:
+    fork, issuer = fork_of(registry), registry.root.public_key
+    proof = registry.prove(registry.attest(ALICE))
+    assert isinstance(roll.admit(proof, NOW_NS), Standing)
+    assert roll.convict(fork) == issuer
+    assert roll.fork(issuer) == fork
+    assert not roll.is_attested(ALICE, NOW_NS)
+    assert roll.standing(ALICE, NOW_NS) is None
+    assert "two histories" in reason(roll.admit(proof, NOW_NS))
+    assert "known already" in reason(roll.convict(fork))
+    roll.forgive(issuer, NOW_NS)
+    assert roll.is_attested(ALICE, NOW_NS)
+    assert "forgiven" in reason(roll.convict(fork))
+    assert isinstance(roll.admit(proof, NOW_NS), Standing), "its head is older than that"
+    assert roll.head(issuer) is None
+
+
+def test_evidence_against_strangers_and_forged_evidence_is_refused(
+    registry: SampleRegistry, roll: Roll
+) -> None:
+    fork = fork_of(registry)
+    assert "not trusted" in reason(Roll([]).convict(fork))
+    assert "evidence" in reason(roll.convict(fork[:-1]))
+    head = roll_head(roll, registry)
+    same = make_fork(head, head, registry.issuer)
+    assert "do not contradict" in reason(roll.convict(same))
+    assert roll.fork(registry.root.public_key) is None
+
+
+def roll_head(roll: Roll, registry: SampleRegistry) -> Sealed[Head]:
+    roll.admit(registry.prove(registry.attest(BOB)), NOW_NS)
+    head = roll.head(registry.root.public_key)
+    assert head is not None
+    return head

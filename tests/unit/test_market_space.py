@@ -159,3 +159,41 @@ def test_a_source_over_its_bound_still_brings_known_and_attested_nodes() -> None
 def test_the_share_of_one_source_is_less_than_what_newcomers_have() -> None:
     """So that a single peer cannot turn over the book, with the constants as they are."""
     assert book_module.MAX_NEW_PER_SOURCE <= MAX_STRANGERS - book_module.MAX_KNOWN
+
+
+def test_an_account_has_as_many_places_as_it_may_have_nodes() -> None:
+    most = [3]
+    made = Book(bytes(32), is_attested=lambda *_: True, max_nodes=lambda *_: most[0])
+    nodes = [party(number, account=0) for number in range(10, 16)]
+    for each in nodes:
+        made.apply(each.sheet(ask()), NOW_NS)
+    assert len(made) == 3
+    account = OWN.account.public_key
+    assert len(made.sellers_of(account, NOW_NS)) == 3
+    made.apply(party(50).sheet(ask()), NOW_NS)
+    assert len(made) == 3 + 1 + 0, "others have places of their own"
+    most[0] = 1
+    made.expire(NOW_NS)
+    assert len(made.sellers_of(account, NOW_NS)) == 1
+
+
+def test_a_node_that_sells_nothing_takes_no_place_from_one_that_does() -> None:
+    made = Book(bytes(32), is_attested=lambda *_: True, max_nodes=lambda *_: 1)
+    for number in range(10, 30):
+        made.apply(party(number, account=0).sheet(), NOW_NS)
+    for number in range(30, 34):
+        made.apply(party(number, account=0).sheet(ask()), NOW_NS)
+        assert len(made.sellers_of(OWN.account.public_key, NOW_NS)) == 1
+        for seller in made.sellers_of(OWN.account.public_key, NOW_NS):
+            made.apply(party(number, account=0).sheet(number=2), NOW_NS)
+            assert seller == party(number, account=0).node.public_key
+    assert len(made) == 24, "what guards against replay stays"
+
+
+def test_the_own_node_is_the_last_to_lose_its_place() -> None:
+    own = OWN.node.public_key
+    made = Book(bytes(32), own=own, is_attested=lambda *_: True, max_nodes=lambda *_: 1)
+    made.apply(OWN.sheet(ask()), NOW_NS)
+    for number in range(10, 20):
+        made.apply(party(number, account=0).sheet(ask()), NOW_NS)
+    assert made.sellers_of(OWN.account.public_key, NOW_NS) == [own]

@@ -256,6 +256,7 @@ def test_evidence_takes_a_quote_that_beats_the_book_and_no_other() -> None:
             policy=Policy(),
             whole=True,
             sheets=tuple(each.sealed.wire for each in view.sheets),
+            attested=(),
             attempts=(evidence.Attempt(made.wire, b"", b"", ""),),
         )
         [replayed] = evidence.replay(evidence.Evidence(1, "main", (look,)))

@@ -22,7 +22,7 @@ from p2pflop.franchise.records import (
     RevocationReason,
     Schedule,
 )
-from p2pflop.franchise.roll import Roll
+from p2pflop.franchise.roll import Roll, Taken
 from p2pflop.franchise.samples import GUIDELINES, YEAR_NS, key
 from p2pflop.keys import PrivateKey
 from p2pflop.market.records import Rejected
@@ -255,7 +255,9 @@ async def test_revoked_and_enrolled_again(tmp_path: Path, clock: Clock) -> None:
         [(leaf,)] = office.query("SELECT leaf FROM revocations")
         told = prove(office.query, leaf)
         assert told is not None
-        assert roll.revoke(told, NOW_NS) == ALICE.public_key
+        taken = roll.revoke(told, NOW_NS)
+        assert isinstance(taken, Taken)
+        assert taken.account == ALICE.public_key
         assert not roll.is_attested(ALICE.public_key, NOW_NS)
         clock.now_ns += 10**9
         await enrol(office, ALICE)
