@@ -40,7 +40,7 @@ DTYPES: Final[dict[Dtype, DType]] = {
 OUR_DTYPES: Final = {theirs: ours for ours, theirs in DTYPES.items()}
 
 OPS: Final[dict[Op, Ops]] = {
-    op: getattr(Ops, op.name) for op in Op if op not in (Op.IOTA, Op.GATHER)
+    op: getattr(Ops, op.name) for op in Op if op not in (Op.IOTA, Op.GATHER, Op.ASSIGN)
 }
 OUR_OPS: Final = {theirs: ours for ours, theirs in OPS.items()}
 

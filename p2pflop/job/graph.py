@@ -24,6 +24,8 @@ CONTIGUOUS           ``()``                       materialise
 IOTA                 ``(dtype, length)``          0, 1, ... length-1
 GATHER               ``()``                       rows of refs[0] by integer refs[1], along axis 0;
                                                   an index out of range, also negative, gives zeros
+ASSIGN               ``()``                       refs[0], a param or an assignment to one, once
+                                                  refs[2] is in its view refs[1]; sessions alone
 elementwise          ``()``                       unary, binary, ternary, broadcast as in tinygrad
 ==================== ============================ ==================================================
 
@@ -114,6 +116,7 @@ class Op(IntEnum):
     CONTIGUOUS = 12
     IOTA = 13
     GATHER = 14
+    ASSIGN = 15
     EXP2 = 20
     LOG2 = 21
     SIN = 22
@@ -199,7 +202,7 @@ _ARITY: Final[dict[Op, int]] = {
     **dict.fromkeys((Op.CAST, Op.BITCAST, Op.REDUCE, Op.CONTIGUOUS), 1),
     **dict.fromkeys(MOVEMENT | UNARY, 1),
     **dict.fromkeys(BINARY | {Op.GATHER}, 2),
-    **dict.fromkeys(TERNARY, 3),
+    **dict.fromkeys(TERNARY | {Op.ASSIGN}, 3),
     Op.STACK: _ANY,
 }
 _ATTRS: Final[dict[Op, int]] = {

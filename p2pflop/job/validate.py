@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from p2pflop.job.assigns import check_assigns
 from p2pflop.job.collection import MAX_COLLECTION_ENTRIES
 from p2pflop.job.graph import ELEMENTWISE, Dtype, Graph, GraphParam, Node, Op
 from p2pflop.job.intervals import Bounds, dtype_bounds
@@ -73,7 +74,7 @@ __all__ = [
 
 SEED_SHAPE: Final = (2,)
 STEP_DTYPES: Final = frozenset({Dtype.INT32, Dtype.UINT32, Dtype.INT64, Dtype.UINT64})
-_BREAKS: Final = frozenset({Op.PARAM, Op.REDUCE, Op.CONTIGUOUS, Op.GATHER})
+_BREAKS: Final = frozenset({Op.PARAM, Op.REDUCE, Op.CONTIGUOUS, Op.GATHER, Op.ASSIGN})
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,10 @@ class Refusal:
     reason: str
 
 
-def validate(graph: Graph, limits: Limits = DEFAULT_LIMITS) -> Checked | Refusal:
-    """Check ``graph`` against every rule and limit.
+def validate(
+    graph: Graph, limits: Limits = DEFAULT_LIMITS, *, assigns: bool = False
+) -> Checked | Refusal:
+    """Check ``graph`` against every rule and limit. ``assigns``: it is a session's, and may assign.
 
     Never raises for a graph that came from ``decode_graph`` or that ``encode_graph`` takes.
     """
@@ -101,6 +104,7 @@ def validate(graph: Graph, limits: Limits = DEFAULT_LIMITS) -> Checked | Refusal
         params = _check_params(graph, limits)
         checked = _check_nodes(graph, params, limits)
         _check_outputs(checked, params, limits)
+        check_assigns(checked.graph, checked.shapes, checked.dtypes, allowed=assigns)
     except (Refused, ShapeError) as error:
         return Refusal(str(error))
     return checked

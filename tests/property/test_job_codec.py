@@ -92,7 +92,9 @@ def graphs(draw: st.DrawFn) -> Graph:
     for index in range(lead, lead + draw(st.integers(1, 12))):
         sources = [Op.PARAM, Op.CONST, Op.IOTA]
         op = draw(st.sampled_from(list(Op) if index else sources))
-        count = 2 if op in BINARY or op is Op.GATHER else 3 if op in TERNARY else 1
+        count = (
+            2 if op in BINARY or op is Op.GATHER else 3 if op in TERNARY or op is Op.ASSIGN else 1
+        )
         if op in sources:
             count = 0
         elif op is Op.STACK:

@@ -1,0 +1,224 @@
+"""What a session's commands add up to: which buffers there are, and what it costs so far.
+
+Buyer and provider each keep a ``SessionTable`` of the same commands, so both know the bill, and
+refuse the same command for the same reason before it reaches a worker. The chain of hashes over
+the log stands in a session's receipts where a job's have state roots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from p2pflop.errors import JobError
+from p2pflop.ids import HASH_BYTES, content_hash
+from p2pflop.job.commands import (
+    Allocate,
+    AnyCommand,
+    Bind,
+    Copy,
+    Define,
+    Free,
+    Load,
+    Place,
+    Read,
+    Run,
+    Write,
+)
+from p2pflop.job.graph import Graph, decode_graph, graph_hash
+from p2pflop.job.limits import DEFAULT_LIMITS, Limits
+from p2pflop.job.meter import MAX_LINE_VALUE, Cost, meter
+from p2pflop.job.shapes import stored_bytes
+from p2pflop.job.validate import Refusal, validate
+from p2pflop.wire import encode
+
+MAX_BUFFERS: Final = 65_536
+MAX_BINDINGS: Final = 16_384
+MAX_PLACES: Final = 1_000_000
+"""Of all bindings at once."""
+MAX_SESSION_GRAPHS: Final = 4_096
+MAX_SESSION_GRAPH_BYTES: Final = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class OpenGraph:
+    """A graph that may be defined: checked, metered, and what its params take and are."""
+
+    hash: bytes
+    encoded: bytes
+    cost: Cost
+    sizes_bytes: tuple[int, ...]
+    written: tuple[bool, ...]
+
+
+def open_graph(data: bytes, limits: Limits = DEFAULT_LIMITS) -> OpenGraph:
+    """Decode, check and meter a session's graph. Takes a second for the largest, so not on an
+    event loop. Raises ProtocolError if it is no graph, JobError if it is refused."""
+    graph = decode_graph(data, limits)
+    checked = validate(graph, limits, assigns=True)
+    if isinstance(checked, Refusal):
+        raise JobError(f"the graph is not valid: {checked.reason}")
+    if any(output.slot is None for output in graph.outputs):
+        raise JobError("a session's graph has no fresh outputs")
+    cost = meter(checked)
+    if max(cost.flop, cost.touched_bytes) > MAX_LINE_VALUE:
+        raise JobError(f"a run of the graph costs {cost.flop} FLOP, more than can be billed")
+    return OpenGraph(graph_hash(data), data, cost, *_params(graph))
+
+
+def _params(graph: Graph) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    targets = {output.slot for output in graph.outputs}
+    sizes = tuple(stored_bytes(param.dtype, param.shape) for param in graph.params)
+    return sizes, tuple(param.slot in targets for param in graph.params)
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A graph with its params at places."""
+
+    graph: OpenGraph
+    places: tuple[Place, ...]
+
+
+@dataclass(slots=True)
+class SessionTable:
+    """The commands so far. ``apply`` takes one more, or raises JobError and changes nothing.
+
+    ``memory_bytes`` bounds the buffers, not what a graph takes while it runs.
+    """
+
+    memory_bytes: int
+    count: int = 0
+    chain: bytes = bytes(HASH_BYTES)
+    flop: int = 0
+    touched_bytes: int = 0
+    moved_bytes: int = 0
+    held_bytes: int = 0
+    buffers: dict[int, int] = field(default_factory=dict)
+    changed: dict[int, int] = field(default_factory=dict)
+    graphs: dict[bytes, OpenGraph] = field(default_factory=dict)
+    bindings: dict[int, Binding] = field(default_factory=dict)
+    _naming: dict[int, set[int]] = field(default_factory=dict)
+    _graph_bytes: int = 0
+    _places: int = 0
+
+    def apply(self, command: AnyCommand, graph: OpenGraph | None = None) -> None:
+        """Take a command; with a ``Define`` the graph in it, opened. Raises JobError."""
+        match command:
+            case Run(binding):
+                self._run(binding)
+            case Write(buffer, offset_bytes, data):
+                self._change(buffer, offset_bytes, len(data))
+                self.moved_bytes += len(data)
+            case Load(buffer, offset_bytes, _, size_bytes):
+                self._change(buffer, offset_bytes, size_bytes)
+                self.moved_bytes += size_bytes
+            case Read(buffer, offset_bytes, size_bytes):
+                self._check(buffer, offset_bytes, size_bytes)
+                self.moved_bytes += size_bytes
+            case Copy():
+                self._copy(command)
+            case Allocate(buffer, size_bytes):
+                self._allocate(buffer, size_bytes)
+            case Free(buffer):
+                self._free(buffer)
+            case Bind(binding, name, places):
+                self._bind(binding, name, places)
+            case Define():
+                self._define(command, graph)
+        self.count += 1
+        self.chain = content_hash(self.chain + encode(command))
+
+    def _allocate(self, buffer: int, size_bytes: int) -> None:
+        if buffer in self.buffers:
+            raise JobError(f"buffer {buffer} exists")
+        if len(self.buffers) >= MAX_BUFFERS:
+            raise JobError(f"over {MAX_BUFFERS} buffers")
+        if self.held_bytes + size_bytes > self.memory_bytes:
+            raise JobError(
+                f"{self.held_bytes + size_bytes} bytes are over the session's {self.memory_bytes}"
+            )
+        self.buffers[buffer] = size_bytes
+        self.held_bytes += size_bytes
+        self.changed[buffer] = self.count
+
+    def _free(self, buffer: int) -> None:
+        self.held_bytes -= self._size(buffer)
+        del self.buffers[buffer], self.changed[buffer]
+        for binding in self._naming.pop(buffer, set()):
+            self._unbind(binding)
+
+    def _define(self, command: Define, graph: OpenGraph | None) -> None:
+        if graph is None or graph.encoded != command.graph:
+            raise ValueError("a Define is applied with its graph, opened")
+        if graph.hash in self.graphs:
+            return
+        if len(self.graphs) >= MAX_SESSION_GRAPHS:
+            raise JobError(f"over {MAX_SESSION_GRAPHS} graphs")
+        if self._graph_bytes + len(command.graph) > MAX_SESSION_GRAPH_BYTES:
+            raise JobError(f"graphs of over {MAX_SESSION_GRAPH_BYTES} bytes")
+        self.graphs[graph.hash] = graph
+        self._graph_bytes += len(command.graph)
+
+    def _bind(self, number: int, name: bytes, places: Sequence[Place]) -> None:
+        graph = self.graphs.get(name)
+        if graph is None:
+            raise JobError(f"graph {name.hex()[:12]} is not defined")
+        if len(places) != len(graph.sizes_bytes):
+            raise JobError(f"{len(places)} places for {len(graph.sizes_bytes)} params")
+        for (buffer, offset_bytes), size_bytes in zip(places, graph.sizes_bytes, strict=True):
+            self._check(buffer, offset_bytes, size_bytes)
+        replaced = self.bindings.get(number)
+        freed = 0 if replaced is None else len(replaced.places)
+        if replaced is None and len(self.bindings) >= MAX_BINDINGS:
+            raise JobError(f"over {MAX_BINDINGS} bindings")
+        if self._places - freed + len(places) > MAX_PLACES:
+            raise JobError(f"bindings of over {MAX_PLACES} places")
+        if replaced is not None:
+            self._unbind(number)
+        self.bindings[number] = Binding(graph, tuple(places))
+        self._places += len(places)
+        for buffer, _ in places:
+            self._naming.setdefault(buffer, set()).add(number)
+
+    def _unbind(self, number: int) -> None:
+        binding = self.bindings.pop(number)
+        self._places -= len(binding.places)
+        for buffer, _ in binding.places:
+            naming = self._naming.get(buffer)
+            if naming is not None:
+                naming.discard(number)
+
+    def _run(self, number: int) -> None:
+        binding = self.bindings.get(number)
+        if binding is None:
+            raise JobError(f"there is no binding {number}")
+        self.flop += binding.graph.cost.flop
+        self.touched_bytes += binding.graph.cost.touched_bytes
+        for (buffer, _), written in zip(binding.places, binding.graph.written, strict=True):
+            if written:
+                self.changed[buffer] = self.count
+
+    def _copy(self, command: Copy) -> None:
+        (target, at), (source, start), size = command.target, command.source, command.size_bytes
+        self._check(source, start, size)
+        self._check(target, at, size)
+        if target == source and at < start + size and start < at + size:
+            raise JobError("a copy onto itself")
+        self.changed[target] = self.count
+        self.touched_bytes += 2 * size
+
+    def _change(self, buffer: int, offset_bytes: int, size_bytes: int) -> None:
+        self._check(buffer, offset_bytes, size_bytes)
+        self.changed[buffer] = self.count
+
+    def _check(self, buffer: int, offset_bytes: int, size_bytes: int) -> None:
+        if offset_bytes + size_bytes > self._size(buffer):
+            raise JobError(f"{size_bytes} bytes at {offset_bytes} are outside buffer {buffer}")
+
+    def _size(self, buffer: int) -> int:
+        size_bytes = self.buffers.get(buffer)
+        if size_bytes is None:
+            raise JobError(f"there is no buffer {buffer}")
+        return size_bytes
