@@ -133,19 +133,18 @@ class Session:
     async def run(self) -> None:
         """Serve the script to its end. Never raises but for bugs."""
         failure: P2PFlopError | None = None
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._tell, nursery.cancel_scope)
-                nursery.start_soon(self._hear)
-                await self._run_on_leases()
-                self._say_last(None)
-                nursery.cancel_scope.cancel()
-        except* P2PFlopError as group:
-            failure = first_error(group)
-        if failure is not None and not self._gone:
+        async with trio.open_nursery() as telling:
+            telling.start_soon(self._tell)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._hear)
+                    await self._run_on_leases()
+                    nursery.cancel_scope.cancel()
+            except* P2PFlopError as group:
+                failure = first_error(group)
             self._say_last(failure)
-        with trio.move_on_after(FAREWELL_S):
-            await self._tell_rest()
+            self.outbox.close()
+            telling.cancel_scope.deadline = trio.current_time() + FAREWELL_S
         await self._buyer.forget(self.log.snapshot.ours())
 
     # The script
@@ -190,19 +189,13 @@ class Session:
         self._active_at = trio.current_time()
         self._wake()
 
-    async def _tell(self, scope: trio.CancelScope) -> None:
-        try:
-            await self.outbox.run()
-        except P2PFlopError:
-            self._gone = self._closing = True
-            scope.cancel()
-
-    async def _tell_rest(self) -> None:
-        self.outbox.close()
+    async def _tell(self) -> None:
         try:
             await self.outbox.run()
         except P2PFlopError as error:
-            _log.debug("a script was not told the end of its session: %s", error)
+            _log.debug("a script is gone: %s", error)
+            self._gone = self._closing = True
+            self._wake()
 
     def _say_last(self, failure: P2PFlopError | None) -> None:
         if failure is not None:
