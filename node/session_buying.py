@@ -96,7 +96,8 @@ class Session:
         self._refusal: P2PFlopError | None = None
         self._buyer = buyer
         self._line = line
-        self._next = 0
+        self._next = self._since = 0
+        self._base = Mark()
         self._ran_to = 0
         self._answered_to = 0
         self._partial_bytes = 0
@@ -117,7 +118,7 @@ class Session:
             count=1,
             flop=table.flop - begun.mark.flop,
             touched_bytes=table.touched_bytes - begun.mark.touched_bytes,
-            moved_bytes=table.moved_bytes - begun.mark.moved_bytes + begun.loaded_bytes,
+            moved_bytes=max(0, table.moved_bytes - begun.mark.moved_bytes) + begun.loaded_bytes,
         )
 
     @property
@@ -242,11 +243,7 @@ class Session:
     def _blame(self, lease: AnyLease, fault: CommandFault) -> CommandFault:
         """A fault that another provider has found too, or that nobody else can check, is the
         script's. Raises it then."""
-        at = bisect_right(self._places, (fault.number, 2**63)) - 1
-        number = NOBODY
-        if at >= 0:
-            theirs, ours = self._places[at]
-            number = min(ours + fault.number - theirs, self.table.count)
+        number = self._ours(fault.number)
         found = CommandFault(number, fault.message, fault.hint)
         if not isinstance(lease, RemoteLease) or self._buyer.is_own(lease.account):
             raise found
@@ -320,7 +317,8 @@ class Session:
             if lease.outstanding.is_full:
                 await lease.flush(0)
         await lease.flush(0)
-        self._next = self.log.first
+        table = lease.outstanding.table
+        self._next, self._since, self._base = self.log.first, table.count, table.mark()
 
     async def _feed_all(self, lease: AnyLease) -> None:
         """All that there is, in batches; what was obeyed before ends with a batch."""
@@ -336,6 +334,17 @@ class Session:
             if lease.outstanding.is_full or tells:
                 await lease.flush(self._next)
         await lease.flush(self._next)
+
+    def _ours(self, theirs: int) -> int:
+        """The script's number of a command of the lease; NOBODY if the script did not send it."""
+        at = bisect_right(self._places, (theirs, NOBODY)) - 1
+        if at < 0:
+            return NOBODY
+        first_theirs, first_ours = self._places[at]
+        return min(first_ours + theirs - first_theirs, self.table.count)
+
+    def _command_at(self, theirs: int) -> AnyCommand:
+        return self.log.command(self._ours(theirs))
 
     @property
     def _shift(self) -> int:
@@ -356,9 +365,9 @@ class Session:
 
     async def _snapshot(self, lease: AnyLease) -> None:
         """Have all that has changed since the last one in the store. Raises QuoteUsedUp."""
-        while self._next < self.table.count:
-            await self._feed_all(lease)
-        taken = self.log.begin(self.table)
+        table, number = lease.outstanding.table, self._next
+        taken = self.log.begin(table, self._since, number, self._command_at)
+        taken.mark = self._mark_of(table, number)
         began_ns = self._buyer.base.now_ns()
         keepers: dict[int, Keeper] = {}
         async with AsyncExitStack() as stack:
@@ -366,8 +375,8 @@ class Session:
                 keepers[buffer] = Keeper(self._buyer.base.store, size_bytes, began_ns, stack)
                 await lease.obey(Read(buffer, 0, size_bytes), answer=keepers[buffer])
                 if lease.outstanding.is_full:
-                    await lease.flush(taken.mark.count)
-            await lease.flush(taken.mark.count)
+                    await lease.flush(number)
+            await lease.flush(number)
             await lease.outstanding.wait_obeyed()
         for buffer, keeper in keepers.items():
             if keeper.kept is None:
@@ -375,7 +384,20 @@ class Session:
             taken.kept[buffer] = keeper.kept
         taken.missing = {}
         await self._buyer.forget(self.log.finish(taken))
+        self._since, self._base = table.count, table.mark()
         self._wake()
+
+    def _mark_of(self, table: SessionTable, number: int) -> Mark:
+        """What the script's commands before ``number``, the last that ``table`` has, add up to:
+        near enough, since a lease leaves out some Reads and adds others."""
+        begun, base = self.log.snapshot.mark, self._base
+        return Mark(
+            number,
+            self.table.chain,
+            begun.flop + table.flop - base.flop,
+            begun.touched_bytes + table.touched_bytes - base.touched_bytes,
+            begun.moved_bytes + table.moved_bytes - base.moved_bytes,
+        )
 
     async def on_ran(self, upto: int, ran: Ran) -> None:
         """A batch of the lease is obeyed: all commands before ``upto`` are."""

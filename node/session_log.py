@@ -8,7 +8,7 @@ snapshot before, and is in none of these, is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -119,11 +119,23 @@ class SessionLog:
         """Whether snapshot or log need that blob."""
         return address in self._loads or address in self._begun_with
 
-    def begin(self, table: SessionTable) -> Snapshot:
-        """A snapshot of ``table``, which has all commands of the log and no more."""
-        taken = Snapshot(table.mark())
+    def begin(
+        self,
+        table: SessionTable,
+        since: int,
+        number: int,
+        command_at: Callable[[int], AnyCommand],
+    ) -> Snapshot:
+        """A snapshot before the script's command ``number``, when a lease's ``table`` has all that
+        come before it. ``since`` is how many commands that had when the last snapshot was taken, or
+        built; ``command_at`` gives the later ones by their numbers there."""
+        taken = Snapshot(Mark(number))
         for buffer, size_bytes in table.buffers.items():
-            kept = self._kept(buffer, size_bytes, table.changed[buffer])
+            changed = table.changed[buffer]
+            if changed < since:
+                taken.kept[buffer] = self.snapshot.kept[buffer]
+                continue
+            kept = _kept(size_bytes, command_at(changed))
             if kept is None:
                 taken.missing[buffer] = size_bytes
             else:
@@ -146,22 +158,22 @@ class SessionLog:
         self.busy_ns = 0
         return old - taken.ours()
 
-    def _kept(self, buffer: int, size_bytes: int, changed: int) -> Kept | None:
-        if changed < self.first:
-            return self.snapshot.kept[buffer]
-        match self.command(changed):
-            case Allocate():
-                return Kept(size_bytes)
-            case Load(_, 0, address, loaded_bytes) if loaded_bytes == size_bytes:
-                return Kept(size_bytes, address=address)
-            case Write(_, 0, data) if len(data) == size_bytes:
-                return Kept(size_bytes, data=data)
-        return None
-
 
 def is_small(size_bytes: int) -> bool:
     """Whether a snapshot has so many bytes in memory."""
     return size_bytes <= MAX_WRITE_BYTES
+
+
+def _kept(size_bytes: int, changed: AnyCommand) -> Kept | None:
+    """Where the bytes of a buffer are that ``changed`` was the last to change, if not only in it."""
+    match changed:
+        case Allocate():
+            return Kept(size_bytes)
+        case Load(_, 0, address, loaded_bytes) if loaded_bytes == size_bytes:
+            return Kept(size_bytes, address=address)
+        case Write(_, 0, data) if len(data) == size_bytes:
+            return Kept(size_bytes, data=data)
+    return None
 
 
 def _size_bytes(command: AnyCommand) -> int:

@@ -40,6 +40,7 @@ from p2pflop.job.graph import (
     encode_graph,
     graph_hash,
 )
+from p2pflop.node.session_messages import Assembler, SessionMessage
 from p2pflop.units import MIB
 
 FLOATS = 64
@@ -191,3 +192,8 @@ class Script:
 def steps(count: int) -> list[AnyCommand]:
     """So many runs."""
     return [Run(0)] * count
+
+
+def decoded(frame: bytes) -> SessionMessage | None:
+    """What a frame of a session's stream says, as far as it says it alone."""
+    return Assembler("peer").take(frame)
