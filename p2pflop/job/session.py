@@ -81,6 +81,17 @@ class Binding:
     places: tuple[Place, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What the first ``count`` commands add up to, and the hash chain over them."""
+
+    count: int = 0
+    chain: bytes = bytes(HASH_BYTES)
+    flop: int = 0
+    touched_bytes: int = 0
+    moved_bytes: int = 0
+
+
 @dataclass(slots=True)
 class SessionTable:
     """The commands so far. ``apply`` takes one more, or raises JobError and changes nothing.
@@ -129,6 +140,10 @@ class SessionTable:
                 self._define(command, graph)
         self.count += 1
         self.chain = content_hash(self.chain + encode(command))
+
+    def mark(self) -> Mark:
+        """What the commands so far add up to."""
+        return Mark(self.count, self.chain, self.flop, self.touched_bytes, self.moved_bytes)
 
     def _allocate(self, buffer: int, size_bytes: int) -> None:
         if buffer in self.buffers:
