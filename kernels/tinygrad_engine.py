@@ -81,7 +81,7 @@ class TinygradEngine:
 
     def lower(self, graph: bytes, progress: Callable[[int, int], None]) -> bytes:
         """The plan of an encoded graph. Raises JobError."""
-        checked = validate(decode_graph(graph))
+        checked = validate(decode_graph(graph), assigns=True)
         if isinstance(checked, Refusal):
             raise JobError(f"invalid graph: {checked.reason}")
         return lower(checked, progress, self._device)
