@@ -1,4 +1,4 @@
-"""Many operations of tinygrad, each a function of a few tensors that are made the same each time."""
+"""Many operations of tinygrad, each a function without arguments that does the same each time."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def _image() -> Tensor:
 
 def _flags() -> Tensor:
     return Tensor(np.array([True, False, True, True, False]))
+
+
+def _embedded() -> Tensor:
+    layer = nn.Embedding(5, 3)
+    layer.weight = _numbers(5, 3)
+    return layer(Tensor([[1, 2], [0, 4]]))
 
 
 CREATION: Final[dict[str, Case]] = {
@@ -220,7 +226,7 @@ INDEXING: Final[dict[str, Case]] = {
     "rows of a wide table": lambda: _numbers(40_000, 2)[Tensor([5, 39_999])],
     "gather": lambda: _x().gather(1, Tensor([[0], [1], [2]])),
     "gather 0": lambda: _x().gather(0, Tensor([[0, 1, 2, 0]])),
-    "take by an embedding": lambda: _embedding()(Tensor([[1, 2], [0, 4]])),
+    "take by an embedding": _embedded,
     "scatter": lambda: _x().scatter(1, Tensor([[0], [1], [2]]), 5.0),
     "scatter_reduce": lambda: _x().scatter_reduce(0, Tensor([[0, 0, 1, 1]]), _numbers(1, 4), "sum"),
     "masked_fill": lambda: _x().masked_fill(_x() > 0, -1.0),
@@ -282,12 +288,6 @@ CASTS: Final[dict[str, Case]] = {
     "unsigned wraps": lambda: Tensor([250, 5], dtype=dtypes.uint8) + 10,
     "sum of halves": lambda: _x().half().sum(),
 }  # fmt: skip
-
-
-def _embedding() -> Callable[[Tensor], Tensor]:
-    layer = nn.Embedding(5, 3)
-    layer.weight = _numbers(5, 3)
-    return layer
 
 
 def _seeded(draw: Callable[[], Tensor]) -> Case:
@@ -382,7 +382,7 @@ def _symbolic(compute: Callable[[Tensor, Variable], Tensor], value: int = 3) -> 
 
 SEVERAL: Final[dict[str, Case]] = {
     "two outputs": lambda: [_x() + 1, _x() * 2],
-    "an output and what uses it": lambda: (lambda a: [a, a.sum(), a.exp()])((_x() + 1)),
+    "an output and what uses it": lambda: (lambda a: [a, a.sum(), a.exp()])(_x() + 1),
     "an expression and its view": lambda: (lambda a: [a.T.contiguous(), a])(_x() * _y()),
     "equal outputs": lambda: [_x() + 1, _x() + 1],
     "contiguous in the middle": lambda: (_x() + 1).contiguous().sum(0).exp(),

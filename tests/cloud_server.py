@@ -99,11 +99,11 @@ class TwinServer:
 
     @staticmethod
     def _next(client: socket.socket, http: h11.Connection) -> object:
-        while (event := http.next_event()) is h11.NEED_DATA:
-            try:
+        try:
+            while (event := http.next_event()) is h11.NEED_DATA:
                 http.receive_data(client.recv(65536))
-            except ConnectionError:
-                return h11.ConnectionClosed()
+        except (ConnectionError, h11.RemoteProtocolError):
+            return None  # a script that is killed says nothing
         return event
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
-import p2pflop.cloud  # noqa: F401  before tinygrad is imported, or after: both work
 from tinygrad import Tensor
 from tinygrad.device import Buffer
 from tinygrad.dtype import dtypes
@@ -23,7 +23,6 @@ from p2pflop.cloud.process import the_cloud
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import P2PFlopError
 from p2pflop.job.commands import (
-    NOBODY,
     Allocate,
     AnyCommand,
     Batch,
@@ -55,6 +54,12 @@ from p2pflop.kernels.lower import _build_node
 PRICE_NUSD = 50_000_000
 
 
+def script_frame(encoded: bytes) -> Frame:
+    """What a script said."""
+    frame: Frame = decode_frame(cast(type[Frame], ScriptFrame), encoded)
+    return frame
+
+
 @dataclass
 class Twin:
     """Answers frames with frames. ``say`` gets every encoded answer."""
@@ -73,7 +78,7 @@ class Twin:
     def hear(self, encoded: bytes) -> None:
         """Take a frame of the script's."""
         self.received_bytes += len(encoded)
-        match decode_frame(ScriptFrame, encoded):
+        match script_frame(encoded):
             case Open() as opened:
                 self.table.memory_bytes = opened.memory_bytes
                 terms = "CPU", PRICE_NUSD, opened.cap_nusd
@@ -192,6 +197,9 @@ class TwinLink:
     def close(self) -> None:
         """See Link."""
 
+    def leave(self) -> None:
+        """See Link."""
+
 
 _links: list[TwinLink] = []
 
@@ -202,6 +210,6 @@ def shared_twin() -> Twin:
         _links.append(TwinLink())
         link = _links[0]
         os.environ["CLOUD_QUIET"] = "1"
-        the_cloud(count, connect=lambda _: (link, link.put_blob))
+        the_cloud(count, connect=lambda: (link, link.put_blob))
         del os.environ["CLOUD_QUIET"]
     return _links[0].twin

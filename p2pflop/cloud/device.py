@@ -37,10 +37,10 @@ class CloudAllocator(LRUAllocator):
     def __init__(self, device: CloudDevice) -> None:
         super().__init__(device, supports_copy_from_disk=False, supports_transfer=True)
 
-    def _alloc(self, size: int, options: BufferSpec) -> Region:
+    def _alloc(self, size: int, options: BufferSpec) -> Region:  # noqa: ARG002
         return cloud().memory.allocate(size)
 
-    def _free(self, opaque: Region, options: BufferSpec) -> None:
+    def _free(self, opaque: Region, options: BufferSpec) -> None:  # noqa: ARG002
         with suppress(P2PFlopError):  # a session that is over has nothing left to free
             cloud().memory.free(opaque)
 
@@ -66,7 +66,7 @@ class CloudAllocator(LRUAllocator):
     def _offset(self, buf: Region, size: int, offset: int) -> Region:
         return Region(buf.buffer, buf.offset_bytes + offset, size)
 
-    def _map(self, buf: Any) -> Any:
+    def _map(self, buf: Any) -> Any:  # noqa: ARG002
         raise RuntimeError("memory of device CLOUD cannot be mapped")
 
 

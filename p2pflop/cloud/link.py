@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Final, Protocol, Self
@@ -52,7 +53,10 @@ class Link(Protocol):
         """Taken, and not sent yet."""
 
     def close(self) -> None:
-        """Drop the connection."""
+        """Nothing more will be sent."""
+
+    def leave(self) -> None:
+        """Close this process's end alone: another one still speaks."""
 
 
 class Frames:
@@ -164,6 +168,14 @@ class HttpLink:
         return frames
 
     def close(self) -> None:
+        """See Link. Ends the request's body, so that the node knows that all of it came."""
+        with suppress(OSError, h11.LocalProtocolError):
+            if self._lost is None:
+                self._out += self._http.send(h11.EndOfMessage()) or b""
+                self._send_some()
+        self._socket.close()
+
+    def leave(self) -> None:
         """See Link."""
         self._socket.close()
 

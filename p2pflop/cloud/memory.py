@@ -93,8 +93,7 @@ class SessionMemory:
             self._bindings.move_to_end(key)
             return number
         while self._bindings and (
-            len(self._bindings) >= MAX_HELD_BINDINGS
-            or self._places + len(places) > MAX_HELD_PLACES
+            len(self._bindings) >= MAX_HELD_BINDINGS or self._places + len(places) > MAX_HELD_PLACES
         ):
             self._spare.append(self._forget(next(iter(self._bindings))))
         if self._spare:

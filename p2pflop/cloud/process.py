@@ -20,9 +20,9 @@ from p2pflop.node.config import default_home
 
 MAX_KNOWN_BLOBS: Final = 65_536
 
-Connect = Callable[[CloudSettings], tuple[Link, "BlobPutter"]]
 BlobPutter = Callable[[memoryview], bytes]
 """Keeps bytes at the node; their address."""
+Connect = Callable[[], tuple[Link, BlobPutter]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def say(text: str) -> None:
         print(f"p2pflop: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _connect(settings: CloudSettings) -> tuple[Link, BlobPutter]:
+def _connect() -> tuple[Link, BlobPutter]:
     home = default_home()
     client = Client(home, start=True)
     return HttpLink(find_node(home)), lambda data: client.put(data).address
@@ -62,7 +62,7 @@ def the_cloud(
     global _cloud
     if _cloud is None:
         settings = read_settings(os.environ)
-        link, put_blob = connect(settings)
+        link, put_blob = connect()
         session = ScriptSession(
             link,
             settings,

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, NoReturn
+from typing import Final, NoReturn, cast
 
 from p2pflop.cloud.link import Link, Uninterrupted
 from p2pflop.cloud.settings import CloudSettings
@@ -31,6 +31,7 @@ from p2pflop.job.commands import (
     Closed,
     Data,
     Failed,
+    Frame,
     Leased,
     NodeFrame,
     Note,
@@ -59,6 +60,7 @@ CLOSE_S: Final = 10.0
 VERSION: Final = 1
 _COMMAND_BYTES: Final = 24
 _Wanted = dict[int, bytearray]
+_NODE_FRAME = cast(type[Frame], NodeFrame)
 
 
 @dataclass(slots=True)
@@ -217,13 +219,13 @@ class ScriptSession:
         deadline_s = time.monotonic() + CLOSE_S
         while self.closed is None and (left_s := deadline_s - time.monotonic()) > 0:
             for frame in self._link.receive(left_s):
-                self._take(decode_frame(NodeFrame, frame))
+                self._take(decode_frame(_NODE_FRAME, frame))
         self._link.close()
         return self.closed
 
     def leave(self) -> None:
         """In a forked child: close its end of what is the parent's."""
-        self._link.close()
+        self._link.leave()
 
     def _send(self, frame: Open | Batch | Close) -> None:
         encoded = encode_frame(frame)
@@ -232,10 +234,10 @@ class ScriptSession:
 
     def _listen(self, wait_s: float | None) -> None:
         for frame in self._link.receive(wait_s):
-            self._take(decode_frame(NodeFrame, frame))
+            self._take(decode_frame(_NODE_FRAME, frame))
         self._check()
 
-    def _take(self, frame: NodeFrame) -> None:
+    def _take(self, frame: Frame) -> None:
         match frame:
             case Ran(upto):
                 self._window.ran(upto)

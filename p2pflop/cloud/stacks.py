@@ -46,6 +46,8 @@ def _is_users(path: str) -> bool:
     if known is None:
         parts = Path(path).parts
         is_library = path.startswith(_LIBRARY) and "site-packages" not in parts
-        known = "tinygrad" not in parts and not path.startswith((_OURS, "<frozen")) and not is_library
+        known = (
+            "tinygrad" not in parts and not path.startswith((_OURS, "<frozen")) and not is_library
+        )
         _own[path] = known
     return known
