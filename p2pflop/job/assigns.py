@@ -1,14 +1,17 @@
 """Assignments inside the graph of a session: which are well formed.
 
 ``ASSIGN(tensor, view, value)`` is ``tensor`` once ``value`` is written to ``view``, a part of it
-by movements alone. ``tensor`` is a param, or the assignment to it before this one: those to one
-slot follow each other, the last one leaves the graph, and so whoever keeps the books knows every
-slot that changes. What reads an earlier one of them, or the param, reads it before the next write;
-where no order does that, lowering refuses the graph.
+by movements alone. ``tensor`` is a param, or an assignment to one. Each assignment to a slot needs
+the one before it, as its tensor or in its value, so that there is one order of them; the last one
+leaves the graph, so that whoever keeps the books knows every slot that changes. When what reads an
+earlier one is computed is for tinygrad to say, as it is natively; where it finds no order, lowering
+refuses the graph.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Final
 
@@ -28,22 +31,25 @@ def check_assigns(
     """Raises Refused for an assignment that is not ``allowed`` at all, or is not well formed."""
     slots: dict[int, int] = {}  # of each param node and assignment
     last: dict[int, int] = {}  # slot: the last assignment to it
-    count = 0
+    bits: dict[int, int] = {}  # assignment: its bit
+    needs: list[int] = []  # of each node: the bits of all assignments that it needs
     for number, node in enumerate(graph.nodes):
+        needs.append(functools.reduce(operator.or_, [needs[ref] for ref in node.refs], 0))
         if node.op is Op.PARAM and type(node.attrs[0]) is int:
             slots[number] = node.attrs[0]
         if node.op is not Op.ASSIGN:
             continue
-        count += 1
         where = f"node {number} (ASSIGN)"
         require(allowed, f"{where}: only a session's graph assigns")
-        require(count <= MAX_ASSIGNS, f"{where}: over {MAX_ASSIGNS} assignments")
+        require(len(bits) < MAX_ASSIGNS, f"{where}: over {MAX_ASSIGNS} assignments")
         tensor, view, value = node.refs
         require(tensor in slots, f"{where}: neither to a param nor to an assignment")
         slot = slots[number] = slots[tensor]
-        follows = last[slot] == tensor if slot in last else graph.nodes[tensor].op is Op.PARAM
-        require(follows, f"{where}: does not follow the assignment to slot {slot} before it")
+        follows = slot not in last or needs[number] & bits[last[slot]]
+        require(bool(follows), f"{where}: does not need the assignment to slot {slot} before it")
         last[slot] = number
+        bits[number] = 1 << len(bits)
+        needs[number] |= bits[number]
         while view != tensor:
             require(graph.nodes[view].op in VIEWS, f"{where}: its view is not one of its tensor")
             (view,) = graph.nodes[view].refs
