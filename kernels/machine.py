@@ -65,7 +65,7 @@ class Machine(Protocol):
         ...
 
     def load(self, plan: Plan) -> Loaded:
-        """``plan`` made ready. Raises ProtocolError if it is for other hardware or does not link."""
+        """``plan`` made ready. Raises ProtocolError if it does not link here."""
         ...
 
 

@@ -9,7 +9,6 @@ them needs; a plan is put on its places when it first runs there.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from p2pflop.errors import ProtocolError
 from p2pflop.job.commands import (
@@ -23,11 +22,9 @@ from p2pflop.job.commands import (
     Run,
     Write,
 )
+from p2pflop.kernels.frames import MAX_PLANS_BYTES
 from p2pflop.kernels.machine import Bound, Loaded, Machine, Memory
 from p2pflop.kernels.plan import Plan, decode_plan, scratch_bytes
-from p2pflop.units import MIB
-
-MAX_PLANS_BYTES: Final = 512 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +90,9 @@ class MachineWorkspace:
             case Bind(binding, graph, places):
                 self._bind(binding, graph, places)
             case Read(buffer, offset_bytes, size_bytes):
-                return self._holding(buffer, offset_bytes, size_bytes).read(offset_bytes, size_bytes)
+                return self._holding(buffer, offset_bytes, size_bytes).read(
+                    offset_bytes, size_bytes
+                )
             case Copy((target, at), (source, start), size_bytes):
                 data = self._holding(source, start, size_bytes).read(start, size_bytes)
                 self.put(target, at, data)
