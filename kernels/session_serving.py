@@ -47,6 +47,6 @@ class ServedSession:
     def _tell(self) -> None:
         space = self.workspace
         now = space.kernels, space.flop, space.touched_bytes
-        taken = (new - old for new, old in zip(now, self._told, strict=True))
-        self._pipe.send(Obeyed(*taken, self._busy_ns))
+        kernels, flop, touched_bytes = (n - old for n, old in zip(now, self._told, strict=True))
+        self._pipe.send(Obeyed(kernels, flop, touched_bytes, self._busy_ns))
         self._told, self._busy_ns = now, 0

@@ -94,8 +94,8 @@ class MachineWorkspace:
                     offset_bytes, size_bytes
                 )
             case Copy((target, at), (source, start), size_bytes):
-                data = self._holding(source, start, size_bytes).read(start, size_bytes)
-                self.put(target, at, data)
+                view = self._holding(source, start, size_bytes).read(start, size_bytes)
+                self.put(target, at, view)
             case Allocate(buffer, size_bytes):
                 if buffer in self._buffers:
                     raise ProtocolError(f"buffer {buffer} exists")
