@@ -86,8 +86,8 @@ SessionMessage = (
     | Failed
     | Heartbeat
 )
-_DECODER: Final = msgspec.msgpack.Decoder(SessionMessage | Part)
-_WHOLE: Final = msgspec.msgpack.Decoder(SessionMessage)
+AnyFrame = SessionMessage | Part
+_DECODER: Final = msgspec.msgpack.Decoder(AnyFrame)
 
 
 def encode_parts(message: SessionMessage) -> list[bytes]:
@@ -111,7 +111,7 @@ class Assembler:
 
     def take(self, frame: bytes) -> SessionMessage | None:
         """The message that ``frame`` is or ends, or None."""
-        found = self._decode(_DECODER, frame)
+        found = self._decode(frame)
         if not isinstance(found, Part):
             if self._parts:
                 raise ProtocolError(f"{self._peer} broke off a long message", peer=self._peer)
@@ -121,15 +121,17 @@ class Assembler:
             raise ProtocolError(f"{self._peer} sent too long a message", peer=self._peer)
         if not found.last:
             return None
-        whole, self._parts = bytes(self._parts), bytearray()
-        return self._decode(_WHOLE, whole)
+        whole = self._decode(bytes(self._parts))
+        self._parts = bytearray()
+        if isinstance(whole, Part):
+            raise ProtocolError(f"{self._peer} sent a part of a part", peer=self._peer)
+        return whole
 
-    def _decode(
-        self, decoder: msgspec.msgpack.Decoder[SessionMessage], data: bytes
-    ) -> SessionMessage:
+    def _decode(self, data: bytes) -> AnyFrame:
         try:
-            return decoder.decode(data)
+            found: AnyFrame = _DECODER.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(
                 f"{self._peer} sent a bad message: {str(error)[:200]}", peer=self._peer
             ) from error
+        return found

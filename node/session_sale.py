@@ -242,9 +242,9 @@ class SessionSale:
         return await graphs.open(data, graphs.user if self.is_own else graphs.strangers)
 
     async def _report(self, said: Ran | Data) -> None:
+        await self._talk.say(said)
         if isinstance(said, Ran):
             self._wake()
-        await self._talk.say(said)
 
     async def _admit(self) -> None:
         """Wait while as much as the window allows is obeyed and not countersigned."""
@@ -276,7 +276,7 @@ class SessionSale:
                 self.leave(f"nothing came for {IDLE_S:.0f} s")
         with trio.move_on_after(FINISH_S):
             while self.work.done.count < self.work.fed.count:
-                await trio.sleep(LOOK_S)
+                await self._news.wait()
         self._working.cancel()
 
     def _finish(self, end: _End) -> None:

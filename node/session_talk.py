@@ -101,9 +101,9 @@ class SessionTalk:
     async def _beat(self) -> None:
         missed = 0
         while missed < MAX_MISSED_BEATS:
-            self._heard = self._spoke = False
             await trio.sleep(HEARTBEAT_S)
             missed = missed + 1 if self._listens and not self._heard else 0
-            if not self._spoke:
+            spoke, self._heard, self._spoke = self._spoke, False, False
+            if not spoke:
                 await self.say(Heartbeat())
         raise ProviderError(f"nothing came from {self.peer} for {missed * HEARTBEAT_S:.0f} s")

@@ -101,7 +101,7 @@ class SessionWork:
         self._opened = opened
         self._blobs = blobs
         self._report = report
-        self._waiting_bytes = 0
+        self._waiting_bytes = self._told = 0
         self._known: set[bytes] = set()
         self._queue, self._taken = trio.open_memory_channel[_Taken](WINDOW_COMMANDS)
         self._graphs, self._to_lower = trio.open_memory_channel[_Later](WINDOW_COMMANDS)
@@ -125,7 +125,7 @@ class SessionWork:
         JobError for a command that is refused: the one that the table then counts up to."""
         if batch.first != self.table.count or not batch.commands:
             raise ProtocolError(f"commands from {batch.first}, where {self.table.count} is due")
-        waiting = self.table.count - self.done.count
+        waiting = self.table.count - self._told
         if waiting + len(batch.commands) > WINDOW_COMMANDS or self._waiting_bytes > WINDOW_BYTES:
             raise ProtocolError("more commands than the window lets through")
         later: dict[int, _Later] = {}
@@ -162,7 +162,7 @@ class SessionWork:
             async for taken in self._taken:
                 await admit()
                 await self._feed(worker, taken)
-            while self._under_way:
+            while self.done.count < self.fed.count:
                 await self._progress.wait()
             nursery.cancel_scope.cancel()
 
@@ -256,8 +256,9 @@ class SessionWork:
     async def _complete(self) -> None:
         taken = self._under_way.popleft()
         self._waiting_bytes -= taken.size_bytes
-        self.done = taken.mark
+        self._told = taken.mark.count
         ran, self._ran = replace(self._ran, upto=taken.mark.count), Ran(0, 0, 0, 0, 0)
+        await self._report(ran)
+        self.done = taken.mark  # only now: no receipt comes before the Ran that it follows from
         self._progress.set()
         self._progress = trio.Event()
-        await self._report(ran)

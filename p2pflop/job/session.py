@@ -147,6 +147,28 @@ class SessionTable:
         """What the commands so far add up to."""
         return Mark(self.count, self.chain, self.flop, self.touched_bytes, self.moved_bytes)
 
+    def foresee(self, command: AnyCommand) -> Mark:
+        """What the commands would add up to with one more, if it is not refused; its place in the
+        chain left out."""
+        flop = touched_bytes = moved_bytes = 0
+        match command:
+            case Run(binding) if binding in self.bindings:
+                cost = self.bindings[binding].graph.cost
+                flop, touched_bytes = cost.flop, cost.touched_bytes
+            case Write(_, _, data):
+                moved_bytes = len(data)
+            case Load() | Read():
+                moved_bytes = command.size_bytes
+            case Copy():
+                touched_bytes = 2 * command.size_bytes
+        return Mark(
+            self.count + 1,
+            self.chain,
+            self.flop + flop,
+            self.touched_bytes + touched_bytes,
+            self.moved_bytes + moved_bytes,
+        )
+
     def _allocate(self, buffer: int, size_bytes: int) -> None:
         if buffer in self.buffers:
             raise JobError(f"buffer {buffer} exists")
