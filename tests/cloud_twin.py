@@ -105,6 +105,7 @@ class Twin:
                     kernels = self._do(command, number)
             except P2PFlopError as error:
                 self.answer(Failed(number, True, str(error), error.hint))
+                self.answer(Closed(self.table.flop, self.table.moved_bytes, 123, 10**9))
                 return
             if isinstance(command, Run):
                 flop, touched = self.table.flop - flop, self.table.touched_bytes - touched
