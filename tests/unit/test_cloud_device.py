@@ -135,9 +135,9 @@ def test_intermediates_of_a_jit_can_be_freed() -> None:
 
     @TinyJit
     def step() -> Tensor:
-        middle = (state + 1).realize()
-        state.assign(middle).realize()
-        return (middle * 2).realize()
+        state.assign(state + 1).realize()
+        middle = (state * 3).realize()
+        return (middle - state).realize()
 
     for _ in range(4):
         step()
