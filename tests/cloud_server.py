@@ -22,7 +22,8 @@ TOKEN = "s3cret"
 class TwinServer:
     """Serves one twin after another, each in a thread of its own, until it is closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, fail_at: int | None = None) -> None:
+        self._fail_at = fail_at
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.twins: list[Twin] = []
@@ -86,7 +87,7 @@ class TwinServer:
         head = [("content-type", "application/octet-stream"), ("transfer-encoding", "chunked")]
         client.sendall(http.send(h11.Response(status_code=200, headers=head)) or b"")
         twin = Twin(lambda frame: client.sendall(http.send(h11.Data(framed(frame))) or b""))
-        twin.blobs = self.blobs
+        twin.blobs, twin.fail_at = self.blobs, self._fail_at
         self.twins.append(twin)
         frames = Frames()
         for event in self._body(client, http):
@@ -108,9 +109,9 @@ class TwinServer:
 
 
 @contextmanager
-def twin_server() -> Iterator[TwinServer]:
-    """A server for the length of a test."""
-    server = TwinServer()
+def twin_server(fail_at: int | None = None) -> Iterator[TwinServer]:
+    """A server for the length of a test. Command ``fail_at`` is the end of a session."""
+    server = TwinServer(fail_at)
     try:
         yield server
     finally:

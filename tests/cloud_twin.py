@@ -21,7 +21,7 @@ from tinygrad.uop.ops import UOp
 from p2pflop.cloud.counters import count
 from p2pflop.cloud.process import the_cloud
 from p2pflop.dht.manifest import address_of
-from p2pflop.errors import P2PFlopError
+from p2pflop.errors import JobError, P2PFlopError
 from p2pflop.job.commands import (
     Allocate,
     AnyCommand,
@@ -68,6 +68,7 @@ class Twin:
     blobs: dict[bytes, bytes] = field(default_factory=dict)
     window_commands: int = 4096
     window_bytes: int = 2**22
+    fail_at: int | None = None
     table: SessionTable = field(default_factory=lambda: SessionTable(0))
     batches: int = 0
     reads: int = 0
@@ -99,6 +100,8 @@ class Twin:
         for command in commands:
             number, flop, touched = self.table.count, self.table.flop, self.table.touched_bytes
             try:
+                if number == self.fail_at:
+                    raise JobError("it fell over", hint="Try again.")
                 opened = open_graph(command.graph) if isinstance(command, Define) else None
                 self.table.apply(command, opened)
                 with Context(CAPTURING=0, DEBUG=0, BEAM=0):

@@ -296,10 +296,11 @@ class ScriptSession:
     def _fault(self, failed: Failed) -> P2PFlopError:
         kind = JobError if failed.job else ProviderError
         error = kind(failed.text, hint=failed.hint)
-        if failed.number != NOBODY:
-            earlier = [stack for number, stack in self._stacks if number <= failed.number]
-            if earlier and earlier[-1]:
-                error.add_note(f"It was asked for here:\n{describe(earlier[-1])}")
+        if failed.number != NOBODY and self._stacks:
+            # What allocates, defines and binds comes before the run that needs it.
+            last = self._stacks[-1]
+            _, stack = next((s for s in self._stacks if s[0] >= failed.number), last)
+            error.add_note(f"It was asked for here:\n{describe(stack)}")
         return error
 
     def _check(self) -> None:
