@@ -22,8 +22,8 @@ TOKEN = "s3cret"
 class TwinServer:
     """Serves one twin after another, each in a thread of its own, until it is closed."""
 
-    def __init__(self, fail_at: int | None = None) -> None:
-        self._fail_at = fail_at
+    def __init__(self, fail_at: int | None = None, *, fails_late: bool = False) -> None:
+        self._fail_at, self._fails_late = fail_at, fails_late
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.twins: list[Twin] = []
@@ -87,7 +87,8 @@ class TwinServer:
         head = [("content-type", "application/octet-stream"), ("transfer-encoding", "chunked")]
         client.sendall(http.send(h11.Response(status_code=200, headers=head)) or b"")
         twin = Twin(lambda frame: client.sendall(http.send(h11.Data(framed(frame))) or b""))
-        twin.blobs, twin.fail_at = self.blobs, self._fail_at
+        twin.blobs = self.blobs
+        twin.fail_at, twin.fails_late = self._fail_at, self._fails_late
         self.twins.append(twin)
         frames = Frames()
         for event in self._body(client, http):
@@ -109,9 +110,10 @@ class TwinServer:
 
 
 @contextmanager
-def twin_server(fail_at: int | None = None) -> Iterator[TwinServer]:
-    """A server for the length of a test. Command ``fail_at`` is the end of a session."""
-    server = TwinServer(fail_at)
+def twin_server(fail_at: int | None = None, *, fails_late: bool = False) -> Iterator[TwinServer]:
+    """A server for the length of a test. Command ``fail_at`` is the end of a session, which is told
+    at once or, ``fails_late``, when the script says that it is done."""
+    server = TwinServer(fail_at, fails_late=fails_late)
     try:
         yield server
     finally:

@@ -69,6 +69,8 @@ class Twin:
     window_commands: int = 4096
     window_bytes: int = 2**22
     fail_at: int | None = None
+    fails_late: bool = False
+    fault: Failed | None = None
     table: SessionTable = field(default_factory=lambda: SessionTable(0))
     batches: int = 0
     reads: int = 0
@@ -85,11 +87,13 @@ class Twin:
                 terms = "CPU", PRICE_NUSD, opened.cap_nusd
                 window = self.window_commands, self.window_bytes
                 self.answer(Leased("ab" * 32, opened.class_name or "cpu", *terms, *window))
-            case Batch(first, commands):
+            case Batch(first, commands) if self.fault is None:
                 self.batches += 1
                 assert first == self.table.count
                 self._obey(commands)
             case Close():
+                if self.fault is not None and self.fails_late:
+                    self.answer(self.fault)
                 self.answer(Closed(self.table.flop, self.table.moved_bytes, 123, 10**9))
 
     def answer(self, frame: Frame) -> None:
@@ -107,8 +111,10 @@ class Twin:
                 with Context(CAPTURING=0, DEBUG=0, BEAM=0):
                     kernels = self._do(command, number)
             except P2PFlopError as error:
-                self.answer(Failed(number, True, str(error), error.hint))
-                self.answer(Closed(self.table.flop, self.table.moved_bytes, 123, 10**9))
+                self.fault = Failed(number, True, str(error), error.hint)
+                if not self.fails_late:
+                    self.answer(self.fault)
+                    self.answer(Closed(self.table.flop, self.table.moved_bytes, 123, 10**9))
                 return
             if isinstance(command, Run):
                 flop, touched = self.table.flop - flop, self.table.touched_bytes - touched

@@ -64,7 +64,7 @@ def test_a_fault_that_nobody_saw_ends_the_script_with_its_code(tmp_path: Path) -
         "print('here')\n"
         "(x + 1).realize()\n"
     )
-    with twin_server(fail_at=4) as server:
+    with twin_server(fail_at=4, fails_late=True) as server:
         done = run_script(script, server.home(tmp_path / "home"))
     assert done.returncode == JobError.exit_code
     assert done.stdout == "here\n"
