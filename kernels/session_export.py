@@ -103,6 +103,7 @@ class SessionExporter(Exporter):
         self._params: dict[int, GraphParam] = {}
         self._param_nodes: dict[int, int] = {}
         self._assigned: dict[UOp, int] = {}
+        self._assigns: dict[tuple[int, ...], int] = {}
 
     def graph(self, roots: Sequence[UOp]) -> Graph:
         """All that was written, with the last assignment to each slot as an output."""
@@ -159,8 +160,10 @@ class SessionExporter(Exporter):
                 "an assignment that waits for one to another tensor cannot travel in a graph",
                 hint="Realize one before the other.",
             )
-        index = self._emit(Op.ASSIGN, (), (tensor, self._index[view], self._index[value]))
-        self._assigned[after] = index
+        refs = (tensor, self._index[view], self._index[value])
+        if refs not in self._assigns:  # tinygrad has a view wait for a STORE, and its base again
+            self._assigns[refs] = self._emit(Op.ASSIGN, (), refs)
+        index = self._assigned[after] = self._assigns[refs]
         return self._again(after, tensor, index)
 
     def _again(self, after: UOp, tensor: int, index: int) -> int:

@@ -10,10 +10,11 @@ GATHER cost one an element: that is what they run as, however large the table is
 
 **Touched bytes.** What must cross the memory bus at least once: every materialised tensor (param,
 REDUCE, CONTIGUOUS, GATHER) read by the largest view that anything takes of it, REDUCE, CONTIGUOUS,
-GATHER and outputs written. A table that is only gathered from is read by the rows taken.
+GATHER and outputs written. A table that is only gathered from is read by the rows taken. An ASSIGN
+writes its view, and is what it assigned to for whoever reads it.
 
 **Peak bytes.** Params, outputs (a written slot twice: the new value may not replace the old one
-before its last reader) and the most bytes of intermediates that live at once in node order, where
+before its last reader; of an assigned one the views) and the most bytes of intermediates that live at once in node order, where
 an intermediate is anything a compiler may well keep: REDUCE, CONTIGUOUS, GATHER and each
 elementwise result with several readers. It is meant to be compared with a memory limit, so it
 errs upwards: 1.7 (MLP), 2.3 (transformer) and 5.0 times (convolutions) what tinygrad's memory
@@ -58,6 +59,7 @@ WEIGHTS: Final[dict[Op, int]] = {
     Op.SIN: 142,
 }
 _MATERIALISED: Final = frozenset({Op.REDUCE, Op.CONTIGUOUS, Op.GATHER})
+_IN_MEMORY: Final = _MATERIALISED | {Op.PARAM, Op.ASSIGN}
 _KEPT: Final = ELEMENTWISE | {Op.CAST, Op.BITCAST, Op.STACK}
 
 
@@ -156,10 +158,20 @@ def _count_touched(checked: Checked) -> int:
 
     def take(ref: int) -> None:
         base = bases[ref]
-        if nodes[base].op in _MATERIALISED or nodes[base].op is Op.PARAM:
+        if nodes[base].op in _IN_MEMORY:
             # two nodes of one slot are one tensor
             key = -1 - _slot(checked, base) if nodes[base].op is Op.PARAM else base
             read[key] = max(read.get(key, 0), sizes[ref] * ITEM_BYTES[checked.dtypes[base]])
+
+    def put(ref: int) -> int:
+        """The bytes written where node ``ref`` goes, if it is not what was materialised there."""
+        base = bases[ref]
+        size_bytes = stored_bytes(checked.dtypes[ref], checked.shapes[ref])
+        whole_bytes = stored_bytes(checked.dtypes[base], checked.shapes[base])
+        if nodes[base].op in _MATERIALISED and size_bytes == whole_bytes:
+            return 0
+        take(ref)
+        return size_bytes
 
     touched = 0
     for index, node in enumerate(nodes):
@@ -168,17 +180,14 @@ def _count_touched(checked: Checked) -> int:
         if node.op is Op.GATHER:
             touched += stored_bytes(checked.dtypes[index], checked.shapes[index])
             take(node.refs[1])
+        elif node.op is Op.ASSIGN:
+            touched += put(node.refs[2])
         elif node.op not in MOVEMENT:
             for ref in node.refs:
                 take(ref)
     for output in checked.graph.outputs:
-        base = bases[output.node]
-        size_bytes = stored_bytes(checked.dtypes[output.node], checked.shapes[output.node])
-        whole_bytes = stored_bytes(checked.dtypes[base], checked.shapes[base])
-        if nodes[base].op not in _MATERIALISED or size_bytes != whole_bytes:
-            # else what was materialised is the output, written once
-            take(output.node)
-            touched += size_bytes
+        if nodes[output.node].op is not Op.ASSIGN:
+            touched += put(output.node)
     return touched + sum(read.values())
 
 
@@ -205,10 +214,9 @@ def _views(checked: Checked) -> tuple[list[int], list[int]]:
 def _estimate_peak(checked: Checked) -> int:
     graph = checked.graph
     held = sum(stored_bytes(param.dtype, param.shape) for param in graph.params)
-    held += sum(
-        stored_bytes(checked.dtypes[output.node], checked.shapes[output.node])
-        for output in graph.outputs
-    )
+    put = [out.node for out in graph.outputs if graph.nodes[out.node].op is not Op.ASSIGN]
+    put += [node.refs[1] for node in graph.nodes if node.op is Op.ASSIGN]
+    held += sum(stored_bytes(checked.dtypes[ref], checked.shapes[ref]) for ref in put)
     return held + _intermediate_peak(checked)
 
 
