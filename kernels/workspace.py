@@ -93,7 +93,9 @@ class MachineWorkspace:
             case Bind(binding, graph, places):
                 self._bind(binding, graph, places)
             case Read(buffer, offset_bytes, size_bytes):
-                return self._holding(buffer, offset_bytes, size_bytes).read(offset_bytes, size_bytes)
+                return self._holding(buffer, offset_bytes, size_bytes).read(
+                    offset_bytes, size_bytes
+                )
             case Copy((target, at), (source, start), size_bytes):
                 data = self._holding(source, start, size_bytes).read(start, size_bytes)
                 self.put(target, at, data)

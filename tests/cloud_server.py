@@ -111,8 +111,7 @@ class TwinServer:
 
 @contextmanager
 def twin_server(fail_at: int | None = None, *, fails_late: bool = False) -> Iterator[TwinServer]:
-    """A server for the length of a test. Command ``fail_at`` is the end of a session, which is told
-    at once or, ``fails_late``, when the script says that it is done."""
+    """A server for the length of a test; ``fail_at`` as of a Twin."""
     server = TwinServer(fail_at, fails_late=fails_late)
     try:
         yield server
