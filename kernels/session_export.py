@@ -24,6 +24,7 @@ from p2pflop.kernels.refusals import node_fault
 
 _MANY_HINT: Final = "Realize the model in parts."
 _ORDER_HINT: Final = "Realize one of the assignments before the other."
+_REFUSED_HINT: Final = "Realize it in parts, or write it in another way."
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,10 @@ def export_realize(sink: UOp) -> RealizeGraph:
     exporter = SessionExporter({slot: number for number, slot in enumerate(params)})
     exporter.add(sink.src)
     data = encode_graph(exporter.graph(sink.src))
-    return RealizeGraph(open_graph(data), tuple(params))
+    try:
+        return RealizeGraph(open_graph(data), tuple(params))
+    except JobError as error:
+        raise JobError(error.message, hint=error.hint or _REFUSED_HINT) from None
 
 
 def _plain_store(store: UOp) -> UOp | None:
@@ -70,8 +74,19 @@ def _plain_reduce(reduce: UOp) -> UOp | None:
     return UOp(Ops.REDUCE, src=(source,), arg=(alu, len(sizes))) if sizes else source
 
 
+def _plain_shift(shift: UOp) -> UOp | None:
+    """A shift by an amount that is certainly less than the width, as it must be to mean anything:
+    others are undefined in C, and no graph may hold one."""
+    value, amount = shift.src
+    bits = 8 * value.dtype.itemsize
+    if amount.vmin >= 0 and amount.vmax < bits:
+        return None
+    return shift.replace(src=(value, amount & (bits - 1)))
+
+
 _PLAIN: Final = PatternMatcher(
     [
+        (UPat((Ops.SHL, Ops.SHR), name="shift"), _plain_shift),
         (UPat(Ops.REDUCE, name="reduce"), _plain_reduce),
         (UPat((Ops.DETACH, Ops.CONTIGUOUS_BACKWARD, Ops.COPY), name="x"), lambda x: x.src[0]),
         (UPat(Ops.STORE, name="store"), _plain_store),
@@ -94,7 +109,7 @@ class SessionExporter(Exporter):
         """All that was written, with the last assignment to each slot as an output."""
         last: dict[int, UOp] = {}
         for root in roots:
-            slot = self._numbers[_root_buffer(root).arg.slot]
+            slot = self._numbers[root_buffer(root).arg.slot]
             before = last.get(slot)
             if before is None or before in root.backward_slice:
                 last[slot] = root
@@ -140,7 +155,7 @@ class SessionExporter(Exporter):
         tensor = self._assigned.get(base, -1)
         if tensor < 0:
             tensor = self._param_nodes[self._numbers[base.arg.slot]]
-        if _root_buffer(view) is not _root_buffer(after):
+        if root_buffer(view) is not root_buffer(after):
             raise JobError(
                 "an assignment that waits for one to another tensor cannot travel in a graph",
                 hint="Realize one before the other.",
@@ -183,7 +198,8 @@ def _base(uop: UOp) -> UOp:
     return uop
 
 
-def _root_buffer(uop: UOp) -> UOp:
+def root_buffer(uop: UOp) -> UOp:
+    """The PARAM that is assigned to, in part or in whole. Raises JobError if it is none."""
     while uop.op in (*GroupOp.Movement, Ops.AFTER):
         uop = uop.src[0]
     if uop.op is not Ops.PARAM or uop.arg.addrspace is AddrSpace.ALU:

@@ -22,7 +22,8 @@ TOKEN = "s3cret"
 class TwinServer:
     """Serves one twin after another, each in a thread of its own, until it is closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, fail_at: int | None = None, *, fails_late: bool = False) -> None:
+        self._fail_at, self._fails_late = fail_at, fails_late
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.twins: list[Twin] = []
@@ -87,6 +88,7 @@ class TwinServer:
         client.sendall(http.send(h11.Response(status_code=200, headers=head)) or b"")
         twin = Twin(lambda frame: client.sendall(http.send(h11.Data(framed(frame))) or b""))
         twin.blobs = self.blobs
+        twin.fail_at, twin.fails_late = self._fail_at, self._fails_late
         self.twins.append(twin)
         frames = Frames()
         for event in self._body(client, http):
@@ -108,9 +110,9 @@ class TwinServer:
 
 
 @contextmanager
-def twin_server() -> Iterator[TwinServer]:
-    """A server for the length of a test."""
-    server = TwinServer()
+def twin_server(fail_at: int | None = None, *, fails_late: bool = False) -> Iterator[TwinServer]:
+    """A server for the length of a test; ``fail_at`` as of a Twin."""
+    server = TwinServer(fail_at, fails_late=fails_late)
     try:
         yield server
     finally:

@@ -97,7 +97,9 @@ class Uninterrupted:
         self._handler: object = None
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
+        is_main = threading.current_thread() is threading.main_thread()
+        # A handler that is not Python's could not be put back.
+        if is_main and signal.getsignal(signal.SIGINT) is not None:
             self._handler = signal.signal(signal.SIGINT, self._keep)
         return self
 

@@ -83,17 +83,18 @@ def farewell() -> None:
     cloud = _cloud
     if cloud is None:
         return
-    was_over = cloud.session.is_over
+    seen = cloud.session.failure
     try:
         closed = cloud.session.close()
+        failure = cloud.session.failure
     except KeyboardInterrupt:
         return
     except P2PFlopError as error:
-        if not was_over:
-            _end_with(error)
-        return
+        closed, failure = None, error
     if closed is not None and not cloud.settings.quiet:
         say(closing_line(closed))
+    if failure is not None and seen is None:
+        _end_with(failure)
 
 
 def _end_with(error: P2PFlopError) -> None:

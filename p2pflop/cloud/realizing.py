@@ -24,10 +24,11 @@ from tinygrad.helpers import CAPTURING
 from tinygrad.uop.ops import Ops, PatternMatcher, UOp, UPat
 
 from p2pflop.cloud.device import cloud, is_cloud
+from p2pflop.cloud.inlining import inline
 from p2pflop.cloud.stages import CopyStage, GraphStage, cut
 from p2pflop.errors import JobError
 from p2pflop.job.commands import Place, Run
-from p2pflop.kernels.session_export import RealizeGraph, export_realize
+from p2pflop.kernels.session_export import RealizeGraph, export_realize, root_buffer
 
 PREFIX: Final = "cloud:"
 Linear = tuple[UOp, dict[str, int]]
@@ -107,7 +108,7 @@ def create_linear(call: UOp) -> Linear:
             "a tensor that is sharded over several devices cannot be in the cloud",
             hint="Leave out shard(): CLOUD:1 and so on are one machine's anyway.",
         )
-    staged = cut(call.src[0], buffers)
+    staged = cut(inline(call.src[0]), buffers)
     variables = dict(_bound(buffer) for buffer in buffers if buffer.is_bound_var)
     calls: list[UOp] = []
     for stage in staged.stages:
@@ -159,7 +160,7 @@ def _program(sink: UOp) -> Program:
     variables = {p.arg.slot: p for p in params if p.addrspace is AddrSpace.ALU}
     outs, ins = set(), set()
     for root in sink.src:
-        slot = root.buf_uop.arg.slot
+        slot = root_buffer(root).arg.slot
         outs.add(slot)
         values = [source.src[1] for source in root.src[1:] if source.op is Ops.STORE]
         read = UOp.sink(*values).toposort(gate=lambda node: node.op is not Ops.AFTER)

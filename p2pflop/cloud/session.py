@@ -27,9 +27,11 @@ from p2pflop.job.commands import (
     NOBODY,
     AnyCommand,
     Batch,
+    Bind,
     Close,
     Closed,
     Data,
+    Define,
     Failed,
     Frame,
     Leased,
@@ -59,6 +61,7 @@ CLOSE_S: Final = 10.0
 """How long the end of a script waits for the last words of its session."""
 VERSION: Final = 1
 _COMMAND_BYTES: Final = 24
+_PLACE_BYTES: Final = 12
 _Wanted = dict[int, bytearray]
 _NODE_FRAME = cast(type[Frame], NodeFrame)
 
@@ -154,7 +157,7 @@ class ScriptSession:
     def give(self, command: AnyCommand) -> None:
         """Put a command into the queue."""
         self._check()
-        self._queued_bytes += _COMMAND_BYTES + _size(command)
+        self._queued_bytes += _size(command)
         self._queue.append(command)
         if self._queued_bytes >= BATCH_BYTES or len(self._queue) >= BATCH_COMMANDS:
             self.flush()
@@ -196,32 +199,48 @@ class ScriptSession:
         """Send what is queued, as far as the window goes; wait for it to open if need be."""
         self._check()
         while self._queue:
-            batch, size_bytes = self._queue[:BATCH_COMMANDS], self._queued_bytes
-            upto = self._first + len(batch)
-            while not self._window.has_room(upto, size_bytes):
+            while not self._send_batch():
                 self._listen(None)
-            with Uninterrupted():
-                self._send(Batch(self._first, tuple(batch)))
-                self._window.sent(upto, size_bytes)
-                self._first = upto
-                del self._queue[: len(batch)]
-                self._queued_bytes = sum(_COMMAND_BYTES + _size(each) for each in self._queue)
         self._flushed_s = time.monotonic()
         self._listen(0)
 
+    def _send_batch(self) -> bool:
+        """Send the next commands, if there is room for them."""
+        batch = self._queue[:BATCH_COMMANDS]
+        size_bytes = sum(_size(command) for command in batch)
+        upto = self._first + len(batch)
+        if not self._window.has_room(upto, size_bytes):
+            return False
+        with Uninterrupted():
+            self._send(Batch(self._first, tuple(batch)))
+            self._window.sent(upto, size_bytes)
+            self._first = upto
+            del self._queue[: len(batch)]
+            self._queued_bytes = sum(_size(command) for command in self._queue)
+        return True
+
     def close(self) -> Closed | None:
-        """Send the rest, and say farewell; None if the node does not answer in time."""
+        """Say farewell; None if the node does not answer in time.
+
+        What is queued is sent as far as there is room: nobody will see what it computes, only
+        whether it fails.
+        """
         if self._pid != os.getpid():
             return None
         if not self.is_over:
-            self.flush()
+            while self._queue and self._send_batch():
+                pass
             self._send(Close())
         deadline_s = time.monotonic() + CLOSE_S
         while self.closed is None and (left_s := deadline_s - time.monotonic()) > 0:
-            for frame in self._link.receive(left_s):
-                self._take(decode_frame(_NODE_FRAME, frame))
+            self._hear(left_s)
         self._link.close()
         return self.closed
+
+    @property
+    def failure(self) -> P2PFlopError | None:
+        """What ended it, if something did."""
+        return self._failure
 
     def leave(self) -> None:
         """In a forked child: close its end of what is the parent's."""
@@ -233,9 +252,16 @@ class ScriptSession:
         self._link.send(encoded)
 
     def _listen(self, wait_s: float | None) -> None:
-        for frame in self._link.receive(wait_s):
-            self._take(decode_frame(_NODE_FRAME, frame))
+        self._hear(wait_s)
         self._check()
+
+    def _hear(self, wait_s: float | None) -> None:
+        try:
+            for frame in self._link.receive(wait_s):
+                self._take(decode_frame(_NODE_FRAME, frame))
+        except P2PFlopError as error:
+            self._failure = self._failure or error
+            raise
 
     def _take(self, frame: Frame) -> None:
         match frame:
@@ -270,10 +296,11 @@ class ScriptSession:
     def _fault(self, failed: Failed) -> P2PFlopError:
         kind = JobError if failed.job else ProviderError
         error = kind(failed.text, hint=failed.hint)
-        if failed.number != NOBODY:
-            earlier = [stack for number, stack in self._stacks if number <= failed.number]
-            if earlier and earlier[-1]:
-                error.add_note(f"It was asked for here:\n{describe(earlier[-1])}")
+        if failed.number != NOBODY and self._stacks:
+            # What allocates, defines and binds comes before the run that needs it.
+            last = self._stacks[-1]
+            _, stack = next((s for s in self._stacks if s[0] >= failed.number), last)
+            error.add_note(f"It was asked for here:\n{describe(stack)}")
         return error
 
     def _check(self) -> None:
@@ -315,9 +342,13 @@ def closing_line(closed: Closed) -> str:
 
 
 def _size(command: AnyCommand) -> int:
-    """About what it takes in a batch beside a few numbers."""
-    if isinstance(command, Write):
-        return len(command.data)
-    graph = getattr(command, "graph", b"")
-    places = getattr(command, "places", ())
-    return len(graph) + 12 * len(places)
+    """About what it takes in a batch."""
+    match command:
+        case Write(_, _, data):
+            return _COMMAND_BYTES + len(data)
+        case Define(graph):
+            return _COMMAND_BYTES + len(graph)
+        case Bind(_, graph, places):
+            return _COMMAND_BYTES + len(graph) + _PLACE_BYTES * len(places)
+        case _:
+            return _COMMAND_BYTES

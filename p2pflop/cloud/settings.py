@@ -55,7 +55,7 @@ def read_settings(environ: Mapping[str, str]) -> CloudSettings:
         fallback=_value(environ, "CLOUD_FALLBACK", _fallback, False),
         sync=_switch(environ, "CLOUD_SYNC"),
         quiet=_switch(environ, "CLOUD_QUIET"),
-        debug=_switch(environ, "CLOUD_DEBUG"),
+        debug=_switch(environ, "CLOUD_DEBUG") or environ.get("DEBUG", "") not in _OFF,
     )
 
 

@@ -10,6 +10,8 @@ from types import CodeType, FrameType
 from typing import Final
 
 MAX_FRAMES: Final = 4
+_COMPILED: Final = "compiled_match"
+"""What tinygrad makes of its rules; it lies in no file."""
 
 Stack = tuple[tuple[CodeType, int], ...]
 
@@ -24,7 +26,7 @@ def user_stack() -> Stack:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and len(found) < MAX_FRAMES:
         code = frame.f_code
-        if _is_users(code.co_filename):
+        if _is_users(code.co_filename) and code.co_name != _COMPILED:
             found.append((code, frame.f_lineno))
         frame = frame.f_back
     return tuple(found)

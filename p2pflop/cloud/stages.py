@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinygrad.uop.ops import Ops, UOp
+from tinygrad.uop.ops import GroupOp, Ops, UOp
 
 from p2pflop.cloud.device import is_cloud
 from p2pflop.errors import JobError
@@ -48,10 +48,21 @@ class Stages:
 def cut(body: UOp, buffers: Sequence[UOp]) -> Stages:
     """The stages of a CALL's body and arguments. Raises JobError."""
     nodes = list(body.toposort())
+    if len({buffer.device for buffer in buffers} - {None}) > 1:
+        _check_devices(nodes)
     copies = [node for node in nodes if node.op is Ops.COPY and _is_cut(node)]
     if not copies:
         return Stages((GraphStage(body, _in_cloud(body.src)),), tuple(buffers))
     return _Cutter(body, nodes, copies, buffers).cut()
+
+
+def _check_devices(nodes: Sequence[UOp]) -> None:
+    """Raises RuntimeError, as tinygrad does, for an operation on tensors of several devices."""
+    for node in nodes:
+        if node.op in GroupOp.ALU or node.op in (Ops.STACK, Ops.STORE):
+            devices = sorted({source.device for source in node.src} - {None})
+            if len(devices) > 1:
+                raise RuntimeError(f"all buffers must be on the same device: {devices}")
 
 
 def _is_cut(copy: UOp) -> bool:
