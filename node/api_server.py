@@ -113,6 +113,7 @@ async def serve_api(
         await stopping.wait()
         accepting.cancel()
         await server.context.terminated.set()
+        await server.close_idle()
         nursery.cancel_scope.deadline = trio.current_time() + GRACE_S
 
 
@@ -140,6 +141,13 @@ class _Server:
         """Something whole came or went on ``connection``."""
         self._connections.pop(connection, None)
         self._connections[connection] = None
+
+    async def close_idle(self) -> None:
+        """Let every connection go on which no request is under way."""
+        for connection in list(self._connections):
+            if connection.is_idle:
+                with suppress(trio.BusyResourceError):
+                    await connection.stream.aclose()
 
     async def _make_room(self) -> bool:
         for connection in self._connections:

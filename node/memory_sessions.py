@@ -38,6 +38,8 @@ class MemorySession:
         self, graphs: Mapping[bytes, bytes], memory_bytes: int, check: Callable[[], None]
     ) -> None:
         self.run_s = 0.0
+        self.reached = 0
+        self._count = 0
         self._graphs = graphs
         self._memory_bytes = memory_bytes
         self._check = check
@@ -66,6 +68,8 @@ class MemorySession:
         """See SessionWorker."""
         kernels = flop = touched_bytes = 0
         for command in commands:
+            self.reached = self._count
+            self._count += 1
             await trio.lowlevel.checkpoint()
             try:
                 self._check()
@@ -80,7 +84,7 @@ class MemorySession:
                 kernels += 1
                 flop += graph.cost.flop
                 touched_bytes += graph.cost.touched_bytes
-        self._tell.send_nowait(Ran(0, kernels, flop, touched_bytes, kernels))
+        self._tell.send_nowait(Ran(self._count, kernels, flop, touched_bytes, kernels))
 
     async def reports(self) -> AsyncIterator[Ran | Data]:
         """See SessionWorker."""
@@ -124,7 +128,7 @@ class MemorySession:
         starts = range(0, len(data), PART_BYTES) or [0]
         for start in starts:
             piece = data[start : start + PART_BYTES]
-            self._tell.send_nowait(Data(0, piece, start == starts[-1]))
+            self._tell.send_nowait(Data(self.reached, piece, start == starts[-1]))
 
     def _read(self, place: Place, size_bytes: int) -> bytes:
         buffer, at = place

@@ -315,6 +315,11 @@ class MemoryWorker:
         self._commands.run_s = pool.step_s
         await self._commands.open_session()
 
+    @property
+    def reached(self) -> int:
+        """See ``SessionWorker``."""
+        return self._opened.reached
+
     async def define(self, graph_hash: bytes, plan: bytes) -> None:
         """See ``SessionWorker``."""
         await self._opened.define(graph_hash, plan)

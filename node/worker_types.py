@@ -116,6 +116,11 @@ class SessionWorker(Protocol):
     report.
     """
 
+    @property
+    def reached(self) -> int:
+        """The place, from 0 and among all commands that were given to ``obey``, of the one that it
+        is at; after a failure the one to blame."""
+
     async def open_session(self) -> None:
         """Begin, with no buffers; instead of ``load``."""
 
@@ -126,11 +131,12 @@ class SessionWorker(Protocol):
         """Put a piece of a Load, of at most 1 MiB, into a buffer. Not answered."""
 
     async def obey(self, commands: Sequence[AnyCommand]) -> None:
-        """Obey commands, no Define or Load among them. Answered by reports."""
+        """Obey commands, no Define or Load among them. Answered by reports, which must be read at
+        the same time: a worker that is not heard does not listen."""
 
     def reports(self) -> AsyncIterator[Ran | Data]:
-        """What came of each ``obey``, in order: Data for each Read in it, then one Ran. Who reads
-        does not go by the numbers in them but by the order."""
+        """What came of each ``obey``, in order: Data for each Read in it, then one Ran. Numbers in
+        them are places as in ``reached``. One reader at a time."""
 
 
 class Workers(Protocol):

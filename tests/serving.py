@@ -34,6 +34,7 @@ class Server:
         self.client = client
         self.activity = Activity()
         self.stopping = trio.Event()
+        self.ended = trio.Event()
 
     async def get(self, path: str, **headers: str) -> httpx.Response:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -62,7 +63,12 @@ async def serving(service: MemoryService | None = None) -> AsyncIterator[Server]
             limits=LIMITS,
             stopping=server.stopping,
         )
-        await nursery.start(serve_api, app, listener, server.stopping)
+
+        async def serve(*, task_status: Any) -> None:
+            await serve_api(app, listener, server.stopping, task_status=task_status)
+            server.ended.set()
+
+        await nursery.start(serve)
         yield server
         nursery.cancel_scope.cancel()
 

@@ -61,6 +61,8 @@ def open_graph(data: bytes, limits: Limits = DEFAULT_LIMITS) -> OpenGraph:
         raise JobError(f"the graph is not valid: {checked.reason}")
     if any(output.slot is None for output in graph.outputs):
         raise JobError("a session's graph has no fresh outputs")
+    if any(param.slot != place for place, param in enumerate(graph.params)):
+        raise JobError("the params of a session's graph are not in slots 0, 1, ...")
     cost = meter(checked)
     if max(cost.flop, cost.touched_bytes) > MAX_LINE_VALUE:
         raise JobError(f"a run of the graph costs {cost.flop} FLOP, more than can be billed")

@@ -59,6 +59,15 @@ class TestConnections:
             with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
                 await trickle()
 
+    async def test_a_node_that_ends_waits_for_no_idle_connection(self) -> None:
+        async with serving() as server:
+            run = await submit(server)
+            await server.client.post(f"/v1/jobs/{run}/cancel")
+            await server.get(f"/v1/jobs/{run}/events")
+            with trio.fail_after(api_server.GRACE_S / 2):
+                server.stopping.set()
+                await server.ended.wait()
+
     async def test_idle_connections_give_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(api_server, "MAX_CONNECTIONS", 4)
         async with serving() as server, AsyncExitStack() as stack:
