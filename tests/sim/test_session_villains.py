@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import pytest
@@ -17,13 +17,14 @@ from p2pflop.node import session_purchase, session_sale
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode
 from p2pflop.node.session_messages import WINDOW_COMMANDS, Leaving, SessionMessage
 from p2pflop.units import MIB
-from p2pflop.wire import open_sealed, seal
+from p2pflop.wire import Record, open_sealed, seal
 from tests.session_scripts import FLOATS, Script, beginning, decoded, steps
 from tests.sim.test_session_memory import SIZE, begin, reference
 
 if TYPE_CHECKING:
     from tests.sim.conftest import Market
 
+K = TypeVar("K", bound=Record)
 Change = Callable[[SessionMessage], list[SessionMessage]]
 
 
@@ -38,7 +39,7 @@ def tampered(change: Change) -> Callable[[bytes], list[bytes]]:
     return tamper
 
 
-def only(kind: type, change: Change) -> Change:
+def only(kind: type[K], change: Callable[[K], list[SessionMessage]]) -> Change:
     """Messages of other kinds pass."""
     return lambda message: change(message) if isinstance(message, kind) else [message]
 
