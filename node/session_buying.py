@@ -146,7 +146,7 @@ class Session:
             self._say_last(failure)
             self.outbox.close()
             telling.cancel_scope.deadline = trio.current_time() + FAREWELL_S
-        await self._buyer.forget(self.log.snapshot.ours())
+        await self._buyer.forget(self, self.log.snapshot.ours())
 
     # The script
 
@@ -368,11 +368,11 @@ class Session:
         table, number = lease.outstanding.table, self._next
         taken = self.log.begin(table, self._since, number, self._command_at)
         taken.mark = self._mark_of(table, number)
-        began_ns = self._buyer.base.now_ns()
+        owner = self._buyer.base.identity.account.public_key
         keepers: dict[int, Keeper] = {}
         async with AsyncExitStack() as stack:
             for buffer, size_bytes in taken.missing.items():
-                keepers[buffer] = Keeper(self._buyer.base.store, size_bytes, began_ns, stack)
+                keepers[buffer] = Keeper(self._buyer.base.store, size_bytes, owner, stack)
                 await lease.obey(Read(buffer, 0, size_bytes), answer=keepers[buffer])
                 if lease.outstanding.is_full:
                     await lease.flush(number)
@@ -383,7 +383,8 @@ class Session:
                 raise RuntimeError("a Read of a snapshot was obeyed without an answer")
             taken.kept[buffer] = keeper.kept
         taken.missing = {}
-        await self._buyer.forget(self.log.finish(taken))
+        await self._buyer.blobs.hold(self.id, taken.ours())
+        await self._buyer.forget(self, self.log.finish(taken))
         self._since, self._base = table.count, table.mark()
         self._wake()
 

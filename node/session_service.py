@@ -51,6 +51,7 @@ from p2pflop.node.buy import Buyer
 from p2pflop.node.execute import WORKER_BASE_BYTES
 from p2pflop.node.guard import survive
 from p2pflop.node.journal import JobRows, Journal
+from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.printable import printable
 from p2pflop.node.service import Json
 from p2pflop.node.session_buying import AnyLease, Session
@@ -100,6 +101,7 @@ class SessionBuyer:
     journal: Journal
     workers: Workers
     graphs: Graphs
+    blobs: LeaseBlobs
     _sessions: dict[bytes, Session] = field(default_factory=dict)
 
     async def serve(self, line: ScriptLine) -> None:
@@ -119,6 +121,7 @@ class SessionBuyer:
             await session.run()
         finally:
             del self._sessions[session.id]
+            self.blobs.let_go(session.id)
 
     def cards(self) -> list[Json]:
         """Sessions under way, oldest first, as JSON. See ``NodeService.sessions``."""
@@ -156,14 +159,12 @@ class SessionBuyer:
         """See ``Graphs.open``."""
         return await self.graphs.open(data, self.graphs.user)
 
-    async def forget(self, addresses: set[bytes]) -> None:
-        """Delete blobs that were put for a snapshot, unless they are needed for something else."""
-        for address in addresses:
-            if not self.needs(address) and not self.base.needed_by(address):
-                try:
-                    await self.base.store.delete(address, owner=b"")
-                except StoreError as error:
-                    _log.warning("an old snapshot is still here: %s", error)
+    async def forget(self, session: Session, addresses: set[bytes]) -> None:
+        """Delete blobs that were put for a snapshot and that nobody else holds."""
+        try:
+            await self.blobs.drop(session.id, addresses)
+        except StoreError as error:
+            _log.warning("an old snapshot is still here: %s", error)
 
     def resume(self) -> None:
         """Bring what earlier processes signed to the providers that may not know of it."""
