@@ -90,7 +90,7 @@ def test_ctrl_c_gives_the_run_up_and_says_so(
     def stand_in(folder: Path) -> Any:
         demo._follow(pf.attach(run_id), demo._Victim({}), as_json=False)
 
-    monkeypatch.setattr(demo, "four_nodes", stand_in)
+    monkeypatch.setattr(demo, "open_market", stand_in)
     script = tmp_path / "job.py"
     script.write_text("def make_job(seed): ...\ndef evaluate(weights): ...\n")
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
