@@ -276,6 +276,12 @@ class Franchise:
         found = (self.roll.head(issuer) for issuer in self.roll.issuers)
         return [head.wire for head in found if head is not None]
 
+    def days_left(self) -> int | None:
+        """Whole days until this account's attestation ends; None if it is not attested."""
+        now_ns = self._now_ns()
+        standing = self.roll.standing(self.account, now_ns)
+        return None if standing is None else _days(standing, now_ns)
+
     def expire(self) -> None:
         """Forget what has expired."""
         self.roll.expire(self._now_ns())
