@@ -85,12 +85,14 @@ def enroll_command(flags: Flags, address: str, contact: str | None, place: str, 
         except ValueError as error:
             raise ConfigError(str(error)) from error
         known = source.post("/v1/enrolments", form)
-    told = {name: known[name] for name in ("state", "waits_for", "until_ns", "id") if name in known}
+    names = ("state", "waits_for", "until_ns", "days_left", "id")
+    told = {name: known[name] for name in names if name in known}
     if flags.json:
         print_json(told)
         return
     waits_for = f", waits for {told['waits_for']}" if told.get("waits_for") else ""
-    click.echo(clean(f"{told['state']}{waits_for}"))
+    days = f", {told['days_left']} days left" if told["state"] == "attested" else ""
+    click.echo(clean(f"{told['state']}{waits_for}{days}"))
 
 
 @click.command("approve")

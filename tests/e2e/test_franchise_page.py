@@ -82,7 +82,7 @@ def test_the_page_is_true(
         wait_until(lambda: "pay $10" in waits_for(box))
         page.give("registry", "paid", home=office, more=("--yes",))
         wait_until(lambda: franchise(box)["attestation"], 10)
-        assert "attested" in page.give("registry", "enroll", home=box.home)
+        assert page.give("registry", "enroll", home=box.home) == "attested, 364 days left\n"
         assert "attestation" in page.give("registry", "verify", home=box.home)
         wait_until(lambda: re.search(r"attested for 36\d more days", box.log.read_text()))
 
