@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 from typing import Final
 
@@ -11,6 +10,8 @@ PR_SET_PDEATHSIG: Final = 1
 
 def end_with_parent() -> None:
     """Be sent SIGTERM when the program that started this one dies, where the kernel can do that."""
+    import ctypes
+
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
