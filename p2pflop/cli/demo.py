@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 
@@ -41,6 +41,7 @@ SCRIPT: Final = Path("examples") / "digits.py"
 SWEEP: Final = Path("examples") / "sweep.py"
 HOME: Final = Path(".demo")
 BOOK_S: Final = 30.0
+LOCAL_STOP_S: Final = 5.0
 POLL_S: Final = 0.05
 MIN_ACCURACY: Final = 0.95
 OFFERED: Final = ("make_job", "evaluate")
@@ -109,31 +110,33 @@ def _trade(
         job = program.make_job(seed=seed)
         _describe(job, seed)
         run = pf.submit(job, max_usd="0.01", fresh=True, client=client)
-        local = _Local(job)
-        victim = _Victim(names)
-        result, result_event = _follow(run, victim, as_json=as_json)
-        winner = names[result_event["provider"]]
-        say(f"\n'{winner.name}' has finished what '{victim.name}' had begun.")
-        appeared_s = _pay(client, market, meanwhile=victim.start_again)
-        sold = _sell_next(swept.make_job(), client, market, names)
-        for name, earned_nusd in _sweep(swept, client, names).items():
-            sold[name] = sold.get(name, 0) + earned_nusd
-        paid = [each for each in market.providers if each.name in {*sold, victim.name, winner.name}]
-        ledgers = _show_ledgers(client, paid, result.cost_nusd + sum(sold.values()))
-        accuracy, example = _fetch_and_evaluate(program, client, result_event)
-        return {
-            "hash": result.hash,
-            "local_hash": local.compare(result.hash),
-            "accuracy": accuracy,
-            "weights": example,
-            "killed": victim.name,
-            "provider": winner.name,
-            "left_out": left_out,
-            "appeared_s": appeared_s,
-            "sold_nusd": sold,
-            "job_bytes": job.size_bytes,
-            **ledgers,
-        }
+        with _Local(job) as local:
+            victim = _Victim(names)
+            result, result_event = _follow(run, victim, as_json=as_json)
+            winner = names[result_event["provider"]]
+            say(f"\n'{winner.name}' has finished what '{victim.name}' had begun.")
+            appeared_s = _pay(client, market, meanwhile=victim.start_again)
+            sold = _sell_next(swept.make_job(), client, market, names)
+            for name, earned_nusd in _sweep(swept, client, names).items():
+                sold[name] = sold.get(name, 0) + earned_nusd
+            paid = {*sold, victim.name, winner.name}
+            owed = [each for each in market.providers if each.name in paid]
+            ledgers = _show_ledgers(client, owed, result.cost_nusd + sum(sold.values()))
+            accuracy, example = _fetch_and_evaluate(program, client, result_event)
+            local_hash = local.compare(result.hash)
+    return {
+        "hash": result.hash,
+        "local_hash": local_hash,
+        "accuracy": accuracy,
+        "weights": example,
+        "killed": victim.name,
+        "provider": winner.name,
+        "left_out": left_out,
+        "appeared_s": appeared_s,
+        "sold_nusd": sold,
+        "job_bytes": job.size_bytes,
+        **ledgers,
+    }
 
 
 def _describe(job: Job, seed: int) -> None:
@@ -147,21 +150,32 @@ def _describe(job: Job, seed: int) -> None:
 
 
 class _Local:
-    """The job, run on this machine beside the one that is bought."""
+    """The job, run on this machine beside the one that is bought, and not beyond the demo."""
 
     def __init__(self, job: Job) -> None:
         self._hash = ""
-        self._error: BaseException | None = None
+        self._error: P2PFlopError | None = None
         self._job = job
-        # If the demo ends early nobody waits for it: its process ends when nobody reads it.
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join(LOCAL_STOP_S)
 
     def _run(self) -> None:
         try:
-            self._hash = self._job.run_local().hash
+            self._hash = self._job.run_local(self._go_on, self._go_on).hash
         except P2PFlopError as error:
             self._error = error
+
+    def _go_on(self, *_: object) -> None:
+        if self._stopping.is_set():
+            raise P2PFlopError("the demo was stopped")
 
     def compare(self, bought: str) -> str:
         """The hash of the local run. Raises VerificationError if it is not that of the other."""

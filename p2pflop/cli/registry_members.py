@@ -67,7 +67,8 @@ def enroll_command(flags: Flags, address: str, contact: str | None, place: str, 
     if not path.exists():
         raise ConfigError(
             f"there is no account in {home_of(flags)}",
-            hint="A node makes one at its first start: p2pflop node.",
+            hint="A node makes one at its first start; that of a box made by p2pflop delegate is "
+            "where it was made.",
         )
     account = read_key(path, "Restore it from a backup.")
     source = HttpSource(url)
