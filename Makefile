@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check bench clean setup
 
-demo: $(INSTALLED)  ## Four real nodes on this machine: buy, run and verify a training job
+demo: $(INSTALLED)  ## A registry and four real nodes on this machine: buy, run and verify a training job
 	$(BIN)/p2pflop demo
 
 test: $(INSTALLED)  ## All tests but the slow ones; TESTFLAGS is passed on
