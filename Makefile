@@ -25,7 +25,7 @@ bench: $(INSTALLED)  ## One script for each promise; prints JSON
 setup: $(INSTALLED)
 
 # CC=/bin/false proves that nothing needs a compiler here; vendor/ has the stand-in for fastecdsa.
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml setup.py p2pflop_cloud.pth
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 14) else "p2pflop needs Python 3.11 to 3.13; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	CC=/bin/false $(BIN)/pip install --quiet --disable-pip-version-check --find-links vendor -e '.[dev]'

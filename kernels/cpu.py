@@ -16,7 +16,14 @@ from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.runtime.support.elf import jit_loader
 
 from p2pflop.errors import ProtocolError
-from p2pflop.kernels.machine import Calls, Memory, no_memory, output_region, slot_memory
+from p2pflop.kernels.machine import (
+    Calls,
+    Memory,
+    Slice,
+    no_memory,
+    output_region,
+    slot_slice,
+)
 from p2pflop.kernels.plan import SCRATCH, Kernel, Plan, Region, align, scratch_bytes
 
 KERNEL_ALIGN_BYTES: Final = 64
@@ -62,41 +69,76 @@ class CpuMachine:
         """See Machine. All share one area."""
         return CpuMemory(max(scratch_bytes(plan) for plan in plans))
 
-    def bind(self, plan: Plan, slots: Sequence[Memory], scratch: Memory) -> _Bound:
+    def load(self, plan: Plan) -> _Loaded:
         """See Machine."""
-        held = cast(Sequence[CpuMemory], slots)
-        image = _as_it_is if self._assembled else _linked
-        return _Bound(plan, held, cast(CpuMemory, scratch), image)
+        return _Loaded(plan, _as_it_is if self._assembled else _linked)
+
+
+class _Loaded:
+    """Kernels in executable memory, and each call as a function and what it takes of which buffer.
+
+    A region that several calls take is one number, so that a binding makes it once.
+    """
+
+    def __init__(self, plan: Plan, image: Callable[[Kernel, int], bytes]) -> None:
+        self._buffers = plan.buffers
+        self._outputs = plan.outputs
+        functions, self._code = _link(plan.kernels, image)
+        regions: dict[tuple[int, int], int] = {}
+        self._calls: list[tuple[Callable[..., None], tuple[int, ...], tuple[ctypes.c_uint64, ...]]]
+        self._calls = []
+        for call in plan.calls:
+            if call.grid:
+                raise ProtocolError("the plan is for another kind of device")
+            taken = tuple(
+                regions.setdefault((region.buffer, region.offset_bytes), len(regions))
+                for region in call.regions
+            )
+            function = functions[call.kernel]
+            if not plan.kernels[call.kernel].threaded:
+                self._calls.append((function, taken, ()))
+                continue
+            for thread in range(call.threads):
+                self._calls.append((function, taken, (ctypes.c_uint64(thread),)))
+        self._regions = tuple(regions)
+
+    def bind(self, slots: Sequence[Slice], scratch: Memory) -> _Bound:
+        """See Loaded."""
+        held = cast(Sequence[tuple[CpuMemory, int]], slots)
+        shared = cast(CpuMemory, scratch)
+        memories: list[CpuMemory] = []
+        addresses: list[int] = []
+        used = 0
+        for buffer in self._buffers:
+            memory, offset_bytes = shared, used
+            if buffer.slot == SCRATCH:
+                used += align(buffer.size_bytes)
+            elif buffer.slot >= 0:
+                memory, offset_bytes = slot_slice(held, buffer.slot, buffer.size_bytes)
+            else:
+                memory, offset_bytes = CpuMemory(buffer.size_bytes), 0
+            memories.append(memory)
+            addresses.append(memory.address + offset_bytes)
+        if used > shared.size_bytes:
+            raise ProtocolError(f"plan takes {used} bytes of scratch for {shared.size_bytes}")
+        pointers = [ctypes.c_uint64(addresses[buffer] + at) for buffer, at in self._regions]
+        calls: Calls = [
+            functools.partial(function, *[pointers[number] for number in taken], *threads)
+            for function, taken, threads in self._calls
+        ]
+        return _Bound(calls, self._outputs, memories, self)
 
 
 class _Bound:
+    """See machine.Bound. It keeps the memory that its calls point into, and their code."""
+
     def __init__(
-        self,
-        plan: Plan,
-        slots: Sequence[CpuMemory],
-        scratch: CpuMemory,
-        image: Callable[[Kernel, int], bytes],
+        self, calls: Calls, outputs: Sequence[Region], memories: list[CpuMemory], loaded: _Loaded
     ) -> None:
-        self._image = image
-        self._keep: list[CpuMemory] = [scratch]
-        self._addresses: list[int] = []
-        self._memories: list[CpuMemory] = []
-        used = 0
-        for buffer in plan.buffers:
-            memory, address = scratch, scratch.address + used
-            if buffer.slot == SCRATCH:
-                used += align(buffer.size_bytes)
-            else:
-                memory = (
-                    slot_memory(slots, buffer.slot, buffer.size_bytes)
-                    if buffer.slot >= 0
-                    else CpuMemory(buffer.size_bytes)
-                )
-                address = memory.address
-            self._memories.append(memory)
-            self._addresses.append(address)
-        self._outputs = plan.outputs
-        self._calls = self._bind(plan)
+        self._calls = calls
+        self._outputs = outputs
+        self._memories = memories
+        self._loaded = loaded
 
     def run(self) -> None:
         for call in self._calls:
@@ -106,41 +148,23 @@ class _Bound:
         region = output_region(self._outputs, number)
         return self._memories[region.buffer].read(region.offset_bytes, region.size_bytes)
 
-    def _bind(self, plan: Plan) -> Calls:
-        functions = self._link(plan.kernels)
-        calls: Calls = []
-        for call in plan.calls:
-            if call.grid:
-                raise ProtocolError("the plan is for another kind of device")
-            arguments = [ctypes.c_uint64(self._address(region)) for region in call.regions]
-            function = functions[call.kernel]
-            if not plan.kernels[call.kernel].threaded:
-                calls.append(functools.partial(function, *arguments))
-                continue
-            calls.extend(
-                functools.partial(function, *arguments, ctypes.c_uint64(thread))
-                for thread in range(call.threads)
-            )
-        return calls
 
-    def _address(self, region: Region) -> int:
-        return self._addresses[region.buffer] + region.offset_bytes
-
-    def _link(self, kernels: tuple[Kernel, ...]) -> list[Callable[..., None]]:
-        room = sum(_code_bytes(kernel) for kernel in kernels)
-        code = CpuMemory(room, executable=True)
-        self._keep.append(code)
-        functions: list[Callable[..., None]] = []
-        offset = 0
-        for kernel in kernels:
-            address = code.address + offset
-            image = self._image(kernel, address)
-            if len(image) > _code_bytes(kernel):
-                raise ProtocolError(f"kernel {kernel.name[:80]} is larger than its object file")
-            code.write(offset, image)
-            functions.append(ctypes.CFUNCTYPE(None)(address))
-            offset += _code_bytes(kernel)
-        return functions
+def _link(
+    kernels: Sequence[Kernel], image: Callable[[Kernel, int], bytes]
+) -> tuple[list[Callable[..., None]], CpuMemory]:
+    """The kernels as functions, and the memory that they lie in."""
+    code = CpuMemory(sum(_code_bytes(kernel) for kernel in kernels), executable=True)
+    functions: list[Callable[..., None]] = []
+    offset = 0
+    for kernel in kernels:
+        address = code.address + offset
+        linked = image(kernel, address)
+        if len(linked) > _code_bytes(kernel):
+            raise ProtocolError(f"kernel {kernel.name[:80]} is larger than its object file")
+        code.write(offset, linked)
+        functions.append(ctypes.CFUNCTYPE(None)(address))
+        offset += _code_bytes(kernel)
+    return functions, code
 
 
 def _as_it_is(kernel: Kernel, _address: int) -> bytes:

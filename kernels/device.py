@@ -14,7 +14,14 @@ from tinygrad import Device, dtypes
 from tinygrad.device import Buffer, TinyELF
 
 from p2pflop.errors import ProtocolError
-from p2pflop.kernels.machine import Calls, Memory, no_memory, output_region, slot_memory
+from p2pflop.kernels.machine import (
+    Calls,
+    Memory,
+    Slice,
+    no_memory,
+    output_region,
+    slot_slice,
+)
 from p2pflop.kernels.plan import SCRATCH, Kernel, Plan, Region, align, scratch_bytes
 
 
@@ -67,41 +74,53 @@ class DeviceMachine:
         """See Machine. All share one buffer."""
         return self.memory(max(scratch_bytes(plan) for plan in plans))
 
-    def bind(self, plan: Plan, slots: Sequence[Memory], scratch: Memory) -> _Bound:
+    def load(self, plan: Plan) -> _Loaded:
         """See Machine."""
-        held = cast(Sequence[DeviceMemory], slots)
-        return _Bound(self._device, plan, held, cast(DeviceMemory, scratch))
+        return _Loaded(self._device, plan)
+
+
+class _Loaded:
+    def __init__(self, device: str, plan: Plan) -> None:
+        if any(not call.grid for call in plan.calls):
+            raise ProtocolError("the plan is for another kind of device")
+        self._device = device
+        self._plan = plan
+        self._programs = [_program(device, kernel) for kernel in plan.kernels]
+
+    def bind(self, slots: Sequence[Slice], scratch: Memory) -> _Bound:
+        """See Loaded."""
+        held = cast(Sequence[tuple[DeviceMemory, int]], slots)
+        shared = cast(DeviceMemory, scratch)
+        places: list[tuple[DeviceMemory, int]] = []
+        used = 0
+        for buffer in self._plan.buffers:
+            if buffer.slot == SCRATCH:
+                places.append((shared, used))
+                used += align(buffer.size_bytes)
+            elif buffer.slot >= 0:
+                places.append(slot_slice(held, buffer.slot, buffer.size_bytes))
+            else:
+                places.append((DeviceMemory(self._device, buffer.size_bytes), 0))
+        if used > shared.size_bytes:
+            raise ProtocolError(f"plan takes {used} bytes of scratch for {shared.size_bytes}")
+        return _Bound(self._plan, self._programs, places)
 
 
 class _Bound:
     def __init__(
-        self, device: str, plan: Plan, slots: Sequence[DeviceMemory], scratch: DeviceMemory
+        self, plan: Plan, programs: Sequence[Any], places: list[tuple[DeviceMemory, int]]
     ) -> None:
-        self._places: list[tuple[DeviceMemory, int]] = []
-        used = 0
-        for buffer in plan.buffers:
-            if buffer.slot == SCRATCH:
-                self._places.append((scratch, used))
-                used += align(buffer.size_bytes)
-            elif buffer.slot >= 0:
-                self._places.append((slot_memory(slots, buffer.slot, buffer.size_bytes), 0))
-            else:
-                self._places.append((DeviceMemory(device, buffer.size_bytes), 0))
+        self._places = places
         self._outputs = plan.outputs
-        programs = [_program(device, kernel) for kernel in plan.kernels]
-        self._calls: Calls = []
-        for call in plan.calls:
-            if not call.grid:
-                raise ProtocolError("the plan is for another kind of device")
-            opaque = [self._opaque(region) for region in call.regions]
-            self._calls.append(
-                functools.partial(
-                    programs[call.kernel],
-                    *opaque,
-                    global_size=call.grid,
-                    local_size=call.block or None,
-                )
+        self._calls: Calls = [
+            functools.partial(
+                programs[call.kernel],
+                *[self._opaque(region) for region in call.regions],
+                global_size=call.grid,
+                local_size=call.block or None,
             )
+            for call in plan.calls
+        ]
 
     def run(self) -> None:
         for call in self._calls:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from p2pflop.job.commands import AnyCommand
 from p2pflop.job.spec import Work
 from p2pflop.kernels.compiler import CompileClient
 
@@ -31,6 +32,20 @@ class WorkSession(Protocol):
     def read(self, slot: int) -> memoryview: ...
 
     def read_output(self, phase: int, output: int) -> memoryview | None: ...
+
+
+class Workspace(Protocol):
+    """The memory of a session; see ``workspace.MachineWorkspace`` for what each method promises."""
+
+    kernels: int
+    flop: int
+    touched_bytes: int
+
+    def define(self, graph: bytes, plan: bytes) -> None: ...
+
+    def put(self, buffer: int, offset_bytes: int, data: bytes | memoryview) -> None: ...
+
+    def obey(self, command: AnyCommand) -> memoryview | None: ...
 
 
 class Engine(Protocol):
@@ -60,3 +75,6 @@ class Engine(Protocol):
 
     def session(self, work: Work, plans: Mapping[bytes, bytes]) -> WorkSession:
         """``work`` in memory. Raises JobError, ProtocolError."""
+
+    def workspace(self) -> Workspace:
+        """Memory for a session that runs graphs as they come."""

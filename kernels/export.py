@@ -27,6 +27,7 @@ from p2pflop.kernels.dialect import (
 
 Leaf = Callable[[UOp, tuple[int, ...]], tuple[int, tuple[int, ...]]]
 _SHAPED: Final = (Ops.RESHAPE, Ops.EXPAND, Ops.PAD, Ops.SHRINK)
+_LEAVES: Final = (Ops.BUFFER, Ops.PARAM)
 _WORD: Final = 2**32
 
 
@@ -37,7 +38,7 @@ def purify(uops: Sequence[UOp], replacements: dict[UOp, UOp]) -> list[UOp]:
         sink = sink.substitute(replacements)
     sink = graph_rewrite(sink, _ASSIGNMENTS, bottom_up=True, name="assignments")
     sink = graph_rewrite(sink, _HINTS, name="hints")
-    return list(graph_rewrite(sink, _GATHERS, name="gathers").src)
+    return list(graph_rewrite(sink, GATHERS, name="gathers").src)
 
 
 def _purify_after(after: UOp) -> UOp | None:
@@ -107,7 +108,7 @@ _HINTS: Final = PatternMatcher(
     ]
 )
 # A row gather is what it becomes, and stays.
-_GATHERS: Final = PatternMatcher(
+GATHERS: Final = PatternMatcher(
     [
         (
             UPat(Ops.REDUCE, name="node"),
@@ -148,7 +149,7 @@ class Exporter:
 
     def _sources(self, uop: UOp) -> tuple[UOp, ...]:
         """The nodes that ours refers to; none for leaves and for what is recognised whole."""
-        if uop.op in (Ops.CONST, Ops.BUFFER) or self._is_shaped_buffer(uop):
+        if uop.op is Ops.CONST or self._is_leaf(uop):
             return ()
         if match_iota(uop) is not None or self._fold(uop) is not None:
             return ()
@@ -159,14 +160,15 @@ class Exporter:
         return sources
 
     @staticmethod
-    def _is_shaped_buffer(uop: UOp) -> bool:
-        return uop.op is Ops.RESHAPE and uop.src[0].op is Ops.BUFFER
+    def _is_leaf(uop: UOp) -> bool:
+        """Whether it is a buffer, or one in another shape."""
+        return uop.op in _LEAVES or (uop.op is Ops.RESHAPE and uop.src[0].op in _LEAVES)
 
     def _write(self, uop: UOp, sources: tuple[UOp, ...]) -> int:
         refs = tuple(self._index[source] for source in sources)
         if uop.op is Ops.CONST:
             return self._emit(Op.CONST, _constant(uop))
-        if uop.op is Ops.BUFFER or self._is_shaped_buffer(uop):
+        if self._is_leaf(uop):
             return self._write_buffer(uop)
         arange = match_iota(uop)
         if arange is not None:
@@ -188,7 +190,7 @@ class Exporter:
         return len(self.nodes) - 1
 
     def _write_buffer(self, uop: UOp) -> int:
-        buffer = uop if uop.op is Ops.BUFFER else uop.src[0]
+        buffer = uop if uop.op in _LEAVES else uop.src[0]
         if buffer.is_variable:
             raise JobError(
                 "a Variable cannot travel",
@@ -198,8 +200,11 @@ class Exporter:
         if numbers is not None:
             return self._write_literal(buffer.dtype, numbers, uop.shape)
         slot, shape = self._leaf(buffer, uop.shape)
-        index = self._emit(Op.PARAM, (slot,))
+        index = self._write_param(slot)
         return index if shape == uop.shape else self._emit(Op.RESHAPE, uop.shape, (index,))
+
+    def _write_param(self, slot: int) -> int:
+        return self._emit(Op.PARAM, (slot,))
 
     def _write_iota(self, dtype: DType, length: int, start: int) -> int:
         index = self._emit(Op.IOTA, (int(OUR_DTYPES[dtype]), length))

@@ -30,6 +30,15 @@ To a worker, one exchange at a time; only ``Stand`` and ``Stop`` may come during
     Stand                           ->      (running: Paused comes soon; else nothing)
     Stop                            ->      (running: Paused comes soon; paused: the run is over)
 
+To the worker of a session (``job.commands``), which is sent on without waiting::
+
+    node                                    worker
+    OpenSession                     ->
+    LoadPlan(graph), Part...        ->      (not answered; as often as wanted from here on)
+    Put(buffer, offset, data)       ->      (not answered)
+    Obey(commands, last)            ->
+                                    <-      (Part... for each Read)... then Obeyed after the last
+
 A ``Fault`` may come in place of any answer, and is the last frame. The zygote and the compile
 helper are spoken to over socket pairs with ``Request`` and ``Notice``; a ``Fork`` brings its pipe
 ends along as descriptors.
@@ -46,6 +55,8 @@ from typing import Annotated, Any, Final, TypeVar
 import msgspec
 
 from p2pflop.errors import ProtocolError
+from p2pflop.job import commands
+from p2pflop.job.commands import MAX_BATCH_COMMANDS
 from p2pflop.units import KIB, MIB
 
 PART_BYTES: Final = MIB
@@ -57,6 +68,8 @@ MAX_TEXT: Final = 500
 MAX_WORK_BYTES: Final = MIB
 MAX_GRAPH_BYTES: Final = 4 * MIB
 MAX_PLANS: Final = 4096
+MAX_PLANS_BYTES: Final = 512 * MIB
+"""Of all plans in one worker."""
 MAX_READ_SLOTS: Final = 4096
 MAX_PROGRESS: Final = 2**31 - 1
 HEADER_BYTES: Final = 4
@@ -67,6 +80,17 @@ _Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 _Data = Annotated[bytes, msgspec.Meta(max_length=PART_BYTES)]
 _Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 _Step = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+
+SessionCommand = (
+    commands.Allocate
+    | commands.Free
+    | commands.Write
+    | commands.Bind
+    | commands.Run
+    | commands.Copy
+    | commands.Read
+)
+"""All but Define and Load, which reach a worker as LoadPlan and Put."""
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -147,9 +171,41 @@ class Stand(Message, frozen=True, tag=11):
     """Finish the current step, then pause. Ignored where nothing runs."""
 
 
+class OpenSession(Message, frozen=True, tag=12):
+    """Begin a session, without buffers and graphs."""
+
+
+class Put(Message, frozen=True, tag=13):
+    """Put ``data`` at ``offset_bytes`` of a session's buffer."""
+
+    buffer: _U32
+    offset_bytes: _U63
+    data: _Data
+
+
+class Obey(Message, frozen=True, tag=14):
+    """Obey these commands of a session; after the ``last`` ones of a batch say Obeyed."""
+
+    commands: Annotated[tuple[SessionCommand, ...], msgspec.Meta(max_length=MAX_BATCH_COMMANDS)]
+    last: bool
+
+
 LowererCommand = Lower | Part
 WorkerCommand = (
-    Load | LoadPlan | Part | Write | Initialise | Run | Continue | Stop | Stand | Read | ReadOutput
+    Load
+    | LoadPlan
+    | Part
+    | Write
+    | Initialise
+    | Run
+    | Continue
+    | Stop
+    | Stand
+    | Read
+    | ReadOutput
+    | OpenSession
+    | Put
+    | Obey
 )
 
 # --- Lowerer and worker to node ------------------------------------------------------------------
@@ -196,6 +252,15 @@ class Paused(Message, frozen=True, tag=36):
     condition: bool
 
 
+class Obeyed(Message, frozen=True, tag=38):
+    """A batch is obeyed; what the runs in it took, recomputation included."""
+
+    kernels: _U32
+    flop: _U63
+    touched_bytes: _U63
+    busy_ns: _U63
+
+
 class Fault(Message, frozen=True, tag=37):
     """It cannot go on. ``job``: by the job's own fault, not by this machine's."""
 
@@ -204,7 +269,7 @@ class Fault(Message, frozen=True, tag=37):
 
 
 LowererReport = Ready | Progress | Part | Fault
-WorkerReport = Ready | Done | Progressed | Paused | Part | Fault
+WorkerReport = Ready | Done | Progressed | Paused | Part | Obeyed | Fault
 
 # --- Node with zygote and compile helper ---------------------------------------------------------
 
@@ -216,7 +281,8 @@ OUT_OF_MEMORY_CODE: Final = 12
 
 class Fork(Message, frozen=True, tag=64):
     """Fork a locked child on the descriptors that come along: to read, to write, and for a lowerer
-    two more to ask the compile helper and to hear from it."""
+    two more to ask the compile helper and to hear from it, for a worker one to share its mark
+    (``session_serving``)."""
 
     number: _U32
     kind: Annotated[int, msgspec.Meta(ge=LOWERER, le=WORKER)]

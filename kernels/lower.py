@@ -99,7 +99,7 @@ def _schedule(checked: Checked, device: str) -> tuple[_Built, UOp]:
         try:
             linear, variables = Tensor.linear_with_vars(*built.tensors)
         except RuntimeError as error:
-            if not str(error).startswith(_CYCLE):
+            if not str(error).startswith(_CYCLE) or _assigns(checked.graph):
                 raise
             built = _build(checked, device, in_place=False)
             linear, variables = Tensor.linear_with_vars(*built.tensors)
@@ -115,7 +115,8 @@ def _build(checked: Checked, device: str, *, in_place: bool) -> _Built:
     buffer, and what uses that value reads it there: the kernels, and so the bytes, are those of a
     native run that realizes them together. Two states that each need the other's old value cannot
     be ordered like that (tinygrad finds a cycle); without it every new value gets a buffer of its
-    own and is copied when nobody needs the old ones any more.
+    own and is copied when nobody needs the old ones any more. A graph that assigns says itself what
+    is computed into place, and has no other form.
     """
     graph = checked.graph
     slots, params = _param_buffers(graph, device)
@@ -135,7 +136,7 @@ def _build(checked: Checked, device: str, *, in_place: bool) -> _Built:
             )
         if number in kept:
             built = built.clone(device)
-        elif in_place and number in targets:
+        elif in_place and number in targets and node.op is not Op.ASSIGN:
             built = _stored(params[targets[number]], built)
         nodes.append(built)
     tensors: list[Tensor] = []
@@ -184,6 +185,10 @@ def _bases(graph: Graph) -> set[int]:
     return found
 
 
+def _assigns(graph: Graph) -> bool:
+    return any(node.op is Op.ASSIGN for node in graph.nodes)
+
+
 def _stored(target: UOp, value: UOp) -> UOp:
     """``target`` once ``value`` is written to it."""
     return target.after(target.store(value))
@@ -213,6 +218,9 @@ def _build_node(node: Node, nodes: list[UOp], params: dict[int, UOp]) -> UOp:
             return iota(DTYPES[Dtype(_integer(node.attrs[0]))], _integer(node.attrs[1]))
         case Op.GATHER:
             return gather_rows(*sources)
+        case Op.ASSIGN:
+            tensor, view, value = sources
+            return tensor.after(view.store(value))
         case Op.RESHAPE | Op.EXPAND:
             return UOp(OPS[node.op], src=(*sources, shape_to_shape_arg(_integers(node))))
         case Op.PAD | Op.SHRINK:

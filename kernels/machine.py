@@ -30,6 +30,10 @@ class Memory(Protocol):
         ...
 
 
+Slice = tuple[Memory, int]
+"""Some memory from so many bytes on."""
+
+
 class Bound(Protocol):
     """A plan on its hardware."""
 
@@ -38,6 +42,14 @@ class Bound(Protocol):
 
     def output(self, number: int) -> memoryview:
         """The bytes of a fresh output; they hold until the next run. Raises ProtocolError."""
+        ...
+
+
+class Loaded(Protocol):
+    """A plan whose kernels are where they can be called."""
+
+    def bind(self, slots: Sequence[Slice], scratch: Memory) -> Bound:
+        """It on these memories, which costs little. Raises ProtocolError if it does not fit."""
         ...
 
 
@@ -52,8 +64,8 @@ class Machine(Protocol):
         """Scratch for plans that never run at the same time."""
         ...
 
-    def bind(self, plan: Plan, slots: Sequence[Memory], scratch: Memory) -> Bound:
-        """``plan`` on these memories. Raises ProtocolError if it does not fit or link."""
+    def load(self, plan: Plan) -> Loaded:
+        """``plan`` made ready. Raises ProtocolError if it does not link here."""
         ...
 
 
@@ -61,16 +73,19 @@ Calls = list[Callable[[], object]]
 _MemoryT = TypeVar("_MemoryT", bound=Memory)
 
 
-def slot_memory(slots: Sequence[_MemoryT], slot: int, size_bytes: int) -> _MemoryT:
-    """The memory of a slot that a plan names. Raises ProtocolError if it does not fit."""
+def slot_slice(
+    slots: Sequence[tuple[_MemoryT, int]], slot: int, size_bytes: int
+) -> tuple[_MemoryT, int]:
+    """Where a slot that a plan names lies. Raises ProtocolError if it does not fit."""
     if slot >= len(slots):
-        raise ProtocolError(f"plan names slot {slot}, the work has {len(slots)}")
-    memory = slots[slot]
-    if memory.size_bytes != size_bytes:
+        raise ProtocolError(f"plan names slot {slot}, there are {len(slots)}")
+    memory, offset_bytes = slots[slot]
+    if offset_bytes + size_bytes > memory.size_bytes:
         raise ProtocolError(
-            f"plan takes slot {slot} for {size_bytes} bytes, the work has {memory.size_bytes}"
+            f"plan takes slot {slot} for {size_bytes} bytes, there are "
+            f"{memory.size_bytes - offset_bytes}"
         )
-    return memory
+    return memory, offset_bytes
 
 
 def output_region(outputs: Sequence[Region], number: int) -> Region:

@@ -130,7 +130,7 @@ def check_nodes(roots: Iterable[UOp], places: Places, is_known: Callable[[UOp], 
     ``is_known`` tells whether a BUFFER without memory is one that tracing itself put there.
     """
     order = read_order(roots)
-    faults = [(node, fault) for node in order if (fault := _fault(node))]
+    faults = [(node, fault) for node in order if (fault := node_fault(node))]
     faults = faults or [(node, fault) for node in order if (fault := _buffer_fault(node, is_known))]
     for node, (message, hint) in faults:
         place = places.of(node, _users(node, order)) or find_place()
@@ -170,7 +170,7 @@ def _users(node: UOp, order: Iterable[UOp]) -> Iterable[UOp]:
             yield user
 
 
-def _fault(node: UOp) -> tuple[str, str] | None:
+def node_fault(node: UOp) -> tuple[str, str] | None:
     """What is wrong with one node, and what to write instead."""
     if node.op in _KERNELS:
         return "a custom kernel or a precompiled function cannot travel in a graph", _KERNEL_HINT

@@ -56,15 +56,15 @@ class Session:
             decoded[graph] = decode_plan(plans[graph])
         self._slots = [machine.memory(size_bytes(param)) for param in work.params]
         scratch = machine.scratch(list(decoded.values()))
+        slots = [(memory, 0) for memory in self._slots]
+        loaded = {graph: machine.load(plan) for graph, plan in decoded.items()}
         # Two phases may share a graph, but not the memory of its outputs: so one for each.
         self._phases: list[tuple[Phase, Bound]] = []
         for number, phase in enumerate(work.phases):
             plan = decoded[phase.graph]
             _check_outputs(number, phase, plan)
-            self._phases.append((phase, machine.bind(plan, self._slots, scratch)))
-        self._inits = {
-            graph: machine.bind(decoded[graph], self._slots, scratch) for graph in sorted(inits)
-        }
+            self._phases.append((phase, loaded[phase.graph].bind(slots, scratch)))
+        self._inits = {graph: loaded[graph].bind(slots, scratch) for graph in sorted(inits)}
         self._steps = [
             self._slots[slot] for slot, param in enumerate(work.params) if param.role == ROLE_STEP
         ]

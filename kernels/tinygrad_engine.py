@@ -32,15 +32,17 @@ from p2pflop.kernels.compiler import CompileClient
 from p2pflop.kernels.cpu import CpuMachine
 from p2pflop.kernels.device import DeviceMachine
 from p2pflop.kernels.lower import CPU, lower
+from p2pflop.kernels.machine import Machine
 from p2pflop.kernels.plan import PLAN_VERSION
 from p2pflop.kernels.run import Session
+from p2pflop.kernels.workspace import MachineWorkspace
 
 
 class TinygradEngine:
-    """``engine.Engine`` by the device of tinygrad that ``DEV`` names."""
+    """``engine.Engine`` by a device of tinygrad: if none is given, the one that ``DEV`` names."""
 
-    def __init__(self) -> None:
-        self._device = Device.DEFAULT
+    def __init__(self, device: str | None = None) -> None:
+        self._device = device or Device.DEFAULT
 
     def use_compiler(self, client: CompileClient) -> None:
         """Replace tinygrad's call of clang, for this process."""
@@ -81,17 +83,23 @@ class TinygradEngine:
 
     def lower(self, graph: bytes, progress: Callable[[int, int], None]) -> bytes:
         """The plan of an encoded graph. Raises JobError."""
-        checked = validate(decode_graph(graph))
+        checked = validate(decode_graph(graph), assigns=True)
         if isinstance(checked, Refusal):
             raise JobError(f"invalid graph: {checked.reason}")
         return lower(checked, progress, self._device)
 
     def session(self, work: Work, plans: Mapping[bytes, bytes]) -> Session:
         """``work`` in memory. Raises JobError, ProtocolError."""
+        return Session(work, plans, self._machine())
+
+    def workspace(self) -> MachineWorkspace:
+        """See Engine."""
+        return MachineWorkspace(self._machine())
+
+    def _machine(self) -> Machine:
         if self._device != CPU:
-            return Session(work, plans, DeviceMachine(self._device))
-        assembled = isinstance(Device[CPU].renderer, X86Renderer)
-        return Session(work, plans, CpuMachine(assembled=assembled))
+            return DeviceMachine(self._device)
+        return CpuMachine(assembled=isinstance(Device[CPU].renderer, X86Renderer))
 
 
 def create() -> TinygradEngine:

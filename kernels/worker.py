@@ -1,4 +1,4 @@
-"""A worker: a locked process that holds one work in memory and runs steps of it on command.
+"""A worker: a locked process that holds one work, or session, in memory and runs it on command.
 
 It answers one exchange at a time (``frames``). While it runs it looks for a ``Stop`` or ``Stand``
 between two steps, and tells rows at most every ``ROWS_INTERVAL_SECONDS``, or when a frame of them
@@ -15,6 +15,7 @@ from p2pflop.errors import JobError, P2PFlopError, ProtocolError
 from p2pflop.job.spec import Work, ever_stands_still, stands_still
 from p2pflop.kernels.engine import Engine, WorkSession
 from p2pflop.kernels.frames import (
+    MAX_PLANS_BYTES,
     MAX_ROW_VALUES,
     BlockingPipe,
     Continue,
@@ -23,8 +24,11 @@ from p2pflop.kernels.frames import (
     Initialise,
     Load,
     LoadPlan,
+    Obey,
+    OpenSession,
     Paused,
     Progressed,
+    Put,
     Read,
     ReadOutput,
     Ready,
@@ -38,19 +42,21 @@ from p2pflop.kernels.frames import (
     text,
     worker_command,
 )
-from p2pflop.units import MIB
+from p2pflop.kernels.session_serving import ServedSession
 from p2pflop.wire import decode
 
 ROWS_INTERVAL_SECONDS: Final = 0.05
-MAX_PLANS_BYTES: Final = 512 * MIB
 OUT_OF_MEMORY: Final = "the job ran out of memory. Make its tensors or its batch smaller."
 
 
-def serve(pipe: BlockingPipe, engine: Engine) -> None:
-    """Obey the node until it closes the pipe. Raises EOFError or OSError then."""
+def serve(pipe: BlockingPipe, engine: Engine, mark: memoryview) -> None:
+    """Obey the node until it closes the pipe. Raises EOFError or OSError then.
+
+    ``mark``: see ``session_serving``.
+    """
     pipe.send(Ready())
     try:
-        _Worker(pipe, engine).obey()
+        _Worker(pipe, engine, mark).obey()
     except (EOFError, BrokenPipeError):
         raise
     except MemoryError:
@@ -66,9 +72,11 @@ def serve(pipe: BlockingPipe, engine: Engine) -> None:
 
 
 class _Worker:
-    def __init__(self, pipe: BlockingPipe, engine: Engine) -> None:
+    def __init__(self, pipe: BlockingPipe, engine: Engine, mark: memoryview) -> None:
         self._pipe = pipe
         self._engine = engine
+        self._mark = mark
+        self._opened: ServedSession | None = None
         self._loaded: WorkSession | None = None
         self._work: Work
         self._stands_still = False
@@ -93,8 +101,22 @@ class _Worker:
             case ReadOutput():
                 view = self._session.read_output(command.phase, command.output)
                 self._send(*(() if view is None else (view,)))
+            case OpenSession():
+                self._opened = ServedSession(self._pipe, self._engine.workspace(), self._mark)
             case Stop() | Stand():
                 pass  # it crossed the end of the run that it was meant for
+            case _:
+                self._answer_in_session(command)
+
+    def _answer_in_session(self, command: WorkerCommand) -> None:
+        match command:
+            case Obey() if self._opened:
+                self._opened.obey(command)
+            case Put(buffer, offset_bytes, data) if self._opened:
+                self._opened.workspace.put(buffer, offset_bytes, data)
+            case LoadPlan(graph) if self._opened:
+                plan = self._pipe.receive_parts(worker_command, MAX_PLANS_BYTES)
+                self._opened.workspace.define(graph, plan)
             case _:
                 raise ProtocolError(f"{type(command).__name__} out of turn")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import mmap
 import os
 import select
 import signal
@@ -31,6 +32,7 @@ from p2pflop.kernels.frames import (
     LOWERER,
     MAX_CONTROL_BYTES,
     OUT_OF_MEMORY_CODE,
+    WORKER,
     BlockingPipe,
     Exited,
     Failed,
@@ -46,13 +48,14 @@ from p2pflop.kernels.frames import (
     unpack,
 )
 from p2pflop.kernels.lockdown import Allowance, Mechanisms
+from p2pflop.kernels.session_serving import MARK
 from p2pflop.units import MIB
 
 WATCH_INTERVAL_MS: Final = 20
 # A fork shares the zygote's pages, which count as resident; this is for what it copies of them.
 WATCH_SLACK_BYTES: Final = 64 * MIB
 MAX_CHILDREN: Final = 256
-WORKER_DESCRIPTORS: Final = 2
+WORKER_DESCRIPTORS: Final = 3
 LOWERER_DESCRIPTORS: Final = 4
 _FAILED_FORK: Final = 255
 NO_LOCK: Final = Mechanisms(notes=("a device's driver needs what a lock takes away",))
@@ -145,7 +148,9 @@ class Zygote:
         """The rest of a child's life; does not return."""
         code = 1
         try:
-            lockdown.only_descriptors(own)
+            is_worker = message.kind == WORKER
+            mark = mmap.mmap(own.pop(), MARK.size) if is_worker else bytearray()
+            lockdown.only_descriptors(own)  # so nothing that could grow is left of the mark
             lockdown.die_with_parent(parent)
             lockdown.die_first()
             calls = syscalls.COMPUTE
@@ -155,11 +160,11 @@ class Zygote:
                 self._engine.open()
             allowance = Allowance(memory_bytes, message.cpu_seconds, calls)
             lockdown.lock(allowance, self._mechanisms)
-            if message.kind == LOWERER:
+            if not is_worker:
                 self._engine.use_compiler(CompileClient(*own[2:]))
                 lowerer.serve(BlockingPipe(*own[:2]), self._engine)
             else:
-                worker.serve(BlockingPipe(*own), self._engine)
+                worker.serve(BlockingPipe(*own), self._engine, memoryview(mark))
             code = 0
         except MemoryError:
             code = OUT_OF_MEMORY_CODE

@@ -32,7 +32,8 @@ from p2pflop.kernels.frames import (
     text,
     worker_report,
 )
-from p2pflop.node.pipes import ControlledProcess, EndOfPipe, FramePipe, pipe
+from p2pflop.kernels.session_serving import MARK
+from p2pflop.node.pipes import ControlledProcess, EndOfPipe, FramePipe, pipe, shared_memory
 
 START_SECONDS: Final = 60.0
 READY_SECONDS: Final = 20.0
@@ -46,12 +47,28 @@ SMALLER: Final = "Make its tensors or its batch smaller."
 class Child:
     """A lowerer or worker as the node sees it: a pipe, and at some point an end."""
 
-    def __init__(self, number: int, frames: FramePipe) -> None:
+    def __init__(self, number: int, frames: FramePipe, mark: int) -> None:
         self.number = number
         self.pipe = frames
         self.pid = 0
         self.ended = trio.Event()
         self.exit: Exited | None = None
+        self._mark = mark
+        self._reached = 0
+
+    def reached(self) -> int:
+        """The command of its session that it is at, or was: a stranger's word (``MARK``)."""
+        if self._mark >= 0:
+            (self._reached,) = MARK.unpack(os.pread(self._mark, MARK.size, 0))
+        return self._reached
+
+    def close(self) -> None:
+        """Let go of pipe and mark."""
+        self.reached()
+        self.pipe.close()
+        if self._mark >= 0:
+            os.close(self._mark)
+        self._mark = -1
 
     async def cause_of_death(self, what: str) -> P2PFlopError:
         """Why the pipe has closed, in an error to raise: its last words, else how it ended."""
@@ -191,7 +208,8 @@ class Crew:
         its_read, our_write = pipe()
         our_read, its_write = pipe()
         theirs += [its_read, its_write]
-        child = Child(next(self._numbers), FramePipe(our_read, our_write))
+        mark = shared_memory(MARK.size)
+        child = Child(next(self._numbers), FramePipe(our_read, our_write), mark)
         self._children[child.number] = child
         descriptors = [its_read, its_write]
         try:
@@ -201,10 +219,12 @@ class Crew:
                 theirs += [compile_read, helper_write, helper_read, compile_write]
                 await self._helper.send(Serve(), [helper_read, helper_write])
                 descriptors += [compile_read, compile_write]
+            else:
+                descriptors.append(mark)
             limits = memory_bytes, min(cpu_seconds, MAX_CPU_SECONDS)
             await self._zygote.send(Fork(child.number, kind, *limits), descriptors)
         except BaseException:
-            child.pipe.close()
+            child.close()
             del self._children[child.number]
             raise
         _close(*theirs)
@@ -213,7 +233,7 @@ class Crew:
 
     async def end(self, child: Child) -> None:
         """Kill a child and wait until it is gone."""
-        child.pipe.close()
+        child.close()
         with trio.CancelScope(shield=True), trio.move_on_after(END_SECONDS):
             if not child.ended.is_set():
                 try:

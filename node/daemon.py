@@ -22,7 +22,7 @@ from p2pflop.dht.blobs import BlobInfo, Store, delete_own
 from p2pflop.dht.fetch import fetch
 from p2pflop.errors import BlobNotFoundError, ProviderError, StoreError
 from p2pflop.job.meter import METER_ID
-from p2pflop.market.records import ZERO_HASH
+from p2pflop.market.records import ZERO_HASH, Receipt
 from p2pflop.market.views import BookView
 from p2pflop.market.wishes import depth
 from p2pflop.node.buy import Buyer
@@ -39,6 +39,10 @@ from p2pflop.node.payments import Payments
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
+from p2pflop.node.session_script import ScriptLine
+from p2pflop.node.session_sell import SessionSeller
+from p2pflop.node.session_service import SessionBuyer
+from p2pflop.node.session_state import session_receipts
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.statements import make_statement
 from p2pflop.node.tape import TapeService
@@ -68,6 +72,8 @@ class Daemon:
     ledger_book: LedgerBook
     buyer: Buyer
     seller: Seller
+    sessions: SessionBuyer
+    session_sales: SessionSeller
     money: Payments
     franchise: Franchise
     packs: Packs = field(init=False)
@@ -94,6 +100,7 @@ class Daemon:
             "class_id": self.workers.class_id.hex(),
             "sandbox_level": self.workers.level,
             "selling": self.sheets.selling,
+            "sessions": self.sessions.cards(),
             "franchise": self.franchise.report(),
             "uptime_ns": time.monotonic_ns() - self.seller.started_ns,
         }
@@ -120,7 +127,11 @@ class Daemon:
 
     async def sales(self) -> list[Json]:
         """See NodeService."""
-        return self.seller.cards()
+        return [*self.seller.cards(), *self.session_sales.cards()]
+
+    async def session(self, line: ScriptLine) -> None:
+        """See NodeService."""
+        await self.sessions.serve(line)
 
     async def job(self, run_id: str) -> Json:
         """See NodeService."""
@@ -210,8 +221,12 @@ class Daemon:
         return self.tape.follow(after_seq)
 
     async def _take(self) -> Json:
-        journal = self.seller.journal
-        return describe_take(await self.ledger_book.take(lambda: countersigned(journal)))
+        journal, network = self.seller.journal, self.identity.network
+
+        def receipts() -> list[Receipt]:
+            return [*countersigned(journal), *session_receipts(journal, network)]
+
+        return describe_take(await self.ledger_book.take(receipts))
 
     async def peers(self) -> list[Json]:
         """See NodeService."""
@@ -294,6 +309,7 @@ class Daemon:
         """Whether the peer with that key may have a blob: public, granted, or of a lease of its."""
         return (
             self.buyer.lends(address, reader)
+            or self.sessions.lends(address, reader)
             or await self.seller.shows(address, reader)
             or await self.store.may_read(address, reader)
         )
@@ -309,6 +325,11 @@ class Daemon:
             raise StoreError(
                 f"a job that runs here needs blob {address.hex()}",
                 hint="Try again when it is over.",
+            )
+        if self.sessions.needs(address):
+            raise StoreError(
+                f"a session under way needs blob {address.hex()}",
+                hint="Try again when its script has ended.",
             )
         run = self.buyer.needed_by(address)
         if run:

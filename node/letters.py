@@ -19,9 +19,12 @@ from p2pflop.node import messages as m
 from p2pflop.node.guard import survive
 from p2pflop.node.journal import Journal, Letter
 from p2pflop.node.printable import printable
+from p2pflop.node.session_messages import SESSION_PROTOCOL
 from p2pflop.units import NS_PER_S
 
 JOB_PROTOCOL: Final = "/p2pflop/job/1"
+SESSION_PREFIX: Final = "session/"
+"""Before the names of letters about leases of sessions, which go over their protocol."""
 FAREWELL_S: Final = 3.0
 WORD_S: Final = 10.0
 MAX_WORDS_HEARD: Final = 64
@@ -77,7 +80,11 @@ class Letters:
         self._under_way.add(letter.job)
         wait_s = DELIVER_AGAIN_S
         try:
-            while not await leave_word(self._dialer, letter.peer, m.Countersigned(letter.wire)):
+            protocol = JOB_PROTOCOL
+            if letter.job.startswith(SESSION_PREFIX):
+                protocol = SESSION_PROTOCOL
+            word = m.Countersigned(letter.wire)
+            while not await leave_word(self._dialer, letter.peer, word, protocol):
                 if self._now_ns() > letter.at_ns + DELIVER_WITHIN_NS:
                     _log.warning("%s has not acknowledged what is owed to it", letter.peer)
                     self._left.add(letter.peer)
@@ -97,11 +104,13 @@ class Letters:
             _log.error("acknowledgements are not on disk, and will be asked for again: %s", error)
 
 
-async def leave_word(dialer: Dialer, peer: str, message: m.Message) -> bool:
+async def leave_word(
+    dialer: Dialer, peer: str, message: m.Message, protocol: str = JOB_PROTOCOL
+) -> bool:
     """Say one thing on a stream of its own; whether it was answered with ``Settled``."""
     with trio.move_on_after(WORD_S):
         try:
-            stream = await dialer.open(peer, JOB_PROTOCOL)
+            stream = await dialer.open(peer, protocol)
             try:
                 await stream.send(m.encode_message(message))
                 for _ in range(MAX_WORDS_HEARD):

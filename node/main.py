@@ -62,6 +62,10 @@ from p2pflop.node.payments import Payments
 from p2pflop.node.quote_stream import PROTOCOL as QUOTE_PROTOCOL
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
+from p2pflop.node.session_graphs import Graphs
+from p2pflop.node.session_messages import SESSION_PROTOCOL
+from p2pflop.node.session_sell import SessionSeller
+from p2pflop.node.session_service import SessionBuyer
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.tape import TapeService
 from p2pflop.node.warm import WarmWorkers
@@ -125,7 +129,8 @@ async def _give_back(daemon: Daemon) -> None:
     with trio.move_on_after(HAND_OVER_S + STOP_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(withdraw)
-            await daemon.seller.stop()
+            nursery.start_soon(daemon.seller.stop)
+            await daemon.session_sales.stop()
 
 
 @asynccontextmanager
@@ -179,6 +184,8 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
         stack.callback(ending.set)
         daemon.seller.resume()
         daemon.buyer.resume()
+        daemon.sessions.resume()
+        daemon.session_sales.resume()
         daemon.money.resume()
         await _sell(daemon)
         if settings.embedded:
@@ -285,6 +292,7 @@ def _assemble(
         now_ns=time.time_ns,
     )
     seller.allocator.on_free.append(buyer.room_freed)
+    graphs = Graphs()
     money = Payments(
         identity, payment_book, ledger_book, dialer, sheets.nodes_of, nursery, time.time_ns
     )
@@ -304,6 +312,8 @@ def _assemble(
         ledger_book,
         buyer,
         seller,
+        SessionBuyer(buyer, journal, workers, graphs),
+        SessionSeller(seller, graphs),
         money,
         franchise,
     )
@@ -324,6 +334,7 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     blobs = BlobServer(daemon.store, authorise)
     daemon.dialer.handle(BLOB_PROTOCOL, blobs.handle)
     daemon.dialer.handle(JOB_PROTOCOL, daemon.seller.handle)
+    daemon.dialer.handle(SESSION_PROTOCOL, daemon.session_sales.handle)
     daemon.dialer.handle(sheets_module.PROTOCOL, daemon.sheets.answer)
     daemon.dialer.handle(tape_module.PROTOCOL, daemon.tape.answer)
     daemon.dialer.handle(PAYMENT_PROTOCOL, daemon.money.handle)
@@ -398,7 +409,7 @@ async def _end_when_idle(daemon: Daemon, activity: Activity, stop: trio.Event) -
     """An embedded node goes when nobody needs it."""
     while True:
         await trio.sleep(1)
-        busy = daemon.runs.under_way() or daemon.seller.busy
+        busy = daemon.runs.under_way() or daemon.seller.busy or daemon.sessions.cards()
         if not busy and activity.idle_s() >= EMBEDDED_IDLE_S:
             stop.set()
             return

@@ -76,6 +76,10 @@ from p2pflop.node.registry_client import Fetch, HttpFetch
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
+from p2pflop.node.session_graphs import Graphs
+from p2pflop.node.session_messages import SESSION_PROTOCOL
+from p2pflop.node.session_sell import SessionSeller
+from p2pflop.node.session_service import SessionBuyer
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.tape import TapeService
 from p2pflop.node.warm import WarmWorkers
@@ -87,7 +91,7 @@ PRICE_NUSD: Final = 10**15
 """High enough for a job of a few FLOP to cost something."""
 
 MAX_GOSSIP_WAITING: Final = 64
-TAMPERED: Final = frozenset({JOB_PROTOCOL, PAYMENT_PROTOCOL})
+TAMPERED: Final = frozenset({JOB_PROTOCOL, PAYMENT_PROTOCOL, SESSION_PROTOCOL})
 
 Tamper = Callable[[bytes], list[bytes]]
 """What becomes of a frame. May raise ProviderError: the stream breaks."""
@@ -236,6 +240,8 @@ class MemoryNode:
                 await self._gossip(nursery)
             self.seller.resume()
             self.buyer.resume()
+            self.sessions.resume()
+            self.session_sales.resume()
             self.money.resume()
             if self.settings.ask_nusd is not None:
                 await self.sell()
@@ -294,6 +300,9 @@ class MemoryNode:
             now_ns=now_ns,
         )
 
+        graphs = Graphs()
+        self.sessions = SessionBuyer(self.buyer, self.journal, self.workers, graphs)
+        self.session_sales = SessionSeller(self.seller, graphs)
         self.seller.allocator.on_free.append(self.buyer.room_freed)
         self.seller.allocator.allowance = lambda: franchise.own_slots(
             book.sellers_of(self.account, now_ns())
@@ -313,12 +322,14 @@ class MemoryNode:
             reader = public_key_of(peer)
             return (
                 self.buyer.lends(address, reader)
+                or self.sessions.lends(address, reader)
                 or await self.seller.shows(address, reader)
                 or await self.store.may_read(address, reader)
             )
 
         dialer.handle(BLOB_PROTOCOL, BlobServer(self.store, authorise).handle)
         dialer.handle(JOB_PROTOCOL, self._answer_job)
+        dialer.handle(SESSION_PROTOCOL, self._answer_session)
         dialer.handle(sheets_module.PROTOCOL, self.sheets.answer)
         dialer.handle(tape_module.PROTOCOL, self.tape.answer)
         dialer.handle(PAYMENT_PROTOCOL, self.money.handle)
@@ -326,6 +337,13 @@ class MemoryNode:
 
     async def _answer_job(self, stream: Stream) -> None:
         await self.seller.handle(
+            _TamperedStream(
+                stream, lambda: self.tamper_answered_sent, lambda: self.tamper_answered_heard
+            )
+        )
+
+    async def _answer_session(self, stream: Stream) -> None:
+        await self.session_sales.handle(
             _TamperedStream(
                 stream, lambda: self.tamper_answered_sent, lambda: self.tamper_answered_heard
             )

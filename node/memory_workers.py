@@ -14,6 +14,7 @@ import trio
 
 from p2pflop.errors import JobError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.ids import content_hash
+from p2pflop.job.commands import AnyCommand, Data, Ran
 from p2pflop.job.graph import Dtype, graph_hash
 from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import (
@@ -28,6 +29,7 @@ from p2pflop.job.spec import (
 )
 from p2pflop.kernels.engine import WorkSession
 from p2pflop.kernels.frames import PART_BYTES
+from p2pflop.node.memory_sessions import MemorySession
 from p2pflop.node.worker_types import Paused, PoolStatistics, Rows, WorkerEvent, WorkerLimits
 from p2pflop.wire import decode
 
@@ -119,6 +121,7 @@ class MemoryWorkerPool:
         self.failure: P2PFlopError | None = None
         self.lowered_flop = 0
         self.step_s = 0.0
+        self.graphs: dict[bytes, bytes] = {}
         self._session = session
         self._plans: set[bytes] = set()
         self._workers = self._lowered = self._reused = 0
@@ -146,6 +149,7 @@ class MemoryWorkerPool:
         if not graph:
             raise JobError("the graph does not lower: it is empty")
         address = graph_hash(graph)
+        self.graphs[address] = graph
         if address in self._plans:
             self._reused += 1
         else:
@@ -213,6 +217,7 @@ class MemoryWorker:
         self._limits = limits
         self._work: Work | None = None
         self._loaded: WorkSession | None = None
+        self._commands: MemorySession | None = None
         self._stopping = self._asked = False
 
     @property
@@ -302,6 +307,40 @@ class MemoryWorker:
         """See ``Worker``."""
         await trio.lowlevel.checkpoint()
         self._stopping = True
+
+    async def open_session(self) -> None:
+        """See ``SessionWorker``."""
+        pool = self._pool
+        self._commands = MemorySession(pool.graphs, self._limits.memory_bytes, pool.check)
+        self._commands.run_s = pool.step_s
+        await self._commands.open_session()
+
+    @property
+    def reached(self) -> int:
+        """See ``SessionWorker``."""
+        return self._opened.reached
+
+    async def define(self, graph_hash: bytes, plan: bytes) -> None:
+        """See ``SessionWorker``."""
+        await self._opened.define(graph_hash, plan)
+
+    async def put(self, buffer: int, offset_bytes: int, data: bytes) -> None:
+        """See ``SessionWorker``."""
+        await self._opened.put(buffer, offset_bytes, data)
+
+    async def obey(self, commands: Sequence[AnyCommand]) -> None:
+        """See ``SessionWorker``."""
+        await self._opened.obey(commands)
+
+    def reports(self) -> AsyncIterator[Ran | Data]:
+        """See ``SessionWorker``."""
+        return self._opened.reports()
+
+    @property
+    def _opened(self) -> MemorySession:
+        if self._commands is None:
+            raise RuntimeError("no session is open")
+        return self._commands
 
     @property
     def _loaded_work(self) -> Work:

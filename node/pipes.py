@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeVar
 
@@ -48,6 +49,17 @@ def pipe() -> tuple[int, int]:
         with contextlib.suppress(OSError):  # over the user's quota: a smaller pipe works as well
             fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     return read, write
+
+
+def shared_memory(size_bytes: int) -> int:
+    """A descriptor of that many zero bytes, to be mapped by another process."""
+    if sys.platform == "linux":
+        descriptor = os.memfd_create("p2pflop")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.truncate(descriptor, size_bytes)
+    return descriptor
 
 
 class FramePipe:

@@ -44,6 +44,7 @@ from p2pflop.errors import ConfigError
 
 if TYPE_CHECKING:  # the client needs this module, and must not wait for trio
     from p2pflop.dht.blobs import BlobInfo, Store
+    from p2pflop.node.session_script import ScriptLine
 
 DEFAULT_FIND_TIMEOUT_S: Final = 30.0
 MAX_FIND_TIMEOUT_S: Final = 600.0
@@ -134,6 +135,10 @@ class NodeService(Protocol):
 
         Those that are to be told together come together.
         """
+
+    async def session(self, line: ScriptLine) -> None:
+        """Serve the session of one script, to its end. Raises ConfigError, ProtocolError for what
+        is no beginning of one, ProviderError if the script is gone."""
 
     async def cancel(self, run_id: str) -> None:
         """Give the run up. One that has ended stays as it is."""

@@ -16,6 +16,7 @@ from typing import Final
 import trio
 
 from p2pflop.errors import JobError, P2PFlopError, ProtocolError, ProviderError
+from p2pflop.job.commands import AnyCommand, Data, Ran
 from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import Work
@@ -25,6 +26,7 @@ from p2pflop.kernels.worker import ROWS_INTERVAL_SECONDS
 from p2pflop.node.crew import Child, fault_error
 from p2pflop.node.pipes import EndOfPipe
 from p2pflop.node.row_check import RowCheck
+from p2pflop.node.worker_session import ProcessSession, again
 from p2pflop.node.worker_types import Paused, WorkerEvent, WorkerLimits
 from p2pflop.wire import decode
 
@@ -35,7 +37,7 @@ _JOB_WORK: Final = ("a step", "initialising")
 
 
 class ProcessWorker:
-    """``worker_types.Worker`` over a child's pipe. Made by ``WorkerPool.worker``."""
+    """``worker_types.Worker`` and ``SessionWorker`` over a child's pipe, from ``WorkerPool``."""
 
     def __init__(
         self, child: Child, limits: WorkerLimits, kill: Callable[[Child], Awaitable[None]]
@@ -44,6 +46,7 @@ class ProcessWorker:
         self._limits = limits
         self._kill = kill
         self._work: Work | None = None
+        self._session: ProcessSession | None = None
         self._failure: P2PFlopError | None = None
         self._busy = ""
         self._running = False
@@ -59,7 +62,8 @@ class ProcessWorker:
     @property
     def alive(self) -> bool:
         """See ``Worker``."""
-        return self._failure is None and not self._child.ended.is_set()
+        failed = self._failure or (self._session and self._session.failure)
+        return failed is None and not self._child.ended.is_set()
 
     async def load(self, work: bytes, plans: Mapping[bytes, bytes]) -> None:
         """See ``Worker``."""
@@ -156,6 +160,38 @@ class ProcessWorker:
             with contextlib.suppress(EndOfPipe):  # whoever waits for the run learns why
                 await self._child.pipe.send(frames.Stop())
 
+    async def open_session(self) -> None:
+        """See ``SessionWorker``."""
+        self._session = ProcessSession(self._child, self._limits, self._kill)
+        await self._session.open_session()
+
+    @property
+    def reached(self) -> int:
+        """See ``SessionWorker``."""
+        return self._opened.reached
+
+    async def define(self, graph_hash: bytes, plan: bytes) -> None:
+        """See ``SessionWorker``."""
+        await self._opened.define(graph_hash, plan)
+
+    async def put(self, buffer: int, offset_bytes: int, data: bytes) -> None:
+        """See ``SessionWorker``."""
+        await self._opened.put(buffer, offset_bytes, data)
+
+    async def obey(self, commands: Sequence[AnyCommand]) -> None:
+        """See ``SessionWorker``."""
+        await self._opened.obey(commands)
+
+    def reports(self) -> AsyncIterator[Ran | Data]:
+        """See ``SessionWorker``."""
+        return self._opened.reports()
+
+    @property
+    def _opened(self) -> ProcessSession:
+        if self._session is None:
+            raise RuntimeError("no session is open")
+        return self._session
+
     @property
     def _loaded(self) -> Work:
         if self._work is None:
@@ -215,7 +251,7 @@ class ProcessWorker:
 
     def _claim(self, what: str) -> None:
         if self._failure is not None:
-            raise _again(self._failure)
+            raise again(self._failure)
         if self._busy or self._running:
             raise RuntimeError(f"{what}: the worker is still {self._busy or 'running'}")
         self._busy = what
@@ -225,7 +261,7 @@ class ProcessWorker:
         if not self._running:
             self._claim(what)
         elif self._failure is not None:
-            raise _again(self._failure)
+            raise again(self._failure)
         try:
             async with self._guard(what, limit_seconds):
                 yield
@@ -243,14 +279,14 @@ class ProcessWorker:
             late = JobError(message, hint="Have it do less at a time.")
             self._failure = late if what in _JOB_WORK else ProviderError(message)
             await self._kill(self._child)
-            raise _again(self._failure) from error
+            raise again(self._failure) from error
         except EndOfPipe as error:
             self._failure = await self._child.cause_of_death("worker")
-            raise _again(self._failure) from error
+            raise again(self._failure) from error
         except ProtocolError as error:
             self._failure = ProviderError(f"the worker broke the protocol: {error.message}")
             await self._kill(self._child)
-            raise _again(self._failure) from error
+            raise again(self._failure) from error
         except (JobError, ProviderError) as error:
             self._failure = error
             await self._kill(self._child)
@@ -259,8 +295,3 @@ class ProcessWorker:
             # Cancelled in the middle of a frame: the two ends no longer agree where one starts.
             self._failure = ProviderError(f"{what} was broken off")
             raise
-
-
-def _again(error: P2PFlopError) -> P2PFlopError:
-    """The same error once more: one instance raised twice would grow its traceback."""
-    return type(error)(error.message, hint=error.hint)

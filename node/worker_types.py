@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from p2pflop.job.commands import AnyCommand, Data, Ran
 from p2pflop.job.spec import ClassDescriptor
 
 
@@ -105,6 +106,37 @@ class Worker(Protocol):
 
     async def stop(self) -> None:
         """End the run after the current step: its next Paused is the last."""
+
+
+class SessionWorker(Protocol):
+    """One lease's computation where graphs come one after the other (``job.commands``).
+
+    Commands were checked before they come here. Every method may raise JobError or ProviderError
+    as those of ``Worker`` do; what is wrong with something that is not answered shows at the next
+    report.
+    """
+
+    @property
+    def reached(self) -> int:
+        """The place, from 0 and among all commands that were given to ``obey``, of the one that it
+        is at; after a failure the one to blame."""
+
+    async def open_session(self) -> None:
+        """Begin, with no buffers; instead of ``load``."""
+
+    async def define(self, graph_hash: bytes, plan: bytes) -> None:
+        """Have the plan of a graph. Not answered."""
+
+    async def put(self, buffer: int, offset_bytes: int, data: bytes) -> None:
+        """Put a piece of a Load, of at most 1 MiB, into a buffer. Not answered."""
+
+    async def obey(self, commands: Sequence[AnyCommand]) -> None:
+        """Obey commands, no Define or Load among them. Answered by reports, which must be read at
+        the same time: a worker that is not heard does not listen."""
+
+    def reports(self) -> AsyncIterator[Ran | Data]:
+        """What came of each ``obey``, in order: Data for each Read in it, then one Ran. Numbers in
+        them are places as in ``reached``. One reader at a time."""
 
 
 class Workers(Protocol):

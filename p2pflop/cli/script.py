@@ -64,29 +64,36 @@ def trace_command(flags: Flags, script: Path, arguments: tuple[str, ...], out: P
 @click.command(
     "run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
 )
+@click.option("--cloud", is_flag=True, help="Compute on the market, as with CLOUD=1.")
 @common_options
 @click.argument("script", type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
-def run_command(flags: Flags, script: Path, arguments: tuple[str, ...]) -> None:
+def run_command(flags: Flags, cloud: bool, script: Path, arguments: tuple[str, ...]) -> None:
     """Run a Python script with its environment prepared.
 
     P2PFLOP_HOME, tinygrad's device and compiler are set as a provider sets them, so that a local
-    run computes what a provider's run computes. The exit code is the script's.
+    run computes what a provider's run computes. With --cloud, or CLOUD=1, a script that knows
+    nothing of p2pflop computes at the best provider instead. The exit code is the script's.
 
     \b
     Examples:
       p2pflop run examples/digits.py
       p2pflop run --home /tmp/home train.py --epochs 3
+      p2pflop run --cloud train.py
     """
+    from p2pflop.cloud.settings import SWITCH, is_wanted
+
     if not script.is_file():
         raise ConfigError(f"{script} is not a file")
-    environment = os.environ | compute_environment()
+    in_cloud = cloud or is_wanted(os.environ)
+    environment = os.environ | ({SWITCH: "1"} if in_cloud else compute_environment())
     if flags.home is not None:
         environment["P2PFLOP_HOME"] = str(flags.home.absolute())
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, str(script), *arguments]
+    through = ["-m", "p2pflop.cloud"] if in_cloud else []
+    command = [sys.executable, *through, str(script), *arguments]
     # Running the user's own script is the point, and there is no shell in between.
     os.execve(sys.executable, command, environment)  # noqa: S606
 

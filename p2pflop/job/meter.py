@@ -10,14 +10,15 @@ GATHER cost one an element: that is what they run as, however large the table is
 
 **Touched bytes.** What must cross the memory bus at least once: every materialised tensor (param,
 REDUCE, CONTIGUOUS, GATHER) read by the largest view that anything takes of it, REDUCE, CONTIGUOUS,
-GATHER and outputs written. A table that is only gathered from is read by the rows taken.
+GATHER and outputs written. A table that is only gathered from is read by the rows taken. An ASSIGN
+writes its view, and is what it assigned to for whoever reads it.
 
 **Peak bytes.** Params, outputs (a written slot twice: the new value may not replace the old one
-before its last reader) and the most bytes of intermediates that live at once in node order, where
-an intermediate is anything a compiler may well keep: REDUCE, CONTIGUOUS, GATHER and each
-elementwise result with several readers. It is meant to be compared with a memory limit, so it
-errs upwards: 1.7 (MLP), 2.3 (transformer) and 5.0 times (convolutions) what tinygrad's memory
-planner gave for a training step.
+before its last reader; of an assigned one the views) and the most bytes of intermediates that live
+at once in node order, where an intermediate is anything a compiler may well keep: REDUCE,
+CONTIGUOUS, GATHER and each elementwise result with several readers. It is meant to be compared with
+a memory limit, so it errs upwards: 1.7 (MLP), 2.3 (transformer) and 5.0 times (convolutions) what
+tinygrad's memory planner gave for a training step.
 
 **Known under-count.** A compiler that fuses an elementwise result into several readers computes it
 anew for each: an LSTM's step runs 3.3 times its count, a contrived chain of shifts 60 times.
@@ -58,6 +59,7 @@ WEIGHTS: Final[dict[Op, int]] = {
     Op.SIN: 142,
 }
 _MATERIALISED: Final = frozenset({Op.REDUCE, Op.CONTIGUOUS, Op.GATHER})
+_IN_MEMORY: Final = _MATERIALISED | {Op.PARAM, Op.ASSIGN}
 _KEPT: Final = ELEMENTWISE | {Op.CAST, Op.BITCAST, Op.STACK}
 
 
@@ -150,36 +152,55 @@ def _count_flop(checked: Checked) -> int:
 
 
 def _count_touched(checked: Checked) -> int:
-    nodes = checked.graph.nodes
-    bases, sizes = _views(checked)
-    read: dict[int, int] = {}  # materialised node: the elements of the largest view taken of it
-
-    def take(ref: int) -> None:
-        base = bases[ref]
-        if nodes[base].op in _MATERIALISED or nodes[base].op is Op.PARAM:
-            # two nodes of one slot are one tensor
-            key = -1 - _slot(checked, base) if nodes[base].op is Op.PARAM else base
-            read[key] = max(read.get(key, 0), sizes[ref] * ITEM_BYTES[checked.dtypes[base]])
-
-    touched = 0
-    for index, node in enumerate(nodes):
+    touched = _Touched(checked)
+    for index, node in enumerate(checked.graph.nodes):
         if node.op in _MATERIALISED:
-            touched += stored_bytes(checked.dtypes[index], checked.shapes[index])
+            touched.written += touched.size(index)
         if node.op is Op.GATHER:
-            touched += stored_bytes(checked.dtypes[index], checked.shapes[index])
-            take(node.refs[1])
+            touched.written += touched.size(index)
+            touched.take(node.refs[1])
+        elif node.op is Op.ASSIGN:
+            touched.put(node.refs[2])
         elif node.op not in MOVEMENT:
             for ref in node.refs:
-                take(ref)
+                touched.take(ref)
     for output in checked.graph.outputs:
-        base = bases[output.node]
-        size_bytes = stored_bytes(checked.dtypes[output.node], checked.shapes[output.node])
-        whole_bytes = stored_bytes(checked.dtypes[base], checked.shapes[base])
-        if nodes[base].op not in _MATERIALISED or size_bytes != whole_bytes:
-            # else what was materialised is the output, written once
-            take(output.node)
-            touched += size_bytes
-    return touched + sum(read.values())
+        if checked.graph.nodes[output.node].op is not Op.ASSIGN:
+            touched.put(output.node)
+    return touched.written + sum(touched.read.values())
+
+
+class _Touched:
+    """Bytes written, and read of each tensor in memory by the largest view taken of it."""
+
+    def __init__(self, checked: Checked) -> None:
+        self.written = 0
+        self.read: dict[int, int] = {}
+        self._checked = checked
+        self._bases, self._sizes = _views(checked)
+
+    def size(self, node: int) -> int:
+        """The bytes of a node."""
+        return stored_bytes(self._checked.dtypes[node], self._checked.shapes[node])
+
+    def take(self, ref: int) -> None:
+        """Node ``ref`` is read."""
+        base = self._bases[ref]
+        op = self._checked.graph.nodes[base].op
+        if op in _IN_MEMORY:
+            # two nodes of one slot are one tensor
+            key = -1 - _slot(self._checked, base) if op is Op.PARAM else base
+            size_bytes = self._sizes[ref] * ITEM_BYTES[self._checked.dtypes[base]]
+            self.read[key] = max(self.read.get(key, 0), size_bytes)
+
+    def put(self, ref: int) -> None:
+        """Node ``ref`` is written somewhere."""
+        base, size_bytes = self._bases[ref], self.size(ref)
+        is_materialised = self._checked.graph.nodes[base].op in _MATERIALISED
+        if not is_materialised or size_bytes != self.size(base):
+            # else what was materialised is what is written, once
+            self.take(ref)
+            self.written += size_bytes
 
 
 def _slot(checked: Checked, node: int) -> int:
@@ -205,10 +226,9 @@ def _views(checked: Checked) -> tuple[list[int], list[int]]:
 def _estimate_peak(checked: Checked) -> int:
     graph = checked.graph
     held = sum(stored_bytes(param.dtype, param.shape) for param in graph.params)
-    held += sum(
-        stored_bytes(checked.dtypes[output.node], checked.shapes[output.node])
-        for output in graph.outputs
-    )
+    put = [out.node for out in graph.outputs if graph.nodes[out.node].op is not Op.ASSIGN]
+    put += [node.refs[1] for node in graph.nodes if node.op is Op.ASSIGN]
+    held += sum(stored_bytes(checked.dtypes[ref], checked.shapes[ref]) for ref in put)
     return held + _intermediate_peak(checked)
 
 

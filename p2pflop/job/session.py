@@ -61,6 +61,8 @@ def open_graph(data: bytes, limits: Limits = DEFAULT_LIMITS) -> OpenGraph:
         raise JobError(f"the graph is not valid: {checked.reason}")
     if any(output.slot is None for output in graph.outputs):
         raise JobError("a session's graph has no fresh outputs")
+    if any(param.slot != place for place, param in enumerate(graph.params)):
+        raise JobError("the params of a session's graph are not in slots 0, 1, ...")
     cost = meter(checked)
     if max(cost.flop, cost.touched_bytes) > MAX_LINE_VALUE:
         raise JobError(f"a run of the graph costs {cost.flop} FLOP, more than can be billed")
@@ -79,6 +81,17 @@ class Binding:
 
     graph: OpenGraph
     places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What the first ``count`` commands add up to, and the hash chain over them."""
+
+    count: int = 0
+    chain: bytes = bytes(HASH_BYTES)
+    flop: int = 0
+    touched_bytes: int = 0
+    moved_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -129,6 +142,32 @@ class SessionTable:
                 self._define(command, graph)
         self.count += 1
         self.chain = content_hash(self.chain + encode(command))
+
+    def mark(self) -> Mark:
+        """What the commands so far add up to."""
+        return Mark(self.count, self.chain, self.flop, self.touched_bytes, self.moved_bytes)
+
+    def foresee(self, command: AnyCommand) -> Mark:
+        """What the commands would add up to with one more, if it is not refused; its place in the
+        chain left out."""
+        flop = touched_bytes = moved_bytes = 0
+        match command:
+            case Run(binding) if binding in self.bindings:
+                cost = self.bindings[binding].graph.cost
+                flop, touched_bytes = cost.flop, cost.touched_bytes
+            case Write(_, _, data):
+                moved_bytes = len(data)
+            case Load() | Read():
+                moved_bytes = command.size_bytes
+            case Copy():
+                touched_bytes = 2 * command.size_bytes
+        return Mark(
+            self.count + 1,
+            self.chain,
+            self.flop + flop,
+            self.touched_bytes + touched_bytes,
+            self.moved_bytes + moved_bytes,
+        )
 
     def _allocate(self, buffer: int, size_bytes: int) -> None:
         if buffer in self.buffers:

@@ -38,6 +38,7 @@ from p2pflop.market.records import (
     Terms,
     checkpoint_ext,
     fixed_ext,
+    session_prices,
     ticket_ext,
     ticket_of,
 )
@@ -117,7 +118,7 @@ def make_bid(
         book_digest=book_digest,
         policy_digest=policy_digest,
         delegation=delegation,
-        ext=(*_charges(deal.ask), *checkpoint_ext(checkpoint_s), *ticket_ext(deal.ticket)),
+        ext=(*charges_ext(deal.ask), *checkpoint_ext(checkpoint_s), *ticket_ext(deal.ticket)),
     )
     return seal(bid, key, network)
 
@@ -141,6 +142,22 @@ def check_bid(
     ``node`` is the provider's own node key and ``sheets`` its own sheets that it still honours, by
     number; a bid on a quote needs none. That the costs are the job's is for ``check_costs``.
     """
+    found = open_bid(data, node=node, sheets=sheets, now_ns=now_ns, network=network)
+    if isinstance(found, Rejected):
+        return found
+    if session_prices(found.bid) is not None:
+        return Rejected("a bid for a session, where one for a job is due")
+    quote_nusd = quote(found.ask, found.bid.costs, found.bid.terms)
+    if quote_nusd != found.bid.quote_nusd or quote_nusd > MAX_NUSD:
+        return Rejected(f"the quote should be {quote_nusd} nusd, not {found.bid.quote_nusd}")
+    return found
+
+
+def open_bid(
+    data: bytes, *, node: bytes, sheets: Mapping[int, Sheet], now_ns: int, network: str
+) -> OpenBid | Rejected:
+    """What must hold of any bid, whatever it is for, but that its quote is right: see
+    ``check_bid``."""
     sealed = _open(Bid, data, network)
     if isinstance(sealed, Rejected):
         return sealed
@@ -167,7 +184,7 @@ def check_bid(
         if isinstance(found, Rejected):
             return found
         ask = found
-    wrong = _misquoted(bid, ask, now_ns)
+    wrong = _unfit(bid, ask, now_ns)
     return OpenBid(sealed, account, ask, quote_id) if wrong is None else wrong
 
 
@@ -178,22 +195,20 @@ def _on_sheet(bid: Bid, sheet: Sheet | None) -> Ask | Rejected:
     return Rejected("the sheet has no such ask") if ask is None else ask
 
 
-def _misquoted(bid: Bid, ask: Ask, now_ns: int) -> Rejected | None:
+def _unfit(bid: Bid, ask: Ask, now_ns: int) -> Rejected | None:
     if ask.valid_until_ns <= now_ns:
         return Rejected(ASK_EXPIRED)
     if bid.class_id != ask.class_id:
         return Rejected("the ask is for another class")
     if bid.terms.memory_bytes > ask.memory_bytes:
         return Rejected("the ask has too little memory")
-    if tuple(said for said in bid.ext if said[0] == FIXED_EXT) != _charges(ask):
+    if tuple(said for said in bid.ext if said[0] == FIXED_EXT) != charges_ext(ask):
         return Rejected("the bid does not name the setup and minimum charge of the ask")
-    quote_nusd = quote(ask, bid.costs, bid.terms)
-    if quote_nusd != bid.quote_nusd or quote_nusd > MAX_NUSD:
-        return Rejected(f"the quote should be {quote_nusd} nusd, not {bid.quote_nusd}")
     return None
 
 
-def _charges(ask: Ask) -> Ext:
+def charges_ext(ask: Ask) -> Ext:
+    """What a bid on ``ask`` says of its fixed charges."""
     return fixed_ext(ask.setup_nusd, ask.min_charge_nusd)
 
 

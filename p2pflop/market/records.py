@@ -125,6 +125,8 @@ class Terms(Record, frozen=True):
 QUOTE_EXT: Final = 3
 """Critical: a provider that does not know it would take the bid for one on its sheet."""
 FIXED_EXT: Final = 1
+SESSION_EXT: Final = 5
+"""Critical: a provider that does not know it would look for a job behind the bid."""
 
 
 class Bid(SignedRecord, frozen=True):
@@ -135,7 +137,7 @@ class Bid(SignedRecord, frozen=True):
     """
 
     KIND: ClassVar[str] = "bid"
-    KNOWN_EXT: ClassVar[frozenset[int]] = frozenset({FIXED_EXT, QUOTE_EXT})
+    KNOWN_EXT: ClassVar[frozenset[int]] = frozenset({FIXED_EXT, QUOTE_EXT, SESSION_EXT})
 
     version: Version
     provider: Key
@@ -168,6 +170,30 @@ def fixed_charges(bid: Bid) -> tuple[int, int]:
     """Setup and minimum charge in nano-dollars, as a bid says that was checked."""
     said = dict(bid.ext).get(FIXED_EXT, b"")
     return int.from_bytes(said[:8], "big"), int.from_bytes(said[8:], "big")
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """The prices of an ask, by which a session's receipts are reckoned."""
+
+    price_nusd: int
+    flop_per_byte: int
+    byte_price_nusd: int
+
+
+def session_ext(ask: Ask) -> Ext:
+    """What makes a bid one for a session: the prices that it goes by, price, FLOP a byte and price
+    of moved bytes of the ask, 8 bytes each, big-endian."""
+    prices = (ask.price_nusd, ask.flop_per_byte, ask.byte_price_nusd)
+    return ((SESSION_EXT, b"".join(price.to_bytes(8, "big") for price in prices)),)
+
+
+def session_prices(bid: Bid) -> Prices | None:
+    """The prices that a session's bid goes by, if that was checked; None for the bid of a job."""
+    said = dict(bid.ext).get(SESSION_EXT)
+    if said is None:
+        return None
+    return Prices(*(int.from_bytes(said[start : start + 8], "big") for start in (0, 8, 16)))
 
 
 CHECKPOINT_EXT: Final = 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SUBPACKAGES = ("cli", "dht", "franchise", "job", "kernels", "market", "node", "registry")
+SUBPACKAGES = ("cli", "cloud", "dht", "franchise", "job", "kernels", "market", "node", "registry")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,8 @@ def test_the_wheel_has_every_module_and_nothing_else(wheel: Path) -> None:
         for path in (ROOT / folder).glob("*.py"):
             assert f"{package}/{path.name}" in names
     assert "p2pflop/py.typed" in names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"p2pflop"}
+    tops = {name.split("/")[0].split("-")[0] for name in names}
+    assert tops == {"p2pflop", "p2pflop_cloud.pth"}
 
 
 def test_it_runs_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
@@ -82,3 +83,55 @@ def test_it_runs_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "p2pflop node --ask" in done.stdout
     assert list(empty.iterdir()) == []
+
+
+CLOUD_CODE = """
+import sys
+found = [type(finder).__module__ for finder in sys.meta_path]
+print("p2pflop.cloud.hook" in found, "p2pflop" in sys.modules, "tinygrad" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("value", "told"), [("", "False"), ("0", "False"), ("1", "True")])
+def test_the_wheel_hears_cloud(wheel: Path, tmp_path: Path, value: str, told: str) -> None:
+    """Python runs the line in the wheel's .pth file: nothing happens unless CLOUD is set."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = f"import site, sys; site.addsitedir({str(tmp_path)!r})\n{CLOUD_CODE}"
+    done = _isolated(code, value)
+    assert done.stdout.split() == [told, told, "False"], done.stderr
+
+
+@pytest.mark.parametrize(("value", "told"), [("", "False"), ("1", "True")])
+def test_an_editable_installation_hears_cloud(value: str, told: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CLOUD_CODE],
+        env=os.environ | {"CLOUD": value},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == [told, told, "False"], done.stderr
+
+
+def test_without_cloud_the_line_costs_nothing() -> None:
+    line = (ROOT / "p2pflop_cloud.pth").read_text()
+    code = (
+        "import sys, time\n"
+        f"line = compile({line!r}, 'pth', 'exec')\n"
+        "start = time.perf_counter()\n"
+        "exec(line)\n"
+        "print(time.perf_counter() - start)\n"
+    )
+    taken_s = min(float(_isolated(code, "").stdout) for _ in range(3))
+    assert taken_s < 0.001
+
+
+def _isolated(code: str, value: str) -> subprocess.CompletedProcess[str]:
+    """``code`` run by a Python that sees no folder of packages but what the code adds."""
+    packages = [entry for entry in sys.path if "site-packages" in entry]
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path += {packages!r}\n{code}"],
+        env=os.environ | {"CLOUD": value},
+        capture_output=True,
+        text=True,
+    )

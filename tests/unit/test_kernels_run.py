@@ -192,7 +192,7 @@ def test_plans_that_do_not_belong_to_the_work_are_refused(layer: Lowered) -> Non
     with pytest.raises(ProtocolError, match="takes slot"):
         Session(small, plans)
     few = msgspec.structs.replace(work, params=work.params[:1])
-    with pytest.raises(ProtocolError, match="the work has 1"):
+    with pytest.raises(ProtocolError, match="there are 1"):
         Session(few, plans)
 
 
