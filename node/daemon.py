@@ -39,6 +39,7 @@ from p2pflop.node.payments import Payments
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
+from p2pflop.node.session_graphs import Graphs
 from p2pflop.node.session_script import ScriptLine
 from p2pflop.node.session_sell import SessionSeller
 from p2pflop.node.session_service import SessionBuyer
@@ -72,14 +73,17 @@ class Daemon:
     ledger_book: LedgerBook
     buyer: Buyer
     seller: Seller
-    sessions: SessionBuyer
-    session_sales: SessionSeller
     money: Payments
     franchise: Franchise
     packs: Packs = field(init=False)
+    sessions: SessionBuyer = field(init=False)
+    session_sales: SessionSeller = field(init=False)
 
     def __post_init__(self) -> None:
         self.packs = Packs(self.buyer)
+        graphs = Graphs()
+        self.sessions = SessionBuyer(self.buyer, self.seller.journal, self.workers, graphs)
+        self.session_sales = SessionSeller(self.seller, graphs)
 
     async def status(self) -> Json:
         """See NodeService."""

@@ -62,10 +62,7 @@ from p2pflop.node.payments import Payments
 from p2pflop.node.quote_stream import PROTOCOL as QUOTE_PROTOCOL
 from p2pflop.node.runs import Runs
 from p2pflop.node.sell import Seller
-from p2pflop.node.session_graphs import Graphs
 from p2pflop.node.session_messages import SESSION_PROTOCOL
-from p2pflop.node.session_sell import SessionSeller
-from p2pflop.node.session_service import SessionBuyer
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.tape import TapeService
 from p2pflop.node.warm import WarmWorkers
@@ -292,7 +289,6 @@ def _assemble(
         now_ns=time.time_ns,
     )
     seller.allocator.on_free.append(buyer.room_freed)
-    graphs = Graphs()
     money = Payments(
         identity, payment_book, ledger_book, dialer, sheets.nodes_of, nursery, time.time_ns
     )
@@ -312,8 +308,6 @@ def _assemble(
         ledger_book,
         buyer,
         seller,
-        SessionBuyer(buyer, journal, workers, graphs),
-        SessionSeller(seller, graphs),
         money,
         franchise,
     )
