@@ -39,7 +39,6 @@ async def reference(market: Market, runs: int) -> bytes:
     return data
 
 
-
 async def test_a_session_runs_reads_and_pays(market: Market, autojump_clock: object) -> None:
     provider, buyer = await market.provider(), await market.buyer()
     script = Script()
