@@ -146,7 +146,7 @@ async def test_large_answers_come_in_pieces_while_more_is_sent(pool: Workers) ->
         await worker.obey([*writes, Read(0, 0, size)])
     data = [report for report in told if isinstance(report, Data)]
     assert max(len(each.data) for each in data) <= MIB
-    pieces = {number: b"" for number in (1, 2, 83)}
+    pieces = dict.fromkeys((1, 2, 83), b"")
     for each in data:
         pieces[each.number] += each.data
     loaded = b"".join(block[: min(MIB, size - start)] for start in range(0, size, MIB))

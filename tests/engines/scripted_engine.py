@@ -157,7 +157,7 @@ _DEEDS: dict[int, Callable[[], object]] = {
 
 
 class ScriptedWorkspace(DigestWorkspace):
-    """Does what the first byte at the first place of a binding says before it is run."""
+    """Does what is at the first place of a binding, four bytes, before it is run."""
 
     def __init__(self) -> None:
         super().__init__(SPACE_BYTES)
@@ -167,7 +167,7 @@ class ScriptedWorkspace(DigestWorkspace):
         super().define(graph, plan.removeprefix(PLAN_OF))
 
     def run(self, graph: OpenGraph, places: tuple[Place, ...]) -> None:
-        self._deed = self.read(places[0], 1)[0]
+        self._deed = int.from_bytes(self.read(places[0], 4), "little")
         if self._deed in _DEEDS:
             _DEEDS[self._deed]()
         super().run(graph, places)
