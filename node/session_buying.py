@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 IDLE_S: Final = 10.0
 FAREWELL_S: Final = 10.0
 """For a lease to end in order after its script has gone."""
+MAX_FRUITLESS: Final = 8
+"""Leases one after the other that end before anything more is obeyed."""
+MAX_PAUSE_S: Final = 8.0
 WINDOW_SLACK: Final = 2
 """A script may run ahead of what it was told by so many windows before it is cut off."""
 
@@ -217,13 +220,19 @@ class Session:
         """Raises what the script is to be told."""
         if self._refusal is not None:
             raise self._refusal
-        first = True
+        first, fruitless = True, 0
         while first or await self._has_work():
-            first = False
+            first, before = False, self._ran_to
             lease = await self._buyer.lease(self)
             failure = await self._use(lease)
             if failure is None:
+                fruitless = 0
                 continue
+            fruitless = fruitless + 1 if self._ran_to == before else 0
+            if fruitless > MAX_FRUITLESS:
+                raise failure
+            if fruitless > 1:
+                await trio.sleep(min(MAX_PAUSE_S, 2.0 ** (fruitless - 2)))
             _log.info("session %s: %s", self.id.hex()[:12], failure)
             if isinstance(failure, StoreError):
                 raise failure
