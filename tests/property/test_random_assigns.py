@@ -59,7 +59,8 @@ def outcome(seed: int, device: str, *, at_once: bool = False) -> list[bytes] | N
                     Tensor.realize(*tensors, *read)
             Tensor.realize(*tensors, *read)
         except RuntimeError as error:
-            assert str(error).startswith(("cycle detected", "can't setitem"))
+            if not str(error).startswith(("cycle detected", "can't setitem")):
+                raise
             return None
         return [tensor.numpy().tobytes() for tensor in (*tensors, *read)]
 
@@ -85,6 +86,7 @@ def _one_more(choose: random.Random, tensors: list[Tensor], read: list[Tensor]) 
 def test_random_assignments_give_the_bytes_of_native_tinygrad(seed: int) -> None:
     shared_twin()
     native = outcome(seed, os.environ["DEV"])
-    # tinygrad itself loses a write now and then; what is left then is an accident of its order.
-    if native is not None and native == outcome(seed, os.environ["DEV"], at_once=True):
-        assert outcome(seed, f"CLOUD;{os.environ['DEV']}") == native
+    if native is None or outcome(seed, f"CLOUD;{os.environ['DEV']}") == native:
+        return
+    # tinygrad itself loses a write now and then; what is left is an accident of its order.
+    assert native != outcome(seed, os.environ["DEV"], at_once=True)
