@@ -19,6 +19,7 @@
 ``GET /v1/jobs/<id>/record``           the encoded ``Result``, whose BLAKE3 is the result hash
 ``GET /v1/jobs/<id>/evidence``         the encoded ``Evidence`` of how its providers were chosen
 ``POST /v1/jobs/<id>/cancel``
+``POST /v1/session``                   frames both ways: see ``api_session``
 ``GET /v1/blobs``, ``/v1/blobs/<hash>``  what is kept here
 ``POST /v1/connect``                   ``{"multiaddr": ...}``
 ``/v1/payments...``, ``/v1/statement/<account>``  see ``api_money``
@@ -60,6 +61,7 @@ from p2pflop.node.api_errors import EXCEPTION_HANDLERS, Refused
 from p2pflop.node.api_guard import IS_USER, Activity, Guard, json_response
 from p2pflop.node.api_market import MarketApi, event_position, wait_seconds
 from p2pflop.node.api_money import MoneyApi, parse_number
+from p2pflop.node.api_session import SessionApi
 from p2pflop.node.api_streams import EVENT_STREAM, BlobStream, EventStream, parse_range
 from p2pflop.node.service import (
     DEFAULT_FIND_TIMEOUT_S,
@@ -128,6 +130,7 @@ class Api:
             Route("/v1/payments", partial(_listing, "payments", service.payments), methods=get),
             *MoneyApi(service, self._command).routes(),
             *MarketApi(service, self._stream).routes(),
+            *SessionApi(service, self._stopping).routes(),
         ]
 
     async def blob(self, request: Request) -> Response:

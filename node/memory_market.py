@@ -234,6 +234,7 @@ class MemoryNode:
             nursery = await stack.enter_async_context(trio.open_nursery())
             stack.callback(nursery.cancel_scope.cancel)
             self._assemble(self.host, nursery, franchising)
+            self._open_sessions()
             stack.push_async_callback(self.registries.save)
             await self._listen(nursery)
             if self._gossips:
@@ -263,7 +264,7 @@ class MemoryNode:
         return wired
 
     def _assemble(self, host: MemoryHost, nursery: trio.Nursery, franchising: Franchising) -> None:
-        dialer = NodeDialer(host, nursery)
+        self.dialer = dialer = NodeDialer(host, nursery)
         self.franchise = franchise = franchising.franchise
         book = Book(bytes(32), is_attested=franchise.is_attested, max_nodes=franchise.max_nodes)
         self.registries = franchising.start(host, book, nursery, self.fetch)
@@ -300,9 +301,6 @@ class MemoryNode:
             now_ns=now_ns,
         )
 
-        graphs = Graphs()
-        self.sessions = SessionBuyer(self.buyer, self.journal, self.workers, graphs)
-        self.session_sales = SessionSeller(self.seller, graphs)
         self.seller.allocator.on_free.append(self.buyer.room_freed)
         self.seller.allocator.allowance = lambda: franchise.own_slots(
             book.sellers_of(self.account, now_ns())
@@ -329,11 +327,16 @@ class MemoryNode:
 
         dialer.handle(BLOB_PROTOCOL, BlobServer(self.store, authorise).handle)
         dialer.handle(JOB_PROTOCOL, self._answer_job)
-        dialer.handle(SESSION_PROTOCOL, self._answer_session)
         dialer.handle(sheets_module.PROTOCOL, self.sheets.answer)
         dialer.handle(tape_module.PROTOCOL, self.tape.answer)
         dialer.handle(PAYMENT_PROTOCOL, self.money.handle)
         dialer.handle(QUOTE_PROTOCOL, self.buyer.wishes.handle)
+
+    def _open_sessions(self) -> None:
+        graphs = Graphs()
+        self.sessions = SessionBuyer(self.buyer, self.journal, self.workers, graphs)
+        self.session_sales = SessionSeller(self.seller, graphs)
+        self.dialer.handle(SESSION_PROTOCOL, self._answer_session)
 
     async def _answer_job(self, stream: Stream) -> None:
         await self.seller.handle(

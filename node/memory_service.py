@@ -12,11 +12,12 @@ import trio
 
 from p2pflop.dht.blobs import BlobInfo, Store, delete_own
 from p2pflop.dht.memory import MemoryStore
-from p2pflop.errors import BlobNotFoundError, ConfigError, JobError
+from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, MarketError
 from p2pflop.job.variants import decode_variants
 from p2pflop.market.evidence import Evidence
 from p2pflop.node.runs import GATHER_S
 from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions
+from p2pflop.node.session_script import ScriptLine
 from p2pflop.wire import encode
 
 
@@ -154,6 +155,11 @@ class MemoryService:
             events = run.events[seen:]
             seen += len(events)
             yield events
+
+    async def session(self, line: ScriptLine) -> None:
+        """Tell whoever wants a session that there is none to be had."""
+        await line.receive()
+        raise MarketError("the order book is empty")
 
     async def cancel(self, run_id: str) -> None:
         """See NodeService."""

@@ -165,7 +165,7 @@ def is_small(size_bytes: int) -> bool:
 
 
 def _kept(size_bytes: int, changed: AnyCommand) -> Kept | None:
-    """Where the bytes of a buffer are that ``changed`` was the last to change, if not only in it."""
+    """Where the bytes of a buffer are that ``changed`` was the last to change."""
     match changed:
         case Allocate():
             return Kept(size_bytes)

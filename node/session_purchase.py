@@ -9,6 +9,7 @@ twice, whichever node dies when.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from p2pflop.market.records import Bid, Fill, Receipt, Rejected
 from p2pflop.market.sessions import check_session_receipt, full_nusd
 from p2pflop.node import messages as m
 from p2pflop.node.guard import survive
-from p2pflop.node.journal import Head, JobRows
+from p2pflop.node.journal import Head, JobRows, Letter
 from p2pflop.node.letters import SESSION_PREFIX
 from p2pflop.node.session_lease import Answer, CommandFault, Outstanding, QuoteUsedUp
 from p2pflop.node.session_messages import SESSION_PROTOCOL, Leaving, SessionMessage, Wanted
@@ -126,7 +127,11 @@ class RemoteLease:
                     nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(shield=True):
-                await self._end()
+                letter = await self._end()
+            # A node that stops brings its letters when it is back.
+            if letter is not None and trio.current_effective_deadline() > -math.inf:
+                base = self.buyer.base
+                base.nursery.start_soon(survive, base.letters.deliver, letter)
         if self._failure is not None and not self.closed:
             raise self._failure
 
@@ -193,11 +198,11 @@ class RemoteLease:
             del marks[count]
         await self.talk.say(m.Countersigned(signed.wire))
 
-    async def _end(self) -> None:
-        """What is signed is brought to the provider, and the journal told that it is over."""
+    async def _end(self) -> Letter | None:
+        """Tell the journal that it is over; the letter for what is signed and may not have come."""
         await self.talk.aclose()
         if not self._state.countersigned:
-            return
+            return None
         letter = None
         if not self._settled.is_set():
             letter = self._rows.add_letter(self.peer, self._state.countersigned)
@@ -207,9 +212,7 @@ class RemoteLease:
             await self._rows.flush()
         except StoreError as error:
             _log.error("the end of a lease is not on disk: %s", error)
-        if letter is not None:
-            base = self.buyer.base
-            base.nursery.start_soon(survive, base.letters.deliver, letter)
+        return letter
 
 
 async def open_lease(

@@ -105,7 +105,8 @@ class SessionBuyer:
     async def serve(self, line: ScriptLine) -> None:
         """One script, from its Open to the end. Raises ConfigError, ProtocolError, and
         ProviderError if it is gone."""
-        with trio.fail_after(OPEN_S):
+        wish = None
+        with trio.move_on_after(OPEN_S):
             wish = await line.receive()
         if not isinstance(wish, Open):
             raise ProtocolError("a session begins with an Open")

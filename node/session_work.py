@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.manifest import chunk_count
 from p2pflop.errors import ProtocolError, ProviderError
-from p2pflop.job.commands import AnyCommand, Batch, Data, Define, Load, Ran, Read, Run
+from p2pflop.job.commands import AnyCommand, Batch, Data, Define, Load, Ran, Read
 from p2pflop.job.meter import MAX_LINE_VALUE
 from p2pflop.job.session import Mark, OpenGraph, SessionTable
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
@@ -71,9 +71,10 @@ class _Taken:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What the worker has yet to report of one ``obey``: Reads as ``[number, bytes left]``, and
-    whether it was the last of its batch."""
+    """What the worker has yet to report of one ``obey``: the numbers of its commands, their Reads
+    as ``[number, bytes left]``, and whether it was the last of its batch."""
 
+    numbers: list[int]
     reads: deque[list[int]]
     ends: bool
 
@@ -108,16 +109,19 @@ class SessionWork:
         self._loads, self._to_bring = trio.open_memory_channel[_Later](WINDOW_COMMANDS)
         self._under_way: deque[_Taken] = deque()
         self._asked: deque[_Asked] = deque()
+        self._reported = 0
+        self._worker: SessionWorker | None = None
         self._ran = Ran(0, 0, 0, 0, 0)
         self._progress = trio.Event()
 
     @property
     def suspect(self) -> int:
-        """The first Run that is not obeyed: the one to blame if the worker gives up."""
-        for taken in self._under_way:
-            for place, command in enumerate(taken.batch.commands):
-                if isinstance(command, Run):
-                    return taken.batch.first + place
+        """The command to blame if the worker gives up."""
+        place = 0 if self._worker is None else self._worker.reached - self._reported
+        for asked in self._asked:
+            if place < len(asked.numbers):
+                return asked.numbers[place]
+            place -= len(asked.numbers)
         return self.done.count
 
     async def take(self, batch: Batch) -> None:
@@ -152,6 +156,7 @@ class SessionWork:
     async def run(self, worker: SessionWorker, admit: Callable[[], Awaitable[None]]) -> None:
         """Obey all that is taken; ``admit`` is awaited before each batch. Raises JobError,
         ProviderError, StoreError, and what ``bring`` and ``report`` raise."""
+        self._worker = worker
         await worker.open_session()
         async with trio.open_nursery() as nursery:
             for _ in range(MAX_LOWERING):
@@ -183,12 +188,14 @@ class SessionWork:
     async def _feed(self, worker: SessionWorker, taken: _Taken) -> None:
         self.fed = taken.mark
         group: list[AnyCommand] = []
-        reads: deque[list[int]] = deque()
+        asked = _Asked([], deque(), ends=False)
         for place, command in enumerate(taken.batch.commands):
+            number = taken.batch.first + place
             if not isinstance(command, Define | Load):
                 group.append(command)
+                asked.numbers.append(number)
                 if isinstance(command, Read):
-                    reads.append([taken.batch.first + place, command.size_bytes])
+                    asked.reads.append([number, command.size_bytes])
                 continue
             later = taken.later.get(place)
             if later is None:
@@ -199,11 +206,11 @@ class SessionWork:
                 later.plan = b""
                 continue
             if group:
-                self._asked.append(_Asked(reads, ends=False))
+                self._asked.append(asked)
                 await worker.obey(group)
-                group, reads = [], deque()
+                group, asked = [], _Asked([], deque(), ends=False)
             await self._put(worker, command)
-        self._asked.append(_Asked(reads, ends=True))
+        self._asked.append(_Asked(asked.numbers, asked.reads, ends=True))
         await worker.obey(group)
 
     async def _put(self, worker: SessionWorker, load: Load) -> None:
@@ -225,6 +232,7 @@ class SessionWork:
             if asked.reads:
                 raise ProviderError("the worker left a Read unanswered")
             self._asked.popleft()
+            self._reported += len(asked.numbers)
             self._add(report)
             if asked.ends:
                 await self._complete()

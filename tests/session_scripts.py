@@ -161,6 +161,11 @@ class Script:
         while not self.of(Leased) and not self.of(Failed):
             await self._news.wait()
 
+    async def until_note(self) -> None:
+        """Return once the person was told something."""
+        while not self.notes:
+            await self._news.wait()
+
     async def obeyed(self) -> None:
         """Return once all that was sent is."""
         while self.ran_to < self.sent:

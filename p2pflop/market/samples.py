@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from p2pflop.market.desk import BuyerDesk, ProviderDesk
 from p2pflop.market.fills import make_bid
 from p2pflop.market.ranking import Deal, Need, Policy, rank, sum_costs
 from p2pflop.market.records import Ask, Bid, CostLine, Terms
+from p2pflop.market.sessions import make_session_bid
 from p2pflop.market.sheets import OpenSheet, make_ask, make_delegation, make_sheet
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import DEFAULT_NETWORK, Sealed
@@ -119,6 +121,23 @@ def bid(buyer: Party, deal: Deal, now_ns: int = NOW_NS, **rest: Any) -> Sealed[B
     return make_bid(buyer.node, deal, **values)
 
 
+def session_bid(buyer: Party, deal: Deal, **rest: Any) -> Sealed[Bid]:
+    """``buyer``'s bid for a lease of a session on ``deal``, for a dollar at most."""
+    values: dict[str, Any] = {
+        "session_id": ROOT,
+        "meter_id": METER_ID,
+        "terms": TERMS,
+        "quote_nusd": 10**9,
+        "nonce": NONCE,
+        "now_ns": NOW_NS,
+        "book_digest": ROOT,
+        "policy_digest": Policy().digest(),
+        "delegation": buyer.delegation,
+        **rest,
+    }
+    return make_session_bid(buyer.node, deal, **values)
+
+
 def deals(*sheets: OpenSheet, now_ns: int = NOW_NS) -> list[Deal]:
     """The deals for the sample job, best first."""
     return [deal for deal in rank(sheets, need(), Policy(), now_ns) if isinstance(deal, Deal)]
@@ -132,8 +151,8 @@ def book(*sheets: OpenSheet, now_ns: int = NOW_NS) -> Book:
     return made
 
 
-def buyer_desk(buyer: Party, found: list[Deal]) -> BuyerDesk:
-    """A desk that tries ``found`` in order."""
+def buyer_desk(buyer: Party, found: list[Deal], known: Container[bytes] = frozenset()) -> BuyerDesk:
+    """A desk that tries ``found`` in order; the accounts ``known`` have delivered before."""
     accounts = {deal.node: deal.account for deal in found}
     return BuyerDesk(
         buyer.node,
@@ -143,6 +162,7 @@ def buyer_desk(buyer: Party, found: list[Deal]) -> BuyerDesk:
         ),
         account_of=accounts.get,
         own_account=buyer.account.public_key,
+        knows=known.__contains__,
     )
 
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 SIZE = 4 * FLOATS
 
 
-async def begin(market: Market, buyer: MemoryNode, script: Script, **wish: object) -> None:
+async def begin(buyer: MemoryNode, script: Script, **wish: object) -> None:
     script.say(opening(**wish))
-    market.nursery.start_soon(buyer.sessions.serve, script)
+    buyer.buyer.nursery.start_soon(buyer.sessions.serve, script)
     await script.begun()
 
 
@@ -31,7 +31,7 @@ async def reference(market: Market, runs: int) -> bytes:
     await other.provider()
     buyer = await other.buyer()
     script = Script()
-    await begin(other, buyer, script)
+    await begin(buyer, script)
     script.give([*beginning(), *steps(runs)])
     data = await script.read(0, SIZE)
     await script.close()
@@ -42,7 +42,7 @@ async def reference(market: Market, runs: int) -> bytes:
 async def test_a_session_runs_reads_and_pays(market: Market, autojump_clock: object) -> None:
     provider, buyer = await market.provider(), await market.buyer()
     script = Script()
-    await begin(market, buyer, script)
+    await begin(buyer, script)
     script.give([*beginning(), *steps(3)])
     data = await script.read(0, SIZE)
     assert len(data) == SIZE
@@ -69,7 +69,7 @@ async def test_a_provider_that_dies_is_replaced_and_the_bytes_are_the_same(
     second = await market.provider("second", price_nusd=2 * PRICE_NUSD)
     buyer = await market.buyer()
     script = Script()
-    await begin(market, buyer, script)
+    await begin(buyer, script)
     script.give([*beginning(), *steps(10)])
     await script.obeyed()
     await first.kill()
@@ -95,7 +95,7 @@ async def test_a_read_that_was_answered_in_part_goes_on_where_it_was(
     await market.provider("second", price_nusd=2 * PRICE_NUSD)
     buyer = await market.buyer()
     script = Script()
-    await begin(market, buyer, script)
+    await begin(buyer, script)
     script.give([*beginning(floats), *steps(2)])
     await script.obeyed()
     whole = await script.read(0, 4 * floats)
@@ -120,7 +120,7 @@ async def test_an_idle_lease_is_given_back_and_the_next_begins_with_a_snapshot(
     expected = await reference(market, 6)
     provider, buyer = await market.provider(), await market.buyer()
     script = Script()
-    await begin(market, buyer, script)
+    await begin(buyer, script)
     script.give([*beginning(), *steps(5)])
     await script.obeyed()
     await trio.sleep(session_buying.IDLE_S / 2)
@@ -146,7 +146,7 @@ async def test_large_buffers_travel_as_blobs_and_old_snapshots_are_deleted(
     buyer = await market.buyer()
     loaded = await buyer.store.put(data)
     script = Script()
-    await begin(market, buyer, script)
+    await begin(buyer, script)
     script.give([*beginning(floats, large=data), *steps(1)])
     before = await script.read(0, 4 * floats)
     for _ in range(3):
@@ -168,7 +168,7 @@ async def test_a_quote_that_is_used_up_leads_to_the_next_lease(
     expected = await reference(market, 100)
     provider, buyer = await market.provider(), await market.buyer()
     script = Script()
-    await begin(market, buyer, script)
+    await begin(buyer, script)
     script.give([*beginning(), *steps(100)])
     assert await script.read(0, SIZE) == expected
     assert len(script.leases) > 1
@@ -182,7 +182,7 @@ async def test_a_quote_that_is_used_up_leads_to_the_next_lease(
 async def test_the_cap_is_never_exceeded(market: Market, autojump_clock: object) -> None:
     provider, buyer = await market.provider(), await market.buyer()
     script = Script()
-    await begin(market, buyer, script, cap_nusd=50 * FLOATS)
+    await begin(buyer, script, cap_nusd=50 * FLOATS)
     script.give([*beginning(), *steps(100)])
     failed = await script.until(Failed)
     assert isinstance(failed, Failed)
@@ -200,7 +200,7 @@ async def test_a_command_that_is_refused_ends_the_session_by_its_number(
     await market.provider()
     buyer = await market.buyer()
     script = Script()
-    await begin(market, buyer, script)
+    await begin(buyer, script)
     script.give([*beginning(), Free(7)])
     failed = await script.until(Failed)
     assert isinstance(failed, Failed)
@@ -215,7 +215,7 @@ async def test_without_a_provider_it_waits_and_then_says_why(
     buyer = await market.buyer()
     script = Script()
     began_at = trio.current_time()
-    await begin(market, buyer, script, wait_s=30)
+    await begin(buyer, script, wait_s=30)
     [failed] = script.of(Failed)
     assert isinstance(failed, Failed)
     assert failed.number == NOBODY
@@ -230,7 +230,7 @@ async def test_without_a_provider_it_may_run_in_the_nodes_own_sandbox(
     expected = await reference(market, 4)
     buyer = await market.buyer()
     script = Script()
-    await begin(market, buyer, script, local=True)
+    await begin(buyer, script, local=True)
     script.give([*beginning(), *steps(4)])
     assert await script.read(0, SIZE) == expected
     assert (await script.close()).cost_nusd == 0
@@ -244,7 +244,7 @@ async def test_a_provider_that_stops_hands_over_within_seconds(
     await market.provider("second", price_nusd=2 * PRICE_NUSD)
     buyer = await market.buyer()
     script = Script()
-    await begin(market, buyer, script)
+    await begin(buyer, script)
     script.give([*beginning(), *steps(10)])
     await script.obeyed()
     with trio.fail_after(5):
@@ -263,7 +263,7 @@ async def test_a_script_that_is_gone_frees_the_slot_and_pays_what_was_obeyed(
 ) -> None:
     provider, buyer = await market.provider(), await market.buyer()
     script = Script()
-    await begin(market, buyer, script)
+    await begin(buyer, script)
     script.give([*beginning(), *steps(10)])
     await script.obeyed()
     script.leave()
@@ -279,7 +279,7 @@ async def test_a_buyer_that_dies_frees_the_slot_within_seconds(
 ) -> None:
     provider, buyer = await market.provider(), await market.buyer()
     script = Script()
-    await begin(market, buyer, script)
+    await begin(buyer, script)
     script.give([*beginning(), *steps(10)])
     await script.obeyed()
     await buyer.kill()
@@ -296,7 +296,7 @@ async def test_each_run_is_told_by_itself_if_the_script_says_so(
     await market.provider()
     buyer = await market.buyer()
     script = Script()
-    await begin(market, buyer, script, verbose=True)
+    await begin(buyer, script, verbose=True)
     script.give([*beginning(), *steps(5)])
     await script.obeyed()
     ran = [frame for frame in script.frames if isinstance(frame, Ran)]
@@ -307,7 +307,7 @@ async def test_each_run_is_told_by_itself_if_the_script_says_so(
 async def test_receipts_come_while_it_runs(market: Market, autojump_clock: object) -> None:
     provider, buyer = await market.provider(), await market.buyer()
     script = Script()
-    await begin(market, buyer, script)
+    await begin(buyer, script)
     script.give(beginning())
     for _ in range(20):
         script.give(steps(1))
