@@ -9,7 +9,6 @@ import pytest
 import trio
 
 from p2pflop.dht.manifest import address_of
-from p2pflop.dht.planes import EndOfStream
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.job.commands import (
     Allocate,
@@ -165,7 +164,7 @@ async def test_a_session_stream_on_which_nothing_is_said_ends(
 ) -> None:
     seller, buyer = await market.provider(), await market.buyer()
     stream = await buyer.dialer.open(seller.peer, SESSION_PROTOCOL)
-    with trio.fail_after(session_sell.OFFER_S + 1), pytest.raises(EndOfStream):
+    with trio.fail_after(session_sell.OFFER_S + 1), pytest.raises(ProviderError):
         await stream.receive()
 
 
