@@ -6,11 +6,11 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check bench clean setup
 
-demo: $(INSTALLED)  ## Four real nodes on this machine: buy, run and verify a training job
+demo: $(INSTALLED)  ## A registry and four real nodes on this machine: buy, run and verify a training job
 	$(BIN)/p2pflop demo
 
 test: $(INSTALLED)  ## All tests but the slow ones; TESTFLAGS is passed on
-	$(BIN)/pytest $(TESTFLAGS)
+	$(BIN)/pytest -n 2 --dist loadgroup $(TESTFLAGS)
 
 check: $(INSTALLED)  ## Formatting, lint, types, import walls, house rules
 	$(BIN)/ruff format --check .

@@ -55,6 +55,7 @@ class Bidding:
             bid_on=self.bid_on,
             account_of=self.account_of,
             own_account=identity.account.public_key,
+            knows=self._buyer.ledger_book.has_bought_from,
             network=identity.network,
         )
 

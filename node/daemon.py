@@ -21,14 +21,16 @@ from p2pflop.dht.announce import Announcer
 from p2pflop.dht.blobs import BlobInfo, Store, delete_own
 from p2pflop.dht.fetch import fetch
 from p2pflop.errors import BlobNotFoundError, ProviderError, StoreError
+from p2pflop.franchise.records import DAY_NS
 from p2pflop.job.meter import METER_ID
 from p2pflop.market.records import ZERO_HASH, Receipt
 from p2pflop.market.views import BookView
 from p2pflop.market.wishes import depth
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
+from p2pflop.node.delegating import AGAIN, Delegated
 from p2pflop.node.dialing import NodeDialer
-from p2pflop.node.franchise import Franchise
+from p2pflop.node.franchise import WARN_DAYS, Franchise
 from p2pflop.node.home import Home
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
@@ -52,6 +54,7 @@ from p2pflop.units import MIB
 
 SAFE_LEVEL: Final = 2
 ASK_NEIGHBOURS: Final = 8
+WARN_NS: Final = WARN_DAYS * DAY_NS
 
 
 @dataclass(slots=True)
@@ -364,6 +367,10 @@ class Daemon:
             if holds
         ]
         problems += self.franchise.problems(selling=self.sheets.selling)
+        account = self.identity.account
+        if isinstance(account, Delegated) and account.left_ns(time.time_ns()) < WARN_NS:
+            days = account.left_ns(time.time_ns()) // DAY_NS
+            problems.append(f"the account trusts this box for {days} more days. {AGAIN}")
         return {
             "problems": problems,
             "home": str(self.home.path),

@@ -18,6 +18,7 @@ from p2pflop.franchise.enrolments import make_form
 from p2pflop.franchise.records import PersonalData
 from p2pflop.ids import HASH_BYTES
 from p2pflop.keys import PrivateKey
+from p2pflop.node.delegating import Delegated
 from p2pflop.node.franchise import Franchise, is_fault
 from p2pflop.node.printable import printable
 from p2pflop.node.registry_client import (
@@ -52,7 +53,7 @@ class Enrolling:
         self,
         franchise: Franchise,
         issuer: bytes,
-        account: PrivateKey,
+        account: PrivateKey | Delegated,
         fetch: Fetch,
         applicant: Applicant | None,
         now_ns: Callable[[], int],
@@ -130,6 +131,8 @@ class Enrolling:
         refused = await self._details()
         if refused:
             return refused
+        if isinstance(self._account, Delegated):
+            return "an enrolment, for which the node that has the account's key can ask"
         if self._applicant is None:
             return "an enrolment: start the node with --enroll"
         schedule = (await ask(self._fetch, SummaryReply, "/v1/registry")).schedule
@@ -138,15 +141,17 @@ class Enrolling:
         if schedule.guidelines != self._applicant.agrees:
             version = printable(schedule.guidelines)
             return f"your word that you agree to its guidelines {version}: --agree {version}"
-        return await self._send(schedule, self._applicant)
+        return await self._send(schedule, self._applicant, self._account)
 
-    async def _send(self, schedule: ScheduleReply, applicant: Applicant) -> str:
+    async def _send(
+        self, schedule: ScheduleReply, applicant: Applicant, account: PrivateKey
+    ) -> str:
         personal = PersonalData(
             1, secrets.token_bytes(HASH_BYTES), applicant.contact, applicant.place
         )
         try:
             form = make_form(
-                self._account,
+                account,
                 self._issuer,
                 schedule.guidelines,
                 personal,

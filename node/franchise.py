@@ -95,6 +95,7 @@ class Franchise:
         self._judged: OrderedDict[bytes, None] = OrderedDict()
         self._boxes: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
         self._said: set[bytes] = set()
+        self._issuers = {key: self.roll.issuer(key) for key in registries}
 
     @property
     def is_strict(self) -> bool:
@@ -208,6 +209,7 @@ class Franchise:
         if refused is not None:
             return refused.reason
         self._keep_certificates(issuer)
+        self._see_withdrawals()
         return ""
 
     def forgive(self, issuer: bytes) -> None:
@@ -224,6 +226,7 @@ class Franchise:
         """What was on disk. Takes 0.2 ms of CPU a proof; nobody else may use this meanwhile."""
         for each in kept:
             self._notes[each.issuer] = each.restore(self.roll, self._now_ns())
+            self._issuers[each.issuer] = self.roll.issuer(each.issuer)
         self._see_forks()
 
     def notes(self, issuer: bytes) -> Notes:
@@ -275,6 +278,12 @@ class Franchise:
         """The newest head of each registry."""
         found = (self.roll.head(issuer) for issuer in self.roll.issuers)
         return [head.wire for head in found if head is not None]
+
+    def days_left(self) -> int | None:
+        """Whole days until this account's attestation ends; None if it is not attested."""
+        now_ns = self._now_ns()
+        standing = self.roll.standing(self.account, now_ns)
+        return None if standing is None else _days(standing, now_ns)
 
     def expire(self) -> None:
         """Forget what has expired."""
@@ -364,6 +373,7 @@ class Franchise:
         return found
 
     def _noted(self, key: bytes, taken: Standing | Taken | Rejected) -> str:
+        self._see_withdrawals()
         if isinstance(taken, Rejected):
             return taken.reason
         self._judged[key] = None
@@ -384,6 +394,26 @@ class Franchise:
     def _keep_certificates(self, issuer: bytes) -> None:
         certificates = self.roll.issuer(issuer).certificates.values()
         self.changes.certificates |= {(issuer, each.wire) for each in certificates}
+
+    def _see_withdrawals(self) -> None:
+        """Read all anew of a registry that gave up its online keys: what they signed is gone."""
+        for issuer, before in self._issuers.items():
+            known = self.roll.issuer(issuer)
+            if known is before:
+                continue
+            self._issuers[issuer] = known
+            self._keep_certificates(issuer)
+            if known.withdrawals() <= before.withdrawals():
+                continue
+            name = issuer.hex()[:16]
+            _log.warning("registry %s gave up its online keys; its proofs are read anew", name)
+            self.unlinked[issuer].clear()
+            self.note(issuer, serial=0, leaf=0)
+            if self._notes[issuer].fork and self.roll.fork(issuer) is None:
+                self._said.discard(issuer)
+                self.note(issuer, fork=b"")
+                _log.warning("registry %s says that a thief told the second history", name)
+            self._tell()
 
     def _see_forks(self) -> None:
         """Say of each registry that it is convicted, once."""

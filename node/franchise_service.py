@@ -23,7 +23,7 @@ from p2pflop.market.book import Book
 from p2pflop.market.rates import Rates
 from p2pflop.market.records import Rejected
 from p2pflop.market.sheets import check_delegation
-from p2pflop.node.franchise import Franchise, is_fault
+from p2pflop.node.franchise import WARN_DAYS, Franchise, is_fault
 from p2pflop.node.franchise_file import FranchiseFile
 from p2pflop.node.franchise_stream import (
     MAX_TOLD_ATTESTATIONS,
@@ -87,6 +87,7 @@ class FranchiseService:
         self._rates = Rates(TALKS_PER_S, TALKS_BURST)
         self._faults = Rates(1 / FORGIVEN_S, MAX_FAULTS)
         self._talks = 0
+        self._said_days: int | None = None
         self._random = secrets.SystemRandom()
         self._news = trio.Event()
         franchise.on_news.append(self._hurry)
@@ -247,6 +248,18 @@ class FranchiseService:
 
     # In turn
 
+    def say_days_left(self) -> None:
+        """Say in the log for how long this account is attested, when that has changed: daily."""
+        days, said = self.franchise.days_left(), self._said_days
+        self._said_days = days
+        if days == said:
+            return
+        if days is None:
+            _log.warning("this account is attested no more: strict nodes leave its asks out")
+        else:
+            level = logging.WARNING if days < WARN_DAYS else logging.INFO
+            _log.log(level, "this account is attested for %d more days", days)
+
     def _hurry(self) -> None:
         self._news.set()
 
@@ -257,6 +270,7 @@ class FranchiseService:
                 await self._news.wait()
                 await trio.sleep(SOON_S)
             self.franchise.expire()
+            self.say_days_left()
             if self.franchise.is_strict:
                 async with trio.open_nursery() as nursery:
                     for peer in self._chosen():

@@ -1,7 +1,8 @@
 """A node's home: its lock, keys, token, and the note that tells local programs where it listens.
 
 ``account.pem`` owns the money and signs a delegation to ``node.pem``, the peer's identity. Both
-rest unencrypted with mode 600: a daemon must start without a person.
+rest unencrypted with mode 600: a daemon must start without a person. On another box of the account
+``delegation.bin`` stands in the place of ``account.pem`` (``delegating.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +22,9 @@ from typing import Final
 from p2pflop.dht.files import NO_ROOM
 from p2pflop.errors import ConfigError, HomeLockedError, P2PFlopError, StoreFullError
 from p2pflop.keys import SEED_BYTES, PrivateKey
+from p2pflop.node.delegating import FILE_NAME as DELEGATION
+from p2pflop.node.delegating import Delegated, read_delegation
+from p2pflop.wire import DEFAULT_NETWORK
 
 TOKEN_BYTES: Final = 32
 _TOKEN: Final = re.compile(rb"[A-Za-z0-9_-]{16,}")
@@ -30,7 +35,7 @@ class Home:
     """An opened home. Only one process holds one at a time."""
 
     path: Path
-    account: PrivateKey
+    account: PrivateKey | Delegated
     node: PrivateKey
     token: str
 
@@ -47,10 +52,10 @@ class Home:
 
 
 @contextmanager
-def open_home(path: Path) -> Iterator[Home]:
+def open_home(path: Path, network: str = DEFAULT_NETWORK) -> Iterator[Home]:
     """Lock and, at first, furnish a home. Raises ConfigError, HomeLockedError."""
     with held(path):
-        home = _furnish(path)
+        home = _furnish(path, network)
         try:
             yield home
         finally:
@@ -73,11 +78,12 @@ def held(path: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _furnish(path: Path) -> Home:
+def _furnish(path: Path, network: str) -> Home:
     try:
         # A note that a killed node has left leads to nobody.
         (path / "node.json").unlink(missing_ok=True)
-        return Home(path, _key(path / "account.pem"), _key(path / "node.pem"), _token(path))
+        node = _key(path / "node.pem")
+        return Home(path, _account(path, node.public_key, network), node, _token(path))
     except OSError as error:
         raise _unusable(f"the home {path} cannot be used", error) from error
 
@@ -96,6 +102,17 @@ def _lock(lock: int, path: Path) -> None:
         os.ftruncate(lock, os.pwrite(lock, holder.encode(), 0))
     except OSError as error:
         raise _unusable(f"cannot write {path / 'lock'}", error) from error
+
+
+def _account(path: Path, node: bytes, network: str) -> PrivateKey | Delegated:
+    if not (path / DELEGATION).exists():
+        return _key(path / "account.pem")
+    if (path / "account.pem").exists():
+        raise ConfigError(
+            f"{path} has both account.pem and {DELEGATION}",
+            hint="A box is of one account: delete the one that is not meant.",
+        )
+    return read_delegation(path / DELEGATION, node, network, time.time_ns())
 
 
 def _key(path: Path) -> PrivateKey:

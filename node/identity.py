@@ -7,6 +7,7 @@ from typing import Final
 
 from p2pflop.keys import PrivateKey, peer_id
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, make_delegation
+from p2pflop.node.delegating import Delegated
 from p2pflop.units import NS_PER_S
 
 DELEGATION_NS: Final = 7 * 24 * 3600 * NS_PER_S
@@ -15,9 +16,9 @@ RENEW_NS: Final = DELEGATION_NS // 2
 
 @dataclass(slots=True)
 class Identity:
-    """The account's delegation to the node is renewed long before it ends."""
+    """The account's delegation to the node is renewed long before it ends, if its key is here."""
 
-    account: PrivateKey
+    account: PrivateKey | Delegated
     node: PrivateKey
     network: str
     _delegation: bytes = b""
@@ -29,7 +30,9 @@ class Identity:
         return peer_id(self.node.public_key)
 
     def delegation(self, now_ns: int) -> bytes:
-        """An envelope that covers at least the next ``RENEW_NS``."""
+        """An envelope that covers at least the next ``RENEW_NS``; of a box, what is left."""
+        if isinstance(self.account, Delegated):
+            return self.account.wire
         if now_ns >= self._renew_at_ns:
             self._delegation = make_delegation(
                 self.account,

@@ -326,6 +326,15 @@ class Journal:
         )
         return [bytes(body) for (body,) in found]
 
+    def bodies_since(self, kind: str, side: str, opened_ns: int) -> list[bytes]:
+        """The bodies of the rows of a kind, of all jobs of a side that were opened from then on."""
+        found = self._database.read(
+            "SELECT body FROM rows JOIN heads USING (job)"
+            " WHERE kind = ? AND side = ? AND opened_ns >= ?",
+            *(kind, side, opened_ns),
+        )
+        return [bytes(body) for (body,) in found]
+
     def head(self, job: str) -> Head | None:
         """The head of ``job``, or None if it is unknown."""
         rows = self._database.read(_HEADS + "WHERE job = ?", job)

@@ -44,6 +44,7 @@ from p2pflop.node.books import open_books
 from p2pflop.node.buy import Buyer
 from p2pflop.node.config import Settings
 from p2pflop.node.daemon import Daemon
+from p2pflop.node.delegating import AGAIN, Delegated
 from p2pflop.node.dialing import NodeDialer
 from p2pflop.node.franchise import Franchise
 from p2pflop.node.franchising import open_franchise
@@ -68,11 +69,12 @@ from p2pflop.node.tape import TapeService
 from p2pflop.node.warm import WarmWorkers
 from p2pflop.node.worker_types import Workers
 from p2pflop.node.workers import WorkerPool
-from p2pflop.units import format_usd
+from p2pflop.units import NS_PER_S, format_usd
 
 EMBEDDED_IDLE_S: Final = 60.0
 WITHDRAW_S: Final = 2.0
 STOP_S: Final = 5.0
+LOOK_S: Final = 60.0
 CLAIMED_FLOP_PER_S: Final = 5 * 10**9
 """What an ask says of its speed before anything was measured. It ranks nothing."""
 
@@ -94,7 +96,7 @@ def run_node(settings: Settings) -> int:
     """Run a node until it is told to stop; its exit code. Raises P2PFlopError if it cannot."""
     _set_up_logging(settings)
     _allow_open_files()
-    with open_home(settings.home) as home:
+    with open_home(settings.home, settings.network) as home:
         try:
             trio.run(_run, settings, home)
         except BaseExceptionGroup as group:
@@ -109,9 +111,22 @@ async def _run(settings: Settings, home: Home) -> None:
         outer.start_soon(_listen_to_signals, stop, outer.cancel_scope)
         async with _started(settings, home, stop) as daemon:
             _announce_start(daemon)
+            if isinstance(home.account, Delegated):
+                outer.start_soon(_end_with_delegation, home.account, stop)
             await stop.wait()
             await _give_back(daemon)
         outer.cancel_scope.cancel()
+
+
+async def _end_with_delegation(account: Delegated, stop: trio.Event) -> None:
+    """Stop in order while what the account has signed for this box still serves."""
+    while not stop.is_set():
+        left_ns = account.left_ns(time.time_ns())
+        if left_ns <= 0:
+            _log.error("the account trusts this box no longer. %s", AGAIN)
+            stop.set()
+        with trio.move_on_after(min(left_ns / NS_PER_S, LOOK_S)):
+            await stop.wait()
 
 
 async def _give_back(daemon: Daemon) -> None:

@@ -182,6 +182,7 @@ class Purchase:
         """See Hands. The first fill decides in which class the job is computed."""
         if edge == Edge.FILL:
             self._fix_class()
+            self._stretches.fix_limit(self._bid().record.quote_nusd)
         elif edge == Edge.COUNTERSIGN and self._interval is not None:
             self._stretches.add(self._interval)
         elif edge in (Edge.NEXT, Edge.WAIT, Edge.RESUBMIT):
@@ -267,7 +268,7 @@ class Purchase:
             self._lent_to = bid.provider
         if self._lifecycle.state is not State.CONFIRMING:
             return
-        told = self._bidding.describe(bid)
+        told = self._bidding.describe(bid) | {"limit_nusd": self._stretches.whole.max_nusd}
         total_nusd = self._owed_nusd() + bid.quote_nusd
         self._run.card |= {"provider": self._peer, "quote_nusd": total_nusd}
         await self._buyer.runs.emit(self._run, "filled", provider=self._peer, **told)

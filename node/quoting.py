@@ -16,15 +16,16 @@ import logging
 import secrets
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterable
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from p2pflop.errors import ProtocolError, ProviderError
-from p2pflop.market.records import NONCE_BYTES, Ask, Quote, Terms, Wish
+from p2pflop.market.records import NONCE_BYTES, Ask, Bid, Quote, Rejected, Terms, Wish
 from p2pflop.market.sheets import OpenSheet
-from p2pflop.market.wishes import make_quote, offer_to, wish_total_nusd
+from p2pflop.market.wishes import check_ticket, make_quote, offer_to, wish_total_nusd
 from p2pflop.node import quote_stream
 from p2pflop.node.guard import survive
 from p2pflop.node.payment_stream import close
@@ -59,6 +60,13 @@ class Quoting:
         self._filled: OrderedDict[bytes, None] = OrderedDict()
         seller.sheets.on_news(self.look_soon)
         seller.allocator.on_free.append(self._note_room)
+
+    def recall(self, bids: Iterable[Sealed[Bid]]) -> None:
+        """What was granted before a restart: quotes on which there has been a fill."""
+        for bid in bids:
+            quote = check_ticket(bid, self._seller.identity.network)
+            if not isinstance(quote, Rejected):
+                self.fill(quote.id)
 
     def look_soon(self) -> None:
         """The book or the own sheet has changed."""

@@ -94,6 +94,8 @@ class RegistryWatch:
         """
         if not self._known:
             await self._introduce()
+        if self._franchise.roll.fork(self._issuer) is not None:
+            await self._learn_certificates()  # One of them may say that its key was stolen.
         if self._franchise.roll.fork(self._issuer) is None:
             await self._follow()
         await self._enrolling.step()
@@ -122,11 +124,7 @@ class RegistryWatch:
         told = bytes.fromhex((await ask(self._fetch, HeadReply, "/v1/head")).head)
         if told == franchise.notes(issuer).head and not franchise.unlinked[issuer]:
             return
-        certificates = await ask(self._fetch, CertificatesReply, "/v1/certificates")
-        wires = tuple(bytes.fromhex(each) for each in certificates.certificates)
-        for wire in wires:
-            _check(franchise.learn(issuer, (wire,)))
-            await trio.lowlevel.checkpoint()
+        await self._learn_certificates()
         reason = franchise.take_head(issuer, told)
         if reason:
             raise ProtocolError(f"the registry tells a head that does not hold: {reason}")
@@ -139,6 +137,12 @@ class RegistryWatch:
         before, newest = self._open(franchise.notes(issuer).head), self._open(told)
         if newest is not None and (before is None or before.record.size <= newest.record.size):
             franchise.note(issuer, head=told)
+
+    async def _learn_certificates(self) -> None:
+        certificates = await ask(self._fetch, CertificatesReply, "/v1/certificates")
+        for each in certificates.certificates:
+            _check(self._franchise.learn(self._issuer, (bytes.fromhex(each),)))
+            await trio.lowlevel.checkpoint()
 
     # One history
 

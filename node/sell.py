@@ -32,6 +32,8 @@ from p2pflop.keys import peer_id
 from p2pflop.market.fills import OpenBid, check_bid, make_reject
 from p2pflop.market.receipts import delivered_flop
 from p2pflop.market.records import Abandon, Bid, Confirm, Fill, Receipt, Rejected
+from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
+from p2pflop.market.wishes import MAX_QUOTE_LIFETIME_NS
 from p2pflop.node import messages as m
 from p2pflop.node.allocator import Allocator
 from p2pflop.node.config import Settings
@@ -136,6 +138,9 @@ class Seller:
     def resume(self) -> None:
         """Bring every sale that a restart found unfinished to its end, and sweep old blobs; answer
         wishes."""
+        since_ns = self.now_ns() - MAX_QUOTE_LIFETIME_NS - CLOCK_TOLERANCE_NS
+        granted = self.journal.bodies_since(SaleRow.BID, PROVIDER, since_ns)
+        self.quoting.recall(reopen(Bid, wire, self.identity.network) for wire in granted)
         self.nursery.start_soon(survive, self._take_all_up)
         self.nursery.start_soon(keep_going, self.quoting.run)
 

@@ -35,6 +35,7 @@ from p2pflop.node.journal import JobRows, KnownState, Row
 from p2pflop.node.orders import Order
 from p2pflop.node.printable import printable
 from p2pflop.node.service import Json
+from p2pflop.units import MAX_NUSD, NUSD_PER_USD
 from p2pflop.wire import decode, encode, reopen
 
 INTERVAL_ROW: Final = "interval"
@@ -42,6 +43,10 @@ RESULT_ROW: Final = "result"
 """Of one stretch."""
 WHOLE_ROW: Final = "whole"
 """The result of all stretches of a run that had more than one."""
+LIMIT_ROW: Final = "limit"
+UNSTATED_LIMIT_TIMES: Final = 2
+LEAST_UNSTATED_LIMIT_NUSD: Final = NUSD_PER_USD // 100
+"""A cent."""
 BROKEN_OFF: Final = frozenset(LIFE_ROW + edge for edge in (Edge.NEXT, Edge.WAIT, Edge.RESUBMIT))
 
 
@@ -83,6 +88,14 @@ class Stretches:
             return self.whole.checked.job.first_step
         return _end(self._intervals[-1])
 
+    def fix_limit(self, quote_nusd: int) -> None:
+        """Somebody has filled for so much. Where the buyer has set no limit, the whole run may cost
+        twice that, or a cent: providers that fail must not lead it to others at any price."""
+        if self.whole.max_nusd == MAX_NUSD:
+            limit_nusd = max(UNSTATED_LIMIT_TIMES * quote_nusd, LEAST_UNSTATED_LIMIT_NUSD)
+            self.whole = replace(self.whole, max_nusd=limit_nusd)
+            self._rows.add(LIMIT_ROW, limit_nusd.to_bytes(8, "big"))
+
     def add(self, interval: Result) -> None:
         """Take in an interval that is here and verified, together with its countersignature."""
         self._intervals.append(interval)
@@ -106,6 +119,8 @@ class Stretches:
                 self._intervals.append(decode(Result, row.body))
             elif row.kind == RESULT_ROW:
                 result = row.body
+            elif row.kind == LIMIT_ROW:
+                self.whole = replace(self.whole, max_nusd=int.from_bytes(row.body, "big"))
             elif row.kind in BROKEN_OFF:
                 step, result = self.done_to, b""
         self.begin(step, 0)

@@ -22,3 +22,10 @@ settings.load_profile("default")
 def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test may touch the home of the person who runs it."""
     monkeypatch.setenv("P2PFLOP_HOME", str(tmp_path / "home"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start nodes run one after the other, however many run side by side."""
+    for item in items:
+        if "e2e" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("nodes"))

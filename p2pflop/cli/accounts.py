@@ -36,7 +36,9 @@ def find_account(client: Client, text: str) -> bytes:
     known = [balance["account"] for balance in client.ledger().get("balances", ())]
     known += [ask["account"] for ask in client.book()]
     known += [payment["account"] for payment in client.payments()]
-    return _find(text, known, "account", "See 'p2pflop ledger --json' and 'p2pflop book --json'.")
+    return find_among(
+        text, known, "account", "See 'p2pflop ledger --json' and 'p2pflop book --json'."
+    )
 
 
 def is_peer(peer: str, text: str) -> bool:
@@ -47,7 +49,7 @@ def is_peer(peer: str, text: str) -> bool:
 def find_payment(client: Client, text: str) -> dict[str, Any]:
     """The payment of that id, or the one whose id begins so. Raises ConfigError."""
     payments = {payment["id"]: payment for payment in client.payments()}
-    return payments[_find(text, payments, "payment", "See 'p2pflop payments'.").hex()]
+    return payments[find_among(text, payments, "payment", "See 'p2pflop payments'.").hex()]
 
 
 def due_from(client: Client, account: bytes) -> int:
@@ -74,7 +76,8 @@ def confirm(question: str, *, yes: bool) -> None:
     raise ConfigError("not confirmed: nothing was booked", hint="Without a question: --yes.")
 
 
-def _find(text: str, known: Iterable[str], what: str, hint: str) -> bytes:
+def find_among(text: str, known: Iterable[str], what: str, hint: str) -> bytes:
+    """The one of ``known`` that begins with ``text``. Raises ConfigError, which says ``what``."""
     if _DIGITS.fullmatch(text) is None:
         raise ConfigError(
             f"{text[:80]!r} is no {what}: {2 * HASH_BYTES} hex digits, or at least {MIN_DIGITS} "

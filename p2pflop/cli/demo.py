@@ -1,11 +1,12 @@
 """``p2pflop demo``: the whole market on one machine, with real nodes and real data.
 
-Four node processes on loopback, a buyer and three providers, one of them too small for the job. A
-digit classifier is traced and bought; its provider is killed with -9 after the first checkpoint,
-and the run goes on at the next best. Then twelve learning rates of a smaller job are bought under
-one budget, over whoever has room. All ledgers have to agree. The result is fetched by its hash over
-plain HTTP, evaluated, and the job run again locally, without a break, to compare the hash.
-Nothing is shown that was not just measured.
+A registry and four node processes on loopback, a buyer and three providers. The cheapest of these
+has not paid its franchise fee and is in nobody's book. A digit classifier is traced and bought; its
+provider is killed with -9 after the first checkpoint, and the run goes on at the next best. The
+cheapest pays, appears, and wins the next job. The registry is stopped, and twelve learning rates
+of that job are bought under one budget, over whoever has room. All ledgers have to agree. The
+result is fetched by its hash over plain HTTP, evaluated, and compared with the same job run
+locally, without a market and without a break. Nothing is shown that was not just measured.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import os
 import secrets
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 
-from p2pflop.cli.demo_nodes import DemoNode, four_nodes
+from p2pflop.cli.demo_nodes import DemoNode, Market, open_market
 from p2pflop.cli.output import Flags, common_options, print_json, say, short
 from p2pflop.errors import ConfigError, P2PFlopError, VerificationError
 from p2pflop.units import format_bytes, format_flop, format_usd
@@ -33,11 +35,13 @@ from p2pflop.units import format_bytes, format_flop, format_usd
 if TYPE_CHECKING:
     from p2pflop.results import Result
     from p2pflop.runs import Run
+    from p2pflop.sdk import Job
 
 SCRIPT: Final = Path("examples") / "digits.py"
 SWEEP: Final = Path("examples") / "sweep.py"
 HOME: Final = Path(".demo")
 BOOK_S: Final = 30.0
+LOCAL_STOP_S: Final = 5.0
 POLL_S: Final = 0.05
 MIN_ACCURACY: Final = 0.95
 OFFERED: Final = ("make_job", "evaluate")
@@ -59,9 +63,10 @@ SWEPT: Final = ("make_job",)
 def demo_command(flags: Flags, script: Path, seed: int | None) -> int:
     """Train a digit classifier between four nodes on this machine.
 
-    The nodes live in the folder .demo of the current directory (or --home). Each demo begins with
-    fresh ones, that is, new accounts and empty ledgers, and keeps only their plan caches, so that a
-    second run skips lowering. Nothing leaves this machine.
+    All deal only with accounts that a registry attests; one of the three that sell pays its fee
+    late. Everything lives in the folder .demo of the current directory (or --home). Each demo
+    begins afresh, that is, with new accounts and empty ledgers, and keeps only plan caches, so that
+    a second run skips lowering. Nothing leaves this machine.
 
     \b
     Examples:
@@ -73,73 +78,115 @@ def demo_command(flags: Flags, script: Path, seed: int | None) -> int:
     seed = secrets.randbelow(2**32) if seed is None else seed
     began = time.monotonic()
     try:
-        with four_nodes(home) as (buyer, providers):
+        with open_market(home) as market:
             sweep = _load(script.with_name(SWEEP.name), SWEPT)
-            report = _trade(program, sweep, seed, buyer, providers, as_json=flags.json)
+            report = _trade(program, sweep, seed, market, as_json=flags.json)
     except KeyboardInterrupt:
         # Not the run's own interrupt: that one tells how to come back to a run that goes on.
         stopped = KeyboardInterrupt()
         stopped.add_note(
-            "The demo was stopped: its run is given up, and its four nodes have ended."
+            "The demo was stopped: its run is given up, its registry and four nodes have ended."
         )
         raise stopped from None
     report["seconds"] = round(time.monotonic() - began, 1)
     if flags.json:
         print_json(report)
     else:
-        say(f"\nAll of it took {report['seconds']} s; the four nodes have ended.")
+        say(f"\nAll of it took {report['seconds']} s; the registry and the four nodes have ended.")
         say("Until the next demo their homes keep what they have. This looks into the buyer's:")
-        say(f"  {_program()} get {report['weights']} --home {buyer.home} -o weights.bin")
+        say(f"  {_program()} get {report['weights']} --home {market.buyer.home} -o weights.bin")
     return 0
 
 
 def _trade(
-    program: ModuleType,
-    swept: ModuleType,
-    seed: int,
-    buyer: DemoNode,
-    providers: list[DemoNode],
-    *,
-    as_json: bool,
+    program: ModuleType, swept: ModuleType, seed: int, market: Market, *, as_json: bool
 ) -> dict[str, Any]:
     import p2pflop as pf
     from p2pflop.client import Client
 
-    with Client(buyer.home) as client:
-        names = _wait_for_book(client, providers)
+    with Client(market.buyer.home) as client:
+        names = _wait_for_book(client, market)
+        left_out = _show_left_out(client, market.unpaid)
         job = program.make_job(seed=seed)
-        cost = job.cost
-        say(
-            f"\n{job.file.labels.title}: {format_bytes(job.size_bytes)} of graphs, "
-            f"{job.steps} steps, {format_flop(cost.flop)}, "
-            f"touches {format_bytes(cost.touched_bytes)}, seed {seed}\n"
-        )
+        _describe(job, seed)
         run = pf.submit(job, max_usd="0.01", fresh=True, client=client)
-        victim = _Victim(names)
-        result, result_event = _follow(run, victim, as_json=as_json)
-        winner = names[result_event["provider"]]
-        say(f"\n'{winner.name}' has finished what '{victim.name}' had begun.")
-        paid = victim.start_again(winner)
-        sold = _sweep(swept, client, names)
-        paid += [node for node in providers if node.name in sold and node not in paid]
-        ledgers = _show_ledgers(client, paid, result.cost_nusd + sum(sold.values()))
-        accuracy, example = _fetch_and_evaluate(program, client, result_event)
-        say("\nRunning the same job here, without a market, to compare...")
-        local = job.run_local()
-        if local.hash != result.hash:
-            raise VerificationError(f"the local run gave {local.hash}, the provider {result.hash}")
-        say(f"Same hash: {local.hash}")
-        return {
-            "hash": result.hash,
-            "local_hash": local.hash,
-            "accuracy": accuracy,
-            "weights": example,
-            "killed": victim.name,
-            "provider": winner.name,
-            "sweep_nusd": sold,
-            "job_bytes": job.size_bytes,
-            **ledgers,
-        }
+        with _Local(job) as local:
+            victim = _Victim(names)
+            result, result_event = _follow(run, victim, as_json=as_json)
+            winner = names[result_event["provider"]]
+            say(f"\n'{winner.name}' has finished what '{victim.name}' had begun.")
+            appeared_s = _pay(client, market, meanwhile=victim.start_again)
+            sold = _sell_next(swept.make_job(), client, market, names)
+            for name, earned_nusd in _sweep(swept, client, names).items():
+                sold[name] = sold.get(name, 0) + earned_nusd
+            paid = {*sold, victim.name, winner.name}
+            owed = [each for each in market.providers if each.name in paid]
+            ledgers = _show_ledgers(client, owed, result.cost_nusd + sum(sold.values()))
+            accuracy, example = _fetch_and_evaluate(program, client, result_event)
+            local_hash = local.compare(result.hash)
+    return {
+        "hash": result.hash,
+        "local_hash": local_hash,
+        "accuracy": accuracy,
+        "weights": example,
+        "killed": victim.name,
+        "provider": winner.name,
+        "left_out": left_out,
+        "appeared_s": appeared_s,
+        "sold_nusd": sold,
+        "job_bytes": job.size_bytes,
+        **ledgers,
+    }
+
+
+def _describe(job: Job, seed: int) -> None:
+    cost = job.cost
+    say(
+        f"\n{job.file.labels.title}: {format_bytes(job.size_bytes)} of graphs, "
+        f"{job.steps} steps, {format_flop(cost.flop)}, "
+        f"touches {format_bytes(cost.touched_bytes)}, seed {seed}"
+    )
+    say("Beside it the same job runs here, without a market, to compare.\n")
+
+
+class _Local:
+    """The job, run on this machine beside the one that is bought, and not beyond the demo."""
+
+    def __init__(self, job: Job) -> None:
+        self._hash = ""
+        self._error: P2PFlopError | None = None
+        self._job = job
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join(LOCAL_STOP_S)
+
+    def _run(self) -> None:
+        try:
+            self._hash = self._job.run_local(self._go_on, self._go_on).hash
+        except P2PFlopError as error:
+            self._error = error
+
+    def _go_on(self, *_: object) -> None:
+        if self._stopping.is_set():
+            raise P2PFlopError("the demo was stopped")
+
+    def compare(self, bought: str) -> str:
+        """The hash of the local run. Raises VerificationError if it is not that of the other."""
+        say("\nWaiting for the job that was run here, without a market and without a break...")
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        if self._hash != bought:
+            raise VerificationError(f"the local run gave {self._hash}, the provider {bought}")
+        say(f"Same hash: {self._hash}")
+        return self._hash
 
 
 class _Victim:
@@ -163,13 +210,12 @@ class _Victim:
             self._node.kill()
             say(f"'{self.name}' is killed now, with kill -9.")
 
-    def start_again(self, winner: DemoNode) -> list[DemoNode]:
-        """Everybody who is owed something, so that the ledgers can be compared."""
-        if self._node is None or self._node is winner:
-            return [winner]
+    def start_again(self) -> None:
+        """Have it back, so that the ledgers can be compared."""
+        if self._node is None or self._node.process.poll() is None:
+            return
         say(f"'{self.name}' is started again, to look into its ledger.")
         self._node.start_again()
-        return [self._node, winner]
 
 
 def _follow(run: Run, victim: _Victim, *, as_json: bool) -> tuple[Result, dict[str, Any]]:
@@ -216,26 +262,92 @@ def _sweep(program: ModuleType, client: Any, names: dict[str, DemoNode]) -> dict
     return sold
 
 
-def _wait_for_book(client: Any, providers: list[DemoNode]) -> dict[str, DemoNode]:
-    """Wait until every node's book shows every provider; who is who by peer id."""
+def _wait_for_book(client: Any, market: Market) -> dict[str, DemoNode]:
+    """Have all pay but one, and wait until each book shows who has; who is who by peer id."""
     from p2pflop.client import Client
 
-    names = {str(note["peer"]): node for node in providers if (note := node.note())}
-    clients = [client, *(Client(node.home) for node in providers)]
-    deadline = time.monotonic() + BOOK_S
-    for each in clients:
-        while {ask["provider"] for ask in each.book()} != set(names):
-            if time.monotonic() > deadline:
-                raise P2PFlopError(f"not every book shows three sheets after {BOOK_S:.0f} s")
-            time.sleep(POLL_S)
-    for each in clients[1:]:
-        each.close()
-    say("Every book shows three sheets:")
+    market.everybody_pays_but_one()
+    names = {str(note["peer"]): node for node in market.providers if (note := node.note())}
+    shown = {peer for peer, node in names.items() if node is not market.unpaid}
+    for node in (market.buyer, *market.providers):
+        own = {peer for peer, each in names.items() if each is node}
+        with Client(node.home) as theirs:
+            _wait_for_sellers(theirs, shown | own)
+    say(f"Every book shows the sheets of the {len(shown)} who have:")
     for ask in client.book():
         node = names[ask["provider"]]
         price, memory = format_usd(ask["price_nusd"]), format_bytes(ask["memory_bytes"])
         say(f"  {node.name}  {short(ask['provider'])}  {price} a PFLOP, {memory} of memory")
     return names
+
+
+def _wait_for_sellers(client: Any, expected: set[str]) -> None:
+    _until(lambda: _sellers(client) == expected, "a book does not show whom it should")
+
+
+def _sellers(client: Any) -> set[str]:
+    return {str(ask["provider"]) for ask in client.book()}
+
+
+def _until(condition: Callable[[], bool], otherwise: str) -> None:
+    """Wait until ``condition`` holds. Raises P2PFlopError."""
+    deadline = time.monotonic() + BOOK_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise P2PFlopError(f"{otherwise} after {BOOK_S:.0f} s")
+        time.sleep(POLL_S)
+
+
+def _show_left_out(client: Any, unpaid: DemoNode) -> str:
+    """Say what the provider that has not paid was told; the buyer's reason."""
+    from p2pflop.client import Client
+
+    buyer = client.status()["peer"]
+
+    def told() -> tuple[str, str]:
+        franchise = theirs.status()["franchise"]
+        reasons = {each["peer"]: each["reason"] for each in franchise["left_out_by"]}
+        return reasons.get(buyer, ""), franchise["registries"][0]["waits_for"]
+
+    with Client(unpaid.home) as theirs:
+        _until(lambda: all(told()) and "pay" in told()[1], f"'{unpaid.name}' is not told why")
+        reason, waits_for = told()
+        [ask] = [ask for ask in theirs.book() if ask["own"]]
+    say(f"'{unpaid.name}' asks for {format_usd(ask['price_nusd'])}, the best price, in vain:")
+    say(f"  the buyer tells it: {reason}")
+    say(f"  its own node tells it: it waits for {waits_for}")
+    return reason
+
+
+def _pay(client: Any, market: Market, *, meanwhile: Callable[[], None]) -> float:
+    """The fee comes; after how many seconds the buyer's book shows who paid it."""
+    unpaid = market.unpaid
+    peer = (unpaid.note() or {})["peer"]
+    market.registry.book_fee(unpaid.account)
+    paid_at = time.monotonic()
+    say(f"\n'{unpaid.name}' pays its fee now.")
+    meanwhile()
+    _until(lambda: peer in _sellers(client), f"'{unpaid.name}' has paid, and is not in the book")
+    seconds = time.monotonic() - paid_at
+    say(f"It is in the buyer's book, {seconds:.1f} s later at most.")
+    return round(seconds, 1)
+
+
+def _sell_next(job: Job, client: Any, market: Market, names: dict[str, DemoNode]) -> dict[str, int]:
+    """Buy a job of whoever is best now, then stop the registry; what was earned."""
+    import p2pflop as pf
+
+    run = pf.submit(job, max_usd="0.01", fresh=True, client=client)
+    result = run.result()
+    winner = names[client.job(run.id)["provider"]]
+    say(f"The next job is bought from '{winner.name}', for {format_usd(result.cost_nusd)}.")
+    if winner is not market.unpaid:
+        raise VerificationError("the best price has not won, though its fee is paid")
+    leaves = market.registry.verify()
+    say(f"The registry's log, checked from outside: {leaves} leaves, one history.")
+    market.registry.stop()
+    say("The registry is stopped now. The market goes on.")
+    return {winner.name: result.cost_nusd}
 
 
 def _show_ledgers(client: Any, paid: list[DemoNode], cost_nusd: int) -> dict[str, Any]:

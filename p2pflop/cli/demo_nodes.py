@@ -1,4 +1,4 @@
-"""The nodes of the demo: begun afresh, and ended with the demo, whatever ends that.
+"""The market of the demo: a registry and nodes, begun afresh, and ended with it whatever ends it.
 
 Their homes keep nothing from one demo to the next but the plan caches: with journals and ledgers of
 earlier demos, of which some were broken off, the books of two nodes could not be compared.
@@ -18,19 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from p2pflop.cli.demo_registry import FEE_NUSD, GUIDELINES, DemoRegistry
 from p2pflop.cli.output import say
 from p2pflop.errors import ConfigError
+from p2pflop.units import format_usd
 
 START_S: Final = 90.0
 STOP_S: Final = 10.0
 POLL_S: Final = 0.05
 LOG_NAME: Final = "demo.log"
 KEPT: Final = frozenset({"plans", "lock", LOG_NAME})
-PROVIDERS: Final = {
-    "tiny": ("--ask", "0.01", "--memory", "270MB"),  # for a job of the sweep, not for the other
-    "fair": ("--ask", "0.04"),
-    "dear": ("--ask", "0.12"),
-}
+UNPAID: Final = "cheap"
+"""Which of the providers does not pay its fee before it is told to."""
+PROVIDERS: Final = {UNPAID: "0.01", "fair": "0.04", "dear": "0.12"}
+"""What they ask for a PFLOP, in dollars."""
+ENROL: Final = ("--enroll", "--agree", GUIDELINES, "--contact", "demo@localhost")
 
 
 @dataclass(slots=True)
@@ -46,6 +48,11 @@ class DemoNode:
     def log(self) -> Path:
         """What it says."""
         return self.home / LOG_NAME
+
+    @property
+    def account(self) -> str:
+        """The account that it is a node of."""
+        return str((self.note() or {})["account"])
 
     def kill(self) -> None:
         """End it with -9, in the middle of whatever it does."""
@@ -66,28 +73,54 @@ class DemoNode:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Market:
+    """Everybody who takes part in the demo."""
+
+    registry: DemoRegistry
+    buyer: DemoNode
+    providers: list[DemoNode]
+
+    @property
+    def unpaid(self) -> DemoNode:
+        """The provider that begins without an attestation."""
+        return next(node for node in self.providers if node.name == UNPAID)
+
+    def everybody_pays_but_one(self) -> None:
+        """Wait for the applications, enrol all, and book the fees of all but one."""
+        self.registry.enrol({node.account: node.name != UNPAID for node in self.providers})
+
+
 @contextmanager
-def four_nodes(folder: Path) -> Iterator[tuple[DemoNode, list[DemoNode]]]:
-    """Start a buyer, then three providers that know the buyer; end them, whatever happens.
+def open_market(folder: Path) -> Iterator[Market]:
+    """Start a registry, a buyer that trusts it, then three providers that know the buyer and apply
+    to the registry; end them, whatever happens.
 
     Raises HomeLockedError if a node runs on one of their homes, ConfigError if a home is not a
     demo's, and the error that a node ended with.
     """
     nodes: list[DemoNode] = []
     with _signals_as_interrupt():
-        for name in ("buyer", *PROVIDERS):
+        for name in ("registry", "buyer", *PROVIDERS):
             freshen(folder / name)
+        registry = DemoRegistry(folder / "registry" / LOG_NAME)
         try:
-            say("Starting four nodes on loopback...")
-            buyer = _start(nodes, folder / "buyer", "buyer", ())
+            say("Starting a registry and four nodes on loopback...")
+            trusted = ("--registry", registry.start(START_S))
+            buyer = _start(nodes, folder / "buyer", "buyer", trusted)
             address = str(_wait_ready(buyer)["address"])
-            for name, flags in PROVIDERS.items():
-                _start(nodes, folder / name, name, (*flags, "--connect", address))
+            for name, usd in PROVIDERS.items():
+                flags = (*trusted, *ENROL, "--ask", usd, "--connect", address)
+                _start(nodes, folder / name, name, flags)
             for node in nodes[1:]:
                 _wait_ready(node)
-            yield buyer, nodes[1:]
+            say(f"The fee is {format_usd(FEE_NUSD)}; all deal only with who has paid it.")
+            yield Market(registry, buyer, nodes[1:])
         finally:
-            _stop(nodes)
+            try:
+                _stop(nodes)
+            finally:
+                registry.stop()
 
 
 def freshen(home: Path) -> None:

@@ -31,9 +31,10 @@ class Finding:
 
 
 @click.command("doctor")
+@click.option("--franchise", is_flag=True, help="Check the guidelines of a franchise, too.")
 @common_options
 @click.pass_obj
-def doctor_command(flags: Flags) -> int:
+def doctor_command(flags: Flags, franchise: bool) -> int:
     """Check this machine and its node.
 
     Exits with 0 if all is well, and with 2 if something is not, which it names.
@@ -41,9 +42,14 @@ def doctor_command(flags: Flags) -> int:
     \b
     Examples:
       p2pflop doctor
+      p2pflop doctor --franchise
       p2pflop doctor --json | jq '.[] | select(.ok | not)'
     """
     findings = [*_machine(), *_home(flags), *_node(flags)]
+    if franchise:
+        from p2pflop.cli.doctor_franchise import guidelines
+
+        findings += guidelines(flags.client())
     if flags.json:
         print_json([asdict(finding) for finding in findings])
     else:

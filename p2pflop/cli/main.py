@@ -54,6 +54,7 @@ COMMANDS: Final = {
     "payments": ("money", "List payments both ways."),
     "received": ("money", "Acknowledge money that you have received."),
     "refuse": ("money", "Refuse a claim: the money did not come."),
+    "delegate": ("delegate", "Make the home of another box of this account."),
     "registry": ("registry", "Run a registry of franchises, enrol at one, or check one."),
     "doctor": ("doctor", "Check this machine and its node."),
     "demo": ("demo", "Train a digit classifier between four nodes on this machine."),

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import signal
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from p2pflop.cli.output import Flags, common_options
+from p2pflop.cli.tied import end_with_parent
 from p2pflop.units import parse_bytes, parse_usd
-
-PR_SET_PDEATHSIG: Final = 1
 
 
 @click.command("node")
@@ -95,7 +92,7 @@ def node_command(
     from p2pflop.node.main import run_node
 
     if tied:
-        _end_with_parent()
+        end_with_parent()
     overrides: dict[str, Any] = {
         "home": flags.home,
         "ask_nusd": None if ask is None else parse_usd(ask),
@@ -125,10 +122,3 @@ def node_command(
 
         end_embedded(settings.home)
     return run_node(settings)
-
-
-def _end_with_parent() -> None:
-    """Be sent SIGTERM when the program that started this one dies, where the kernel can do that."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

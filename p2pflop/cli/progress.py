@@ -117,7 +117,9 @@ class RunView:
 
     def _on_filled(self, event: Mapping[str, Any]) -> None:
         quote = format_usd(int(event["quote_nusd"]))
-        self._say(f"bought from {short(event['provider'])} for at most {quote}")
+        limit_nusd = int(event.get("limit_nusd", 0))
+        limit = f", {format_usd(limit_nusd)} if providers fail" if limit_nusd else ""
+        self._say(f"bought from {short(event['provider'])} for at most {quote}{limit}")
         if int(event["quote_nusd"]):
             self._say(job_risk(int(event["quote_nusd"]), int(event.get("prepaid_nusd", 0))))
 

@@ -19,6 +19,7 @@ from p2pflop.cli.output import (
     say,
 )
 from p2pflop.cli.registry_words import date, folder_of_flags, home_of, run_office
+from p2pflop.cli.tied import end_with_parent
 from p2pflop.errors import ConfigError, VerificationError
 from p2pflop.units import parse_duration, parse_usd
 
@@ -160,9 +161,10 @@ def init_command(
     help="HTTP port [default: 7430; 0: any].",
 )
 @click.option("--behind-proxy", is_flag=True, help="Count applicants by the last X-Forwarded-For.")
+@click.option("--tied", is_flag=True, hidden=True)
 @common_options
 @click.pass_obj
-def serve_command(flags: Flags, host: str, port: int, behind_proxy: bool) -> None:
+def serve_command(flags: Flags, host: str, port: int, behind_proxy: bool, tied: bool) -> None:
     """Answer over HTTP, and renew what is paid for.
 
     It needs the online key and never the root key. Put a web server with TLS before it. The other
@@ -179,6 +181,8 @@ def serve_command(flags: Flags, host: str, port: int, behind_proxy: bool) -> Non
     from p2pflop.registry.home import require
     from p2pflop.registry.service import run_service
 
+    if tied:
+        end_with_parent()
     try:
         ipaddress.ip_address(host)
     except ValueError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from p2pflop.cli.accounts import MIN_DIGITS, confirm, is_whole
+from p2pflop.cli.accounts import confirm, find_among, is_whole
 from p2pflop.cli.output import (
     Flags,
     clean,
@@ -67,7 +67,8 @@ def enroll_command(flags: Flags, address: str, contact: str | None, place: str, 
     if not path.exists():
         raise ConfigError(
             f"there is no account in {home_of(flags)}",
-            hint="A node makes one at its first start: p2pflop node.",
+            hint="A node makes one at its first start; that of a box made by p2pflop delegate is "
+            "where it was made.",
         )
     account = read_key(path, "Restore it from a backup.")
     source = HttpSource(url)
@@ -85,12 +86,14 @@ def enroll_command(flags: Flags, address: str, contact: str | None, place: str, 
         except ValueError as error:
             raise ConfigError(str(error)) from error
         known = source.post("/v1/enrolments", form)
-    told = {name: known[name] for name in ("state", "waits_for", "until_ns", "id") if name in known}
+    names = ("state", "waits_for", "until_ns", "days_left", "id")
+    told = {name: known[name] for name in names if name in known}
     if flags.json:
         print_json(told)
         return
     waits_for = f", waits for {told['waits_for']}" if told.get("waits_for") else ""
-    click.echo(clean(f"{told['state']}{waits_for}"))
+    days = f", {told['days_left']} days left" if told["state"] == "attested" else ""
+    click.echo(clean(f"{told['state']}{waits_for}{days}"))
 
 
 @click.command("approve")
@@ -107,9 +110,7 @@ def approve_command(flags: Flags, account: str, yes: bool) -> None:
     """
 
     async def work(office: Office) -> dict[str, Any]:
-        found = _find(office, account)
-        _introduce(office, found)
-        confirm("Enrol this account?", yes=yes)
+        found = _asked(office, account, "Enrol this account?", yes=yes)
         await office.approve(found)
         return _standing(office, found)
 
@@ -132,9 +133,7 @@ def refuse_command(flags: Flags, account: str, reason: str, yes: bool) -> None:
     from p2pflop.franchise.records import RefusalReason
 
     async def work(office: Office) -> dict[str, Any]:
-        found = _find(office, account)
-        _introduce(office, found)
-        confirm(f"Refuse this account ({reason})?", yes=yes)
+        found = _asked(office, account, f"Refuse this account ({reason})?", yes=yes)
         await office.refuse(found, RefusalReason[reason.upper()])
         return {"account": found.hex(), "state": "refused"}
 
@@ -249,9 +248,9 @@ def paid_command(flags: Flags, account: str, usd: str, reference: str, yes: bool
     amount_nusd = parse_usd(usd)
 
     async def work(office: Office) -> dict[str, Any]:
-        found = _find(office, account)
-        _introduce(office, found)
-        confirm(f"Has {format_usd(amount_nusd)} come from this account?", yes=yes)
+        found = _asked(
+            office, account, f"Has {format_usd(amount_nusd)} come from this account?", yes=yes
+        )
         is_new, issued = await office.receive(found, amount_nusd, reference)
         return _standing(office, found) | {"booked": is_new, "attested": _serial(issued)}
 
@@ -336,9 +335,7 @@ def revoke_command(flags: Flags, account: str, reason: str, yes: bool) -> None:
     from p2pflop.franchise.records import RevocationReason
 
     async def work(office: Office) -> dict[str, Any]:
-        found = _find(office, account)
-        _introduce(office, found)
-        confirm(f"Revoke this account ({reason})?", yes=yes)
+        found = _asked(office, account, f"Revoke this account ({reason})?", yes=yes)
         await office.revoke(found, RevocationReason[reason.upper()])
         return _standing(office, found)
 
@@ -484,38 +481,29 @@ def _find(office: Office, text: str) -> bytes:
     """The account of 64 digits, or the one here that begins so. Raises ConfigError."""
     if is_whole(text):
         return bytes.fromhex(text)
-    if len(text) < MIN_DIGITS or set(text) - set("0123456789abcdef"):
-        raise ConfigError(f"{text[:80]!r} is no account: give {MIN_DIGITS} digits or more of it")
-    found = {
-        bytes(account)
-        for (account,) in office.query(
-            "SELECT account FROM requests UNION SELECT account FROM members"
-        )
-        if account.hex().startswith(text)
-    }
-    if len(found) != 1:
-        several = f"{len(found)} are" if found else "none is"
-        raise ConfigError(
-            f"of the accounts here {several} named {text[:80]}",
-            hint="See 'p2pflop registry list'.",
-        )
-    return found.pop()
+    rows = office.query("SELECT account FROM requests UNION SELECT account FROM members")
+    known = (bytes(account).hex() for (account,) in rows)
+    return find_among(text, known, "account", "See 'p2pflop registry list'.")
+
+
+def _asked(office: Office, text: str, question: str, *, yes: bool) -> bytes:
+    """The account that a decision is about, once the operator has seen it and agreed."""
+    from p2pflop.registry.views import person
+
+    account = _find(office, text)
+    told = person(office.query, account)
+    say(f"account  {account.hex()}")
+    if told is not None:
+        say(f"contact  {told.contact}")
+        say(f"place    {told.place}")
+    confirm(question, yes=yes)
+    return account
 
 
 def _standing(office: Office, account: bytes) -> dict[str, Any]:
     from p2pflop.registry.views import member_view
 
     return member_view(office, account) or {"account": account.hex(), "state": "unknown"}
-
-
-def _introduce(office: Office, account: bytes) -> None:
-    from p2pflop.registry.views import person
-
-    told = person(office.query, account)
-    say(f"account  {account.hex()}")
-    if told is not None:
-        say(f"contact  {told.contact}")
-        say(f"place    {told.place}")
 
 
 def _serial(issued: Attestation | None) -> int:

@@ -87,6 +87,10 @@ class Issuer:
             for number, later in self.certificates.items()
         )
 
+    def withdrawals(self) -> int:
+        """How often all online keys before were given up."""
+        return sum(1 for each in self.certificates.values() if each.record.withdraws)
+
     def check_head(self, data: bytes, now_ns: int) -> Sealed[Head] | Rejected:
         """A head by a key that was certified for when it was made, and is not withdrawn."""
         try:

@@ -85,6 +85,7 @@ class Taken:
     issuer: bytes
     account: bytes
     serial: int
+    head_signer: bytes
     proof: bytes
 
 
@@ -216,7 +217,8 @@ class Roll:
             return Rejected(KNOWN)
         if record.account not in register.revoked and len(register.revoked) >= MAX_ACCOUNTS:
             return Rejected(FULL)
-        taken = Taken(record.issuer, record.account, record.serial, proof)
+        signer = revoked.included.head.signer
+        taken = Taken(record.issuer, record.account, record.serial, signer, proof)
         register.revoked[record.account] = taken
         known = register.standings.get(record.account)
         if known is not None and known.serial <= record.serial:
@@ -300,14 +302,22 @@ class Roll:
         if issuer is register.issuer:
             return
         register.issuer = issuer
-        for account, standing in list(register.standings.items()):
-            certificate = issuer.certificate_of(standing.head_signer)
-            if certificate is None or issuer.is_withdrawn(certificate):
-                del register.standings[account]
-        if register.head is not None:
-            certificate = issuer.certificate_of(register.head.signer)
-            if certificate is None or issuer.is_withdrawn(certificate):
-                register.head = None
+        register.standings = {
+            account: standing
+            for account, standing in register.standings.items()
+            if _is_good(issuer, standing.head_signer)
+        }
+        register.revoked = {
+            account: taken
+            for account, taken in register.revoked.items()
+            if _is_good(issuer, taken.head_signer)
+        }
+        if register.head is not None and not _is_good(issuer, register.head.signer):
+            register.head = None
+        # The root key says that a thief may have signed it: it convicts those who come later
+        # no more, so it must not convict those who saw it before.
+        if register.fork is not None and isinstance(check_fork(register.fork, issuer), Rejected):
+            register.fork = None
 
     def _see(self, register: _Register, head: Sealed[Head]) -> None:
         if head.record.at_ns <= register.forgiven_ns:
@@ -321,3 +331,9 @@ class Roll:
             register.fork = make_fork(first, second, register.issuer)
         if (head.record.size, head.record.at_ns) > (known.record.size, known.record.at_ns):
             register.head = head
+
+
+def _is_good(issuer: Issuer, online_key: bytes) -> bool:
+    """Whether heads by that key count yet."""
+    certificate = issuer.certificate_of(online_key)
+    return certificate is not None and not issuer.is_withdrawn(certificate)

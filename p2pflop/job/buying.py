@@ -46,6 +46,9 @@ MAX_ATTEMPTS: Final = 64
 MAX_UNSIGNED_RECEIPTS: Final = 64
 JOB_FAULT_PREFIX: Final = "job: "
 ONE_OPINION: Final = " (so one account says; there is no other to ask)"
+STRANGERS: Final = " (so {} accounts say, of which none has ever delivered here)"
+MAX_STRANGERS: Final = 8
+"""So many accounts that have never delivered anything are believed that a job is at fault."""
 GAVE_BACK: Final = "the provider gave the lease back: "
 BUSY_PREFIX: Final = "busy: "
 """How a provider's reason begins that holds now and may not hold later."""
@@ -100,6 +103,10 @@ class BuyerDesk(Protocol):
 
     def is_own(self, bid: bytes) -> bool:
         """Whether that account is the buyer's own."""
+        ...
+
+    def knows(self, account: bytes) -> bool:
+        """Whether it has ever delivered to the buyer: to become known costs more than a key."""
         ...
 
     def check_commit(self, wire: bytes, fill: bytes) -> None: ...
@@ -327,20 +334,25 @@ class Buying:
 
     def _on_job_fault(self, reason: str, now_ns: int) -> Move:
         """A provider says that the job itself is to blame: believed of the buyer's own account,
-        when a second account says so, or when there is no other to ask, not even one that has no
-        room now. If its other nodes come next, ranking anew finds others first: it is avoided."""
+        when a second account says so and one of the two is no stranger, when many strangers do, or
+        when there is no other to ask, not even one that has no room now. If its other nodes come
+        next, ranking anew finds others first: it is avoided."""
         account = self.desk.account_of(self.bid)
-        if self.faulted_by - {account} or self.desk.is_own(self.bid):
-            return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
+        accusers = self.faulted_by | {account}
+        strangers = "" if any(map(self.desk.knows, accusers)) else STRANGERS.format(len(accusers))
+        is_believed = (len(accusers) > 1 and not strangers) or len(accusers) >= MAX_STRANGERS
+        if is_believed or self.desk.is_own(self.bid):
+            return self._end(Edge.JOB_FAULT, reason + strangers, Blame.JOB, fence=False)
         bid = self._next_bid(now_ns)
         is_same = bid is not None and self.desk.account_of(bid) == account
         if bid is not None and (self.countersigned or (is_same and not self.faulted_by)):
             return self._resubmit(reason, fence=False)
         if bid is not None:
             return self._go_to(bid, reason, fence=False)
-        if self._busy:
+        if self._busy or self.rests:
             return self._wait(reason, fence=False)
-        return self._end(Edge.JOB_FAULT, reason + ONE_OPINION, Blame.JOB, fence=False)
+        doubt = ONE_OPINION if len(accusers) == 1 else strangers
+        return self._end(Edge.JOB_FAULT, reason + doubt, Blame.JOB, fence=False)
 
     def _start_over(
         self, reason: str, state: State, now_ns: int, edge: Edge, *, fence: bool = True

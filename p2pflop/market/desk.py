@@ -55,7 +55,7 @@ class BuyerDesk:
 
     ``bid_on(attempt, now_ns)`` gives the sealed bid for the deal to try next, or None;
     ``account_of(node)`` the account whose sheet offers for that node, or None if it has none;
-    ``own_account`` is the buyer's.
+    ``own_account`` is the buyer's; ``knows`` tells which accounts have delivered to it before.
     """
 
     def __init__(
@@ -66,10 +66,12 @@ class BuyerDesk:
         bid_on: Callable[[int, int], Sealed[Bid] | None],
         account_of: Callable[[bytes], bytes | None],
         own_account: bytes,
+        knows: Callable[[bytes], bool],
         network: str = DEFAULT_NETWORK,
     ) -> None:
         self._key = key
         self._work = work
+        self._knows = knows
         self._bid_on = bid_on
         self._account_of = account_of
         self._own_account = own_account
@@ -106,6 +108,10 @@ class BuyerDesk:
     def is_own(self, bid: bytes) -> bool:
         """See the protocol."""
         return self.account_of(bid) == self._own_account
+
+    def knows(self, account: bytes) -> bool:
+        """See the protocol."""
+        return self._knows(account)
 
     def check_commit(self, wire: bytes, fill: bytes) -> None:
         """See the protocol."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -132,8 +133,8 @@ def book(*sheets: OpenSheet, now_ns: int = NOW_NS) -> Book:
     return made
 
 
-def buyer_desk(buyer: Party, found: list[Deal]) -> BuyerDesk:
-    """A desk that tries ``found`` in order."""
+def buyer_desk(buyer: Party, found: list[Deal], known: Container[bytes] = frozenset()) -> BuyerDesk:
+    """A desk that tries ``found`` in order; the accounts ``known`` have delivered before."""
     accounts = {deal.node: deal.account for deal in found}
     return BuyerDesk(
         buyer.node,
@@ -143,6 +144,7 @@ def buyer_desk(buyer: Party, found: list[Deal]) -> BuyerDesk:
         ),
         account_of=accounts.get,
         own_account=buyer.account.public_key,
+        knows=known.__contains__,
     )
 
 

@@ -147,8 +147,15 @@ def audit(source: Source, key: bytes | None, home: Path | None, now_ns: int) -> 
         raise VerificationError(f"the registry's newest head does not hold: {head.reason}")
     memory = None if home is None else recall(home, issuer.key)
     remembered, compared = _remembered(memory, issuer)
-    if isinstance(remembered, Sealed) and contradict(remembered.record, head.record):
+    if remembered is not None and contradict(remembered.record, head.record):
         return _forked(issuer, remembered, head)
+    if remembered is not None and remembered.record.size > head.record.size:
+        raise VerificationError(
+            f"the registry shows {head.record.size} leaves, and has signed a log of "
+            f"{remembered.record.size}: it hides the rest, or lost it",
+            hint="Ask its operator. After a backup was restored: p2pflop registry certify "
+            "--withdraw.",
+        )
     auditor = _read_leaves(source, issuer, head.record.size)
     if auditor.tree.root() != head.record.root:
         raise VerificationError("the registry's leaves are not those that its head is about")

@@ -1,7 +1,8 @@
-"""The demo's nodes end with the demo, whatever ends that."""
+"""The demo in real processes: its registry and nodes end with it, and a whole one runs."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,31 +10,34 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from p2pflop.errors import HomeLockedError
 from p2pflop.node.home import held
 
 END_S = 30.0
+ROOT = Path(__file__).parents[2]
 PARENT = """
 import sys
 from pathlib import Path
 from p2pflop.cli import demo_nodes
-home = Path(sys.argv[1])
-nodes = []
-with demo_nodes._signals_as_interrupt():
-    demo_nodes.freshen(home)
-    try:
-        demo_nodes._wait_ready(demo_nodes._start(nodes, home, "buyer", ()))
-        print(nodes[0].process.pid, flush=True)
-        sys.stdin.read()
-    finally:
-        demo_nodes._stop(nodes)
+demo_nodes.PROVIDERS = {}
+with demo_nodes.open_market(Path(sys.argv[1])) as market:
+    print(market.buyer.process.pid, market.registry.address, flush=True)
+    sys.stdin.read()
 """
 
 
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/v1/head").is_success
+    except httpx.TransportError:
+        return False
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGKILL])
-def test_the_nodes_end_with_the_demo(tmp_path: Path, number: int) -> None:
+def test_the_registry_and_the_nodes_end_with_the_demo(tmp_path: Path, number: int) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -43,16 +47,22 @@ def test_the_nodes_end_with_the_demo(tmp_path: Path, number: int) -> None:
     node = 0
     try:
         assert parent.stdout is not None
-        node = int(parent.stdout.readline())
+        told, address = parent.stdout.readline().split()
+        node = int(told)
+        url = address.decode().partition("@")[2]
+        assert httpx.get(f"{url}/v1/head").status_code == 200
         parent.send_signal(number)
         parent.wait(END_S)
         deadline = time.monotonic() + END_S
         while True:
             try:
-                with held(tmp_path):
+                with held(tmp_path / "buyer"):
                     break
             except HomeLockedError:
                 assert time.monotonic() < deadline, "the node still runs"
+            time.sleep(0.05)
+        while answers(url):
+            assert time.monotonic() < deadline, "the registry still runs"
             time.sleep(0.05)
         node = 0
     finally:
@@ -60,3 +70,19 @@ def test_the_nodes_end_with_the_demo(tmp_path: Path, number: int) -> None:
         parent.communicate()
         if node:
             os.kill(node, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_whole_demo(tmp_path: Path) -> None:
+    """Who has not paid sells nothing; once it has it is there within seconds, and wins."""
+    command = [sys.executable, "-m", "p2pflop.cli.main", "demo", "--home", str(tmp_path), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert "is not attested by registry" in told["left_out"]
+    assert (told["killed"], told["provider"]) == ("fair", "dear")
+    assert told["appeared_s"] < 15
+    assert set(told["sold_nusd"]) >= {"cheap"}
+    assert told["hash"] == told["local_hash"]
+    assert sum(told["owed"].values()) == told["owed_nusd"]
+    assert "The registry is stopped now" in done.stderr

@@ -27,12 +27,12 @@ STOP_S = 20.0
 class Registry:
     """``p2pflop registry serve`` and what its operator says."""
 
-    def __init__(self, home: Path, capsys: Output) -> None:
+    def __init__(self, home: Path, capsys: Output, port: int = 0) -> None:
         self.home = home
         self._capsys = capsys
         self._log = home.with_suffix(".log").open("wb")
         command = [sys.executable, "-m", "p2pflop.cli.main", "registry", "serve"]
-        command += ["--home", str(self.home), "--port", "0", "--json"]
+        command += ["--home", str(self.home), "--port", str(port), "--json"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self._log, env=os.environ
         )

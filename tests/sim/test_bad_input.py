@@ -115,12 +115,37 @@ async def test_two_nodes_of_one_account_cannot_blame_a_job(
     assert all(look.is_right for look in replay(decode(Evidence, buyer.buyer.evidence(run_id))))
 
 
-async def test_a_job_fault_is_believed_of_two_accounts(
+async def test_two_strangers_cannot_blame_a_job(market: Market, autojump_clock: object) -> None:
+    for name in ("one", "two"):
+        await market.provider(name, session=Blames)
+    honest = await market.provider("honest", price_nusd=2 * PRICE_NUSD)
+    buyer = await market.buyer()
+    run_id = await buyer.submit(sample_file(STEPS))
+    end = await market.end_of(buyer, run_id)
+    assert (end["kind"], end["provider"]) == ("result", honest.peer)
+
+
+class BlamesLater(CountingSession):
+    """Does its first job, and then says that each job is at fault."""
+
+    done = False
+
+    def step(self, number: int) -> None:
+        if BlamesLater.done:
+            raise JobError(f"the job's code faulted in step {number}")
+        super().step(number)
+
+
+async def test_a_job_fault_is_believed_of_two_accounts_of_which_one_is_known(
     market: Market, autojump_clock: object
 ) -> None:
-    for name in ("one", "two", "three"):
-        await market.provider(name, session=Blames)
+    BlamesLater.done = False
+    await market.provider("known", session=BlamesLater)
+    for name in ("one", "two"):
+        await market.provider(name, price_nusd=2 * PRICE_NUSD, session=Blames)
     buyer = await market.buyer()
+    assert (await buy(market, buyer, sample_file(STEPS, seed=1)))["kind"] == "result"
+    BlamesLater.done = True
     run_id = await buyer.submit(sample_file(STEPS))
     end = await market.end_of(buyer, run_id)
     assert end["message"] == "the job failed: the job's code faulted in step 0"

@@ -193,3 +193,15 @@ async def test_a_registry_with_another_key_is_not_listened_to(
     await trio.sleep(POLL_S)
     assert "has the root key" in node.franchise.watched[other.root].trouble
     assert set(fetch.asked) == {"/v1/registry"}
+
+
+async def test_a_registry_of_another_network_is_not_listened_to(
+    market: Market, autojump_clock: object
+) -> None:
+    registry = SampleRegistry(network="other")
+    registry.publish()
+    other = SampleFetch(registry)
+    node = await market.buyer(**trusting(other))
+    await trio.sleep(POLL_S)
+    assert "for the network 'other'" in node.franchise.watched[other.root].trouble
+    assert set(other.asked) == {"/v1/registry"}

@@ -11,6 +11,7 @@ from p2pflop.errors import ProviderError
 from p2pflop.job.buying import MAX_STALLED
 from p2pflop.job.spec import Result
 from p2pflop.node import messages as m
+from p2pflop.node import stretches
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_file, unchanged
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.wire import decode
@@ -161,6 +162,34 @@ async def test_what_is_left_of_the_budget_bounds_the_next_stretch(
     [miss] = [m for m in buyer.events(run_id, "ranked")[-1]["misses"] if m["provider"] == dear.peer]
     assert "budget" in miss["reason"]
     assert "after step 30" in end["hint"]
+
+
+@pytest.mark.parametrize("times", [2, 3])
+async def test_without_a_budget_a_run_costs_at_most_twice_its_first_quote(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    monkeypatch.setattr(stretches, "LEAST_UNSTATED_LIMIT_NUSD", 1)
+    cheap = await market.provider("cheap")
+    dear = await market.provider("dear", price_nusd=times * PRICE_NUSD)
+    cheap.workers.step_s = dear.workers.step_s = 0.1
+    buyer = await market.buyer()
+    run_id = await submit(buyer, deadline_s=3600)
+    await trio.sleep(5)
+    [filled] = buyer.events(run_id, "filled")
+    assert filled["limit_nusd"] == 2 * filled["quote_nusd"]
+    await cheap.kill()
+    await trio.sleep(60)
+    if times == 3:
+        assert buyer.runs.get(run_id).card["state"] == "waiting"
+        await buyer.kill()
+        await market.restart(buyer)
+    end = await market.end_of(buyer, run_id)
+    assert end["kind"] == ("result" if times == 2 else "failed")
+    if times == 3:
+        [miss] = [
+            m for m in buyer.events(run_id, "ranked")[-1]["misses"] if m["provider"] == dear.peer
+        ]
+        assert "budget" in miss["reason"]
 
 
 async def test_a_run_that_gets_nowhere_is_given_up(market: Market, autojump_clock: object) -> None:

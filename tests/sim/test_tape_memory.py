@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from p2pflop.dht.planes import Stream
 from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.keys import PrivateKey
 from p2pflop.market.relay import MAX_FAULTS
 from p2pflop.market.samples import CLASS_ID, Party
 from p2pflop.market.sheets import make_delegation
@@ -61,6 +62,7 @@ def tape_of(node: MemoryNode) -> list[OpenTrade]:
 def own_trade(node: MemoryNode, number: int = 1, hours_ago: int = 0) -> OpenTrade:
     """A trade that a node says it made."""
     account = node.identity.account
+    assert isinstance(account, PrivateKey)
     at_ns = now_ns() - hours_ago * HOUR_NS
     delegation = make_delegation(
         account, node.identity.node.public_key, at_ns - 2 * HOUR_NS, at_ns + 2 * HOUR_NS

@@ -154,6 +154,19 @@ async def test_a_quote_below_the_public_ask_fills_and_its_evidence_is_right(
     market.check()
 
 
+async def test_a_provider_remembers_over_a_restart_which_quotes_are_filled(
+    market: Market, autojump_clock: object
+) -> None:
+    dear, buyer, run_id = await resting(market, wish_ask_nusd=HALF)
+    dear.meet(buyer)
+    await market.end_of(buyer, run_id)
+    before = set(dear.seller.quoting._filled)
+    assert len(before) == 1
+    await dear.kill()
+    await market.restart(dear)
+    assert set(dear.seller.quoting._filled) == before
+
+
 async def test_a_run_that_all_were_too_busy_for_is_quoted_to_when_a_slot_frees(
     market: Market, autojump_clock: object
 ) -> None:

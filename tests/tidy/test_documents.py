@@ -54,7 +54,9 @@ DOCS = sorted((ROOT / "docs").glob("**/*.md"))
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 PAGES = [ROOT / "README.md", *DOCS, ROOT / "examples" / "README.md", ROOT / "tests" / "README.md"]
 EXAMPLE_PAGES = [ROOT / "docs" / "examples" / f"{name}.md" for name in EXAMPLES]
-RUNNING = [ROOT / "docs" / name for name in ("formats.md", "market.md", "meter.md")] + EXAMPLE_PAGES
+RUNNING = [
+    ROOT / "docs" / name for name in ("formats.md", "franchise.md", "market.md", "meter.md")
+] + EXAMPLE_PAGES
 REFERENCE = (ROOT / "docs" / "reference.md").read_text("utf-8")
 
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -314,6 +314,31 @@ class TestVerify:
         assert "two histories" in error["message"]
         healed.stop()
 
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            ("UPDATE leaves SET body = zeroblob(200) WHERE number = 1", "leaf 1"),
+            ("DELETE FROM leaves WHERE number = 3", "hides leaf 3 of 4"),
+            ("DELETE FROM heads WHERE size > 2", "has signed a log of 4"),
+        ],
+    )
+    def test_a_log_that_was_edited_or_cut_on_the_disk(
+        self, founded: Operator, change: str, text: str
+    ) -> None:
+        folder = founded.home / "registry"
+        for fee in ("5", "6"):
+            founded("fee", fee, "--yes")
+        whole = LiveRegistry(folder).start()
+        assert founded("verify", whole.url)["leaves"] == 4
+        whole.stop()
+        with closing(sqlite3.connect(folder / "registry.db")) as database, database:
+            assert database.execute(change).rowcount
+        edited = LiveRegistry(folder).start()
+        error = founded("verify", edited.url, fails=10)
+        edited.stop()
+        assert text in error["message"]
+        founded("backup", str(founded.home / "copy.db"), fails=10)
+
     def test_withdrawing_at_once_after_a_restore_heals(
         self, founded: Operator, tmp_path: Path
     ) -> None:

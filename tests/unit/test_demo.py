@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from p2pflop.cli import demo, demo_nodes
 from p2pflop.cli.demo_nodes import DemoNode, freshen
 from p2pflop.cli.main import run
 from p2pflop.client import Client
-from p2pflop.errors import ConfigError, HomeLockedError
+from p2pflop.errors import ConfigError, HomeLockedError, VerificationError
 from p2pflop.node.home import held
 
 StartNode = Callable[..., Any]
@@ -90,7 +92,7 @@ def test_ctrl_c_gives_the_run_up_and_says_so(
     def stand_in(folder: Path) -> Any:
         demo._follow(pf.attach(run_id), demo._Victim({}), as_json=False)
 
-    monkeypatch.setattr(demo, "four_nodes", stand_in)
+    monkeypatch.setattr(demo, "open_market", stand_in)
     script = tmp_path / "job.py"
     script.write_text("def make_job(seed): ...\ndef evaluate(weights): ...\n")
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -103,3 +105,46 @@ def test_ctrl_c_gives_the_run_up_and_says_so(
     assert "four nodes have ended" in text
     assert "p2pflop watch" not in text
     assert node.service.runs[run_id].events[-1]["kind"] == "cancelled"
+
+
+class EndlessJob:
+    """Its local run ends only if its caller no longer wants it."""
+
+    ended = False
+
+    def run_local(self, on_row: Callable[..., None], _on_lowering: object) -> Any:
+        try:
+            while True:
+                on_row(None)
+                time.sleep(0.001)
+        finally:
+            self.ended = True
+
+
+def test_the_local_run_ends_with_the_demo() -> None:
+    job = EndlessJob()
+    with pytest.raises(ConfigError), demo._Local(job):  # type: ignore[arg-type]
+        raise ConfigError("something else went wrong")
+    assert job.ended
+
+
+@pytest.mark.parametrize(("bought", "differs"), [("ab", False), ("cd", True)])
+def test_another_hash_is_told(bought: str, differs: bool) -> None:
+    job = SimpleNamespace(run_local=lambda *_: SimpleNamespace(hash="ab"))
+    with demo._Local(job) as local:  # type: ignore[arg-type]
+        if differs:
+            with pytest.raises(VerificationError, match="the local run gave ab"):
+                local.compare(bought)
+        else:
+            assert local.compare(bought) == "ab"
+
+
+def test_a_local_run_that_fails_is_told() -> None:
+    def fail(*_: object) -> None:
+        raise ConfigError("no clang")
+
+    with (
+        demo._Local(SimpleNamespace(run_local=fail)) as local,  # type: ignore[arg-type]
+        pytest.raises(ConfigError, match="no clang"),
+    ):
+        local.compare("ab")

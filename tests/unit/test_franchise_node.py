@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -18,6 +19,7 @@ from p2pflop.node import franchise as module
 from p2pflop.node.config import load_settings
 from p2pflop.node.franchise import Franchise, is_fault
 from p2pflop.node.franchise_file import FranchiseFile
+from p2pflop.node.franchise_service import FranchiseService
 
 ME, OTHER = key(1), key(2).public_key
 NODE = key(11).public_key
@@ -302,3 +304,26 @@ async def test_what_could_not_be_written_is_written_later(
         await file.save(made.take_changes())
         [kept] = file.read([issuer])
     assert (len(kept.attestations), kept.notes.serial) == (1, 5)
+
+
+def test_the_days_that_are_left_are_logged_once_a_day(
+    registry: SampleRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    now_ns = NOW_NS
+    registries = {registry.root.public_key: "http://registry.test"}
+    strict = Franchise(registries, ME.public_key, NODE, lambda: now_ns)
+    service = FranchiseService(strict, *[MagicMock() for _ in range(5)])
+    service.say_days_left()
+    assert not caplog.records
+    strict.take(attest(registry, valid_until_ns=NOW_NS + 14 * DAY_NS))
+    with caplog.at_level("INFO"):
+        for hours in (0, 1, 13, 24 * 14):
+            now_ns = NOW_NS + hours * DAY_NS // 24
+            service.say_days_left()
+            service.say_days_left()
+    told = [(record.levelname, record.message) for record in caplog.records]
+    assert told == [
+        ("INFO", "this account is attested for 14 more days"),
+        ("WARNING", "this account is attested for 13 more days"),
+        ("WARNING", "this account is attested no more: strict nodes leave its asks out"),
+    ]

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from p2pflop.job.buying import BUSY_PREFIX, ONE_OPINION, Buying, buyer
+from p2pflop.job.buying import (
+    BUSY_PREFIX,
+    MAX_STRANGERS,
+    ONE_OPINION,
+    STRANGERS,
+    Buying,
+    buyer,
+)
 from p2pflop.job.events import Again, Blame, Deny, Fault, Grant, Ranked, State
 from p2pflop.job.lifecycle import Lifecycle
 from p2pflop.job.selling import provider
@@ -34,18 +41,53 @@ def job_fault(seller: Party, made: Lifecycle[Buying]) -> None:
     both.to_buyer(sale.on(Fault("it faulted", job_fault=True), NOW_NS))
 
 
-def test_a_job_fault_is_believed_when_a_second_provider_says_so() -> None:
+@pytest.mark.parametrize("known", [(), (1,), (2,), (3,)])
+def test_a_second_account_is_believed_if_one_of_the_two_has_delivered_before(
+    known: tuple[int, ...],
+) -> None:
     sellers = [party(number) for number in (1, 2, 3)]
     found = [deal for seller in sellers for deal in deals(seller.sheet(ask()))]
-    made = buyer(buyer_desk(SHOPPER, found), DEADLINE_NS)
+    accounts = [party(number).account.public_key for number in known]
+    made = buyer(buyer_desk(SHOPPER, found, accounts), DEADLINE_NS)
     made.start(NOW_NS)
     made.on(Ranked(), NOW_NS)
     states = []
     for seller in sellers[:2]:
         job_fault(seller, made)
         states.append(made.state)
-    assert states == [State.BIDDING, State.FAILED], "another one is asked first"
+    assert states[0] is State.BIDDING, "another one is asked first"
+    is_believed = known in [(1,), (2,)]
+    assert states[1] is (State.FAILED if is_believed else State.BIDDING)
+    if not is_believed:
+        job_fault(sellers[2], made)
+        doubt = "" if known else STRANGERS.format(3)
+        assert made.side.outcome()[0].endswith("it faulted" + doubt)
     assert made.side.outcome()[1] is Blame.JOB
+
+
+def test_many_strangers_are_believed() -> None:
+    sellers = [party(number) for number in range(1, MAX_STRANGERS + 2)]
+    found = [deal for seller in sellers for deal in deals(seller.sheet(ask()))]
+    made = buyer(buyer_desk(SHOPPER, found), DEADLINE_NS)
+    made.start(NOW_NS)
+    made.on(Ranked(), NOW_NS)
+    for seller in sellers[: MAX_STRANGERS - 1]:
+        job_fault(seller, made)
+        assert made.state is State.BIDDING
+    job_fault(sellers[MAX_STRANGERS - 1], made)
+    assert made.state is State.FAILED
+    assert made.side.outcome()[0].endswith(STRANGERS.format(MAX_STRANGERS))
+
+
+def test_strangers_cannot_end_a_run_that_rests() -> None:
+    sellers = [party(number) for number in (1, 2)]
+    found = [deal for seller in sellers for deal in deals(seller.sheet(ask()))]
+    made = buyer(buyer_desk(SHOPPER, found), DEADLINE_NS, rests=True)
+    made.start(NOW_NS)
+    made.on(Ranked(), NOW_NS)
+    for seller in sellers:
+        job_fault(seller, made)
+    assert made.state is State.WAITING
 
 
 def test_two_nodes_of_one_account_have_one_opinion() -> None:

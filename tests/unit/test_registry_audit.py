@@ -153,6 +153,17 @@ class TestForks:
         shown.heads[-1] = short.head(at_ns=NOW_NS + 1)
         convicts(check(shown, tmp_path), registry)
 
+    def test_an_older_state_of_one_history_proves_nothing_and_does_not_pass(
+        self, registry: SampleRegistry, tmp_path: Path
+    ) -> None:
+        shown = Shown(registry)
+        size = len(registry.tree)
+        registry.attest(key(50).public_key)
+        assert isinstance(check(Shown(registry), tmp_path), Report)
+        for _ in range(2):
+            with pytest.raises(VerificationError, match=f"shows {size} leaves, and has signed"):
+                check(shown, tmp_path)
+
     def test_heads_that_it_shows_itself(self, registry: SampleRegistry) -> None:
         other = SampleRegistry()
         other.publish()
