@@ -27,7 +27,68 @@ from p2pflop.job.commands import (
     Write,
 )
 from p2pflop.job.session import OpenGraph, open_graph
-from p2pflop.kernels.frames import PART_BYTES
+from p2pflop.kernels.session_local import data_of
+
+
+class DigestWorkspace:
+    """``engine.Workspace``, whose plans are the encoded graphs themselves."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self.kernels = self.flop = self.touched_bytes = 0
+        self._memory_bytes = memory_bytes
+        self._buffers: dict[int, bytearray] = {}
+        self._defined: dict[bytes, OpenGraph] = {}
+        self._bound: dict[int, tuple[OpenGraph, tuple[Place, ...]]] = {}
+
+    def define(self, graph: bytes, plan: bytes) -> None:
+        """See Workspace."""
+        self._defined[graph] = open_graph(plan)
+
+    def put(self, buffer: int, offset_bytes: int, data: bytes | memoryview) -> None:
+        """See Workspace."""
+        self._buffers[buffer][offset_bytes : offset_bytes + len(data)] = data
+
+    def obey(self, command: AnyCommand) -> memoryview | None:
+        """See Workspace."""
+        match command:
+            case Allocate(buffer, size_bytes):
+                held_bytes = sum(map(len, self._buffers.values()))
+                if held_bytes + size_bytes > self._memory_bytes:
+                    raise JobError("the session ran out of memory")
+                self._buffers[buffer] = bytearray(size_bytes)
+            case Free(buffer):
+                del self._buffers[buffer]
+            case Write(buffer, offset_bytes, data):
+                self.put(buffer, offset_bytes, data)
+            case Bind(binding, name, places):
+                self._bound[binding] = (self._defined[name], places)
+            case Run(binding):
+                self.run(*self._bound[binding])
+            case Copy((target, at), source, size_bytes):
+                self.put(target, at, self.read(source, size_bytes))
+            case Read(buffer, offset_bytes, size_bytes):
+                return memoryview(self.read((buffer, offset_bytes), size_bytes))
+            case _:
+                raise AssertionError(f"a worker does not obey {command}")
+        return None
+
+    def run(self, graph: OpenGraph, places: tuple[Place, ...]) -> None:
+        """Run a graph at these places."""
+        digest = blake3(graph.hash)
+        for place, size_bytes in zip(places, graph.sizes_bytes, strict=True):
+            digest.update(self.read(place, size_bytes))
+        for number, (buffer, at) in enumerate(places):
+            if graph.written[number]:
+                seed = blake3(digest.digest() + bytes([number % 256]))
+                self.put(buffer, at, seed.digest(graph.sizes_bytes[number]))
+        self.kernels += 1
+        self.flop += graph.cost.flop
+        self.touched_bytes += graph.cost.touched_bytes
+
+    def read(self, place: Place, size_bytes: int) -> bytes:
+        """A copy of what is at a place."""
+        buffer, at = place
+        return bytes(self._buffers[buffer][at : at + size_bytes])
 
 
 class MemorySession:
@@ -41,11 +102,8 @@ class MemorySession:
         self.reached = 0
         self._count = 0
         self._graphs = graphs
-        self._memory_bytes = memory_bytes
         self._check = check
-        self._buffers: dict[int, bytearray] = {}
-        self._defined: dict[bytes, OpenGraph] = {}
-        self._bound: dict[int, tuple[OpenGraph, tuple[Place, ...]]] = {}
+        self._space = DigestWorkspace(memory_bytes)
         self._tell, self._told = trio.open_memory_channel[Ran | Data | Exception](2**20)
 
     async def open_session(self) -> None:
@@ -57,33 +115,33 @@ class MemorySession:
         """See SessionWorker."""
         del plan
         await trio.lowlevel.checkpoint()
-        self._defined[graph_hash] = open_graph(self._graphs[graph_hash])
+        self._space.define(graph_hash, self._graphs[graph_hash])
 
     async def put(self, buffer: int, offset_bytes: int, data: bytes) -> None:
         """See SessionWorker."""
         await trio.lowlevel.checkpoint()
-        self._write((buffer, offset_bytes), data)
+        self._space.put(buffer, offset_bytes, data)
 
     async def obey(self, commands: Sequence[AnyCommand]) -> None:
         """See SessionWorker."""
-        kernels = flop = touched_bytes = 0
+        space = self._space
+        kernels, flop, touched_bytes = space.kernels, space.flop, space.touched_bytes
         for command in commands:
             self.reached = self._count
             self._count += 1
             await trio.lowlevel.checkpoint()
             try:
                 self._check()
-                self._obey(command)
+                answer = space.obey(command)
             except Exception as error:  # noqa: BLE001 - it shows at the next report
                 self._tell.send_nowait(error)
                 return
-            if isinstance(command, Run):
-                if self.run_s:
-                    await trio.sleep(self.run_s)
-                graph, _ = self._bound[command.binding]
-                kernels += 1
-                flop += graph.cost.flop
-                touched_bytes += graph.cost.touched_bytes
+            for data in () if answer is None else data_of(self.reached, answer):
+                self._tell.send_nowait(data)
+            if isinstance(command, Run) and self.run_s:
+                await trio.sleep(self.run_s)
+        kernels, flop = space.kernels - kernels, space.flop - flop
+        touched_bytes = space.touched_bytes - touched_bytes
         self._tell.send_nowait(Ran(self._count, kernels, flop, touched_bytes, kernels))
 
     async def reports(self) -> AsyncIterator[Ran | Data]:
@@ -92,48 +150,3 @@ class MemorySession:
             if isinstance(report, Exception):
                 raise report
             yield report
-
-    def _obey(self, command: AnyCommand) -> None:
-        match command:
-            case Allocate(buffer, size_bytes):
-                held_bytes = sum(map(len, self._buffers.values()))
-                if held_bytes + size_bytes > self._memory_bytes:
-                    raise JobError("the session ran out of memory")
-                self._buffers[buffer] = bytearray(size_bytes)
-            case Free(buffer):
-                del self._buffers[buffer]
-            case Write(buffer, offset_bytes, data):
-                self._write((buffer, offset_bytes), data)
-            case Bind(binding, name, places):
-                self._bound[binding] = (self._defined[name], places)
-            case Run(binding):
-                self._run(*self._bound[binding])
-            case Copy(target, source, size_bytes):
-                self._write(target, self._read(source, size_bytes))
-            case Read(buffer, offset_bytes, size_bytes):
-                self._answer(self._read((buffer, offset_bytes), size_bytes))
-            case _:
-                raise AssertionError(f"a worker does not obey {command}")
-
-    def _run(self, graph: OpenGraph, places: tuple[Place, ...]) -> None:
-        digest = blake3(graph.hash)
-        for place, size_bytes in zip(places, graph.sizes_bytes, strict=True):
-            digest.update(self._read(place, size_bytes))
-        for number, place in enumerate(places):
-            if graph.written[number]:
-                seed = blake3(digest.digest() + bytes([number % 256]))
-                self._write(place, seed.digest(graph.sizes_bytes[number]))
-
-    def _answer(self, data: bytes) -> None:
-        starts = range(0, len(data), PART_BYTES) or [0]
-        for start in starts:
-            piece = data[start : start + PART_BYTES]
-            self._tell.send_nowait(Data(self.reached, piece, start == starts[-1]))
-
-    def _read(self, place: Place, size_bytes: int) -> bytes:
-        buffer, at = place
-        return bytes(self._buffers[buffer][at : at + size_bytes])
-
-    def _write(self, place: Place, data: bytes) -> None:
-        buffer, at = place
-        self._buffers[buffer][at : at + len(data)] = data

@@ -18,9 +18,21 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from p2pflop.errors import JobError
+from p2pflop.job.commands import Place
+from p2pflop.job.session import OpenGraph
 from p2pflop.job.spec import Work
 from p2pflop.kernels.compiler import CompileClient
-from p2pflop.kernels.frames import OUT_OF_MEMORY_CODE, Done, Paused, Progress, Progressed, Ready
+from p2pflop.kernels.frames import (
+    OUT_OF_MEMORY_CODE,
+    Done,
+    Obeyed,
+    Part,
+    Paused,
+    Progress,
+    Progressed,
+    Ready,
+)
+from p2pflop.node.memory_sessions import DigestWorkspace
 from p2pflop.node.memory_workers import CountingSession
 from p2pflop.units import MIB
 
@@ -50,8 +62,12 @@ AT_STEP = 3
     SLOW,
     EXIT_WITHOUT_MEMORY,
     ILLEGAL_INSTRUCTION,
-) = range(22)
+    UNASKED_DATA,
+    UNASKED_OBEYED,
+) = range(24)
 SLOW_STEP_SECONDS = 0.02
+SPACE_BYTES = 64 * MIB
+PLAN_OF = b"plan of "
 
 
 def _to_node(data: bytes) -> None:
@@ -135,7 +151,30 @@ _DEEDS: dict[int, Callable[[], object]] = {
     UNTRACED_ROW: lambda: _frame(Progressed(0, 0, ((0, 7, 0, b"1234"),))),
     EARLY_PAUSE: lambda: _frame(Paused(2, True, False)),
     WRONG_REPORT: lambda: _frame(Done()),
+    UNASKED_DATA: lambda: _frame(Part(b"1", True)),
+    UNASKED_OBEYED: lambda: _frame(Obeyed(0, 0, 0, 0)),
 }
+
+
+class ScriptedWorkspace(DigestWorkspace):
+    """Does what is at the first place of a binding, four bytes, before it is run."""
+
+    def __init__(self) -> None:
+        super().__init__(SPACE_BYTES)
+        self._deed = HONEST
+
+    def define(self, graph: bytes, plan: bytes) -> None:
+        super().define(graph, plan.removeprefix(PLAN_OF))
+
+    def run(self, graph: OpenGraph, places: tuple[Place, ...]) -> None:
+        self._deed = int.from_bytes(self.read(places[0], 4), "little")
+        if self._deed in _DEEDS:
+            _DEEDS[self._deed]()
+        super().run(graph, places)
+
+    def read(self, place: Place, size_bytes: int) -> bytes:
+        data = super().read(place, size_bytes)
+        return data[:-1] if self._deed == WRONG_SIZE else data
 
 
 class ScriptedEngine:
@@ -177,10 +216,13 @@ class ScriptedEngine:
         if graph.startswith(b"C:") and self._compiler is not None:
             return self._compiler.compile(graph[2:].decode())
         progress(2, 2)
-        return b"plan of " + graph
+        return PLAN_OF + graph
 
     def session(self, work: Work, plans: Mapping[bytes, bytes]) -> ScriptedSession:
         return ScriptedSession(work, plans)
+
+    def workspace(self) -> ScriptedWorkspace:
+        return ScriptedWorkspace()
 
 
 def create() -> ScriptedEngine:
