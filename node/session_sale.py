@@ -112,7 +112,13 @@ class SessionSale:
         )
         memory_bytes = max(0, bid.record.terms.memory_bytes - WORKER_BASE_BYTES)
         self.work = SessionWork(
-            base.workers, base.store, self._open_graph, loads, self._report, memory_bytes
+            base.workers,
+            base.store,
+            self._open_graph,
+            loads,
+            self._report,
+            memory_bytes,
+            refuses_dear=not self.is_own,
         )
 
     @property
@@ -160,12 +166,14 @@ class SessionSale:
     async def serve(self, talk: SessionTalk) -> None:
         """From the fill to the end. Raises ProviderError, ProtocolError for what the peer did."""
         self._talk = talk
+        confirmed = False
         try:
-            if await self._is_confirmed():
+            confirmed = await self._is_confirmed()
+            if confirmed:
                 await self._live()
-            else:
-                self.seller.base.allocator.note_lapse(self.account, self.seller.base.now_ns())
         finally:
+            if not confirmed:
+                self.seller.base.allocator.note_lapse(self.account, self.seller.base.now_ns())
             with trio.CancelScope(shield=True):
                 await self._close()
         await talk.part()
@@ -292,13 +300,13 @@ class SessionSale:
 
     async def _hear(self, message: SessionMessage) -> None:
         match message:
-            case Batch():
+            case Batch() if not self.work.is_finishing:
                 self._heard_at = trio.current_time()
                 if self._end is None:
                     await self._take(message)
             case m.Countersigned(wire):
                 await self.countersigned(wire)
-            case Close():
+            case Close() if not self.work.is_finishing:
                 self.work.finish()
             case _:
                 raise ProtocolError("a buyer does not send that", peer=self._talk.peer)
