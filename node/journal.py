@@ -9,7 +9,7 @@ that a stretch that starts there can be bought without saying from what; **fills
 belongs to, for a buyer who comes back late; **results**, which run computed what, so that nothing
 is bought twice; **letters**, what was countersigned last in a run that is over, until its provider
 has acknowledged it; **sheets**, by which runs were decided, the newest ``MAX_SHEETS`` of them;
-**unpaid**, what a sale that is over had shown of its work and its buyer never countersigned, which
+**unpaid**, what a sale that is over had done of its work and its buyer never countersigned, which
 counts against the buyer's credit for a day.
 
 A job's rows are collected in ``JobRows`` and flushed together, before the first thing that others
@@ -125,7 +125,7 @@ class Letter:
 
 @dataclass(frozen=True, slots=True)
 class Unpaid:
-    """Work that was shown to ``account`` and never countersigned."""
+    """Work that was begun for ``account`` and never countersigned."""
 
     account: bytes
     at_ns: int
