@@ -348,6 +348,17 @@ class Journal:
         """The jobs of a side that are not over, oldest first."""
         return self._heads("WHERE side = ? AND end_state IS NULL ORDER BY opened_ns", side)
 
+    def with_row(self, side: str, kind: str, since_ns: int, limit: int) -> list[tuple[str, int]]:
+        """The jobs of a side that had a row of that kind since then, and when; the newest
+        ``limit``, of the newest ``MAX_LISTED`` of all."""
+        found = self._database.read(
+            "SELECT job, at_ns FROM rows WHERE kind = ? AND at_ns >= ? AND job IN"
+            " (SELECT job FROM heads WHERE side = ? ORDER BY opened_ns DESC LIMIT ?)"
+            " ORDER BY at_ns DESC LIMIT ?",
+            *(kind, since_ns, side, MAX_LISTED, limit),
+        )
+        return [(str(job), int(at_ns)) for job, at_ns in found]
+
     def _heads(self, where: str, *values: object) -> list[Head]:
         return [Head(*row) for row in self._database.read(_HEADS + where, *values)]
 
