@@ -299,7 +299,8 @@ class Purchase:
         self._stretches.lose(peer, side.outcome()[0], told_to)
         if edge == Edge.RESUBMIT and side.was_paid:
             letter = self._run.rows.add_letter(peer, side.delivered[-1], len(side.delivered))
-            self._buyer.nursery.start_soon(survive, self._buyer.letters.deliver, letter)
+            spoken = None if self._conversation is None else self._conversation.over
+            self._buyer.nursery.start_soon(survive, self._buyer.letters.deliver, letter, spoken)
 
     async def _tell_loss(self, next_provider: str) -> None:
         if (told := self._stretches.tell_loss(next_provider)) is not None:

@@ -38,7 +38,7 @@ async def test_signs_of_life_alone_hold_a_small_job_for_two_minutes(
     assert "the provider made no progress for 120 s" in lost["reason"]
     assert (await market.end_of(buyer, run_id))["provider"] == busy.peer
     await trio.sleep(SOON_S)
-    assert not idle.seller.busy
+    assert not idle.seller.busy, "it was told, though a letter went to it as well"
 
 
 async def test_an_honest_provider_of_long_steps_is_waited_for(
