@@ -1,7 +1,7 @@
 """What of this node is free, and for whom: slots, memory, and credit.
 
 A sale holds **capacity** from its fill until its worker has ended, and **credit** until it is
-over: a buyer that never countersigns keeps no slot, but what it was shown unpaid counts for a day
+over: a buyer that never countersigns keeps no slot, but what was begun unpaid counts for a day
 as if it owed it. Credit is by account (``p2pflop.market.credit``): what one owes may be as much as
 it has paid in all, and beyond that all share one pool. There is no waiting list: whoever comes
 first gets the slot, everybody else at once a no, which says whether to come back.
@@ -110,7 +110,7 @@ class Allocator:
             self._lapses.popitem(last=False)
 
     def note_unpaid(self, unpaid: Unpaid) -> bool:
-        """Work that was shown, billed and never countersigned; whether that counts."""
+        """Work that was begun and never countersigned; whether that counts."""
         counts = unpaid.amount_nusd > 0 and unpaid.account != self.own_account
         if counts:
             self._unpaid.append(unpaid)
@@ -202,10 +202,11 @@ class Allocator:
             taken_nusd += max(0, booked_nusd + amount_nusd) - max(0, booked_nusd)
         if taken_nusd <= pool_nusd:
             return ""
-        return credit_reason(uncovered, ledger.credit_nusd(account), pool_nusd)
+        free_nusd = pool_nusd - (taken_nusd - uncovered)
+        return credit_reason(uncovered, ledger.credit_nusd(account), pool_nusd, free_nusd)
 
     def _pending(self, now_ns: int) -> Counter[bytes]:
-        """By account, what is not in the ledger: open sales, and what was shown unpaid."""
+        """By account, what is not in the ledger: open sales, and what was begun unpaid."""
         while self._unpaid and self._unpaid[0].at_ns < now_ns - UNPAID_FOR_NS:
             self._unpaid.popleft()
         pending: Counter[bytes] = Counter()

@@ -62,7 +62,7 @@ class Bidding:
     def fix_class(self, class_id: bytes) -> None:
         """Somebody has filled in that class: whoever else runs the job does it in the same."""
         self._is_unfilled = False
-        self._buyer.wishes.withdraw(self._run_id)
+        self._buyer.wishes.fill(self._run_id)
         if self._classes != {class_id}:
             self._classes = frozenset({class_id})
             self._rows.add(CLASS_ROW, class_id)

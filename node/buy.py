@@ -101,7 +101,13 @@ class Buyer:
     def __post_init__(self) -> None:
         self.experience = Experience(self.identity.account.public_key)
         self.wishes = Wishes(
-            self.identity, self.sheets, self.nursery, self.now_ns, self.wake, self.franchise
+            self.identity,
+            self.sheets,
+            self.nursery,
+            self.now_ns,
+            self.wake,
+            self.franchise,
+            secrets.SystemRandom().random,
         )
 
     def wait(self, run_id: str, purchase: Purchase) -> None:

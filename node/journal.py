@@ -9,7 +9,7 @@ that a stretch that starts there can be bought without saying from what; **fills
 belongs to, for a buyer who comes back late; **results**, which run computed what, so that nothing
 is bought twice; **letters**, what was countersigned last in a run that is over, until its provider
 has acknowledged it; **sheets**, by which runs were decided, the newest ``MAX_SHEETS`` of them;
-**unpaid**, what a sale that is over had shown of its work and its buyer never countersigned, which
+**unpaid**, what a sale that is over had done of its work and its buyer never countersigned, which
 counts against the buyer's credit for a day.
 
 A job's rows are collected in ``JobRows`` and flushed together, before the first thing that others
@@ -125,7 +125,7 @@ class Letter:
 
 @dataclass(frozen=True, slots=True)
 class Unpaid:
-    """Work that was shown to ``account`` and never countersigned."""
+    """Work that was begun for ``account`` and never countersigned."""
 
     account: bytes
     at_ns: int
@@ -347,6 +347,17 @@ class Journal:
     def unfinished(self, side: str) -> list[Head]:
         """The jobs of a side that are not over, oldest first."""
         return self._heads("WHERE side = ? AND end_state IS NULL ORDER BY opened_ns", side)
+
+    def with_row(self, side: str, kind: str, since_ns: int, limit: int) -> list[tuple[str, int]]:
+        """The jobs of a side that had a row of that kind since then, and when; the newest
+        ``limit``, of the newest ``MAX_LISTED`` of all."""
+        found = self._database.read(
+            "SELECT job, at_ns FROM rows WHERE kind = ? AND at_ns >= ? AND job IN"
+            " (SELECT job FROM heads WHERE side = ? ORDER BY opened_ns DESC LIMIT ?)"
+            " ORDER BY at_ns DESC LIMIT ?",
+            *(kind, since_ns, side, MAX_LISTED, limit),
+        )
+        return [(str(job), int(at_ns)) for job, at_ns in found]
 
     def _heads(self, where: str, *values: object) -> list[Head]:
         return [Head(*row) for row in self._database.read(_HEADS + where, *values)]

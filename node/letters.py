@@ -70,14 +70,17 @@ class Letters:
         if len(self._acknowledged) == 1:
             self._nursery.start_soon(survive, self._write)
 
-    async def deliver(self, letter: Letter) -> None:
+    async def deliver(self, letter: Letter, after: trio.Event | None = None) -> None:
         """Bring a countersignature to a provider that is away, for as long as a day.
 
         The ledger here says already that the money is owed; this makes the provider's say so.
+        ``after`` is the end of what is being said to that provider: another stream would cut it.
         """
         if letter.job in self._under_way:
             return
         self._under_way.add(letter.job)
+        if after is not None:
+            await after.wait()
         wait_s = DELIVER_AGAIN_S
         try:
             protocol = JOB_PROTOCOL

@@ -1,11 +1,18 @@
-"""How a run has ended, in the words that its user is told."""
+"""How a run or a sale has ended, in the words that its buyer is told."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from p2pflop.errors import JobError, MarketError, P2PFlopError, ProviderError
+from p2pflop.errors import (
+    JobError,
+    MarketError,
+    P2PFlopError,
+    ProviderError,
+    StoreError,
+    StoreFullError,
+)
 from p2pflop.job.buying import GAVE_BACK, JOB_FAULT_PREFIX
 from p2pflop.job.events import Blame, Finish
 from p2pflop.job.graph import Dtype
@@ -73,3 +80,12 @@ def what_is_left(run: Run, knows: Callable[[int], bool], class_id: str = "") -> 
         f"The checkpoint after step {step} is here: job.resume({step}), or p2pflop submit FILE "
         f"--from-step {step}{class_id and ' --class ' + class_id}, goes on from there."
     )
+
+
+def reason_told(failure: Exception) -> str:
+    """What a buyer is told of a failure here: nothing of this machine's folders."""
+    if isinstance(failure, StoreFullError):
+        return "the provider's disk is full"
+    if isinstance(failure, StoreError):
+        return "the provider's disk failed"
+    return failure.message if isinstance(failure, P2PFlopError) else "the node failed"

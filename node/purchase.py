@@ -43,6 +43,7 @@ from p2pflop.job.events import (
 )
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.naming import output_names
+from p2pflop.job.patience import stall_ns
 from p2pflop.job.results import result_hash
 from p2pflop.job.spec import Result
 from p2pflop.keys import peer_id
@@ -99,8 +100,10 @@ class Purchase:
         self._looked = trio.Event()
         self._names = output_names(order.file.labels)
         self._nursery: trio.Nursery
-        desk = self._bidding.desk()
-        self._lifecycle = buyer_lifecycle(desk, order.deadline_ns, rests=order.rests)
+        desk, patience_ns = self._bidding.desk(), stall_ns(order.checked)
+        self._lifecycle = buyer_lifecycle(
+            desk, order.deadline_ns, rests=order.rests, stall_ns=patience_ns
+        )
         self._driver = Driver(self._lifecycle, run.rows, self, buyer.now_ns)
 
     async def run(self, *, resume: bool = False) -> None:
@@ -296,7 +299,8 @@ class Purchase:
         self._stretches.lose(peer, side.outcome()[0], told_to)
         if edge == Edge.RESUBMIT and side.was_paid:
             letter = self._run.rows.add_letter(peer, side.delivered[-1], len(side.delivered))
-            self._buyer.nursery.start_soon(survive, self._buyer.letters.deliver, letter)
+            spoken = None if self._conversation is None else self._conversation.over
+            self._buyer.nursery.start_soon(survive, self._buyer.letters.deliver, letter, spoken)
 
     async def _tell_loss(self, next_provider: str) -> None:
         if (told := self._stretches.tell_loss(next_provider)) is not None:

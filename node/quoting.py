@@ -3,11 +3,12 @@
 The node looks at the wishes of its book when the book or its own sheet has changed, when a slot
 frees, and every ``LOOK_AGAIN_S``; at most once a second. It quotes only what it would fill now:
 with room, sandbox and the buyer's credit as for a bid. A quote binds the price until it expires,
-reserves no slot, and is filled once. ``MAX_QUOTES_OUT`` quotes are out at a time, to no account
-more than ``MAX_QUOTES_OUT_PER_ACCOUNT``, and not all of them to strangers, whose accounts cost
-nothing: those that have never paid here. A look is at ``MAX_WISHES_A_LOOK`` wishes at most and goes
-on where the last one ended, so that nobody's come first. A wish that was answered is answered again
-when that quote has expired, or for less.
+reserves no slot, and is filled once: which ones are, the journal tells after a restart.
+``MAX_QUOTES_OUT`` quotes are out at a time, to no account more than ``MAX_QUOTES_OUT_PER_ACCOUNT``,
+and not all of them to strangers, whose accounts cost nothing: those that have never paid here. A
+look is at ``MAX_WISHES_A_LOOK`` wishes at most and goes on where the last one ended, so that
+nobody's come first. A wish that was answered is answered again when that quote has expired, or for
+less.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from p2pflop.errors import (
     P2PFlopError,
     ProtocolError,
     StoreError,
-    StoreFullError,
     first_error,
 )
 from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS
@@ -47,7 +46,7 @@ from p2pflop.job.spec import BlobSource
 from p2pflop.keys import peer_id
 from p2pflop.market.desk import ProviderDesk
 from p2pflop.market.fills import SALT_BYTES
-from p2pflop.market.receipts import amount_nusd
+from p2pflop.market.receipts import begun_nusd
 from p2pflop.market.records import Bid, Receipt, checkpoint_seconds
 from p2pflop.node import messages as m
 from p2pflop.node.conversation import Conversation
@@ -64,6 +63,7 @@ from p2pflop.node.execute import (
 from p2pflop.node.feeding import Feeds
 from p2pflop.node.goods import check_inline
 from p2pflop.node.journal import JobRows, Row, Unpaid
+from p2pflop.node.outcomes import reason_told
 from p2pflop.node.sale_rows import Delivery, SaleRow, named
 from p2pflop.node.supply import Supply
 from p2pflop.node.window import COUNTERSIGN_WITHIN_S, Window, window_of
@@ -287,7 +287,7 @@ class Sale:
         """Give the lease back without a journal; after a restart it is given back once more."""
         side = self._lifecycle.side
         if side.confirm:
-            reason = _reason(failure)
+            reason = reason_told(failure)
             wire = side.desk.abandon(self.bid.wire, side.fill, side.countersigned, reason)
             self._say(m.Abandoned(wire))
         self._finish_talk()
@@ -397,7 +397,7 @@ class Sale:
             except* Exception as group:  # noqa: BLE001 - likewise
                 failure = first_error(group)
                 self._log_fault(failure)
-                await self._fault(_reason(failure), job_fault=False)
+                await self._fault(reason_told(failure), job_fault=False)
         self._seller.allocator.free(self)
 
     def _log_fault(self, error: Exception) -> None:
@@ -553,13 +553,14 @@ class Sale:
         self._say(m.Delivered(wire, self._delivery.result, salt, self._delivery.blobs))
 
     def _worked_nusd(self, blame: Blame) -> int:
-        """What the buyer has seen of the work: what was billed, or, if that is more, the rows."""
+        """What was billed, or, if that is more and the buyer broke it off, what was begun."""
         billed_nusd = self._amount_nusd(self._lifecycle.side.receipt)
-        if blame is Blame.PROVIDER:
+        if blame is Blame.PROVIDER or not self._lifecycle.side.confirm:
             return billed_nusd
         bid = self.bid.record
-        steps = self._done_to - bid.job.first_step
-        return max(billed_nusd, amount_nusd(bid, self._checked.work, steps))
+        is_stepping = self._may_run.is_set() and self._delivery is None and not self.is_standing
+        steps = min(bid.job.steps, self._done_to - bid.job.first_step + is_stepping)
+        return max(billed_nusd, begun_nusd(bid, self._checked.work, steps))
 
     def _amount_nusd(self, receipt: bytes) -> int:
         """What a receipt, or none, bills."""
@@ -587,12 +588,3 @@ class Sale:
     def _finish_talk(self) -> None:
         if self._conversation is not None:
             self._conversation.finish()
-
-
-def _reason(failure: Exception) -> str:
-    """What a buyer is told: nothing of this machine's folders."""
-    if isinstance(failure, StoreFullError):
-        return "the provider's disk is full"
-    if isinstance(failure, StoreError):
-        return "the provider's disk failed"
-    return failure.message if isinstance(failure, P2PFlopError) else "the node failed"

@@ -46,6 +46,7 @@ from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.opening import Opener
 from p2pflop.node.quoting import Quoting
+from p2pflop.node.retelling import tell_again
 from p2pflop.node.sale import Sale
 from p2pflop.node.sale_rows import SaleRow, first_row
 from p2pflop.node.service import Json
@@ -137,10 +138,11 @@ class Seller:
 
     def resume(self) -> None:
         """Bring every sale that a restart found unfinished to its end, and sweep old blobs; answer
-        wishes."""
+        wishes; tell trades that were lost."""
         since_ns = self.now_ns() - MAX_QUOTE_LIFETIME_NS - CLOCK_TOLERANCE_NS
         granted = self.journal.bodies_since(SaleRow.BID, PROVIDER, since_ns)
         self.quoting.recall(reopen(Bid, wire, self.identity.network) for wire in granted)
+        tell_again(self.journal, self.tape, self.identity.network, self.now_ns())
         self.nursery.start_soon(survive, self._take_all_up)
         self.nursery.start_soon(keep_going, self.quoting.run)
 

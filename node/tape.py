@@ -82,25 +82,35 @@ class TapeService:
         self._news = trio.Event()
 
     def settled(
-        self, *, fill_id: bytes, class_id: bytes, price_nusd: int, flop: int, buyer: bytes
+        self,
+        *,
+        fill_id: bytes,
+        class_id: bytes,
+        price_nusd: int,
+        flop: int,
+        buyer: bytes,
+        at_ns: int | None = None,
     ) -> None:
-        """Tell of a sale to account ``buyer`` that has settled, unless that is this node's own."""
+        """Tell of a sale to account ``buyer`` that has settled, now or at ``at_ns``, unless that is
+        this node's own or told already."""
         if buyer == self._identity.account.public_key:
             return
         now_ns = self._now_ns()
+        settled_ns = now_ns if at_ns is None else at_ns
         trade = make_trade(
             self._identity.node,
             fill_id=fill_id,
             class_id=class_id,
             price_nusd=price_nusd,
             flop=flop,
-            now_ns=now_ns,
-            delegation=self._identity.delegation(now_ns),
+            now_ns=settled_ns,
+            delegation=self._identity.delegation(settled_ns),
             network=self._identity.network,
         )
         added = self.tape.add(trade, now_ns)
         if isinstance(added, Rejected):
             _log.debug("a trade of this node is not told: %s", added.reason)
+        if added is not True:
             return
         self._note([trade])
         try:

@@ -19,7 +19,6 @@ from p2pflop.market.receipts import amount_nusd
 from p2pflop.market.records import Bid
 
 COUNTERSIGN_WITHIN_S: Final = 600.0
-"""Less than a buyer waits for progress: it is told why."""
 
 
 @dataclass(slots=True)

@@ -2,7 +2,9 @@
 
 A run that finds no deal, and may rest, has a wish in the node's sheet until it is filled or over;
 one for each class that it may be computed in. At most ``MAX_WISHES`` are on the sheet, of the runs
-that rest longest; the others rest all the same and are next. A wish lives in memory: after a
+that rest longest; the others rest all the same and are next. One that was filled stays for a random
+part of ``WITHDRAW_WITHIN_S``: else it would go just as a trade of its class and size appears on the
+tape, and tell whose that is. A wish lives in memory: after a
 restart the journal brings the run back, and the run its wish, under a new commitment.
 
 A quote is checked (``p2pflop.market.wishes``), kept until it expires, and wakes its run, which
@@ -55,6 +57,7 @@ FIRST_NUMBER: Final = 1_000
 """Of a wish; asks of the same sheet have lower ones."""
 PUBLISH_S: Final = 0.5
 """Wishes that come or go together are one sheet."""
+WITHDRAW_WITHIN_S: Final = 60.0
 LOOK_EVERY_S: Final = 1.0
 LOOK_SHARE: Final = 5
 """Looking for deals takes a fifth of the event loop at most, whatever the book is full of."""
@@ -99,7 +102,8 @@ class _Resting:
 
 
 class Wishes:
-    """The resting runs of one node. ``wake(run_id)`` lets one rank again, if it waits."""
+    """The resting runs of one node. ``wake(run_id)`` lets one rank again, if it waits; ``random()``
+    gives numbers in [0, 1), by which wishes that were filled are withdrawn."""
 
     def __init__(
         self,
@@ -109,6 +113,7 @@ class Wishes:
         now_ns: Callable[[], int],
         wake: Callable[[str], None],
         franchise: Franchise,
+        random: Callable[[], float],
     ) -> None:
         self._identity = identity
         self._sheets = sheets
@@ -116,7 +121,9 @@ class Wishes:
         self._now_ns = now_ns
         self._wake = wake
         self._franchise = franchise
+        self._random = random
         self._resting: dict[str, _Resting] = {}
+        self._filled: dict[bytes, Wish] = {}
         self._next_number = FIRST_NUMBER
         self._publishing = False
         self._looking = self._has_changed = False
@@ -142,14 +149,22 @@ class Wishes:
         self._publish_soon()
         return True
 
+    def fill(self, run_id: str) -> None:
+        """Somebody has filled the run: it wishes for no quotes, and its wish goes some time."""
+        resting = self._resting.pop(run_id, None)
+        if resting is not None:
+            self._filled |= resting.wishes
+            self._nursery.start_soon(survive, self._withdraw_later, resting.wishes)
+
     def withdraw(self, run_id: str) -> None:
-        """The run is filled or over."""
+        """The run is over."""
         if self._resting.pop(run_id, None) is not None:
             self._publish_soon()
 
     def on_sheet(self, until_ns: int) -> tuple[Wish, ...]:
         """The wishes for a sheet that lives until then."""
-        every = chain.from_iterable(resting.wishes.values() for resting in self._resting.values())
+        live = chain.from_iterable(resting.wishes.values() for resting in self._resting.values())
+        every = chain(live, self._filled.values())
         return tuple(
             replace(wish, valid_until_ns=min(wish.valid_until_ns, until_ns))
             for wish in islice(every, MAX_WISHES)
@@ -277,6 +292,12 @@ class Wishes:
             return
         self._next_number += 1
         resting.wishes[commitment], resting.salts[commitment] = wish, salt
+
+    async def _withdraw_later(self, wishes: dict[bytes, Wish]) -> None:
+        await trio.sleep(self._random() * WITHDRAW_WITHIN_S)
+        for commitment in wishes:
+            del self._filled[commitment]
+        self._publish_soon()
 
     def _publish_soon(self) -> None:
         if not self._publishing:

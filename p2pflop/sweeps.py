@@ -14,7 +14,6 @@ tells why that buys nothing.
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 import threading
@@ -22,7 +21,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
 from p2pflop.client import Client
@@ -37,6 +35,7 @@ from p2pflop.packs import room_for, variants_of
 from p2pflop.runs import Row, Run, check_event
 from p2pflop.sdk import Job, Number, Usd, put_inputs, submit_options
 from p2pflop.shards import jobs_of, with_data
+from p2pflop.sweep_plan import SweepPlan
 from p2pflop.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -51,48 +50,9 @@ QUOTE_FOR_S: Final = 10.0
 """How long a price is good for dividing the budget."""
 CANCEL_WITHIN_S: Final = 30.0
 RUN_ID_DIGITS: Final = 12
-SWEEP_VERSION: Final = 1
 
 Unit = tuple[int, ...]
 """The places of jobs that are bought as one; mostly there is but one."""
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """What a sweep is to buy, as the node keeps it in a blob of JSON.
-
-    ``job`` is the address of the job file, ``args`` the arguments of each of its variants, ``data``
-    the addresses of its inputs, by name, if they differ, too.
-    """
-
-    nonce: str
-    job: str
-    args: list[dict[str, Number]]
-    max_nusd: int | None
-    deadline_ns: int | None
-    checkpoint_steps: int | None
-    checkpoint_s: int | None
-    classes: list[str]
-    fresh: bool
-    under_way: int
-    room: int = 1
-    """How many jobs are bought together, as one (``p2pflop.job.packing``)."""
-    data: list[dict[str, str]] = field(default_factory=list)
-
-    def encode(self) -> bytes:
-        """The blob."""
-        return json.dumps({"sweep": SWEEP_VERSION, **asdict(self)}).encode()
-
-    @classmethod
-    def decode(cls, blob: bytes) -> Self:
-        """The plan in a blob. Raises ConfigError if there is none."""
-        try:
-            fields = json.loads(blob)
-            if fields.pop("sweep") != SWEEP_VERSION:
-                raise ValueError
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ConfigError("that blob is not a sweep", hint="Give the id of a sweep.") from error
 
 
 class Sweep:
@@ -477,6 +437,7 @@ class Sweep:
             checkpoint_s=plan.checkpoint_s,
             classes=tuple(plan.classes),
             fresh=plan.fresh,
+            rest=plan.rest,
             run_id=run_id,
         )
 
@@ -508,6 +469,7 @@ def map(  # noqa: A001 - the word of Python and of all that run many jobs
     checkpoint_every: str | float | None = None,
     classes: Sequence[str] = (),
     fresh: bool = False,
+    rest: bool = False,
     pack: bool = True,
     client: Client | None = None,
 ) -> Sweep:
@@ -521,7 +483,8 @@ def map(  # noqa: A001 - the word of Python and of all that run many jobs
     cost together, ``deadline`` how long they may take together. ``cancel_if`` is told each result
     and ends the rest when it is true; ``prune_if`` is told each row and ends that run alone (a run
     that changed its provider may tell rows twice). Both are called from threads of the sweep. The
-    other options are those of ``submit``, for each run.
+    other options are those of ``submit``, for each run; one that rests keeps its share of the
+    budget.
 
     Jobs so small that a purchase would take longer than they do are bought many at a time, as one
     job; their results are the same as if each had been bought alone. ``pack=False`` buys each
@@ -532,7 +495,9 @@ def map(  # noqa: A001 - the word of Python and of all that run many jobs
     """
     client = client or Client(start=True)
     whole_number("under_way", under_way, MAX_UNDER_WAY)
-    options = submit_options(max_usd, deadline, checkpoint_steps, checkpoint_every, classes, fresh)
+    options = submit_options(
+        max_usd, deadline, checkpoint_steps, checkpoint_every, classes, fresh, rest
+    )
     variants, data = jobs_of(job, args, feed, MAX_JOBS, client)
     job = with_data(job, data[0]) if data else job
     put_inputs(job, client)
@@ -550,6 +515,7 @@ def map(  # noqa: A001 - the word of Python and of all that run many jobs
         under_way,
         room,
         data,
+        rest,
     )
     sweep_id = client.put(plan.encode()).address.hex()
     sweep = Sweep(

@@ -55,6 +55,7 @@ MAX_MAP_BYTES: Final = 16 * 1024 * 1024
 @click.option("--deadline", metavar="TIME", help="How long all of it may take, like 90s or 2h.")
 @click.option("--under-way", type=int, metavar="N", help="Runs at once; default 8.")
 @click.option("--fresh", is_flag=True, help="Buy even what was bought before.")
+@click.option("--rest", is_flag=True, help="Where no ask fits, a run waits as a wish for a quote.")
 @click.option("--no-pack", is_flag=True, help="Buy each job alone, however small.")
 @click.option("--attach", metavar="ID", help="Go on with that sweep instead of a new one.")
 @common_options
@@ -70,6 +71,7 @@ def sweep_command(
     deadline: str | None,
     under_way: int | None,
     fresh: bool,
+    rest: bool,
     no_pack: bool,
     attach: str | None,
 ) -> int:
@@ -106,6 +108,7 @@ def sweep_command(
             ordered=False,
             under_way=sweeps.DEFAULT_UNDER_WAY if under_way is None else under_way,
             fresh=fresh,
+            rest=rest,
             pack=not no_pack,
             client=flags.client(start=True),
         )

@@ -140,7 +140,8 @@ class Buying:
     Those of a stretch that was broken off are gone but for ``delivered``, the last receipt that was
     countersigned in each; ``was_paid`` tells whether the latest one had any.
 
-    One that ``rests`` waits until its deadline where no ask fits and nobody takes the job.
+    One that ``rests`` waits until its deadline where no ask fits and nobody takes the job; a
+    provider may be alive for ``stall_ns`` without any progress.
     """
 
     table: Table = BUYER
@@ -148,9 +149,12 @@ class Buying:
     edges: Mapping[str, tuple[Edge, ...]] = BUYER_EDGES
     initial = State.RANKING
 
-    def __init__(self, desk: BuyerDesk, *, rests: bool = False) -> None:
+    def __init__(
+        self, desk: BuyerDesk, *, rests: bool = False, stall_ns: int = STALL.after_ns
+    ) -> None:
         self.desk = desk
         self.rests = rests
+        self._stall = Limit(STALL.name, stall_ns)
         self.attempt = 0
         self.rounds = 0
         self.faulted_by: set[bytes] = set()
@@ -255,7 +259,7 @@ class Buying:
     def stall(self, state: State) -> Limit | None:
         """See ``Side``. What was billed and is not here weighs more than what is told."""
         if state is State.RUNNING and not self.unsigned:
-            return STALL
+            return self._stall
         return DELIVERY if state in (State.RUNNING, State.VERIFYING) else None
 
     def revive(self, _state: State) -> Sequence[Move]:
@@ -405,7 +409,7 @@ class Buying:
         if name == DELIVERY.name:
             limit, did = DELIVERY, "handed over nothing more of what it billed"
         elif name == STALL.name:
-            limit, did = STALL, "made no progress"
+            limit, did = self._stall, "made no progress"
         reason = f"the provider {did} for {limit.after_ns // NS_PER_S} s"
         return self._fall(reason, state, now_ns, Edge.SILENT)
 
@@ -503,6 +507,8 @@ class Buying:
         return [Send("countersign", self.countersigned)] if self.countersigned else []
 
 
-def buyer(desk: BuyerDesk, deadline_ns: int, *, rests: bool = False) -> Lifecycle[Buying]:
+def buyer(
+    desk: BuyerDesk, deadline_ns: int, *, rests: bool = False, stall_ns: int = STALL.after_ns
+) -> Lifecycle[Buying]:
     """A purchase that has not begun."""
-    return Lifecycle(Buying(desk, rests=rests), deadline_ns)
+    return Lifecycle(Buying(desk, rests=rests, stall_ns=stall_ns), deadline_ns)

@@ -288,7 +288,8 @@ class Limit:
 DELIVERY: Final = Limit("delivery", 60 * NS_PER_S)
 """How long the buyer waits, each time, for a good deal more of what was billed."""
 STALL: Final = Limit("stall", 900 * NS_PER_S)
-"""How long a provider may be alive without any progress: longer than the longest step."""
+"""How long a provider may be alive without any progress, at most: longer than the longest step.
+For small jobs a buyer waits less (``p2pflop.job.patience``)."""
 
 BUYER_LIMITS: Final[Mapping[State, Limit]] = {
     State.RANKING: Limit("ranking", 60 * NS_PER_S),

@@ -17,14 +17,18 @@ def uncovered_nusd(owed_nusd: int, paid_nusd: int) -> int:
     return owed_nusd - paid_nusd
 
 
-def to_pay_nusd(uncovered: int) -> int:
-    """The least payment that covers that much: it lessens the debt and raises the limit."""
-    return max(0, -(-uncovered // 2))
+def to_pay_nusd(uncovered: int, free_nusd: int = 0) -> int:
+    """The least payment that covers all of that but what the pool has free: a payment lessens the
+    debt and raises the limit."""
+    return max(0, -(-(uncovered - max(0, free_nusd)) // 2))
 
 
-def credit_reason(uncovered: int, paid_nusd: int, pool_nusd: int) -> str:
-    """What a buyer is told who would owe too much, and what it has to pay."""
-    amount = format_usd(to_pay_nusd(uncovered))
+def credit_reason(uncovered: int, paid_nusd: int, pool_nusd: int, free_nusd: int) -> str:
+    """What a buyer is told who would owe too much, and the least that it has to pay.
+
+    ``free_nusd`` is what others leave of the pool; below zero where they owe more than that.
+    """
+    amount = format_usd(to_pay_nusd(uncovered, free_nusd))
     if paid_nusd:
         return (
             f"over your credit of {format_usd(paid_nusd)}, what you have paid in all: "

@@ -61,6 +61,13 @@ def closing_nusd(bid: Bid, work: Work, steps_done: int) -> int:
     return max(min_charge_nusd, setup_nusd + metered_nusd) if steps_done else 0
 
 
+def begun_nusd(bid: Bid, work: Work, steps_begun: int) -> int:
+    """What work counts for that the buyer breaks off: the setup from the confirm on, and each step
+    from its own beginning. Raises ValueError likewise."""
+    setup_nusd, _ = fixed_charges(bid)
+    return max(setup_nusd, closing_nusd(bid, work, steps_begun))
+
+
 def _share(bid: Bid, work: Work, steps_done: int, of_nusd: int) -> int:
     if not 0 <= steps_done <= bid.job.steps:
         raise ValueError(f"{steps_done} of {bid.job.steps} steps")

@@ -22,6 +22,7 @@ from p2pflop.market.tape import (
     KEPT_HOURS,
     MAX_TRADES_AN_ACCOUNT,
     OpenTrade,
+    Tape,
     fill_digest,
     hour_of,
     make_trade,
@@ -30,6 +31,7 @@ from p2pflop.market.tape import (
 from p2pflop.market.tape_relay import (
     ANSWERED_BURST,
     COMPARE_TAPES_S,
+    GOSSIPED_HOURS,
     Outcome,
     TapeListing,
     TapeParcel,
@@ -167,6 +169,43 @@ async def test_a_sale_that_a_restart_took_up_is_told_with_its_price(
     await ended(market, buyer, run_id)
     told = [trade.trade.price_nusd for trade in tape_of(provider)]
     assert told == [PRICE_NUSD]
+
+
+async def test_a_trade_that_a_crash_lost_is_told_after_it_and_once(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider, buyer, third = (
+        await market.provider(),
+        await market.buyer(),
+        await market.node("third"),
+    )
+    await connected(buyer, provider, third)
+    with monkeypatch.context() as patched:
+        patched.setattr(provider.tape, "settled", lambda **_: None)
+        await buy(market, buyer)
+    assert tape_of(provider) == tape_of(third) == []
+    for _ in range(2):
+        await provider.kill()
+        await market.restart(provider)
+        await connected(buyer, provider, third)
+        await trio.sleep(COMPARE_TAPES_S + 1)
+        [trade] = tape_of(third)
+        assert tape_of(provider) == tape_of(buyer) == [trade]
+        assert trade.trade.price_nusd == PRICE_NUSD
+        provider.kept_tape = Tape(bytes(32))  # the crash takes the file as well
+
+
+async def test_what_settled_before_the_hours_of_gossip_is_not_told_again(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    await buy(market, buyer)
+    await provider.kill()
+    provider.kept_tape = Tape(bytes(32))
+    await trio.sleep(GOSSIPED_HOURS * 3600)
+    await market.restart(provider)
+    await trio.sleep(1)
+    assert tape_of(provider) == []
 
 
 async def test_a_burst_of_sales_is_told_at_a_pace_and_within_an_accounts_limit(

@@ -103,15 +103,20 @@ async def test_a_closing_receipt_ends_the_sale_that_it_is_for(
 
 
 async def spend_time(
-    provider: MemoryNode, buyer: MemoryNode, market: Market, **options: int
+    provider: MemoryNode,
+    buyer: MemoryNode,
+    market: Market,
+    *,
+    seconds: float = STEPS - 3,
+    **options: int,
 ) -> int:
-    """How often a buyer that never pays gets a lease of a job of which it sees a part."""
+    """How often a buyer that never pays, and cancels after so long, gets a lease."""
     filled = 0
     for seed in range(6):
         file = sample_file(STEPS, seed=seed)
         run_id = await buyer.submit(file, checkpoint_steps=0, **options)
         if "deadline_s" not in options:
-            await trio.sleep(STEPS - 3)
+            await trio.sleep(seconds)
             buyer.runs.get(run_id).cancel_requested.set()
         await market.end_of(buyer, run_id)
         await trio.sleep(5)
@@ -135,3 +140,26 @@ async def test_work_of_which_nothing_is_traced_counts_too(
     provider, buyer = await market.provider(credit_nusd=1000), await market.buyer()
     provider.workers.step_s = 1.0
     assert await spend_time(provider, buyer, market) == 1
+
+
+@pytest.mark.parametrize("seconds", [1.5, 60.0])
+async def test_a_step_that_was_begun_counts_before_its_rows(
+    market: Market, autojump_clock: object, seconds: float
+) -> None:
+    """Twice a step is within the credit, and nothing of it is ever seen."""
+    provider = await market.provider(credit_nusd=STEPS * STEP_NUSD + STEP_NUSD)
+    buyer = await market.buyer()
+    provider.workers.step_s = 120.0
+    assert await spend_time(provider, buyer, market, seconds=seconds) == 2
+
+
+async def test_a_setup_counts_before_the_first_step(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lower(*_: object) -> bytes:
+        await trio.sleep(120)
+        return b""
+
+    provider, buyer = await market.provider(credit_nusd=7000, setup_nusd=3000), await market.buyer()
+    monkeypatch.setattr(provider.workers, "lower", lower)
+    assert await spend_time(provider, buyer, market, seconds=5.0) == 2

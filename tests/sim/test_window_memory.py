@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
+import pytest
 import trio
 
+from p2pflop.job import patience
 from p2pflop.job.events import State
 from p2pflop.node import messages as m
 from p2pflop.node.journal import PROVIDER
@@ -25,6 +27,12 @@ MOST_AHEAD = WINDOW_STEPS + ROWS_PER_EVENT + 1
 STEP_S = 0.25
 STEP_NUSD = 6
 SIGNED_ONCE = {"checkpoint_steps": 0, "checkpoint_s": 0}
+
+
+@pytest.fixture(autouse=True)
+def _patient_buyers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What their countersignatures wait for is not the provider."""
+    monkeypatch.setattr(patience, "MIN_STALL_NS", patience.MAX_STALL_NS)
 
 
 class Withheld:

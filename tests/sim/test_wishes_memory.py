@@ -126,7 +126,7 @@ async def test_a_cheaper_provider_fills_a_resting_run(
     [filled] = buyer.events(run_id, "filled")
     assert filled["provider"] == cheap.peer
     assert end["cost_nusd"] <= filled["quote_nusd"]
-    await trio.sleep(1)
+    await trio.sleep(wishes.WITHDRAW_WITHIN_S + 1)
     assert not wishes_of(buyer)
     assert not dear.seller.busy
     await market.settle_down()
@@ -165,6 +165,30 @@ async def test_a_provider_remembers_over_a_restart_which_quotes_are_filled(
     await dear.kill()
     await market.restart(dear)
     assert set(dear.seller.quoting._filled) == before
+
+
+async def test_a_wish_goes_some_time_after_it_was_filled(
+    market: Market, autojump_clock: object
+) -> None:
+    """Not as its trade appears on the tape, which would tell whose it is."""
+    went = [await _goes_after(market.another(), share) for share in (0.0, 0.4, 0.9)]
+    assert went == [0, 4, 9]
+
+
+async def _goes_after(market: Market, share: float) -> int:
+    """In tenths of ``WITHDRAW_WITHIN_S``."""
+    provider, buyer, run_id = await resting(market, wish_ask_nusd=HALF)
+    buyer.buyer.wishes._random = lambda: share
+    [wish] = wishes_of(buyer)
+    provider.meet(buyer)
+    assert (await market.end_of(buyer, run_id))["kind"] == "result"
+    began = trio.current_time()
+    await trio.sleep(0.1)
+    assert len(provider.tape.listed()) == 1
+    assert wishes_of(buyer) == (wish,)
+    await until(lambda: not wishes_of(buyer))
+    await market.close()
+    return int((trio.current_time() - began) / wishes.WITHDRAW_WITHIN_S * 10)
 
 
 async def test_a_run_that_all_were_too_busy_for_is_quoted_to_when_a_slot_frees(
@@ -239,7 +263,7 @@ async def buy_resting(market: Market, cut: Cut | None = None) -> tuple[int, int]
         end = await market.end_of(buyer, card["id"])
         nursery.cancel_scope.cancel()
     assert end["kind"] == "result", end
-    await trio.sleep(1)
+    await trio.sleep(wishes.WITHDRAW_WITHIN_S + 1)
     assert not wishes_of(buyer)
     await market.settle_down()
     market.check()
@@ -422,6 +446,7 @@ async def test_what_is_left_of_a_run_rests_when_its_provider_is_lost(
     run_id = await buyer.submit(file, max_nusd=limit, rest=True, checkpoint_steps=30)
     await until_resting(buyer)
     [whole] = wishes_of(buyer)
+    buyer.buyer.wishes._random = lambda: 0.0
     cheap = await market.node("cheap", price_nusd=HALF)
     cheap.workers.step_s = 0.5
     cheap.meet(buyer)

@@ -200,11 +200,14 @@ def test_many_accounts_that_paid_next_to_nothing_have_next_to_nothing() -> None:
     assert filled == 2
 
 
+@pytest.mark.parametrize("others_nusd", [0, 5, QUOTE // 2, QUOTE])
 @pytest.mark.parametrize("pool_nusd", [0, QUOTE // 2])
-def test_the_refusal_tells_what_to_pay_and_that_is_enough(pool_nusd: int) -> None:
-    """Exactly: one nano-dollar less is too little, where the pool has nothing to add."""
+def test_the_refusal_tells_what_to_pay_and_that_is_just_enough(
+    pool_nusd: int, others_nusd: int
+) -> None:
+    """Exactly: one nano-dollar less is too little, whatever the pool has left."""
     for ahead_nusd in (0, 1):
-        ledger = book({b"buyer": (10 * QUOTE, 3 * QUOTE), b"others": (pool_nusd, 0)})
+        ledger = book({b"buyer": (10 * QUOTE, 3 * QUOTE), b"others": (others_nusd, 0)})
         buyer = content_hash(b"buyer")
         made = allocator(ledger, credit_nusd=pool_nusd)
         reason = made.objection(open_bid(1, buyer), NOW_NS)

@@ -304,3 +304,5 @@ class TestRisk:
         self, uncovered: int, amount: int
     ) -> None:
         assert to_pay_nusd(uncovered) == amount
+        assert to_pay_nusd(uncovered + 7, free_nusd=7) == amount
+        assert to_pay_nusd(uncovered, free_nusd=-7) == amount

@@ -12,6 +12,7 @@ from p2pflop.job.spec import InitSource, Phase, Stop, WorkParam
 from p2pflop.market.fills import make_fill
 from p2pflop.market.receipts import (
     amount_nusd,
+    begun_nusd,
     check_closing,
     check_countersigned,
     check_receipt,
@@ -166,6 +167,15 @@ def test_a_work_that_stops_early_pays_the_fixed_charges_whole(
         before = due
     assert before == bought.quote_nusd
     assert closing_nusd(bought, WORK, 0) == 0
+
+
+def test_what_was_begun_counts_the_setup_and_whole_steps() -> None:
+    bought = charged(10**6, 0)[0].record
+    assert begun_nusd(bought, WORK, 0) == 10**6
+    for steps in (1, 50, STEPS):
+        assert begun_nusd(bought, WORK, steps) == closing_nusd(bought, WORK, steps) > 10**6
+    assert begun_nusd(charged(0, 10**9)[0].record, WORK, 0) == 0
+    assert begun_nusd(charged(0, 10**9)[0].record, WORK, 1) == 10**9
 
 
 def test_before_its_end_a_stretch_pays_for_the_metered_work_alone() -> None:

@@ -19,7 +19,7 @@ from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, MarketError, P2PFlopError
 from p2pflop.outcomes import Costs, Outcome
-from p2pflop.sweeps import SweepPlan
+from p2pflop.sweep_plan import SweepPlan
 
 PRICE_NUSD = 100
 WAIT_S = 20.0
@@ -35,6 +35,7 @@ class ScriptedNode:
         self.deed = deed
         self.cost_nusd = cost_nusd
         self.blobs: dict[bytes, bytes] = {}
+        self.resting: dict[str, bool] = {}
         self.files: dict[str, bytes] = {}
         self.limits: dict[str, int | None] = {}
         self.ends: dict[str, str] = {}
@@ -83,6 +84,7 @@ class ScriptedNode:
         with self.changed:
             if run_id not in self.files:
                 self.files[run_id] = content
+                self.resting[run_id] = request.url.params.get("rest") == "1"
                 self.limits[run_id] = None if limit is None else int(limit)
                 if limit is not None and int(limit) < PRICE_NUSD:
                     self.ends[run_id] = "too dear"
@@ -347,6 +349,20 @@ def test_attach_knows_a_sweep_from_a_run_by_its_id(
         with pytest.raises(ConfigError):
             pf.attach(unknown)
     assert len(node.files) == 3
+
+
+@pytest.mark.parametrize("rest", [False, True])
+def test_the_runs_of_a_sweep_rest_if_it_says_so_after_a_restart_too(
+    job: pf.Job, connect: Connect, rest: bool
+) -> None:
+    node = ScriptedNode()
+    sweep = pf.map(job, rates(2), rest=rest, client=connect(node))
+    assert states(sweep.outcomes()) == ["settled"] * 2
+    assert list(node.resting.values()) == [rest] * 2
+    plan = node.blobs[bytes.fromhex(sweep.id)]
+    assert SweepPlan.decode(plan).rest is rest
+    old = {key: value for key, value in json.loads(plan).items() if key != "rest"}
+    assert SweepPlan.decode(json.dumps(old).encode()).rest is False
 
 
 def test_wrong_arguments_and_ids_are_told_before_anything_is_bought(

@@ -1,0 +1,38 @@
+"""How long a buyer waits for a provider that is alive and gets no further with a job.
+
+As long as the slowest honest one may take for what shows no progress on the way: lowering a graph,
+bringing a shard, one step with every phase due. All of it is estimated from the job alone, far on
+the safe side, so that one who only claims to work holds a small job for minutes, and none for
+longer than ``MAX_STALL_NS``.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from p2pflop.job.file import CheckedJob
+from p2pflop.job.lifecycle import STALL
+from p2pflop.units import KIB, NS_PER_S
+
+MIN_STALL_NS: Final = 120 * NS_PER_S
+"""For what does not grow with the job: a worker, and a busy provider's other jobs."""
+MAX_STALL_NS: Final = STALL.after_ns
+LEAST_WORK_PER_S: Final = 10**8
+"""FLOP, or touched bytes: a fiftieth of what one core of a small machine does."""
+LEAST_NODES_PER_S: Final = 10
+"""Of graphs that are lowered: a tenth of that, likewise."""
+LEAST_BYTES_PER_S: Final = 256 * KIB
+"""Of a shard on its way: one that is slower ends the lease anyhow."""
+
+
+def stall_ns(checked: CheckedJob) -> int:
+    """How long a provider of that job may be alive without any progress."""
+    nodes = sum(len(graph.graph.nodes) for graph in checked.graphs.values())
+    work = sum(max(line.flop, line.touched_bytes) for line in checked.cost.lines)
+    shards_bytes = sum(checked.slot_bytes(slot) for slot, _ in checked.feeds)
+    slowest_ns = (
+        NS_PER_S * nodes // LEAST_NODES_PER_S
+        + NS_PER_S * work // LEAST_WORK_PER_S
+        + NS_PER_S * shards_bytes // LEAST_BYTES_PER_S
+    )
+    return min(MIN_STALL_NS + slowest_ns, MAX_STALL_NS)
