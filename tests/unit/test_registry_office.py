@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from p2pflop.cli.registry_members import csv_of
 from p2pflop.errors import ConfigError, VerificationError
-from p2pflop.franchise.enrolments import make_form
 from p2pflop.franchise.issuer import Issuer, sign_certificate
 from p2pflop.franchise.merkle import MemoryTree, leaf_hash
 from p2pflop.franchise.proofs import Attested, check_attestation, check_proof
@@ -39,48 +36,10 @@ from p2pflop.registry.log import (
     prove,
 )
 from p2pflop.registry.office import HEAD_EVERY_NS, Office, open_office
-from p2pflop.registry.schema import FILE_NAME
 from p2pflop.registry.service import keep_once
-from p2pflop.registry.views import member_view, members_view, person
+from p2pflop.registry.views import member_view, members_view
 from p2pflop.wire import encode
-
-FEE = 10**9
-ROOT = key(900)
-ALICE, BOB = key(1), key(2)
-CONTACT = "Ada Lovelace <ada@example.org>"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_ns = NOW_NS
-
-    def __call__(self) -> int:
-        return self.now_ns
-
-
-@asynccontextmanager
-async def registry(
-    folder: Path, clock: Clock, fee_nusd: int = FEE, network: str = "main"
-) -> AsyncIterator[Office]:
-    def schedule(issuer: bytes, now_ns: int) -> Schedule:
-        return Schedule(1, issuer, 1, fee_nusd, YEAR_NS, 8, now_ns, GUIDELINES)
-
-    if not (folder / FILE_NAME).exists():
-        await found_registry(folder, ROOT, network, schedule, clock)
-    async with open_office(folder, clock) as office:
-        yield office
-
-
-def form(account: PrivateKey, now_ns: int = NOW_NS, contact: str = CONTACT, salt: int = 0) -> bytes:
-    personal = PersonalData(1, salt.to_bytes(32, "big"), contact, "Kent")
-    return make_form(account, ROOT.public_key, GUIDELINES, personal, now_ns)
-
-
-async def enrol(office: Office, account: PrivateKey) -> bytes:
-    applied = await office.apply(form(account, office.clock()), "10.0.0.0/24")
-    assert isinstance(applied, bytes), applied
-    await office.approve(account.public_key)
-    return applied
+from tests.offices import ALICE, BOB, FEE, ROOT, Clock, enrol, form, registry
 
 
 def standing(office: Office, account: PrivateKey) -> str:
@@ -285,27 +244,6 @@ async def test_accounts_that_nobody_knows(tmp_path: Path, clock: Clock) -> None:
         assert not await office.erase(stranger)
         assert log_size(office.query) == size
         assert members_view(office) == []
-
-
-def everything_in(folder: Path) -> bytes:
-    return b"".join(path.read_bytes() for path in folder.iterdir())
-
-
-async def test_personal_data_are_erased_from_the_disk(tmp_path: Path, clock: Clock) -> None:
-    async with registry(tmp_path, clock) as office:
-        await enrol(office, ALICE)
-        await office.apply(form(BOB, contact="Bob Unlucky"), "a")
-        found = person(office.query, ALICE.public_key)
-        assert found is not None
-        assert found.contact == CONTACT
-        assert await office.erase(ALICE.public_key)
-        await office.refuse(BOB.public_key, RefusalReason.UNREACHABLE)
-        assert person(office.query, ALICE.public_key) is None
-        assert standing(office, ALICE) == "enrolled"
-        check_log(office)
-    on_disk = everything_in(tmp_path)
-    assert b"Lovelace" not in on_disk
-    assert b"Unlucky" not in on_disk
 
 
 async def test_what_the_log_tells_of_an_applicant(tmp_path: Path, clock: Clock) -> None:
