@@ -8,6 +8,7 @@ import click
 
 from p2pflop.cli.output import Flags, common_options
 from p2pflop.cli.tied import end_with_parent
+from p2pflop.errors import ConfigError
 from p2pflop.units import parse_bytes, parse_usd
 
 
@@ -84,8 +85,7 @@ def node_command(
       p2pflop node                           take part, sell nothing
       p2pflop node --ask 0.05                sell at $0.05 a PFLOP (10^15 FLOP)
       p2pflop node --ask 0.02 --memory 8GiB --slots 2
-      p2pflop node --ask 0.02 --registry KEY@https://registry.example.org --enroll \
-                   --agree 1 --contact ada@example.org
+      p2pflop node --ask 0.02 --registry KEY@URL --enroll --agree 1 --contact ada@example.org
       p2pflop node --home /tmp/n2 --port 0 --connect /ip4/10.0.0.7/tcp/7421/p2p/12D3Koo...
     """
     from p2pflop.node.config import load_settings
@@ -116,6 +116,8 @@ def node_command(
         "log_json": flags.json or None,
         "debug": flags.debug or None,
     }
+    if is_open and registry:
+        raise ConfigError("a node is --open, or deals with whom a --registry attests: choose one")
     settings = load_settings(overrides)
     if not settings.embedded:
         from p2pflop.cli.embedded import end_embedded

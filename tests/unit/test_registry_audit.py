@@ -310,6 +310,7 @@ class Liar(BaseHTTPRequestHandler):
             "/endless": (200, b"[" * (MAX_REPLY_BYTES + 1)),
             "/text": (200, b"<html>"),
             "/list": (200, b"[]"),
+            "/deep": (200, b"[" * 100_000),
             "/moved": (302, b"{}"),
             "/fault": (500, b'{"error": {"message": "\\u001b[2J" }}'),
             "/odd": (400, b'{"error": 7}'),
@@ -331,6 +332,7 @@ class TestReplies:
         [
             ("/endless", ProtocolError, "over its limit"),
             ("/text", ProtocolError, "not JSON"),
+            ("/deep", ProtocolError, "not JSON"),
             ("/list", ProtocolError, "no JSON object"),
             ("/fault", ConfigError, "the registry says"),
             ("/odd", ConfigError, "the registry says: 400"),
