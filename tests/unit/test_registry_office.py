@@ -25,6 +25,7 @@ from p2pflop.keys import PrivateKey
 from p2pflop.market.records import Rejected
 from p2pflop.market.samples import NOW_NS
 from p2pflop.registry import members
+from p2pflop.registry.backup import back_up, restore
 from p2pflop.registry.books import check_books, credit_nusd, lines
 from p2pflop.registry.founding import found_registry
 from p2pflop.registry.log import (
@@ -36,6 +37,7 @@ from p2pflop.registry.log import (
     prove,
 )
 from p2pflop.registry.office import HEAD_EVERY_NS, Office, open_office
+from p2pflop.registry.schema import FILE_NAME
 from p2pflop.registry.service import keep_once
 from p2pflop.registry.views import member_view, members_view
 from p2pflop.wire import encode
@@ -506,3 +508,25 @@ async def test_founded_once(tmp_path: Path, clock: Clock) -> None:
 def test_forms_are_small() -> None:
     assert len(form(ALICE, contact="a" * 400)) < 2048
     assert len(encode(PersonalData(1, bytes(32), "a", "b"))) < 100
+
+
+async def test_a_clock_that_was_ahead_is_healed_by_a_backup(tmp_path: Path, clock: Clock) -> None:
+    folder, copy = tmp_path / "registry", tmp_path / "copy.db"
+    async with registry(folder, clock) as office:
+        await enrol(office, ALICE)
+        back_up(folder, copy)
+        clock.now_ns += 60 * DAY_NS
+        await office.keep()
+        clock.now_ns -= 60 * DAY_NS
+        with pytest.raises(ConfigError, match="clock is behind"):
+            await office.receive(ALICE.public_key, FEE, "1")
+    for path in folder.glob(f"{FILE_NAME}*"):
+        path.unlink()
+    restore(copy, folder)
+    async with registry(folder, clock) as office:
+        asked = office.request_certificate(withdraws=True)
+        signed = sign_certificate(ROOT, asked, clock.now_ns, clock.now_ns + 90 * DAY_NS)
+        await office.install_certificate(signed.wire)
+        await office.receive(ALICE.public_key, FEE, "1")
+        assert standing(office, ALICE) == "attested"
+        check_log(office)
