@@ -106,7 +106,7 @@ def node_command(
         "class_name": class_name,
         "network": network,
         "registry": registry or None,
-        "is_open": is_open or None,
+        "is_open": _is_open(is_open, registry),
         "enroll": enroll or None,
         "agree": agree,
         "contact": contact,
@@ -116,11 +116,16 @@ def node_command(
         "log_json": flags.json or None,
         "debug": flags.debug or None,
     }
-    if is_open and registry:
-        raise ConfigError("a node is --open, or deals with whom a --registry attests: choose one")
     settings = load_settings(overrides)
     if not settings.embedded:
         from p2pflop.cli.embedded import end_embedded
 
         end_embedded(settings.home)
     return run_node(settings)
+
+
+def _is_open(is_open: bool, registry: tuple[str, ...]) -> bool | None:
+    """What ``--open`` sets; None if it was not given. Raises ConfigError."""
+    if is_open and registry:
+        raise ConfigError("a node is --open, or deals with whom a --registry attests: choose one")
+    return is_open or None
