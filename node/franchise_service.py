@@ -88,6 +88,7 @@ class FranchiseService:
         self._faults = Rates(1 / FORGIVEN_S, MAX_FAULTS)
         self._talks = 0
         self._said_days: int | None = None
+        self._accounts: dict[str, bytes] = {}  # What a connected peer proved: it may sell nothing.
         self._random = secrets.SystemRandom()
         self._news = trio.Event()
         franchise.on_news.append(self._hurry)
@@ -116,6 +117,7 @@ class FranchiseService:
     def left(self, peer: str) -> None:
         """It is connected no more: what it thinks of this account is of no use."""
         self.franchise.left_out_by.pop(peer, None)
+        self._accounts.pop(peer, None)
 
     async def tell(self, peer: str) -> None:
         """One conversation, as the dialler. Raises ProviderError, ProtocolError."""
@@ -173,6 +175,7 @@ class FranchiseService:
         with suppress(ConfigError):
             sheet = self._book.get(public_key_of(peer), self._now_ns())
             account = account or (b"" if sheet is None else sheet.account)
+        account = account or self._accounts.get(peer, b"")
         return self.franchise.standing_of(account) if account else ""
 
     def _wanted(self) -> list[bytes]:
@@ -195,6 +198,8 @@ class FranchiseService:
             self._fault(stream.peer)
             raise ProtocolError(error.message, peer=stream.peer) from error
         account = self._account_of(stream.peer, told)
+        if account and (stream.peer in self._accounts or len(self._accounts) < MAX_LEFT_OUT):
+            self._accounts[stream.peer] = account
         self._note_standing(stream.peer, told)
         await self._take(stream.peer, told)
         if answering:

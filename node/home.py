@@ -82,6 +82,7 @@ def _furnish(path: Path, network: str) -> Home:
     try:
         # A note that a killed node has left leads to nobody.
         (path / "node.json").unlink(missing_ok=True)
+        _make_account(path)
         node = _key(path / "node.pem")
         return Home(path, _account(path, node.public_key, network), node, _token(path))
     except OSError as error:
@@ -102,6 +103,19 @@ def _lock(lock: int, path: Path) -> None:
         os.ftruncate(lock, os.pwrite(lock, holder.encode(), 0))
     except OSError as error:
         raise _unusable(f"cannot write {path / 'lock'}", error) from error
+
+
+def _make_account(path: Path) -> None:
+    """At the first start of a home. Raises ConfigError if it had an account and has it no more."""
+    if (path / DELEGATION).exists() or (path / "account.pem").exists():
+        return
+    if (path / "node.pem").exists():
+        raise ConfigError(
+            f"{path} has a node's key and no account: its account.pem or {DELEGATION} is gone",
+            hint="Restore it from a backup; of another box, where the account's key is: p2pflop "
+            "delegate FOLDER. If the account is lost, begin another in a new home.",
+        )
+    _key(path / "account.pem")
 
 
 def _account(path: Path, node: bytes, network: str) -> PrivateKey | Delegated:

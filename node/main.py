@@ -461,7 +461,7 @@ def _set_up_logging(settings: Settings) -> None:
         level=logging.DEBUG if settings.debug else logging.INFO, handlers=[handler], force=True
     )
     if not settings.debug:
-        for name in ("libp2p", "multiaddr", "hypercorn", "p2pflop.libp2p"):
+        for name in ("libp2p", "multiaddr", "hypercorn", "httpx", "p2pflop.libp2p"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 

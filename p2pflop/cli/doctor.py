@@ -176,7 +176,8 @@ def _franchise(told: dict[str, Any]) -> str:
     registries = [each for each in told.get("registries", ()) if each.get("trusted")]
     if not told.get("strict"):
         return "open: it deals with everybody"
-    text = f"strict: it deals with accounts that {len(registries)} registries attest"
+    names = ", ".join(str(each.get("issuer"))[:16] for each in registries) or "none"
+    text = f"strict: it deals with accounts that a registry attests, of these: {names}"
     attestation = told.get("attestation")
     if attestation is None:
         return f"{text}; its own is not attested"

@@ -8,6 +8,7 @@ import click
 
 from p2pflop.cli.output import Flags, common_options
 from p2pflop.cli.tied import end_with_parent
+from p2pflop.errors import ConfigError
 from p2pflop.units import parse_bytes, parse_usd
 
 
@@ -84,8 +85,7 @@ def node_command(
       p2pflop node                           take part, sell nothing
       p2pflop node --ask 0.05                sell at $0.05 a PFLOP (10^15 FLOP)
       p2pflop node --ask 0.02 --memory 8GiB --slots 2
-      p2pflop node --ask 0.02 --registry KEY@https://registry.example.org --enroll \
-                   --agree 1 --contact ada@example.org
+      p2pflop node --ask 0.02 --registry KEY@URL --enroll --agree 1 --contact ada@example.org
       p2pflop node --home /tmp/n2 --port 0 --connect /ip4/10.0.0.7/tcp/7421/p2p/12D3Koo...
     """
     from p2pflop.node.config import load_settings
@@ -106,7 +106,7 @@ def node_command(
         "class_name": class_name,
         "network": network,
         "registry": registry or None,
-        "is_open": is_open or None,
+        "is_open": _is_open(is_open, registry),
         "enroll": enroll or None,
         "agree": agree,
         "contact": contact,
@@ -122,3 +122,10 @@ def node_command(
 
         end_embedded(settings.home)
     return run_node(settings)
+
+
+def _is_open(is_open: bool, registry: tuple[str, ...]) -> bool | None:
+    """What ``--open`` sets; None if it was not given. Raises ConfigError."""
+    if is_open and registry:
+        raise ConfigError("a node is --open, or deals with whom a --registry attests: choose one")
+    return is_open or None

@@ -3,7 +3,7 @@
 The leaves are given in order. Of each the auditor checks that it is what a leaf of its kind may be
 and signed by the key that was certified then; of all together that attestations are numbered
 without a gap, so that none is given in secret, and give everybody the slots and the time that the
-published schedule says, for whoever was attested longer or more would be seen here.
+published schedule says, when it says so: whoever was given more, or less, would be seen here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from typing import Any, NoReturn
 
 from p2pflop.errors import ProtocolError, VerificationError
-from p2pflop.franchise.fees import is_in_time, schedule_at
+from p2pflop.franchise.fees import due_ns, is_in_time, schedule_at
 from p2pflop.franchise.issuer import Issuer, check_certificate, open_leaf
 from p2pflop.franchise.merkle import MemoryTree, leaf_hash
 from p2pflop.franchise.records import (
@@ -41,6 +41,7 @@ class Auditor:
         self._serial = 0
         self._serials: dict[bytes, int] = {}
         self._until_ns: dict[bytes, int] = {}
+        self._due_ns: dict[bytes, int] = {}
         self._decisions: set[bytes] = set()
         self.last_ns = 0
 
@@ -110,12 +111,14 @@ class Auditor:
         if attestation.serial != self._serial + 1:
             self._fail(f"attestation {attestation.serial} follows attestation {self._serial}")
         schedule = schedule_at(self._schedules, leaf.at_ns)
-        until_ns = self._until_ns.get(attestation.account, 0)
-        if schedule is None or not is_in_time(schedule, until_ns, attestation, leaf.at_ns):
+        account = attestation.account
+        until_ns, due = self._until_ns.get(account, 0), self._due_ns.get(account, 0)
+        if schedule is None or not is_in_time(schedule, until_ns, due, attestation, leaf.at_ns):
             self._fail("the attestation gives other slots or time than the schedule does")
         self._serial = attestation.serial
-        self._serials[attestation.account] = attestation.serial
-        self._until_ns[attestation.account] = attestation.valid_until_ns
+        self._serials[account] = attestation.serial
+        self._until_ns[account] = attestation.valid_until_ns
+        self._due_ns[account] = due_ns(schedule, attestation.valid_until_ns)
 
     def _take_revocation(self, leaf: Leaf) -> None:
         revocation = self._open(Revocation, leaf)
@@ -123,6 +126,7 @@ class Auditor:
         if self._serials.get(revocation.account) != revocation.serial:
             self._fail("the revocation is of an attestation that is not the account's newest")
         self._until_ns.pop(revocation.account, None)
+        self._due_ns.pop(revocation.account, None)
 
     def _open(self, kind: type[SignedRecord], leaf: Leaf) -> Any:
         sealed = self.issuer.open_signed(kind, leaf.body)

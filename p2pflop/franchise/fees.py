@@ -43,14 +43,18 @@ def due_ns(schedule: Schedule, until_ns: int) -> int:
     return max(0, until_ns - min(RENEW_BEFORE_NS, schedule.period_ns // 4))
 
 
-def is_in_time(schedule: Schedule, until_ns: int, attestation: Attestation, at_ns: int) -> bool:
+def is_in_time(
+    schedule: Schedule, until_ns: int, due: int, attestation: Attestation, at_ns: int
+) -> bool:
     """Whether ``attestation``, issued at ``at_ns``, is what the schedule gives everybody.
 
-    This is what makes it public if one account were given more, or longer, than others.
+    ``until_ns`` and ``due`` are when the period before ended and the next could be issued, or 0.
+    This makes it public if one account were given more or less than others, or given it earlier.
     """
-    limit_ns = max(until_ns, at_ns) + schedule.period_ns
+    period = next_period(schedule, until_ns, at_ns)
     return (
         attestation.max_slots == schedule.max_slots
         and attestation.valid_from_ns <= at_ns
-        and attestation.valid_until_ns <= limit_ns
+        and attestation.valid_until_ns == period.valid_until_ns
+        and due <= at_ns
     )

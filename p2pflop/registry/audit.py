@@ -81,7 +81,7 @@ class HttpSource:
             ) from error
         try:
             found = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError(f"{path} of the registry is not JSON") from error
         if not isinstance(found, dict):
             raise ProtocolError(f"{path} of the registry is no JSON object")

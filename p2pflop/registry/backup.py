@@ -107,6 +107,8 @@ def _check(query: Query, path: Path) -> Contents:
     if query("PRAGMA integrity_check") != [("ok",)]:
         raise VerificationError(f"{path} is damaged")
     facts = {name: bytes(value) for name, value in query("SELECT * FROM facts")}
+    if not {"issuer", "network"} <= facts.keys():
+        raise VerificationError(f"{path} does not say which registry it is")
     auditor = Auditor(facts["issuer"], facts["network"].decode())
     while page := query(
         "SELECT body FROM leaves WHERE number >= ? ORDER BY number LIMIT ?",

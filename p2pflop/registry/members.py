@@ -97,6 +97,7 @@ def refuse(draft: Draft, account: bytes, reason: RefusalReason) -> None:
     )
     draft.connection.execute("DELETE FROM requests WHERE account = ?", (account,))
     draft.connection.execute("DELETE FROM people WHERE id = ?", (enrolment_id,))
+    _rewrite_people(draft)
 
 
 def erase(draft: Draft, account: bytes) -> bool:
@@ -106,6 +107,7 @@ def erase(draft: Draft, account: bytes) -> bool:
         " UNION SELECT id FROM requests WHERE account = ?)",
         (account, account),
     )
+    _rewrite_people(draft)
     return erased.rowcount > 0
 
 
@@ -123,6 +125,7 @@ def forget_requests(draft: Draft) -> int:
         (before_ns,),
     )
     gone = draft.connection.execute("DELETE FROM requests WHERE received_ns < ?", (before_ns,))
+    _rewrite_people(draft)
     return gone.rowcount
 
 
@@ -235,6 +238,17 @@ def _issue(draft: Draft, account: bytes, schedule: Schedule, until_ns: int) -> A
         ),
     )
     return record
+
+
+def _rewrite_people(draft: Draft) -> None:
+    """Write the personal data that are left anew, after freeing every page that held some.
+
+    SQLite's ``secure_delete`` overwrites a deleted row and a freed page, but not the copies that
+    stay behind in a page whose rows were moved to another.
+    """
+    left = draft.query("SELECT id, personal FROM people ORDER BY id")
+    draft.connection.execute("DELETE FROM people")
+    draft.connection.executemany("INSERT INTO people VALUES (?, ?)", left)
 
 
 def _full(draft: Draft, subnet: str) -> Rejected | None:

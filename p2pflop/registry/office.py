@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 import trio
 
 from p2pflop.dht.database import BUSY_TIMEOUT_S, Database
-from p2pflop.errors import ConfigError, VerificationError
+from p2pflop.errors import ConfigError, StoreError, VerificationError
 from p2pflop.franchise.enrolments import check_form
 from p2pflop.franchise.fees import schedule_at
 from p2pflop.franchise.issuer import Issuer
@@ -272,12 +272,18 @@ class Office:
 
     async def _scrub(self) -> None:
         """Make what was erased unreadable in the write-ahead log too (``secure_delete`` is on)."""
-        await trio.to_thread.run_sync(_empty_log, self._database.path)
+        if not await trio.to_thread.run_sync(_empty_log, self._database.path):
+            raise StoreError(
+                "what was erased is in the write-ahead log yet: another program reads the registry",
+                hint="Let it end (a backup, an sqlite3 shell), and give the command again.",
+            )
 
 
-def _empty_log(path: Path) -> None:
+def _empty_log(path: Path) -> bool:
+    """Whether nothing is left in the write-ahead log."""
     with closing(sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)) as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        [(is_busy, _, _)] = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    return not is_busy
 
 
 @asynccontextmanager

@@ -98,10 +98,10 @@ def members_view(office: Office) -> list[Json]:
 
 
 def person(query: Query, account: bytes) -> PersonalData | None:
-    """Contact and place of an account, unless they were erased."""
+    """Contact and place of an account, as it told them last, unless they were erased."""
     found = query(
-        "SELECT personal FROM people WHERE id IN (SELECT id FROM requests WHERE account = ?"
-        " UNION SELECT id FROM members WHERE account = ?)",
+        "SELECT personal FROM people JOIN (SELECT id, 0 AS place FROM requests WHERE account = ?"
+        " UNION ALL SELECT id, 1 FROM members WHERE account = ?) USING (id) ORDER BY place LIMIT 1",
         account,
         account,
     )

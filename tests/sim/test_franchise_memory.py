@@ -79,6 +79,18 @@ async def test_who_is_attested_appears_within_seconds_and_wins(
     assert await bought_from(market, buyer, seed=1) == cheap.peer
 
 
+async def test_whoever_sells_nothing_is_told_once(
+    market: Market, fetch: SampleFetch, autojump_clock: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, franchise_service.__name__)
+    one = await market.buyer("one", **trusting(fetch))
+    other = await market.buyer("other", **trusting(fetch))
+    await meet(one, other)
+    await trio.sleep(10 * ROUND_S)
+    told = [each.message for each in caplog.records if "leaves the asks here out" in each.message]
+    assert len(told) == len(set(told)) == 2
+
+
 async def test_an_open_node_deals_with_everybody_and_is_told_where_it_is_left_out(
     market: Market, fetch: SampleFetch, autojump_clock: object
 ) -> None:

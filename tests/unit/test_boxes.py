@@ -137,3 +137,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert opened.account.public_key == account
     assert run([*command, "--for", "9999d"]) == 2
     assert "at most 366 days" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["account.pem", FILE_NAME])
+def test_a_home_that_lost_its_account_makes_no_other(tmp_path: Path, name: str) -> None:
+    home = tmp_path / "home"
+    with open_home(home):
+        pass
+    if name == FILE_NAME:
+        assert run(["delegate", str(tmp_path / "box"), "--home", str(home)]) == 0
+        home = tmp_path / "box"
+    (home / name).unlink()
+    with pytest.raises(ConfigError, match="has a node's key and no account"), open_home(home):
+        pass
+    assert not (home / "account.pem").exists()
+
+
+def test_a_first_start_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    with open_home(tmp_path) as opened:
+        account = opened.account.public_key
+    (tmp_path / "node.pem").unlink()
+    with open_home(tmp_path) as opened:
+        assert opened.account.public_key == account

@@ -157,6 +157,7 @@ class TestErrors:
             (["get", address, "-o", str(tmp_path)], "is a folder"),
             (["node", "--ask", "-1"], "negative"),
             (["node", "--memory", "1000TiB"], "this machine has"),
+            (["node", "--open", "--registry", f"{'ab' * 32}@http://a"], "choose one"),
             (["show", str(tmp_path / "no.p2pj")], "hint: Make one with 'p2pflop trace SCRIPT'"),
         ):
             assert run(arguments) == 2, arguments

@@ -371,6 +371,14 @@ class TestBackup:
         assert "there is a registry" in founded("restore", str(target), fails=2)["message"]
         assert not list(tmp_path.glob("*.part"))
 
+    def test_of_a_file_that_lost_its_name(self, founded: Operator, tmp_path: Path) -> None:
+        with closing(sqlite3.connect(founded.home / "registry" / "registry.db")) as database:
+            database.execute("DELETE FROM facts")
+            database.commit()
+        error = founded("backup", str(tmp_path / "copy.db"), fails=10)
+        assert "does not say which registry it is" in error["message"]
+        assert not list(tmp_path.glob("copy*"))
+
     def test_elsewhere(self, founded: Operator, live: LiveRegistry, tmp_path: Path) -> None:
         live.enrol(key(1), 10**10)
         founded("backup", str(tmp_path / "copy.db"))

@@ -309,13 +309,22 @@ class TestFees:
     def test_nobody_gets_more_than_others(self) -> None:
         schedule = self.schedule(1, 0)
         fair = Attestation(1, BOB, "main", ALICE, 8, NOW_NS, NOW_NS + YEAR_NS, 1)
-        assert is_in_time(schedule, 0, fair, NOW_NS)
+        assert is_in_time(schedule, 0, 0, fair, NOW_NS)
         for unfair in (
             msgspec.structs.replace(fair, max_slots=9),
             msgspec.structs.replace(fair, valid_until_ns=fair.valid_until_ns + 1),
+            msgspec.structs.replace(fair, valid_until_ns=fair.valid_until_ns - 1),
             msgspec.structs.replace(fair, valid_from_ns=NOW_NS + 1),
         ):
-            assert not is_in_time(schedule, 0, unfair, NOW_NS)
+            assert not is_in_time(schedule, 0, 0, unfair, NOW_NS)
+
+    def test_nobody_is_renewed_earlier_than_others(self) -> None:
+        schedule = self.schedule(1, 0)
+        until_ns = NOW_NS + YEAR_NS
+        due = due_ns(schedule, until_ns)
+        renewed = Attestation(1, BOB, "main", ALICE, 8, NOW_NS, until_ns + YEAR_NS, 2)
+        assert is_in_time(schedule, until_ns, due, renewed, due)
+        assert not is_in_time(schedule, until_ns, due, renewed, due - 1)
 
 
 class TestEnrolments:

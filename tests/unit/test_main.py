@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import resource
+from pathlib import Path
 
-from p2pflop.node.main import MAX_OPEN_FILES, _allow_open_files
+from p2pflop.node.config import load_settings
+from p2pflop.node.main import MAX_OPEN_FILES, _allow_open_files, _set_up_logging
+
+
+def test_no_line_in_the_log_for_every_question_to_a_registry(tmp_path: Path) -> None:
+    root, http = logging.getLogger(), logging.getLogger("httpx")
+    handlers, levels = root.handlers[:], (root.level, http.level)
+    root.handlers.clear()  # Else they are closed.
+    try:
+        _set_up_logging(load_settings({"home": tmp_path}))
+        assert not http.isEnabledFor(logging.INFO)
+        assert logging.getLogger("p2pflop.node").isEnabledFor(logging.INFO)
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(levels[0])
+        http.setLevel(levels[1])
 
 
 def test_as_many_open_files_as_the_system_allows() -> None:

@@ -18,7 +18,7 @@ from p2pflop.franchise.enrolments import decision_of
 from p2pflop.franchise.forks import check_fork
 from p2pflop.franchise.issuer import Issuer, encode_leaf
 from p2pflop.franchise.records import DAY_NS, LeafKind, RefusalReason
-from p2pflop.franchise.samples import SampleRegistry, key
+from p2pflop.franchise.samples import YEAR_NS, SampleRegistry, key
 from p2pflop.market.records import Rejected
 from p2pflop.market.samples import NOW_NS
 from p2pflop.registry import audit as module
@@ -105,7 +105,7 @@ class TestHonest:
     def test_growth_is_no_fork(self, registry: SampleRegistry, tmp_path: Path) -> None:
         check(Shown(registry), tmp_path)
         registry.certify(key(555))
-        registry.attest(ALICE, valid_until_ns=NOW_NS + 2 * 365 * DAY_NS)
+        registry.attest(key(6).public_key)
         report = check(Shown(registry), tmp_path)
         assert isinstance(report, Report)
         assert report.compared == "a remembered head of 14 leaves"
@@ -245,6 +245,8 @@ class TestUnfairness:
         [
             (lambda r: r.attest(ALICE, max_slots=9), "other slots or time"),
             (lambda r: r.attest(BOB, valid_until_ns=NOW_NS + 9**19), "other slots or time"),
+            (lambda r: r.attest(key(6).public_key, valid_until_ns=NOW_NS + 1), "slots or time"),
+            (lambda r: r.attest(ALICE, valid_until_ns=NOW_NS + 2 * YEAR_NS), "slots or time"),
             (lambda r: r.attest(ALICE, serial=7), "attestation 7 follows attestation 5"),
             (lambda r: r.attest(ALICE, serial=5), "attestation 5 follows attestation 5"),
             (lambda r: r.attest(ALICE, network_id="test"), "for the network 'test'"),
@@ -308,6 +310,7 @@ class Liar(BaseHTTPRequestHandler):
             "/endless": (200, b"[" * (MAX_REPLY_BYTES + 1)),
             "/text": (200, b"<html>"),
             "/list": (200, b"[]"),
+            "/deep": (200, b"[" * 100_000),
             "/moved": (302, b"{}"),
             "/fault": (500, b'{"error": {"message": "\\u001b[2J" }}'),
             "/odd": (400, b'{"error": 7}'),
@@ -329,6 +332,7 @@ class TestReplies:
         [
             ("/endless", ProtocolError, "over its limit"),
             ("/text", ProtocolError, "not JSON"),
+            ("/deep", ProtocolError, "not JSON"),
             ("/list", ProtocolError, "no JSON object"),
             ("/fault", ConfigError, "the registry says"),
             ("/odd", ConfigError, "the registry says: 400"),

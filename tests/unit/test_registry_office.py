@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from p2pflop.cli.registry_members import csv_of
 from p2pflop.errors import ConfigError, VerificationError
-from p2pflop.franchise.enrolments import make_form
 from p2pflop.franchise.issuer import Issuer, sign_certificate
 from p2pflop.franchise.merkle import MemoryTree, leaf_hash
 from p2pflop.franchise.proofs import Attested, check_attestation, check_proof
@@ -28,6 +25,7 @@ from p2pflop.keys import PrivateKey
 from p2pflop.market.records import Rejected
 from p2pflop.market.samples import NOW_NS
 from p2pflop.registry import members
+from p2pflop.registry.backup import back_up, restore
 from p2pflop.registry.books import check_books, credit_nusd, lines
 from p2pflop.registry.founding import found_registry
 from p2pflop.registry.log import (
@@ -41,46 +39,9 @@ from p2pflop.registry.log import (
 from p2pflop.registry.office import HEAD_EVERY_NS, Office, open_office
 from p2pflop.registry.schema import FILE_NAME
 from p2pflop.registry.service import keep_once
-from p2pflop.registry.views import member_view, members_view, person
+from p2pflop.registry.views import member_view, members_view
 from p2pflop.wire import encode
-
-FEE = 10**9
-ROOT = key(900)
-ALICE, BOB = key(1), key(2)
-CONTACT = "Ada Lovelace <ada@example.org>"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_ns = NOW_NS
-
-    def __call__(self) -> int:
-        return self.now_ns
-
-
-@asynccontextmanager
-async def registry(
-    folder: Path, clock: Clock, fee_nusd: int = FEE, network: str = "main"
-) -> AsyncIterator[Office]:
-    def schedule(issuer: bytes, now_ns: int) -> Schedule:
-        return Schedule(1, issuer, 1, fee_nusd, YEAR_NS, 8, now_ns, GUIDELINES)
-
-    if not (folder / FILE_NAME).exists():
-        await found_registry(folder, ROOT, network, schedule, clock)
-    async with open_office(folder, clock) as office:
-        yield office
-
-
-def form(account: PrivateKey, now_ns: int = NOW_NS, contact: str = CONTACT, salt: int = 0) -> bytes:
-    personal = PersonalData(1, salt.to_bytes(32, "big"), contact, "Kent")
-    return make_form(account, ROOT.public_key, GUIDELINES, personal, now_ns)
-
-
-async def enrol(office: Office, account: PrivateKey) -> bytes:
-    applied = await office.apply(form(account, office.clock()), "10.0.0.0/24")
-    assert isinstance(applied, bytes), applied
-    await office.approve(account.public_key)
-    return applied
+from tests.offices import ALICE, BOB, FEE, ROOT, Clock, enrol, form, registry
 
 
 def standing(office: Office, account: PrivateKey) -> str:
@@ -285,27 +246,6 @@ async def test_accounts_that_nobody_knows(tmp_path: Path, clock: Clock) -> None:
         assert not await office.erase(stranger)
         assert log_size(office.query) == size
         assert members_view(office) == []
-
-
-def everything_in(folder: Path) -> bytes:
-    return b"".join(path.read_bytes() for path in folder.iterdir())
-
-
-async def test_personal_data_are_erased_from_the_disk(tmp_path: Path, clock: Clock) -> None:
-    async with registry(tmp_path, clock) as office:
-        await enrol(office, ALICE)
-        await office.apply(form(BOB, contact="Bob Unlucky"), "a")
-        found = person(office.query, ALICE.public_key)
-        assert found is not None
-        assert found.contact == CONTACT
-        assert await office.erase(ALICE.public_key)
-        await office.refuse(BOB.public_key, RefusalReason.UNREACHABLE)
-        assert person(office.query, ALICE.public_key) is None
-        assert standing(office, ALICE) == "enrolled"
-        check_log(office)
-    on_disk = everything_in(tmp_path)
-    assert b"Lovelace" not in on_disk
-    assert b"Unlucky" not in on_disk
 
 
 async def test_what_the_log_tells_of_an_applicant(tmp_path: Path, clock: Clock) -> None:
@@ -568,3 +508,25 @@ async def test_founded_once(tmp_path: Path, clock: Clock) -> None:
 def test_forms_are_small() -> None:
     assert len(form(ALICE, contact="a" * 400)) < 2048
     assert len(encode(PersonalData(1, bytes(32), "a", "b"))) < 100
+
+
+async def test_a_clock_that_was_ahead_is_healed_by_a_backup(tmp_path: Path, clock: Clock) -> None:
+    folder, copy = tmp_path / "registry", tmp_path / "copy.db"
+    async with registry(folder, clock) as office:
+        await enrol(office, ALICE)
+        back_up(folder, copy)
+        clock.now_ns += 60 * DAY_NS
+        await office.keep()
+        clock.now_ns -= 60 * DAY_NS
+        with pytest.raises(ConfigError, match="clock is behind"):
+            await office.receive(ALICE.public_key, FEE, "1")
+    for path in folder.glob(f"{FILE_NAME}*"):
+        path.unlink()
+    restore(copy, folder)
+    async with registry(folder, clock) as office:
+        asked = office.request_certificate(withdraws=True)
+        signed = sign_certificate(ROOT, asked, clock.now_ns, clock.now_ns + 90 * DAY_NS)
+        await office.install_certificate(signed.wire)
+        await office.receive(ALICE.public_key, FEE, "1")
+        assert standing(office, ALICE) == "attested"
+        check_log(office)
