@@ -18,8 +18,8 @@ class ClosedByItsPeer:
         self._frames = [m.encode_message(word) for word in words]
         self.refused = 0
 
-    async def send(self, frame: bytes) -> None:
-        del frame
+    async def send(self, *frames: bytes) -> None:
+        del frames
         self.refused += 1
         raise ProviderError("the peer reset the stream")
 
