@@ -26,7 +26,7 @@ HEARTBEAT_S: Final = 1.0
 MAX_MISSED_BEATS: Final = 4
 SEND_S: Final = 30.0
 TOGETHER_BYTES: Final = 16 * KIB
-"""What waits goes out together, up to here and one message more."""
+"""What waits goes out together, until it is so much."""
 
 LINGER_S: Final = 2.0
 READ_RATE: Final = 1000.0

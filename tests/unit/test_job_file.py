@@ -244,6 +244,20 @@ def test_graphs_are_exactly_those_of_the_work_in_order() -> None:
     refused(body_of(work), "2 graphs are over", Limits(graphs=1))
 
 
+def test_a_small_graph_is_looked_at_once_for_all_works_that_share_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, shared = work_of(), name(STEP_GRAPH)
+    other, size = msgspec.structs.replace(one, seed=8), len(encode_graph(STEP_GRAPH))
+    monkeypatch.setattr(file_module, "MAX_KNOWN_GRAPH_BYTES", size)
+    known = opened(body_of(one))
+    assert opened(body_of(other)).graphs[shared] is known.graphs[shared]
+    assert opened(body_of(other)).cost == known.cost
+    monkeypatch.setattr(file_module, "MAX_KNOWN_GRAPH_BYTES", size - 1)
+    assert opened(body_of(other)).graphs[shared] is not known.graphs[shared]
+    assert opened(body_of(other)).graphs[shared] == known.graphs[shared]
+
+
 def test_an_invalid_graph_is_named() -> None:
     bad = replace_graph(INIT_GRAPH, outputs=())
     refused(body_of(work_of(init=bad), STEP_GRAPH, bad), f"graph {name(bad).hex()[:12]}: 0 outputs")
