@@ -39,9 +39,13 @@ class _Request(Generic[T]):
     def __init__(self, operation: Callable[[sqlite3.Connection], T]) -> None:
         self.operation = operation
         self.token = trio.lowlevel.current_trio_token()
-        self.done = trio.Event()
+        self.task = trio.lowlevel.current_task()
         self.result: T
         self.fault: BaseException | None = None
+
+    async def wait(self) -> None:
+        """Return once it is on disk, or has failed; a cancellation waits too."""
+        await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
 
     def run(self, connection: sqlite3.Connection) -> None:
         connection.execute("SAVEPOINT operation")
@@ -56,7 +60,7 @@ class _Request(Generic[T]):
 
     def wake(self) -> None:
         try:
-            self.token.run_sync_soon(self.done.set)
+            self.token.run_sync_soon(trio.lowlevel.reschedule, self.task)
         except trio.RunFinishedError:
             return  # The event loop is gone, and with it the task that waited.
 
@@ -81,23 +85,22 @@ class Database:
     async def write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
         """Run ``operation`` in the writer thread and return its result once it is on disk.
 
-        Not cancellable while it waits, so that a caller always knows whether it was done. Raises
+        Not cancellable once it is queued, so that a caller always knows if it was done. Raises
         StoreError if the database fails, and whatever ``operation`` raises, which undoes it alone.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        with trio.CancelScope(shield=True):
-            while self._unfinished >= MAX_WAITING:
-                await self._fewer.wait()
-            if self._closed:
-                raise StoreError(f"{self.path} is closed")
-            request = _Request(operation)
-            self._unfinished += 1
-            self._queue.put(request)
-            await request.done.wait()
-            self._unfinished -= 1
-            if self._fewer.statistics().tasks_waiting:
-                self._fewer.set()
-                self._fewer = trio.Event()
+        while self._unfinished >= MAX_WAITING:
+            await self._fewer.wait()
+        if self._closed:
+            raise StoreError(f"{self.path} is closed")
+        request = _Request(operation)
+        self._unfinished += 1
+        self._queue.put(request)
+        await request.wait()
+        self._unfinished -= 1
+        if self._fewer.statistics().tasks_waiting:
+            self._fewer.set()
+            self._fewer = trio.Event()
         if isinstance(request.fault, sqlite3.Error):
             raise self._fault(request.fault) from request.fault
         if request.fault is not None:

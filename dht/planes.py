@@ -46,8 +46,8 @@ class Stream(Protocol):
     def peer(self) -> str:
         """The base58 peer id of the other end."""
 
-    async def send(self, frame: bytes) -> None:
-        """Send one frame. Raises ProviderError if the stream is broken or closed.
+    async def send(self, *frames: bytes) -> None:
+        """Send frames, in order. Raises ProviderError if the stream is broken or closed.
 
         Raises ValueError for a frame over ``MAX_FRAME_BYTES``.
         """
@@ -99,15 +99,15 @@ class FrameStream:
         self._send_fault = ""
         self._receive_fault: ProtocolError | None = None
 
-    async def send(self, frame: bytes) -> None:
+    async def send(self, *frames: bytes) -> None:
         """See Stream."""
-        _check_frame(frame)
+        data = b"".join(map(_prefixed, frames))
         async with self._sending:
             if self._send_fault:
                 raise ProviderError(f"cannot send to {self.peer}: {self._send_fault}")
             self._send_fault = "an earlier frame was not sent whole"
             try:
-                await self._transport.write(len(frame).to_bytes(LENGTH_BYTES, "big") + frame)
+                await self._transport.write(data)
             except _TRANSPORT_ERRORS as error:
                 raise ProviderError(f"stream to {self.peer} broke: {error}") from error
             self._send_fault = ""
@@ -168,11 +168,13 @@ class MemoryStream:
         self._inbox = inbox
         self._receive_fault: ProtocolError | None = None
 
-    async def send(self, frame: bytes) -> None:
+    async def send(self, *frames: bytes) -> None:
         """See Stream."""
-        _check_frame(frame)
+        for frame in frames:
+            _check_frame(frame)
         try:
-            await self._outbox.send(bytes(frame))
+            for frame in frames:
+                await self._outbox.send(bytes(frame))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ProviderError(f"cannot send to {self.peer}: the stream is closed") from error
 
@@ -252,6 +254,11 @@ async def _answer(handler: Callable[[Stream], Awaitable[None]], stream: MemorySt
 def _check_frame(frame: bytes) -> None:
     if len(frame) > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {len(frame)} bytes is over the limit of {MAX_FRAME_BYTES}")
+
+
+def _prefixed(frame: bytes) -> bytes:
+    _check_frame(frame)
+    return len(frame).to_bytes(LENGTH_BYTES, "big") + frame
 
 
 def _oversized(length: int, max_bytes: int, peer: str) -> ProtocolError:

@@ -1,8 +1,8 @@
 """A lock that costs nothing while nobody else wants it.
 
-``trio.Lock`` lets every other task run before it is given, which is fair to them and costs more
-than most of what is guarded here; a purchase takes some thirty of them. Who has to wait waits as
-there, first come, first served.
+``trio.Lock`` lets every other task run before it is given, which is fair to them, and keeps account
+of its owner; both cost more than most of what is guarded here, and a purchase takes some thirty of
+them. Who has to wait waits as there, first come, first served.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ import trio
 
 
 class Turn:
-    """``async with turn:`` runs alone."""
+    """``async with turn:`` runs alone. Whoever has the turn must not ask for it again."""
 
     def __init__(self) -> None:
-        self._lock = trio.Lock()
+        self._is_taken = False
+        self._waiting = trio.lowlevel.ParkingLot()
 
     async def __aenter__(self) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
-        try:
-            self._lock.acquire_nowait()
-        except trio.WouldBlock:
-            await self._lock.acquire()
+        if self._is_taken:
+            await self._waiting.park()  # it is handed over taken
+        else:
+            self._is_taken = True
 
     async def __aexit__(self, *_: object) -> None:
-        self._lock.release()
+        if self._waiting:
+            self._waiting.unpark()
+        else:
+            self._is_taken = False

@@ -48,6 +48,7 @@ _STATUS: Final = {
     "VerificationError": 502,
     "ProtocolError": 502,
 }
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _HEADERS: Final = [
     (b"x-content-type-options", b"nosniff"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'; sandbox"),
@@ -207,9 +208,9 @@ def json_response(value: Any, status: int = 200) -> Response:
 def dump_json(value: Any) -> bytes:
     """JSON; the floats that it lacks become the strings ``NaN``, ``Infinity``, ``-Infinity``."""
     try:
-        text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+        text = _ENCODER.encode(value)
     except ValueError:
-        text = json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+        text = _ENCODER.encode(_finite(value))
     return text.encode()
 
 

@@ -8,6 +8,7 @@ import shutil
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -125,6 +126,7 @@ def parse_registry(text: str) -> tuple[bytes, str]:
     return bytes.fromhex(found[1]), found[2]
 
 
+@cache
 def machine_memory_bytes() -> int:
     """All of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -10,6 +10,7 @@ time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -18,11 +19,15 @@ import trio
 from p2pflop.dht.planes import EndOfStream, Stream
 from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError, first_error
 from p2pflop.node.messages import Heartbeat, Message, decode_message, encode_message
+from p2pflop.units import KIB
 
 MAX_OUTBOX: Final = 256
 HEARTBEAT_S: Final = 1.0
 MAX_MISSED_BEATS: Final = 4
 SEND_S: Final = 30.0
+TOGETHER_BYTES: Final = 16 * KIB
+"""What waits goes out together, until it is so much."""
+
 LINGER_S: Final = 2.0
 READ_RATE: Final = 1000.0
 READ_BURST: Final = 2000.0
@@ -61,8 +66,12 @@ class Conversation:
 
     def offer(self, message: Message) -> None:
         """Send if there is room: for what is outdated by what comes next."""
-        if self._waiting.statistics().current_buffer_used < MAX_OUTBOX // 2:
+        if self._waits < MAX_OUTBOX // 2:
             self.tell(message)
+
+    @property
+    def _waits(self) -> int:
+        return self._waiting.statistics().current_buffer_used
 
     def finish(self) -> None:
         """Send what waits, then end the stream."""
@@ -130,17 +139,22 @@ class Conversation:
             await trio.sleep(-self._tokens / READ_RATE)
 
     async def _write(self) -> None:
-        async for message in self._waiting:
-            try:
-                with trio.fail_after(SEND_S):
-                    await self._stream.send(encode_message(message))
-            except trio.TooSlowError:
-                self.cut(f"{self.peer} took nothing for {SEND_S:.0f} s")
-            except ProviderError as error:
-                # What the peer said before it closed the stream is still to be read.
-                self._end(error.message)
-                await trio.sleep(LINGER_S)
-                self.cut(error.message)
+        with trio.CancelScope() as sending:
+            async for message in self._waiting:
+                frames = [encode_message(message)]
+                while self._waits and sum(map(len, frames)) < TOGETHER_BYTES:
+                    frames.append(encode_message(self._waiting.receive_nowait()))
+                sending.deadline = trio.current_time() + SEND_S
+                try:
+                    await self._stream.send(*frames)
+                except ProviderError as error:
+                    # What the peer said before it closed the stream is still to be read.
+                    self._end(error.message)
+                    await trio.sleep(LINGER_S)
+                    self.cut(error.message)
+                sending.deadline = math.inf
+        if sending.cancelled_caught:
+            self.cut(f"{self.peer} took nothing for {SEND_S:.0f} s")
         await self._stream.aclose()
         await trio.sleep(LINGER_S)
         self.cut(f"{self.peer} did not end the stream")

@@ -110,7 +110,7 @@ class Franchise:
 
     def admits(self, account: bytes, now_ns: int) -> bool:
         """Whether asks of ``account`` are ranked here. A look-up."""
-        return not self._notes or account == self.account or self.is_attested(account, now_ns)
+        return not self._notes or account == self.account or self.roll.is_attested(account, now_ns)
 
     def max_nodes(self, account: bytes, now_ns: int) -> int:
         """How many nodes of ``account`` may have a place in the book: each has a slot at least."""

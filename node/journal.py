@@ -148,14 +148,9 @@ class Batch:
     def __bool__(self) -> bool:
         return any(getattr(self, each.name) for each in fields(self))
 
-    def copy(self) -> Batch:
-        """What is in it now."""
-        return Batch(*(list(getattr(self, each.name)) for each in fields(self)))
-
-    def drop(self, written: Batch) -> None:
-        """Take out what was copied before."""
-        for each in fields(self):
-            del getattr(self, each.name)[: len(getattr(written, each.name))]
+    def __add__(self, later: Batch) -> Batch:
+        names = [each.name for each in fields(self)]
+        return Batch(*(getattr(self, name) + getattr(later, name) for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +161,11 @@ class Ending:
     summary: bytes
     end_state: str
     result: KnownResult | None = None
+
+    def batch(self, at_ns: int) -> Batch:
+        """What of it goes beside the head."""
+        rows = [(at_ns, *row) for row in self.rows]
+        return Batch(rows, results=[] if self.result is None else [self.result])
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,20 +190,22 @@ class Journal:
         head: Head,
         batch: Batch,
         *,
+        is_new: bool = True,
         forget: Sequence[str] = (),
         beside: Sequence[Operation] = (),
     ) -> None:
-        """Add a batch, make ``head`` the job's head, forget its rows of some kinds, and do what is
-        to be done ``beside``, in one transaction."""
+        """Add a batch, make ``head`` the job's head if it ``is_new``, forget its rows of some
+        kinds, and do what is to be done ``beside``, in one transaction."""
 
         def change(connection: sqlite3.Connection) -> None:
             for operation in beside:
                 operation(connection)
-            connection.execute(
-                "INSERT INTO heads VALUES (?, ?, ?, NULLIF(?, ''), ?) ON CONFLICT (job) DO UPDATE"
-                " SET end_state = excluded.end_state, summary = excluded.summary",
-                (head.job, head.side, head.opened_ns, head.end_state, head.summary),
-            )
+            if is_new:
+                connection.execute(
+                    "INSERT INTO heads VALUES (?, ?, ?, NULLIF(?, ''), ?) ON CONFLICT (job)"
+                    " DO UPDATE SET end_state = excluded.end_state, summary = excluded.summary",
+                    (head.job, head.side, head.opened_ns, head.end_state, head.summary),
+                )
             (last,) = connection.execute(
                 "SELECT COALESCE(MAX(seq), -1) FROM rows WHERE job = ?", (head.job,)
             ).fetchone()
@@ -373,6 +375,7 @@ class JobRows:
         self._pending = Batch()
         self._to_forget: tuple[str, ...] = ()
         self._changed = False
+        self._is_head_new = True
         self._flushing = Turn()
         self._flushed = trio.Event()
         self._fault: StoreError | None = None
@@ -414,7 +417,7 @@ class JobRows:
         """A new summary and, at the end, the end state; written with the next flush."""
         job, side, opened_ns = self.head.job, self.head.side, self.head.opened_ns
         self.head = Head(job, side, opened_ns, end_state or self.head.end_state, summary)
-        self._changed = True
+        self._changed = self._is_head_new = True
 
     async def flush(self, ending: Ending | None = None, *beside: Operation | None) -> None:
         """Return once everything added so far is on disk, and with it the job's ``ending`` and what
@@ -425,21 +428,24 @@ class JobRows:
             if not (self._pending or self._changed or ending or operations):
                 return
             before = head = self.head
-            kept = self._pending.copy()
-            batch = kept.copy()
+            batch = kept = self._pending
+            self._pending = Batch()
             if ending is not None:
-                batch.rows += [(self._now_ns(), *row) for row in ending.rows]
-                batch.results += [] if ending.result is None else [ending.result]
+                batch = kept + ending.batch(self._now_ns())
                 head = replace(head, summary=ending.summary, end_state=ending.end_state)
             try:
-                await self._journal.append(head, batch, forget=self._to_forget, beside=operations)
-            except StoreError as fault:
-                self._fault = fault
-                self._flushed.set()
+                is_new = self._is_head_new or ending is not None
+                await self._journal.append(
+                    head, batch, is_new=is_new, forget=self._to_forget, beside=operations
+                )
+            except BaseException as error:
+                # After a disk that failed once, no row may be missing between two others.
+                self._pending = kept + self._pending
+                if isinstance(error, StoreError):
+                    self._fault = error
+                    self._flushed.set()
                 raise
-            # Only now: after a disk that failed once, no row may be missing between two others.
-            self._pending.drop(kept)
-            self._changed = self.head is not before
+            self._changed = self._is_head_new = self.head is not before
             if ending is not None:
                 self.head = head
             self._fault = None

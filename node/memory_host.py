@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Protocol, TypeVar
 
 import trio
@@ -98,8 +99,9 @@ class _LinkStream:
         self._scopes: set[trio.CancelScope] = set()
         self._fault = ""
 
-    async def send(self, frame: bytes) -> None:
-        await self._unless_broken(lambda: self._carry(frame))
+    async def send(self, *frames: bytes) -> None:
+        for frame in frames:
+            await self._unless_broken(partial(self._carry, frame))
 
     async def receive(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
         return await self._unless_broken(lambda: self._inner.receive(max_bytes))

@@ -430,9 +430,9 @@ class _TamperedStream:
         self._tamper_heard = heard
         self._heard: list[bytes] = []
 
-    async def send(self, frame: bytes) -> None:
-        for other in await self._tampered(self._tamper_sent(), frame):
-            await self._inner.send(other)
+    async def send(self, *frames: bytes) -> None:
+        for frame in frames:
+            await self._inner.send(*await self._tampered(self._tamper_sent(), frame))
 
     async def receive(self, max_bytes: int = MAX_FRAME_BYTES) -> bytes:
         while not self._heard:

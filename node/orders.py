@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 from msgspec.structs import replace as replace_fields
@@ -35,7 +36,7 @@ MAX_CHECKPOINTS: Final = 1000
 """Of one job, each the size of its state."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Order:
     """A submission, decoded and checked: what is to be bought, and within which bounds.
 
@@ -71,12 +72,12 @@ class Order:
         """The metered cost as a bid states it."""
         return cost_lines(self.checked)
 
-    @property
+    @cached_property
     def moved_bytes(self) -> int:
         """See ``moved_bytes``."""
         return moved_bytes(self.checked, self.checkpoint_steps)
 
-    @property
+    @cached_property
     def terms(self) -> Terms:
         """What a bid asks of the lease."""
         return Terms(

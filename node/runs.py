@@ -38,6 +38,7 @@ KEPT_KINDS: Final = frozenset(
 )
 END_STATES: Final = {"result": "settled", "failed": "failed", "cancelled": "cancelled"}
 _RUN_ID: Final = re.compile(r"[0-9a-f]{12}")
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(slots=True)
@@ -198,7 +199,7 @@ class Runs:
 
     def under_way(self) -> int:
         """How many runs are not over."""
-        return sum(not run.over for run in self._live.values())
+        return len(self._live) - len(self._finished)
 
     async def follow(self, run_id: str, after_seq: int) -> AsyncIterator[list[Json]]:
         """The events after ``after_seq``, waiting for new ones; ends with the last kind.
@@ -263,4 +264,4 @@ def _drop_oldest_passing(events: deque[Json]) -> Json:
 
 
 def _dump(value: Json) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()

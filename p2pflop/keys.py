@@ -7,6 +7,7 @@ PKCS#8 PEM, which every other tool can read.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 import base58
@@ -20,6 +21,9 @@ from p2pflop.errors import ConfigError, VerificationError
 
 SEED_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
+KNOWN_PEERS: Final = 4096
+"""Of so many the id is remembered: base58 is slow, and a purchase names its peer ten times."""
+
 _PEER_ID_PREFIX: Final = bytes.fromhex(
     "002408011220"
 )  # identity multihash of a protobuf Ed25519 key
@@ -72,6 +76,7 @@ def verify_signature(public_key: bytes, message: bytes, signature: bytes) -> Non
         raise VerificationError(f"bad signature for {public_key.hex()[:16]}") from error
 
 
+@lru_cache(maxsize=KNOWN_PEERS)
 def peer_id(public_key: bytes) -> str:
     """The libp2p peer id (base58) of an Ed25519 public key."""
     return base58.b58encode(_PEER_ID_PREFIX + public_key).decode()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from operator import itemgetter
 from typing import Annotated, ClassVar, Final, Literal
 
@@ -18,9 +19,9 @@ import msgspec
 from p2pflop.errors import JobError, ProtocolError
 from p2pflop.ids import HASH_BYTES
 from p2pflop.job.collection import Collection
-from p2pflop.job.graph import Dtype, Graph, decode_graph, graph_hash
+from p2pflop.job.graph import Dtype, decode_graph, graph_hash
 from p2pflop.job.limits import DEFAULT_LIMITS, Limits
-from p2pflop.job.meter import JobCost, init_graphs, meter_job
+from p2pflop.job.meter import Cost, JobCost, init_graphs, meter, meter_job
 from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import (
     MAX_PARAMS,
@@ -41,6 +42,10 @@ from p2pflop.wire import Hash, Record, Text, decode, encode
 MAX_INFLATED_BYTES: Final = 16 * 1024 * 1024
 MAX_COMPRESSED_BYTES: Final = 4 * 1024 * 1024
 MAX_BODY_GRAPHS: Final = 64
+KNOWN_GRAPHS: Final = 32
+MAX_KNOWN_GRAPH_BYTES: Final = 8 * 1024
+"""Graphs up to here are remembered as they were checked; in memory one is a hundred times that."""
+
 FILE_MAGIC: Final = b"p2pj\x01"
 _LEVEL: Final = 9
 
@@ -88,7 +93,7 @@ class JobFile(Record, frozen=True):
     labels: Labels
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CheckedJob:
     """A job that may be run: decoded, validated and metered. ``graphs`` are keyed by hash,
     ``state`` is what it starts from: empty at step 0, or if it is not known yet. ``members`` are
@@ -112,7 +117,7 @@ class CheckedJob:
         """The state root that it starts from; zeros at step 0."""
         return state_root(self.state) if self.job.first_step else bytes(HASH_BYTES)
 
-    @property
+    @cached_property
     def named_inputs(self) -> tuple[tuple[int, BlobSource], ...]:
         """The slots that are filled from blobs that the job itself names, the state that it starts
         from included."""
@@ -125,7 +130,7 @@ class CheckedJob:
                 found.append((slot, param.source))
         return tuple(found)
 
-    @property
+    @cached_property
     def member_slots(self) -> tuple[tuple[int, MemberSource], ...]:
         """The slots that are filled from entries of collections."""
         start, params = self._start, enumerate(self.work.params)
@@ -145,7 +150,7 @@ class CheckedJob:
         """Whether the blob of every input is known."""
         return len(self.members) == len(self.member_slots)
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[tuple[int, BlobSource], ...]:
         """All slots that are filled from blobs, as far as these are known."""
         slots = [slot for slot, _ in self.member_slots]
@@ -233,35 +238,48 @@ def decode_file(data: bytes) -> JobFile:
 
 
 def open_job(body: JobBody, limits: Limits = DEFAULT_LIMITS) -> CheckedJob | Refusal:
-    """Decode, validate and meter ``body``: after this it may be priced, lowered and run."""
+    """Decode, validate and meter ``body``: after this it may be priced, lowered and run.
+
+    A small graph that many jobs share, as those of a sweep do, is looked at once for all of them.
+    """
     try:
         work = decode(Work, body.work)
         if len(body.graphs) > limits.graphs:
             return Refusal(f"{len(body.graphs)} graphs are over the limit of {limits.graphs}")
-        decoded: dict[bytes, Graph] = {}
+        names = [graph_hash(data) for data in body.graphs]
+        if names != list(dict.fromkeys((*(p.graph for p in work.phases), *init_graphs(work)))):
+            return Refusal("the graphs of the job are not those of its work, in their order")
+        graphs: dict[bytes, Checked] = {}
+        costs: dict[bytes, Cost] = {}
         nodes = 0
-        for data in body.graphs:
-            graph = decode_graph(data, limits)
-            nodes += len(graph.nodes)
+        for name, data in zip(names, body.graphs, strict=True):
+            small = len(data) <= MAX_KNOWN_GRAPH_BYTES
+            opened = _known_graph(data, limits) if small else _open_graph(data, limits)
+            if isinstance(opened, Refusal):
+                return Refusal(f"graph {name.hex()[:12]}: {opened.reason}")
+            graphs[name], costs[name] = opened
+            nodes += len(graphs[name].graph.nodes)
             if nodes > limits.job_nodes:
                 return Refusal(f"over {limits.job_nodes} nodes in all graphs")
-            decoded[graph_hash(data)] = graph
     except ProtocolError as error:
         return Refusal(error.message)
-    named = dict.fromkeys((*(phase.graph for phase in work.phases), *init_graphs(work)))
-    if [graph_hash(data) for data in body.graphs] != list(named):
-        return Refusal("the graphs of the job are not those of its work, in their order")
-    graphs: dict[bytes, Checked] = {}
-    for name, graph in decoded.items():
-        checked = validate(graph, limits)
-        if isinstance(checked, Refusal):
-            return Refusal(f"graph {name.hex()[:12]}: {checked.reason}")
-        graphs[name] = checked
-    return _finish(body, work, graphs, limits)
+    return _finish(body, work, graphs, costs, limits)
+
+
+def _open_graph(data: bytes, limits: Limits) -> tuple[Checked, Cost] | Refusal:
+    checked = validate(decode_graph(data, limits), limits)
+    return checked if isinstance(checked, Refusal) else (checked, meter(checked))
+
+
+_known_graph = lru_cache(KNOWN_GRAPHS)(_open_graph)
 
 
 def _finish(
-    body: JobBody, work: Work, graphs: Mapping[bytes, Checked], limits: Limits
+    body: JobBody,
+    work: Work,
+    graphs: dict[bytes, Checked],
+    costs: Mapping[bytes, Cost],
+    limits: Limits,
 ) -> CheckedJob | Refusal:
     job = body.job
     refusal = validate_work(work, graphs, limits) or validate_job(work, job, graphs, limits)
@@ -271,10 +289,10 @@ def _finish(
     if refusal is not None:
         return refusal
     try:
-        cost = meter_job(work, job, graphs)
+        cost = meter_job(work, job, graphs, costs)
     except JobError as error:
         return Refusal(error.message)
-    return CheckedJob(job, work, work_id(work), dict(graphs), cost, body.state)
+    return CheckedJob(job, work, work_id(work), graphs, cost, body.state)
 
 
 def deflate(what: str, data: bytes) -> bytes:

@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from p2pflop.errors import JobError
@@ -97,13 +98,18 @@ def meter(checked: Checked) -> Cost:
     return Cost(_count_flop(checked), _count_touched(checked), _estimate_peak(checked))
 
 
-def meter_job(work: Work, job: Job, graphs: Mapping[bytes, Checked]) -> JobCost:
+def meter_job(
+    work: Work,
+    job: Job,
+    graphs: Mapping[bytes, Checked],
+    known: Mapping[bytes, Cost] = MappingProxyType({}),
+) -> JobCost:
     """The cost of ``job``, a stretch of ``work``.
 
     One line a distinct graph: those of the phases in their order, then the init graphs in slot
     order, which run once and only in a job that starts at step 0. ``graphs`` has every graph by its
-    hash, and ``work`` passed ``validate_work`` with them. Raises JobError if a line's value does
-    not fit 63 bits.
+    hash, and ``work`` passed ``validate_work`` with them; ``known`` has costs that were metered
+    before. Raises JobError if a line's value does not fit 63 bits.
     """
     times: dict[bytes, int] = {}
     for phase in work.phases:
@@ -112,7 +118,7 @@ def meter_job(work: Work, job: Job, graphs: Mapping[bytes, Checked]) -> JobCost:
     if job.first_step == 0:
         for graph in init_graphs(work):
             times[graph] = times.get(graph, 0) + 1
-    costs = {graph: meter(graphs[graph]) for graph in times}
+    costs = {graph: known.get(graph) or meter(graphs[graph]) for graph in times}
     lines = tuple(
         JobCostLine(graph, costs[graph].flop, costs[graph].touched_bytes, count)
         for graph, count in times.items()

@@ -8,10 +8,11 @@ nothing: only the buyer's own audited experience, stated in the policy, may call
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain, groupby
+from operator import attrgetter
 from typing import Annotated, Final, Literal, NamedTuple
 
 import msgspec
@@ -27,6 +28,7 @@ from p2pflop.units import FLOP_PER_PFLOP, MAX_NUSD, NS_PER_S, format_bytes, form
 from p2pflop.wire import U63, Hash, Key, Record, encode
 
 BYTES_PER_GB: Final = 10**9
+NUMBER_BYTES: Final = 4
 MAX_POLICY_ACCOUNTS: Final = 256
 MAX_EXPERIENCE: Final = 256
 
@@ -103,6 +105,7 @@ class MissReason(StrEnum):
     SLOW = "too slow for the deadline, by own experience"
 
 
+_TOTAL: Final = attrgetter("total_nusd")
 _NEARNESS: Final = {reason: place for place, reason in enumerate(MissReason)}
 _ADVICE: Final = {
     MissReason.CLASS: "They compute other bytes than the class that was asked for, by default this "
@@ -205,8 +208,11 @@ def moved_nusd(ask: Ask, moved_bytes: int) -> int:
 
 def total_nusd(ask: Ask, flop: int, touched_bytes: int, moved_bytes: int) -> int:
     """The quote: what the job costs on ``ask``, exactly, before anything runs."""
-    parts = compute_nusd(ask, flop, touched_bytes) + moved_nusd(ask, moved_bytes)
-    return max(ask.min_charge_nusd, ask.setup_nusd + parts)
+    return _total_nusd(ask, compute_nusd(ask, flop, touched_bytes) + moved_nusd(ask, moved_bytes))
+
+
+def _total_nusd(ask: Ask, parts_nusd: int) -> int:
+    return max(ask.min_charge_nusd, ask.setup_nusd + parts_nusd)
 
 
 def sum_costs(costs: Iterable[CostLine]) -> tuple[int, int]:
@@ -230,25 +236,26 @@ def rank(
 
     What was ``quoted`` is ranked among the asks of the sheets, by the same rule.
     """
-    judge = _Judge(need, policy, now_ns, is_attested)
+    judge = _judge(need, policy, now_ns, is_attested)
+    flop, touched_bytes, moved_bytes = need.flop, need.touched_bytes, need.moved_bytes
     deals: list[Deal] = []
     misses: list[Deal | Miss] = []
-    on_sheets = ((sheet, ask, b"") for sheet in sheets for ask in sheet.sheet.asks)
+    on_sheets = ((sheet, ask, b"") for sheet in sheets for ask in sheet.sealed.record.asks)
     for sheet, ask, ticket in chain(on_sheets, quoted):
-        compute = compute_nusd(ask, need.flop, need.touched_bytes)
-        moved = moved_nusd(ask, need.moved_bytes)
-        total = max(ask.min_charge_nusd, ask.setup_nusd + compute + moved)
-        reason = judge.reason(sheet, ask, total)
+        compute = compute_nusd(ask, flop, touched_bytes)
+        moved = moved_nusd(ask, moved_bytes)
+        total = _total_nusd(ask, compute + moved)
+        reason = judge(sheet, ask, total)
         if reason is None:
-            deals.append(Deal(sheet, ask, total, compute, moved, need.flop, ticket))
+            deals.append(Deal(sheet, ask, total, compute, moved, flop, ticket))
         else:
             misses.append(Miss(sheet, ask, reason, total, need))
-    deals.sort(key=lambda deal: deal.total_nusd)
+    deals.sort(key=_TOTAL)
     ranked: list[Deal | Miss] = []
-    for _, group in groupby(deals, key=lambda deal: deal.total_nusd):
+    for _, group in groupby(deals, key=_TOTAL):
         tied = list(group)
         if len(tied) > 1:
-            tied.sort(key=lambda deal: (tie_key(need.nonce, deal.sheet, deal.ask), deal.ticket))
+            tied.sort(key=lambda deal: tie_key(need.nonce, deal.sheet, deal.ask) + deal.ticket)
         ranked += tied
     misses.sort(key=lambda miss: (miss.total_nusd, miss.sheet.sealed.signer, miss.ask.number))
     return ranked + misses
@@ -266,7 +273,7 @@ def best(
     Asks are visited by price per PFLOP; since the price part alone is a lower bound of the total,
     the visit ends where that bound exceeds the best total found.
     """
-    judge = _Judge(need, policy, now_ns, is_attested)
+    judge = _judge(need, policy, now_ns, is_attested)
     found: tuple[int, OpenSheet, Ask] | None = None
     for class_id in need.class_ids:
         for price_nusd, _, _, sheet, ask in view.by_price.get(class_id, ()):
@@ -282,7 +289,7 @@ def best(
                 )
             ):
                 continue
-            if judge.reason(sheet, ask, total) is None:
+            if judge(sheet, ask, total) is None:
                 found = (total, sheet, ask)
     if found is None:
         return None
@@ -297,9 +304,10 @@ def best(
     )
 
 
-def tie_key(nonce: bytes, sheet: OpenSheet, ask: Ask) -> tuple[bytes, bytes, int]:
+def tie_key(nonce: bytes, sheet: OpenSheet, ask: Ask) -> bytes:
     """Orders equal totals: a draw among accounts that nobody can steer, then node and number."""
-    return content_hash(nonce + sheet.account), sheet.node, ask.number
+    drawn = content_hash(nonce + sheet.account)
+    return drawn + sheet.sealed.signer + ask.number.to_bytes(NUMBER_BYTES, "big")
 
 
 def no_deal(ranked: Iterable[Deal | Miss]) -> MarketError:
@@ -346,58 +354,72 @@ def _advice_on_memory(misses: list[Miss]) -> str:
     )
 
 
-class _Judge:
-    """The reasons of one ranking, with what they look up prepared once."""
+_Judge = Callable[[OpenSheet, Ask, int], MissReason | None]
+"""Why an ask of a total does not do, or None if it does. The first reason that holds is given."""
 
-    def __init__(self, need: Need, policy: Policy, now_ns: int, is_attested: IsAttested) -> None:
-        self._need = need
-        self._max_nusd = min(need.max_nusd, MAX_NUSD)
-        self._now_ns = now_ns
-        self._excluded = frozenset(policy.excluded)
-        self._only = frozenset(policy.only)
-        self._max_price_nusd = policy.max_price_nusd
-        self._attested_only = policy.attested_only
-        self._is_attested = is_attested
-        self._choosy = policy != Policy(experience=policy.experience)
-        self._experience: dict[tuple[bytes, bytes], int] = {}
-        for entry in policy.experience:
-            key = (entry.account, entry.class_id)
-            known = self._experience.get(key, entry.flop_per_s)
-            self._experience[key] = min(known, entry.flop_per_s)
 
-    def reason(self, sheet: OpenSheet, ask: Ask, total: int) -> MissReason | None:
-        """Why this ask does not do, or None if it does. The first reason that holds is given."""
-        need = self._need
-        if ask.class_id not in need.class_ids:
+def _judge(need: Need, policy: Policy, now_ns: int, is_attested: IsAttested) -> _Judge:
+    """The judge of one ranking: it is asked ten thousand times, so all that can be is looked up
+    here."""
+    class_ids, memory_bytes, own_node = need.class_ids, need.memory_bytes, need.own_node
+    max_nusd = min(need.max_nusd, MAX_NUSD)
+    is_late = need.deadline_ns <= now_ns
+    is_choosy = policy != Policy(experience=policy.experience)
+    barred = _barring(policy, now_ns, is_attested)
+    is_slow = _slowness(need, policy, now_ns)
+    is_experienced = bool(policy.experience)
+
+    def judge(sheet: OpenSheet, ask: Ask, total: int) -> MissReason | None:
+        if ask.class_id not in class_ids:
             return MissReason.CLASS
-        if ask.memory_bytes < need.memory_bytes:
+        if ask.memory_bytes < memory_bytes:
             return MissReason.MEMORY
-        record = sheet.sealed.record
-        if ask.valid_until_ns <= self._now_ns or record.expires_ns <= self._now_ns:
+        sealed = sheet.sealed
+        if ask.valid_until_ns <= now_ns or sealed.record.expires_ns <= now_ns:
             return MissReason.EXPIRED
-        if need.deadline_ns <= self._now_ns:
+        if is_late:
             return MissReason.DEADLINE
-        if sheet.sealed.signer == need.own_node:
+        if sealed.signer == own_node:
             return MissReason.OWN_NODE
-        barred = self._barred(sheet, ask) if self._choosy else None
-        if barred is not None:
-            return barred
-        if total > self._max_nusd:
+        if is_choosy and (reason := barred(sheet, ask)) is not None:
+            return reason
+        if total > max_nusd:
             return MissReason.BUDGET
-        return self._slow(sheet, ask) if self._experience else None
+        return MissReason.SLOW if is_experienced and is_slow(sheet, ask) else None
 
-    def _barred(self, sheet: OpenSheet, ask: Ask) -> MissReason | None:
-        if sheet.account in self._excluded or (self._only and sheet.account not in self._only):
+    return judge
+
+
+def _barring(
+    policy: Policy, now_ns: int, is_attested: IsAttested
+) -> Callable[[OpenSheet, Ask], MissReason | None]:
+    """Why the policy does not allow an ask, or None if it does."""
+    excluded, only = frozenset(policy.excluded), frozenset(policy.only)
+    attested_only, max_price_nusd = policy.attested_only, policy.max_price_nusd
+
+    def barred(sheet: OpenSheet, ask: Ask) -> MissReason | None:
+        account = sheet.account
+        if account in excluded or (only and account not in only):
             return MissReason.POLICY
-        if self._attested_only and not self._is_attested(sheet.account, self._now_ns):
+        if attested_only and not is_attested(account, now_ns):
             return MissReason.ATTESTATION
-        if self._max_price_nusd and ask.price_nusd > self._max_price_nusd:
+        if max_price_nusd and ask.price_nusd > max_price_nusd:
             return MissReason.PRICE
         return None
 
-    def _slow(self, sheet: OpenSheet, ask: Ask) -> MissReason | None:
-        speed = self._experience.get((sheet.account, ask.class_id))
-        left_ns = self._need.deadline_ns - self._now_ns
-        if speed is not None and self._need.flop * NS_PER_S > speed * left_ns:
-            return MissReason.SLOW
-        return None
+    return barred
+
+
+def _slowness(need: Need, policy: Policy, now_ns: int) -> Callable[[OpenSheet, Ask], bool]:
+    """Whether the buyer's own experience, at its worst, has an ask too slow for the deadline."""
+    left_ns = need.deadline_ns - now_ns
+    speeds: dict[tuple[bytes, bytes], int] = {}
+    for entry in policy.experience:
+        key = (entry.account, entry.class_id)
+        speeds[key] = min(speeds.get(key, entry.flop_per_s), entry.flop_per_s)
+
+    def is_slow(sheet: OpenSheet, ask: Ask) -> bool:
+        speed = speeds.get((sheet.account, ask.class_id))
+        return speed is not None and need.flop * NS_PER_S > speed * left_ns
+
+    return is_slow

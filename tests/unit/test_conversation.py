@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 
 from p2pflop.errors import ProviderError
+from p2pflop.node import conversation as conversation_module
 from p2pflop.node import messages as m
 from p2pflop.node.conversation import Conversation
 
@@ -18,8 +20,8 @@ class ClosedByItsPeer:
         self._frames = [m.encode_message(word) for word in words]
         self.refused = 0
 
-    async def send(self, frame: bytes) -> None:
-        del frame
+    async def send(self, *frames: bytes) -> None:
+        del frames
         self.refused += 1
         raise ProviderError("the peer reset the stream")
 
@@ -51,3 +53,41 @@ async def test_the_last_words_of_a_peer_that_takes_no_more_are_heard(
     assert heard == [m.Heartbeat(), m.Heartbeat(), m.Settled()]
     assert stream.refused == 1
     assert not conversation.at_fault
+
+
+class Listener:
+    """A stream that notes what is sent together, and ends when it has been closed."""
+
+    peer = "12D3KooWPeer"
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+        self._closed = trio.Event()
+
+    async def send(self, *frames: bytes) -> None:
+        self.sent.append(len(frames))
+
+    async def receive(self, max_bytes: int = 0) -> bytes:
+        del max_bytes
+        await self._closed.wait()
+        raise ProviderError("the end")
+
+    async def aclose(self) -> None:
+        self._closed.set()
+
+
+async def test_what_waits_goes_out_together_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    word = m.Heartbeat()
+    monkeypatch.setattr(conversation_module, "TOGETHER_BYTES", 3 * len(m.encode_message(word)))
+    stream = Listener()
+    conversation = Conversation(stream)
+    for _ in range(7):
+        conversation.tell(word)
+    conversation.finish()
+
+    async def on_message(message: m.Message) -> None:
+        del message
+
+    with trio.fail_after(5):
+        await conversation.run(on_message)
+    assert stream.sent == [3, 3, 1]

@@ -244,6 +244,20 @@ def test_graphs_are_exactly_those_of_the_work_in_order() -> None:
     refused(body_of(work), "2 graphs are over", Limits(graphs=1))
 
 
+def test_a_small_graph_is_looked_at_once_for_all_works_that_share_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, shared = work_of(), name(STEP_GRAPH)
+    other, size = msgspec.structs.replace(one, seed=8), len(encode_graph(STEP_GRAPH))
+    monkeypatch.setattr(file_module, "MAX_KNOWN_GRAPH_BYTES", size)
+    known = opened(body_of(one))
+    assert opened(body_of(other)).graphs[shared] is known.graphs[shared]
+    assert opened(body_of(other)).cost == known.cost
+    monkeypatch.setattr(file_module, "MAX_KNOWN_GRAPH_BYTES", size - 1)
+    assert opened(body_of(other)).graphs[shared] is not known.graphs[shared]
+    assert opened(body_of(other)).graphs[shared] == known.graphs[shared]
+
+
 def test_an_invalid_graph_is_named() -> None:
     bad = replace_graph(INIT_GRAPH, outputs=())
     refused(body_of(work_of(init=bad), STEP_GRAPH, bad), f"graph {name(bad).hex()[:12]}: 0 outputs")
@@ -275,7 +289,10 @@ def test_works_and_graphs_in_other_encodings_are_refused() -> None:
     body = body_of(work_of())
     long_work = body.work[:-5] + b"\xcc" + body.work[-5:]  # the seed in two bytes
     refused(JobBody(body.job, long_work, body.graphs), "one encoding")
-    refused(JobBody(body.job, body.work, (b"", *body.graphs)), "not a valid graph")
+    work = work_of()
+    phases = (msgspec.structs.replace(work.phases[0], graph=graph_hash(b"")), *work.phases[1:])
+    work = msgspec.structs.replace(work, phases=phases)
+    refused(JobBody(body.job, encode(work), (b"", *body.graphs[1:])), "not a valid graph")
 
 
 def test_files_carry_names() -> None:

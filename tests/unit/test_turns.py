@@ -53,6 +53,31 @@ async def test_a_cancelled_task_does_not_take_its_turn() -> None:
         pass
 
 
+async def test_one_that_is_cancelled_while_it_waits_is_passed_over() -> None:
+    turn, entered = Turn(), trio.Event()
+
+    async def wait_in_vain(scope: trio.CancelScope) -> None:
+        with scope:
+            async with turn:
+                pytest.fail("it was cancelled")
+
+    async def wait() -> None:
+        async with turn:
+            entered.set()
+
+    async with trio.open_nursery() as nursery, turn:
+        scope = trio.CancelScope()
+        nursery.start_soon(wait_in_vain, scope)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not entered.is_set()
+    assert scope.cancelled_caught
+    assert entered.is_set()
+
+
 async def test_an_error_gives_the_turn_back() -> None:
     turn = Turn()
     with pytest.raises(ValueError, match="inside"):
