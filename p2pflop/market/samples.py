@@ -14,6 +14,7 @@ from p2pflop.market.desk import BuyerDesk, ProviderDesk
 from p2pflop.market.fills import make_bid
 from p2pflop.market.ranking import Deal, Need, Policy, rank, sum_costs
 from p2pflop.market.records import Ask, Bid, CostLine, Terms
+from p2pflop.market.sessions import make_session_bid
 from p2pflop.market.sheets import OpenSheet, make_ask, make_delegation, make_sheet
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import DEFAULT_NETWORK, Sealed
@@ -118,6 +119,23 @@ def bid(buyer: Party, deal: Deal, now_ns: int = NOW_NS, **rest: Any) -> Sealed[B
         **rest,
     }
     return make_bid(buyer.node, deal, **values)
+
+
+def session_bid(buyer: Party, deal: Deal, **rest: Any) -> Sealed[Bid]:
+    """``buyer``'s bid for a lease of a session on ``deal``, for a dollar at most."""
+    values: dict[str, Any] = {
+        "session_id": ROOT,
+        "meter_id": METER_ID,
+        "terms": TERMS,
+        "quote_nusd": 10**9,
+        "nonce": NONCE,
+        "now_ns": NOW_NS,
+        "book_digest": ROOT,
+        "policy_digest": Policy().digest(),
+        "delegation": buyer.delegation,
+        **rest,
+    }
+    return make_session_bid(buyer.node, deal, **values)
 
 
 def deals(*sheets: OpenSheet, now_ns: int = NOW_NS) -> list[Deal]:

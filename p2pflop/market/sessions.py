@@ -109,8 +109,9 @@ def check_session_bid(
     if isinstance(found, Rejected):
         return found
     bid = found.bid
+    if session_prices(bid) is None:
+        return Rejected("a bid for a job, where one for a session is due")
     reasons = (
-        (session_prices(bid) is None, "a bid for a job, where one for a session is due"),
         (
             tuple(said for said in bid.ext if said[0] == SESSION_EXT) != session_ext(found.ask),
             "the bid does not name the prices of the ask",
