@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from p2pflop.errors import ProtocolError
+from p2pflop.errors import JobError, ProtocolError
 from p2pflop.job.commands import (
     Allocate,
     AnyCommand,
@@ -65,7 +65,7 @@ class MachineWorkspace:
             return
         self._plans_bytes += len(plan)
         if self._plans_bytes > MAX_PLANS_BYTES:
-            raise ProtocolError(f"plans of over {MAX_PLANS_BYTES} bytes")
+            raise JobError(f"plans of over {MAX_PLANS_BYTES} bytes", hint="Have fewer graphs.")
         decoded = decode_plan(plan)
         self._reserve(decoded)
         self._graphs[graph] = _Graph(

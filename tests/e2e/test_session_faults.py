@@ -130,9 +130,13 @@ class TestFaultsOfAProgram:
         monkeypatch.setattr(worker_session, "BATCH_SECONDS", 0.3)
         async with session(pool, script.SLEEP, WorkerLimits(32 * MIB, 60, 0.1)) as worker:
             await worker.obey([Run(DEED)])
-            with pytest.raises(ProviderError, match="took nothing for"):
+
+            async def fill_the_pipe() -> None:
                 while True:
                     await worker.put(0, 0, bytes(4) * 50_000)
+
+            with pytest.raises(ProviderError, match="took nothing for"):
+                await fill_the_pipe()
             assert not worker.alive
 
     async def test_a_killed_worker_is_the_providers_fault(self, pool: WorkerPool) -> None:
