@@ -36,7 +36,7 @@ from p2pflop.kernels.tinygrad_engine import TinygradEngine
 
 PRICE_NUSD = 50_000_000
 WINDOW = 4096, 2**22
-ENGINE = TinygradEngine()
+ENGINE = TinygradEngine("CPU")
 """Of the class that this process is in."""
 
 

@@ -29,7 +29,7 @@ def run_script(path: Path, home: Path | None, **variables: str) -> subprocess.Co
         del environment["DEV"]
         environment |= {"CLOUD": "1", "P2PFLOP_HOME": str(home)} | variables
     return subprocess.run(
-        [sys.executable, str(path)], env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, str(path)], env=environment, capture_output=True, text=True, timeout=110
     )
 
 
