@@ -85,7 +85,8 @@ class Daemon:
     def __post_init__(self) -> None:
         self.packs = Packs(self.buyer)
         graphs = Graphs()
-        self.sessions = SessionBuyer(self.buyer, self.seller.journal, self.workers, graphs)
+        seller = self.seller
+        self.sessions = SessionBuyer(self.buyer, seller.journal, self.workers, graphs, seller.blobs)
         self.session_sales = SessionSeller(self.seller, graphs)
 
     async def status(self) -> Json:

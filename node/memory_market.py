@@ -334,7 +334,9 @@ class MemoryNode:
 
     def _open_sessions(self) -> None:
         graphs = Graphs()
-        self.sessions = SessionBuyer(self.buyer, self.journal, self.workers, graphs)
+        self.sessions = SessionBuyer(
+            self.buyer, self.journal, self.workers, graphs, self.seller.blobs
+        )
         self.session_sales = SessionSeller(self.seller, graphs)
         self.dialer.handle(SESSION_PROTOCOL, self._answer_session)
 

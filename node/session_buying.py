@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 IDLE_S: Final = 10.0
 FAREWELL_S: Final = 10.0
 """For a lease to end in order after its script has gone."""
+MAX_FRUITLESS: Final = 8
+"""Leases one after the other that end before anything more is obeyed."""
+MAX_PAUSE_S: Final = 8.0
 WINDOW_SLACK: Final = 2
 """A script may run ahead of what it was told by so many windows before it is cut off."""
 
@@ -146,7 +149,7 @@ class Session:
             self._say_last(failure)
             self.outbox.close()
             telling.cancel_scope.deadline = trio.current_time() + FAREWELL_S
-        await self._buyer.forget(self.log.snapshot.ours())
+        await self._buyer.forget(self, self.log.snapshot.ours())
 
     # The script
 
@@ -217,13 +220,19 @@ class Session:
         """Raises what the script is to be told."""
         if self._refusal is not None:
             raise self._refusal
-        first = True
+        first, fruitless = True, 0
         while first or await self._has_work():
-            first = False
+            first, before = False, self._ran_to
             lease = await self._buyer.lease(self)
             failure = await self._use(lease)
             if failure is None:
+                fruitless = 0
                 continue
+            fruitless = fruitless + 1 if self._ran_to == before else 0
+            if fruitless > MAX_FRUITLESS:
+                raise failure
+            if fruitless > 1:
+                await trio.sleep(min(MAX_PAUSE_S, 2.0 ** (fruitless - 2)))
             _log.info("session %s: %s", self.id.hex()[:12], failure)
             if isinstance(failure, StoreError):
                 raise failure
@@ -368,11 +377,11 @@ class Session:
         table, number = lease.outstanding.table, self._next
         taken = self.log.begin(table, self._since, number, self._command_at)
         taken.mark = self._mark_of(table, number)
-        began_ns = self._buyer.base.now_ns()
+        owner = self._buyer.base.identity.account.public_key
         keepers: dict[int, Keeper] = {}
         async with AsyncExitStack() as stack:
             for buffer, size_bytes in taken.missing.items():
-                keepers[buffer] = Keeper(self._buyer.base.store, size_bytes, began_ns, stack)
+                keepers[buffer] = Keeper(self._buyer.base.store, size_bytes, owner, stack)
                 await lease.obey(Read(buffer, 0, size_bytes), answer=keepers[buffer])
                 if lease.outstanding.is_full:
                     await lease.flush(number)
@@ -383,7 +392,8 @@ class Session:
                 raise RuntimeError("a Read of a snapshot was obeyed without an answer")
             taken.kept[buffer] = keeper.kept
         taken.missing = {}
-        await self._buyer.forget(self.log.finish(taken))
+        await self._buyer.blobs.hold(self.id, taken.ours())
+        await self._buyer.forget(self, self.log.finish(taken))
         self._since, self._base = table.count, table.mark()
         self._wake()
 

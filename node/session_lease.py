@@ -193,6 +193,10 @@ class Lease(Protocol):
         """End it in order: everything is obeyed and paid for."""
 
 
+class HandedOver(ProviderError):
+    """The provider ends the lease, and says why. It has not failed."""
+
+
 class CommandFault(ProviderError):
     """The provider says that a command of the lease is to blame: its ``number``, and why."""
 

@@ -20,7 +20,8 @@ from p2pflop.node.supply import Supply
 
 
 class LeaseLoads:
-    """``session_work.Blobs`` from the buyer's node ``peer``, for its account ``owner``."""
+    """``session_work.Blobs`` from the buyer's node ``peer``, for its account ``owner``; of this
+    node's own account, empty, all that is here may be used."""
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class LeaseLoads:
         self._store = store
         self._blobs = blobs
         self._lease = lease
+        self._owner = owner
         self._disk_bytes = disk_bytes
         self._supply = Supply(store, dialer, peer, owner, self._hold)
         self._waiting: dict[bytes, int] = {}
@@ -46,8 +48,10 @@ class LeaseLoads:
         """See Blobs."""
         await self._make_room(load)
         await self._hold([load.address])
-        await self._supply.bring(load.address, load.size_bytes)
-        info = await self._store.stat(load.address)
+        info = None if self._owner else await self._store.stat(load.address)
+        if info is None:
+            await self._supply.bring(load.address, load.size_bytes)
+            info = await self._store.stat(load.address)
         if info is None or info.size_bytes != load.size_bytes:
             raise JobError(f"blob {load.address.hex()[:12]} has not {load.size_bytes} bytes")
 

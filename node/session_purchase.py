@@ -30,7 +30,7 @@ from p2pflop.node import messages as m
 from p2pflop.node.guard import survive
 from p2pflop.node.journal import Head, JobRows, Letter
 from p2pflop.node.letters import SESSION_PREFIX
-from p2pflop.node.session_lease import Answer, CommandFault, Outstanding, QuoteUsedUp
+from p2pflop.node.session_lease import Answer, CommandFault, HandedOver, Outstanding, QuoteUsedUp
 from p2pflop.node.session_messages import SESSION_PROTOCOL, Leaving, SessionMessage, Wanted
 from p2pflop.node.session_state import SESSION_BUYER, LeaseState
 from p2pflop.node.session_talk import SessionTalk
@@ -163,7 +163,7 @@ class RemoteLease:
                 except trio.WouldBlock:
                     raise ProtocolError("receipts faster than they are signed") from None
             case Leaving(reason):
-                raise ProviderError(reason)
+                raise HandedOver(reason)
             case Failed(number, _, text, hint):
                 raise CommandFault(number, text, hint)
             case m.Settled():

@@ -160,12 +160,14 @@ class SessionSale:
     async def serve(self, talk: SessionTalk) -> None:
         """From the fill to the end. Raises ProviderError, ProtocolError for what the peer did."""
         self._talk = talk
+        confirmed = False
         try:
-            if await self._is_confirmed():
+            confirmed = await self._is_confirmed()
+            if confirmed:
                 await self._live()
-            else:
-                self.seller.base.allocator.note_lapse(self.account, self.seller.base.now_ns())
         finally:
+            if not confirmed:
+                self.seller.base.allocator.note_lapse(self.account, self.seller.base.now_ns())
             with trio.CancelScope(shield=True):
                 await self._close()
         await talk.part()

@@ -51,11 +51,12 @@ from p2pflop.node.buy import Buyer
 from p2pflop.node.execute import WORKER_BASE_BYTES
 from p2pflop.node.guard import survive
 from p2pflop.node.journal import JobRows, Journal
+from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.printable import printable
 from p2pflop.node.service import Json
 from p2pflop.node.session_buying import AnyLease, Session
 from p2pflop.node.session_graphs import Graphs
-from p2pflop.node.session_lease import CommandFault, Outstanding
+from p2pflop.node.session_lease import CommandFault, HandedOver, Outstanding
 from p2pflop.node.session_local import LocalLease
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
 from p2pflop.node.session_purchase import RemoteLease, open_lease
@@ -92,6 +93,10 @@ class _Looked:
         return [entry for entry in self.ranked if isinstance(entry, Deal)]
 
 
+class _CapError(MarketError):
+    """No ask can be paid for: to wait does not help."""
+
+
 @dataclass(slots=True)
 class SessionBuyer:
     """Every session of this node's user. ``base`` is what it shares with purchases of jobs."""
@@ -100,6 +105,7 @@ class SessionBuyer:
     journal: Journal
     workers: Workers
     graphs: Graphs
+    blobs: LeaseBlobs
     _sessions: dict[bytes, Session] = field(default_factory=dict)
 
     async def serve(self, line: ScriptLine) -> None:
@@ -119,6 +125,7 @@ class SessionBuyer:
             await session.run()
         finally:
             del self._sessions[session.id]
+            self.blobs.let_go(session.id)
 
     def cards(self) -> list[Json]:
         """Sessions under way, oldest first, as JSON. See ``NodeService.sessions``."""
@@ -156,14 +163,12 @@ class SessionBuyer:
         """See ``Graphs.open``."""
         return await self.graphs.open(data, self.graphs.user)
 
-    async def forget(self, addresses: set[bytes]) -> None:
-        """Delete blobs that were put for a snapshot, unless they are needed for something else."""
-        for address in addresses:
-            if not self.needs(address) and not self.base.needed_by(address):
-                try:
-                    await self.base.store.delete(address, owner=b"")
-                except StoreError as error:
-                    _log.warning("an old snapshot is still here: %s", error)
+    async def forget(self, session: Session, addresses: set[bytes]) -> None:
+        """Delete blobs that were put for a snapshot and that nobody else holds."""
+        try:
+            await self.blobs.drop(session.id, addresses)
+        except StoreError as error:
+            _log.warning("an old snapshot is still here: %s", error)
 
     def resume(self) -> None:
         """Bring what earlier processes signed to the providers that may not know of it."""
@@ -186,6 +191,8 @@ class SessionBuyer:
                 return self._tell(session, found)
             if session.faulted:
                 raise next(iter(session.faulted.values()))
+            if isinstance(found, _CapError):
+                raise found
             left_s = until - trio.current_time()
             if left_s <= 0:
                 if wish.local and self.workers.class_id in (classes or {self.workers.class_id}):
@@ -200,23 +207,26 @@ class SessionBuyer:
     def lost(self, session: Session, lease: AnyLease, failure: P2PFlopError) -> None:
         """A lease has ended before its time."""
         session.note(f"the provider is lost: {printable(failure)}; going on elsewhere")
-        if isinstance(lease, RemoteLease) and not isinstance(failure, CommandFault):
-            self.base.experience.note_failure(lease.account, self.base.now_ns())
+        if not isinstance(lease, RemoteLease) or isinstance(failure, CommandFault):
+            return
+        experience = self.base.experience
+        is_failure = not isinstance(failure, HandedOver)
+        note = experience.note_failure if is_failure else experience.note_handed_over
+        note(lease.account, self.base.now_ns())
 
     async def _try_all(
         self, session: Session, classes: frozenset[bytes]
     ) -> RemoteLease | MarketError:
         """Bid to one provider after the other, best first; why there is no lease, if so."""
         looked = self._look(session, classes)
+        quotes = [(deal, self._quote(session, deal.ask)) for deal in looked.deals]
         why = no_deal(looked.ranked)
-        for deal in looked.deals:
-            quote_nusd = self._quote(session, deal.ask)
+        if quotes and all(quote_nusd is None for _, quote_nusd in quotes):
+            left = format_usd(session.wish.cap_nusd - session.spent_nusd)
+            text = f"the {left} that are left of the session's limit do not reach"
+            why = _CapError(text, hint="Raise CLOUD_MAX_USD.")
+        for deal, quote_nusd in quotes:
             if quote_nusd is None:
-                left = format_usd(session.wish.cap_nusd - session.spent_nusd)
-                why = MarketError(
-                    f"the {left} that are left of the session's limit do not reach",
-                    hint="Raise CLOUD_MAX_USD.",
-                )
                 continue
             outstanding = Outstanding(
                 SessionTable(session.wish.memory_bytes), on_ran=session.on_ran

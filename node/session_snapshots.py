@@ -11,14 +11,15 @@ from p2pflop.node.session_log import Kept, is_small
 class Keeper:
     """``session_lease.Answer`` that keeps a buffer: small ones in memory, others as blobs.
 
-    A blob that was in the store before ``began_ns`` is not the snapshot's to delete.
+    The blobs are ``owner``'s, this node's own account, as those of a stranger's lease are that
+    stranger's: so they are swept if the node dies, and what its user has put is not touched.
     """
 
-    def __init__(self, store: Store, size_bytes: int, began_ns: int, stack: AsyncExitStack) -> None:
+    def __init__(self, store: Store, size_bytes: int, owner: bytes, stack: AsyncExitStack) -> None:
         self.kept: Kept | None = None
         self._store = store
         self._size_bytes = size_bytes
-        self._began_ns = began_ns
+        self._owner = owner
         self._stack = stack
         self._small = bytearray()
         self._writer: BlobWriter | None = None
@@ -31,9 +32,10 @@ class Keeper:
                 self.kept = Kept(self._size_bytes, data=bytes(self._small))
             return
         if self._writer is None:
-            self._writer = await self._stack.enter_async_context(self._store.writer())
+            self._writer = await self._stack.enter_async_context(
+                self._store.writer(owner=self._owner)
+            )
         await self._writer.write(data)
         if last:
             info = await self._writer.finish()
-            ours = info.created_ns >= self._began_ns
-            self.kept = Kept(self._size_bytes, address=info.address, ours=ours)
+            self.kept = Kept(self._size_bytes, address=info.address, ours=True)

@@ -138,12 +138,11 @@ class SessionWork:
             self.table.apply(command, graph)
             if isinstance(command, Load):
                 later[place] = _Later(command)
+                self._loads.send_nowait(later[place])
             elif isinstance(command, Define) and graph and graph.hash not in self._known:
                 self._known.add(graph.hash)
                 later[place] = _Later(command, graph.hash)
-        for each in later.values():
-            queue = self._loads if isinstance(each.command, Load) else self._graphs
-            queue.send_nowait(each)
+                self._graphs.send_nowait(later[place])
         taken = _Taken(batch, len(encode(batch)), self.table.mark(), later)
         self._waiting_bytes += taken.size_bytes
         self._under_way.append(taken)

@@ -10,15 +10,16 @@ import pytest
 import trio
 from msgspec.structs import replace
 
+from p2pflop.errors import ProviderError
 from p2pflop.job.commands import Batch, Data, Failed, Free, Ran, Read
 from p2pflop.market.records import Receipt
 from p2pflop.node import messages as m
-from p2pflop.node import session_purchase, session_sale
+from p2pflop.node import session_buying, session_purchase, session_sale
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode
 from p2pflop.node.session_messages import WINDOW_COMMANDS, Leaving, SessionMessage
 from p2pflop.units import MIB
 from p2pflop.wire import Record, open_sealed, seal
-from tests.session_scripts import FLOATS, Script, beginning, decoded, steps
+from tests.session_scripts import FLOATS, Script, beginning, decoded, opening, steps
 from tests.sim.test_session_memory import SIZE, begin, reference
 
 if TYPE_CHECKING:
@@ -279,3 +280,33 @@ async def test_memory_that_nobody_has_is_refused_before_anything_runs(
     assert isinstance(failed, Failed)
     assert "too little memory" in failed.text
     assert provider.seller.busy == 0
+
+
+async def test_a_provider_whose_workers_fail_is_not_tried_for_ever(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    script = Script()
+    await begin(buyer, script, wait_s=600)
+    provider.workers.failure = ProviderError("the sandbox is lost")
+    script.give([*beginning(), *steps(1)])
+    with trio.fail_after(120):
+        failed = await script.until(Failed)
+    assert isinstance(failed, Failed)
+    assert "sandbox is lost" in failed.text
+    assert not failed.job
+    assert len(script.leases) == session_buying.MAX_FRUITLESS + 1
+
+
+async def test_a_fill_that_is_not_confirmed_costs_its_buyer_a_pause(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    buyer.tamper_sent = tampered(only(m.Confirmed, lambda _: []))
+    script = Script()
+    script.say(opening(wait_s=30))
+    buyer.buyer.nursery.start_soon(buyer.sessions.serve, script)
+    await trio.sleep(session_sale.CONFIRM_S + 5)
+    assert provider.seller.busy == 0
+    assert provider.seller.allocator._lapses
+    script.leave()

@@ -34,6 +34,7 @@ class Echo(MemoryService):
     def __init__(self) -> None:
         super().__init__()
         self.ended = ""
+        self.over = trio.Event()
 
     async def session(self, line: ScriptLine) -> None:
         try:
@@ -44,6 +45,7 @@ class Echo(MemoryService):
                     self.ended = "closed"
                     return
             self.ended = "gone"
+            self.over.set()
         except trio.Cancelled:
             self.ended = "cancelled"
             raise
@@ -144,8 +146,8 @@ async def test_a_connection_that_breaks_ends_the_session() -> None:
             await client.say(opening())
             await client.hear()
         with trio.fail_after(5):
-            while service.ended != "gone":
-                await trio.sleep(0.01)
+            await service.over.wait()
+    assert service.ended == "gone"
 
 
 @pytest.mark.parametrize(
