@@ -124,7 +124,7 @@ def test_a_binding_is_a_graph_at_places_and_can_be_bound_anew() -> None:
 
 
 def test_one_place_may_serve_several_params() -> None:
-    commands = [Allocate(0, 16), Write(0, 0, floats(1, 2, 3, 4)), Define(ADD)]
+    commands: list[AnyCommand] = [Allocate(0, 16), Write(0, 0, floats(1, 2, 3, 4)), Define(ADD)]
     found, _ = obey(
         local(),
         [*commands, Bind(0, graph_hash(ADD), ((0, 0), (0, 0))), Run(0), Read(0, 0, 16)],
@@ -133,7 +133,11 @@ def test_one_place_may_serve_several_params() -> None:
 
 
 def test_a_param_that_is_only_written_keeps_what_is_beside_its_view() -> None:
-    commands = [Allocate(0, 24), Write(0, 0, floats(1, 2, 3, 4, 5, 6)), Define(ONLY_WRITTEN)]
+    commands: list[AnyCommand] = [
+        Allocate(0, 24),
+        Write(0, 0, floats(1, 2, 3, 4, 5, 6)),
+        Define(ONLY_WRITTEN),
+    ]
     found, _ = obey(
         local(), [*commands, Bind(0, graph_hash(ONLY_WRITTEN), ((0, 0),)), Run(0), Read(0, 0, 24)]
     )
@@ -141,7 +145,12 @@ def test_a_param_that_is_only_written_keeps_what_is_beside_its_view() -> None:
 
 
 def test_memory_is_zero_when_it_is_new_and_kept_when_it_is_copied() -> None:
-    commands = [Allocate(0, 8), Write(0, 0, b"abcdefgh"), Copy((0, 0), (0, 4), 4), Read(0, 0, 8)]
+    commands: list[AnyCommand] = [
+        Allocate(0, 8),
+        Write(0, 0, b"abcdefgh"),
+        Copy((0, 0), (0, 4), 4),
+        Read(0, 0, 8),
+    ]
     found, _ = obey(local(), [*commands, Free(0), Allocate(0, 8), Read(0, 0, 8), Read(0, 8, 0)])
     assert found == {3: b"efghefgh", 6: bytes(8), 7: b""}
 
