@@ -119,7 +119,12 @@ def is_too_dear(pool: Workers, checked: CheckedJob, plans: Mapping[bytes, bytes]
     give the lease back: fusion may compute an element anew for each of its readers."""
     lines = checked.cost.lines
     lowered_flop = sum(pool.flop_of(plans[line.graph]) * line.times for line in lines)
-    return lowered_flop > max(MAX_COST_RATIO * checked.cost.flop, MIN_DEAR_FLOP)
+    return is_dear(lowered_flop, checked.cost.flop)
+
+
+def is_dear(lowered_flop: int, metered_flop: int) -> bool:
+    """Whether kernels compute so much more than was metered, that is than is paid for."""
+    return lowered_flop > max(MAX_COST_RATIO * metered_flop, MIN_DEAR_FLOP)
 
 
 async def lower_all(

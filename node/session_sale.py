@@ -112,7 +112,13 @@ class SessionSale:
         )
         memory_bytes = max(0, bid.record.terms.memory_bytes - WORKER_BASE_BYTES)
         self.work = SessionWork(
-            base.workers, base.store, self._open_graph, loads, self._report, memory_bytes
+            base.workers,
+            base.store,
+            self._open_graph,
+            loads,
+            self._report,
+            memory_bytes,
+            refuses_dear=not self.is_own,
         )
 
     @property
@@ -294,13 +300,13 @@ class SessionSale:
 
     async def _hear(self, message: SessionMessage) -> None:
         match message:
-            case Batch():
+            case Batch() if not self.work.is_finishing:
                 self._heard_at = trio.current_time()
                 if self._end is None:
                     await self._take(message)
             case m.Countersigned(wire):
                 await self.countersigned(wire)
-            case Close():
+            case Close() if not self.work.is_finishing:
                 self.work.finish()
             case _:
                 raise ProtocolError("a buyer does not send that", peer=self._talk.peer)

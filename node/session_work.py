@@ -23,6 +23,7 @@ from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.job.commands import AnyCommand, Batch, Data, Define, Load, Ran, Read
 from p2pflop.job.meter import MAX_LINE_VALUE
 from p2pflop.job.session import Mark, OpenGraph, SessionTable
+from p2pflop.node.execute import is_dear
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
 from p2pflop.node.worker_types import SessionWorker, Workers
 from p2pflop.units import NS_PER_S
@@ -55,6 +56,7 @@ class _Later:
 
     command: Define | Load
     graph: bytes = b""
+    flop: int = 0
     plan: bytes = b""
     done: trio.Event = field(default_factory=trio.Event)
 
@@ -94,6 +96,8 @@ class SessionWork:
         blobs: Blobs,
         report: Report,
         memory_bytes: int,
+        *,
+        refuses_dear: bool = False,
     ) -> None:
         self.table = SessionTable(memory_bytes)
         self.done = self.fed = Mark()
@@ -109,6 +113,8 @@ class SessionWork:
         self._loads, self._to_bring = trio.open_memory_channel[_Later](WINDOW_COMMANDS)
         self._under_way: deque[_Taken] = deque()
         self._asked: deque[_Asked] = deque()
+        self._refuses_dear = refuses_dear
+        self.is_finishing = False
         self._reported = 0
         self._worker: SessionWorker | None = None
         self._ran = Ran(0, 0, 0, 0, 0)
@@ -141,7 +147,7 @@ class SessionWork:
                 self._loads.send_nowait(later[place])
             elif isinstance(command, Define) and graph and graph.hash not in self._known:
                 self._known.add(graph.hash)
-                later[place] = _Later(command, graph.hash)
+                later[place] = _Later(command, graph.hash, graph.cost.flop)
                 self._graphs.send_nowait(later[place])
         taken = _Taken(batch, len(encode(batch)), self.table.mark(), later)
         self._waiting_bytes += taken.size_bytes
@@ -150,6 +156,7 @@ class SessionWork:
 
     def finish(self) -> None:
         """Nothing more will come: ``run`` returns once all is obeyed."""
+        self.is_finishing = True
         self._queue.close()
 
     async def run(self, worker: SessionWorker, admit: Callable[[], Awaitable[None]]) -> None:
@@ -176,6 +183,9 @@ class SessionWork:
                 graph = later.command.graph
                 plan = self._workers.plan_at_hand(graph)
                 later.plan = await self._workers.lower(graph) if plan is None else plan
+                lowered_flop = self._workers.flop_of(later.plan)
+                if self._refuses_dear and is_dear(lowered_flop, later.flop):
+                    raise ProviderError("cost: a graph computes over four times what was metered")
                 later.done.set()
 
     async def _bring_all(self) -> None:

@@ -7,6 +7,7 @@ keeps under ``if __name__ == "__main__":`` does not happen. It offers its job as
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import sys
@@ -64,38 +65,59 @@ def trace_command(flags: Flags, script: Path, arguments: tuple[str, ...], out: P
 @click.command(
     "run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
 )
-@click.option("--cloud", is_flag=True, help="Compute on the market, as with CLOUD=1.")
+@click.option(
+    "--cloud/--local",
+    default=None,
+    help="Compute on the market, as with CLOUD=1, or here [default: by what it imports].",
+)
 @common_options
 @click.argument("script", type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
-def run_command(flags: Flags, cloud: bool, script: Path, arguments: tuple[str, ...]) -> None:
-    """Run a Python script with its environment prepared.
+def run_command(flags: Flags, cloud: bool | None, script: Path, arguments: tuple[str, ...]) -> None:
+    """Run a Python script, on the market if it knows nothing of p2pflop.
 
-    P2PFLOP_HOME, tinygrad's device and compiler are set as a provider sets them, so that a local
-    run computes what a provider's run computes. With --cloud, or CLOUD=1, a script that knows
-    nothing of p2pflop computes at the best provider instead. The exit code is the script's.
+    A script that does not import p2pflop computes at the best provider, as with CLOUD=1. One that
+    does runs here: P2PFLOP_HOME, tinygrad's device and compiler are set as a provider sets them, so
+    that a local run computes what a provider's run computes. CLOUD=0 and --local keep any script
+    here. The exit code is the script's.
 
     \b
     Examples:
       p2pflop run examples/digits.py
       p2pflop run --home /tmp/home train.py --epochs 3
-      p2pflop run --cloud train.py
+      p2pflop run --local train.py
     """
     from p2pflop.cloud.settings import SWITCH, is_wanted
 
     if not script.is_file():
         raise ConfigError(f"{script} is not a file")
-    in_cloud = cloud or is_wanted(os.environ)
-    environment = os.environ | ({SWITCH: "1"} if in_cloud else compute_environment())
+    if cloud is None:
+        cloud = is_wanted(os.environ) if SWITCH in os.environ else not imports_p2pflop(script)
+    environment = os.environ | ({SWITCH: "1"} if cloud else {SWITCH: "0"} | compute_environment())
     if flags.home is not None:
         environment["P2PFLOP_HOME"] = str(flags.home.absolute())
     sys.stdout.flush()
     sys.stderr.flush()
-    through = ["-m", "p2pflop.cloud"] if in_cloud else []
+    through = ["-m", "p2pflop.cloud"] if cloud else []
     command = [sys.executable, *through, str(script), *arguments]
     # Running the user's own script is the point, and there is no shell in between.
     os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+def imports_p2pflop(script: Path) -> bool:
+    """Whether the script itself does. One that cannot be parsed runs where its error is told."""
+    try:
+        tree = ast.parse(script.read_bytes())
+    except (SyntaxError, ValueError):
+        return True
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return any(name.partition(".")[0] == "p2pflop" for name in names)
 
 
 def compute_environment() -> dict[str, str]:

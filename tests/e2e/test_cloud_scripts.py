@@ -165,7 +165,7 @@ def test_p2pflop_run_and_a_program_by_its_module(tmp_path: Path) -> None:
         home = server.home(tmp_path / "home")
         environment = {name: value for name, value in os.environ.items() if name != "DEV"}
         environment["P2PFLOP_HOME"] = str(home)
-        for options, variables in ((["--cloud"], {}), ([], {"CLOUD": "1"})):
+        for options, variables in (([], {}), (["--cloud"], {"CLOUD": "0"}), ([], {"CLOUD": "1"})):
             done = subprocess.run(
                 [*PROGRAM, "run", *options, str(script), "--fast", "3"],
                 env=environment | variables,

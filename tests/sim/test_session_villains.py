@@ -11,10 +11,11 @@ import trio
 from msgspec.structs import replace
 
 from p2pflop.errors import ProviderError
-from p2pflop.job.commands import Batch, Data, Failed, Free, Ran, Read
+from p2pflop.job.commands import Batch, Close, Data, Failed, Free, Ran, Read
 from p2pflop.market.records import Receipt
 from p2pflop.node import messages as m
 from p2pflop.node import session_buying, session_purchase, session_sale
+from p2pflop.node.execute import MIN_DEAR_FLOP
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode
 from p2pflop.node.session_messages import WINDOW_COMMANDS, Leaving, SessionMessage
 from p2pflop.units import MIB
@@ -175,6 +176,8 @@ FLOODS: dict[str, list[SessionMessage]] = {
     "out of turn": [Batch(BEGUN + 1, (Free(0),))],
     "nothing": [Batch(BEGUN, ())],
     "a fill": [m.Filled(b"")],
+    "more after its end": [Close(), Batch(BEGUN + 1, (Free(0),))],
+    "two ends": [Close(), Close()],
     "an unasked signature": [m.Countersigned(b"\x90")],
 }
 
@@ -310,3 +313,19 @@ async def test_a_fill_that_is_not_confirmed_costs_its_buyer_a_pause(
     assert provider.seller.busy == 0
     assert provider.seller.allocator._lapses
     script.leave()
+
+
+async def test_a_graph_that_computes_far_more_than_it_is_metered_is_given_back(
+    market: Market, autojump_clock: object
+) -> None:
+    provider = await market.provider("careful")
+    provider.workers.lowered_flop = MIN_DEAR_FLOP + 1
+    honest = await market.provider("honest", price_nusd=2 * PRICE_NUSD)
+    buyer = await market.buyer()
+    script = Script()
+    await begin(buyer, script)
+    script.give([*beginning(), *steps(1)])
+    await script.obeyed()
+    assert "over four times" in script.notes[0]
+    assert script.leases[-1].provider == honest.account.hex()
+    assert market.debts(buyer, provider) == (0, 0)

@@ -534,24 +534,6 @@ class TestScripts:
         assert "sells nothing" in capsys.readouterr().out
         assert run(["submit", source, "--max-usd", "lots"]) == 2
 
-    def test_run_prepares_the_environment(self, tmp_path: Path) -> None:
-        path = tmp_path / "show.py"
-        path.write_text(
-            "import os, sys\n"
-            "print(os.environ['P2PFLOP_HOME'], os.environ['DEV'][:9], *sys.argv[1:])\n"
-            "sys.exit(3)"
-        )
-        command = [sys.executable, "-m", "p2pflop.cli.main", "run", "--home", str(tmp_path)]
-        done = subprocess.run(
-            [*command, str(path), "--json", "-x", "7"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.stdout == f"{tmp_path} CPU:CLANG --json -x 7\n"
-        assert done.returncode == 3
-        assert run(["run", str(tmp_path / "nothing.py")]) == 2
-
 
 class TestNode:
     def test_flags_become_settings(self, monkeypatch: Any, tmp_path: Path) -> None:
