@@ -99,8 +99,13 @@ def _schedule(checked: Checked, device: str) -> tuple[_Built, UOp]:
         try:
             linear, variables = Tensor.linear_with_vars(*built.tensors)
         except RuntimeError as error:
-            if not str(error).startswith(_CYCLE) or _assigns(checked.graph):
+            if not str(error).startswith(_CYCLE):
                 raise
+            if _assigns(checked.graph):
+                raise JobError(
+                    f"tensors are assigned and read in no order that works: {error}",
+                    hint="Realize one of the tensors before the next is assigned.",
+                ) from error
             built = _build(checked, device, in_place=False)
             linear, variables = Tensor.linear_with_vars(*built.tensors)
     if variables:

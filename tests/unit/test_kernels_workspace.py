@@ -277,3 +277,19 @@ class TestOutside:
         space.define(graph_hash(ADD), plan_of(ADD))  # has it
         with pytest.raises(JobError, match="plans of over"):
             space.define(graph_hash(ONLY_WRITTEN), plan)
+
+
+def test_a_graph_without_an_order_says_what_to_do() -> None:
+    # Each of two tensors is to have the other's old value, half of it in place already.
+    halves = [
+        Node(Op.SHRINK, (0, 2), (0,)),
+        Node(Op.SHRINK, (2, 2), (1,)),
+        Node(Op.ASSIGN, (), (0, 2, 3)),
+        Node(Op.SHRINK, (2, 2), (0,)),
+        Node(Op.SHRINK, (0, 2), (1,)),
+        Node(Op.ASSIGN, (), (1, 6, 5)),
+    ]
+    crossed = graph_of([(4,), (4,)], halves, Output(4, 0), Output(7, 1))
+    with pytest.raises(JobError, match="in no order that works") as caught:
+        plan_of(crossed)
+    assert "Realize one of the tensors" in caught.value.hint
