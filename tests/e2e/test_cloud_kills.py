@@ -98,7 +98,7 @@ def test_a_kill_at_a_random_moment_changes_no_digit(
         native.communicate()
     assert native.returncode == 0
     assert len(expected.splitlines()) == LAST_LINE + 4
-    rng = random.Random(6)
+    rng = random.Random(6)  # noqa: S311
     for _ in range(moments):
         line, delay_s = rng.randint(0, LAST_LINE), rng.uniform(0, GAP_S)
         assert market.run(line, delay_s) == expected, f"{delay_s} s after line {line}"
