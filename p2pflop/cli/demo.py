@@ -6,7 +6,8 @@ provider is killed with -9 after the first checkpoint, and the run goes on at th
 cheapest pays, appears, and wins the next job. The registry is stopped, and twelve learning rates
 of that job are bought under one budget, over whoever has room. All ledgers have to agree. The
 result is fetched by its hash over plain HTTP, evaluated, and compared with the same job run
-locally, without a market and without a break. Nothing is shown that was not just measured.
+locally, without a market and without a break. At last a script that knows nothing of p2pflop runs
+under CLOUD=1, and its provider, too, is killed. Nothing is shown that was not just measured.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 
+from p2pflop.cli.demo_cloud import PLAIN, run_plain_script
 from p2pflop.cli.demo_nodes import DemoNode, Market, open_market
 from p2pflop.cli.output import Flags, common_options, print_json, say, short
 from p2pflop.errors import ConfigError, P2PFlopError, VerificationError
@@ -64,9 +66,10 @@ def demo_command(flags: Flags, script: Path, seed: int | None) -> int:
     """Train a digit classifier between four nodes on this machine.
 
     All deal only with accounts that a registry attests; one of the three that sell pays its fee
-    late. Everything lives in the folder .demo of the current directory (or --home). Each demo
-    begins afresh, that is, with new accounts and empty ledgers, and keeps only plan caches, so that
-    a second run skips lowering. Nothing leaves this machine.
+    late. At the end a plain tinygrad script runs on them, too, by CLOUD=1. Everything lives in the
+    folder .demo of the current directory (or --home). Each demo begins afresh, that is, with new
+    accounts and empty ledgers, and keeps only plan caches, so that a second run skips lowering.
+    Nothing leaves this machine.
 
     \b
     Examples:
@@ -80,7 +83,9 @@ def demo_command(flags: Flags, script: Path, seed: int | None) -> int:
     try:
         with open_market(home) as market:
             sweep = _load(script.with_name(SWEEP.name), SWEPT)
+            plain = _found(script.parent / PLAIN)
             report = _trade(program, sweep, seed, market, as_json=flags.json)
+            report["plain"] = run_plain_script(plain, market)
     except KeyboardInterrupt:
         # Not the run's own interrupt: that one tells how to come back to a run that goes on.
         stopped = KeyboardInterrupt()
@@ -418,12 +423,16 @@ def _program() -> str:
     return "p2pflop" if shutil.which("p2pflop") else sys.argv[0]
 
 
-def _load(script: Path, offered: Sequence[str] = OFFERED) -> ModuleType:
+def _found(script: Path) -> Path:
     if not script.is_file():
         raise ConfigError(
             f"there is no {script} here", hint="Run it from a clone of the repository."
         )
-    for name in _missing_names(script, offered):
+    return script
+
+
+def _load(script: Path, offered: Sequence[str] = OFFERED) -> ModuleType:
+    for name in _missing_names(_found(script), offered):
         raise ConfigError(f"{script} has no {name}()", hint=f"See how {SCRIPT} does it.")
     os.environ.setdefault("DEV", "CPU")
     spec = importlib.util.spec_from_file_location(script.stem, script)

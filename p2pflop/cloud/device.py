@@ -37,6 +37,14 @@ class CloudAllocator(LRUAllocator):
     def __init__(self, device: CloudDevice) -> None:
         super().__init__(device, supports_copy_from_disk=False, supports_transfer=True)
 
+    def alloc(self, size: int, options: BufferSpec | None = None) -> Region:
+        """See tinygrad, whose own MemoryError does not tell what sets the limit."""
+        try:
+            region: Region = super().alloc(size, options)
+        except MemoryError as error:
+            raise (error.__cause__ or error) from None
+        return region
+
     def _alloc(self, size: int, options: BufferSpec) -> Region:  # noqa: ARG002
         return cloud().memory.allocate(size)
 

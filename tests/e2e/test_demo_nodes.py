@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,3 +87,7 @@ def test_a_whole_demo(tmp_path: Path) -> None:
     assert told["hash"] == told["local_hash"]
     assert sum(told["owed"].values()) == told["owed_nusd"]
     assert "The registry is stopped now" in done.stderr
+    plain = told["plain"]
+    assert (plain["killed"], plain["provider"]) == ("cheap", "fair")
+    assert re.fullmatch(r"accuracy on held-out digits: 9\d\.\d%", plain["lines"][-1])
+    assert "p2pflop: the provider is lost" in done.stderr

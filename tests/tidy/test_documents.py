@@ -30,6 +30,7 @@ from tinygrad import Tensor
 import p2pflop as pf
 from p2pflop import errors
 from p2pflop.cli.main import COMMANDS, EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, cli
+from p2pflop.cloud import settings as cloud_settings
 from p2pflop.franchise.records import LeafKind, RefusalReason, RevocationReason
 from p2pflop.job import commands
 from p2pflop.job.graph import Dtype, Op
@@ -373,6 +374,18 @@ def test_every_setting_is_in_the_reference(tmp_path: Path) -> None:
     node = cli.get_command(CONTEXT, "node")
     assert node is not None
     assert {row[1] for row in rows if row[1]} == options_of(node) - {"--home", "--help"}
+
+
+def test_the_settings_of_the_cloud_are_its_own() -> None:
+    page = (ROOT / "docs" / "cloud.md").read_text("utf-8")
+    rows = table_rows(page.split("## Settings")[1].split("\n## ")[0])
+    told = {name: default for name, default, _ in rows}
+    code = Path(cloud_settings.__file__).read_text("utf-8")
+    assert set(told) == {cloud_settings.SWITCH, *re.findall(r'"(CLOUD_\w+)"', code)}
+    given = {name: text for name, text in told.items() if re.search(r"\d", text)}
+    assert len(given) == 6
+    assert cloud_settings.read_settings(given) == cloud_settings.CloudSettings()
+    assert not cloud_settings.is_wanted({})
 
 
 def test_every_route_is_in_the_reference() -> None:

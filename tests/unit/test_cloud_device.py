@@ -245,9 +245,8 @@ def _chain(x: Tensor, length: int) -> Tensor:
 
 
 def test_too_much_memory_is_an_error_of_tinygrads_kind() -> None:
-    with pytest.raises(MemoryError, match="Allocation of") as caught:
+    with pytest.raises(MemoryError, match="set CLOUD_MEMORY to more"):
         Tensor.ones(3 * 2**30, dtype=dtypes.uint8).contiguous().realize()
-    assert "CLOUD_MEMORY" in str(caught.value.__cause__)
 
 
 def test_memory_is_used_again_before_it_is_said_to_be_full(monkeypatch: pytest.MonkeyPatch) -> None:
