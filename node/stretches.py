@@ -44,7 +44,7 @@ RESULT_ROW: Final = "result"
 WHOLE_ROW: Final = "whole"
 """The result of all stretches of a run that had more than one."""
 LIMIT_ROW: Final = "limit"
-UNSTATED_LIMIT_TIMES: Final = 2
+UNSTATED_LIMIT_TIMES: Final = 4
 LEAST_UNSTATED_LIMIT_NUSD: Final = NUSD_PER_USD // 100
 """A cent."""
 BROKEN_OFF: Final = frozenset(LIFE_ROW + edge for edge in (Edge.NEXT, Edge.WAIT, Edge.RESUBMIT))
@@ -90,7 +90,7 @@ class Stretches:
 
     def fix_limit(self, quote_nusd: int) -> None:
         """Somebody has filled for so much. Where the buyer has set no limit, the whole run may cost
-        twice that, or a cent: providers that fail must not lead it to others at any price."""
+        four times that, or a cent: providers that fail must not lead it to others at any price."""
         if self.whole.max_nusd == MAX_NUSD:
             limit_nusd = max(UNSTATED_LIMIT_TIMES * quote_nusd, LEAST_UNSTATED_LIMIT_NUSD)
             self.whole = replace(self.whole, max_nusd=limit_nusd)

@@ -320,10 +320,10 @@ def submit(
 ) -> Run:
     """Buy the run of a job on the best deal; returns as soon as the node has it in its journal.
 
-    ``max_usd`` is the most it may cost (by default twice what the first provider quotes, or a
-    cent), ``deadline`` how long it may take: seconds, or ``"90s"``, ``"2h"``. Its state comes every
-    ``checkpoint_steps`` steps (0: only at the end; by default four times), and whenever it has not
-    come for ``checkpoint_every`` (10 minutes; 0: for however long).
+    ``max_usd`` is the most it may cost (by default four times what the first provider quotes, or
+    a cent), ``deadline`` how long it may take: seconds, or ``"90s"``, ``"2h"``. Its state comes
+    every ``checkpoint_steps`` steps (0: only at the end; by default four times), and whenever it
+    has not come for ``checkpoint_every`` (10 minutes; 0: for however long).
     ``classes`` are the determinism classes that it may be computed in: names, ids, or
     ``["any"]``; the first provider fixes it. By default it is that of this machine, so that
     ``run_local`` gives the same hash. What this node has bought before, and still has, is
