@@ -220,12 +220,13 @@ class Buyer:
         avoided = self.experience.avoided(now_ns)
         is_strict, admits = self.franchise.is_strict, self.franchise.admits
         # Better one that has failed before than none.
-        for excluded in (avoided, ()):
+        for left_alone in (avoided, ()):
+            excluded = tuple(each.account for each in left_alone)
             policy = Policy(excluded=excluded, attested_only=is_strict)
             ranked = rank(view.sheets, need, policy, now_ns, admits, quoted)
             if any(isinstance(entry, Deal) for entry in ranked):
                 break
-        return Ranking(nonce, view, policy, ranked, admits)
+        return Ranking(nonce, view, policy, ranked, admits, left_alone)
 
     def job_file(self, run_id: str) -> bytes:
         """The encoded job file of a run."""

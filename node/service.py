@@ -12,7 +12,8 @@ kind            fields
 =============== ===================================================================================
 ``state``       ``state``: the buyer's lifecycle state
 ``ranked``      ``deals``: ``[{provider, account, total_nusd, minutes, price_nusd}]`` best first,
-                ``misses``: ``[{provider, reason}]``
+                ``misses``: ``[{provider, reason}]``; of an account that is avoided because it
+                failed also ``avoided_until_ns`` and ``failures``
 ``resting``     ``limit_nusd``: the most that the wish would pay, ``deadline_ns``: until when
 ``filled``      ``provider``, ``quote_nusd``, ``first_step``: where its stretch begins,
                 ``prepaid_nusd``: what is paid ahead to its account

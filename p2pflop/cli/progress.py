@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from p2pflop.cli.output import Flags, clean, print_json, short, table_lines
+from p2pflop.cli.output import Flags, avoided_line, clean, print_json, short, table_lines
 from p2pflop.market.credit import job_risk
 from p2pflop.runs import Run, check_event
 from p2pflop.units import MAX_NUSD, NS_PER_S, format_duration, format_usd
@@ -195,10 +195,16 @@ def ranked_lines(event: Mapping[str, Any]) -> list[str]:
     if len(deals) > MAX_SHOWN:
         lines.append(f"... and {len(deals) - MAX_SHOWN} more")
     for miss in misses[:MAX_SHOWN]:
-        lines.append(f"not {short(miss['provider'])}: {clean(miss['reason'])}")
+        lines.append(f"not {short(miss['provider'])}: {_why_not(miss)}")
     if len(misses) > MAX_SHOWN:
         lines.append(f"... and {len(misses) - MAX_SHOWN} more that cannot")
     return lines
+
+
+def _why_not(miss: Mapping[str, Any]) -> str:
+    if "avoided_until_ns" in miss:
+        return avoided_line(int(miss["avoided_until_ns"]), int(miss["failures"]))
+    return clean(miss["reason"])
 
 
 def _number(value: float, digits: int) -> str:
