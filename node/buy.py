@@ -328,20 +328,23 @@ class Buyer:
             return
         with suppress(StoreError):
             await run.rows.flush()
-        work = bytes.fromhex(run.card["work"])
-        computed_in = bytes.fromhex(run.card.get("class_id", self.class_id.hex()))
-        left = what_is_left(
-            run,
-            lambda step: computed_in in self.runs.states(work, step),
-            "" if computed_in == self.class_id else computed_in.hex(),
-        )
-        hint = " ".join(filter(None, (error.hint, left)))
+        hint = " ".join(filter(None, (error.hint, self.what_is_left(run))))
         told = {"error": type(error).__name__, "message": error.message, "hint": hint}
         try:
             await self.runs.emit(run, "failed", **told)
         except StoreError as fault:
             _log.error("job %s: its end is not on disk: %s", run.id, fault)
             self.runs.lose(run, **told)
+
+    def what_is_left(self, run: Run) -> str:
+        """How to go on from the last checkpoint of a run that ends early; may be empty."""
+        work = bytes.fromhex(run.card["work"])
+        computed_in = bytes.fromhex(run.card.get("class_id", self.class_id.hex()))
+        return what_is_left(
+            run,
+            lambda step: computed_in in self.runs.states(work, step),
+            "" if computed_in == self.class_id else computed_in.hex(),
+        )
 
     def _job_row(self, run: Run) -> _JobRow:
         for row in self.runs.rows(run.id):

@@ -24,13 +24,13 @@ kind            fields
 ``fetching``    ``done_bytes``, ``total_bytes``
 ``lowering``    ``done``, ``total``, ``graph``
 ``rows``        ``rows``: ``[{step, values: {name: number}}]``, steps rising
-``progress``    ``step``, ``steps``
+``progress``    ``step``, ``steps``: the one that the run ends with
 ``checkpoint``  ``step``, ``state_root``
 ``receipt``     ``number``, ``amount_nusd``, ``to_step``, ``provider``
 ``result``      ``hash``: of the record, ``cost_nusd``, ``earlier``: the run whose result it is, if
                 it was bought before; last
 ``failed``      ``error``: the name of the error's class, ``message``, ``hint``; last
-``cancelled``   last: ``cost_nusd``
+``cancelled``   ``cost_nusd``, ``hint``: how to go on from the last checkpoint; last
 =============== ===================================================================================
 """
 

@@ -17,7 +17,16 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from p2pflop.errors import ProtocolError, VerificationError
-from p2pflop.market.ranking import MAX_POLICY_ACCOUNTS, Deal, Miss, Need, Policy, Quoted, rank, sum_costs
+from p2pflop.market.ranking import (
+    MAX_POLICY_ACCOUNTS,
+    Deal,
+    Miss,
+    Need,
+    Policy,
+    Quoted,
+    rank,
+    sum_costs,
+)
 from p2pflop.market.records import (
     MAX_COST_LINES,
     MAX_SHEET_BYTES,
