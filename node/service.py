@@ -82,6 +82,15 @@ class SubmitOptions:
     rest: bool = False
     run_id: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for numbers that are not whole."""
+        for name in ("max_nusd", "deadline_s", "checkpoint_steps", "checkpoint_s"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ConfigError(
+                    f"{name}={value!r:.40} is not a whole number", hint=f"Use int: {name}=60."
+                )
+
 
 class NodeService(Protocol):
     """The node as its own user sees it. A run that is not known raises ConfigError."""

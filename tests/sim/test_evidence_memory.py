@@ -257,3 +257,28 @@ async def test_an_account_that_failed_is_said_to_be_avoided(
     told = capsys.readouterr().out
     assert re.search(r"avoided until \d\d:\d\d: it failed 2 times in a row", told)
     assert str(MissReason.POLICY) not in told
+
+
+async def test_of_a_damaged_file_there_is_one_line(
+    market: Market,
+    autojump_clock: object,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    buyer, _, run_id = await bought(market)
+    whole = buyer.buyer.evidence(run_id)
+    path = tmp_path / "decision"
+    places = range(0, len(whole), 7)
+    damaged = [whole[:place] for place in places]
+    damaged += [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in places]
+    for data in damaged:
+        path.write_bytes(data)
+        for command in ("audit-tape", "explain"):
+            code = run([command, str(path)])
+            told = capsys.readouterr()
+            assert "fault of p2pflop" not in told.err
+            assert code in (0, 2, 11)
+            if code == 2:
+                assert f"{path} is no evidence" in told.err
+                assert told.err.count("error:") == 1
+                assert len(told.err.splitlines()) == 2
