@@ -217,7 +217,7 @@ class Buyer:
         nonce = secrets.token_bytes(NONCE_BYTES)
         view = self.sheets.book.view(now_ns)
         need = order.need(classes or frozenset(view.by_price), nonce)
-        avoided = self.experience.avoided(now_ns)
+        avoided = self.experience.pauses(now_ns)
         is_strict, admits = self.franchise.is_strict, self.franchise.admits
         # Better one that has failed before than none.
         for left_alone in (avoided, ()):

@@ -51,8 +51,12 @@ class Experience:
         self._failed.pop(account, None)
         self._handed_over.pop(account, None)
 
-    def avoided(self, now_ns: int) -> tuple[Avoided, ...]:
-        """Who is to be left alone now, sorted by account."""
+    def avoided(self, now_ns: int) -> tuple[bytes, ...]:
+        """The accounts that are to be left alone now, sorted."""
+        return tuple(each.account for each in self.pauses(now_ns))
+
+    def pauses(self, now_ns: int) -> tuple[Avoided, ...]:
+        """Who is to be left alone now, until when and why, sorted by account."""
         return tuple(
             Avoided(account, failures, until_ns)
             for account, (failures, until_ns) in sorted(self._failed.items())

@@ -228,7 +228,8 @@ def test_handing_over_is_forgiven_once_until_a_job_is_done() -> None:
     experience.note_handed_over(account, 0)
     assert experience.avoided(1) == ()
     experience.note_handed_over(account, 0)
-    assert experience.avoided(FIRST_PAUSE_NS - 1) == (Avoided(account, 1, FIRST_PAUSE_NS),)
+    assert experience.avoided(FIRST_PAUSE_NS - 1) == (account,)
+    assert experience.pauses(FIRST_PAUSE_NS - 1) == (Avoided(account, 1, FIRST_PAUSE_NS),)
     assert experience.avoided(FIRST_PAUSE_NS) == ()
 
 
