@@ -104,7 +104,10 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(Evidence.MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}",
+            hint="Write one with 'p2pflop explain ID --out FILE'.",
+        ) from error
 
 
 def _decode(data: bytes, name: str) -> Evidence:
