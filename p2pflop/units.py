@@ -49,7 +49,10 @@ def parse_usd(text: str) -> int:
         raise ConfigError(f"{text[:40]!r} is negative, and amounts and prices are zero or more")
     if exact != nusd or exact > MAX_NUSD:
         limit = format_usd(MAX_NUSD)
-        raise ConfigError(f"{text[:40]!r} is not a whole number of nano-dollars up to {limit}")
+        raise ConfigError(
+            f"{text[:40]!r} is not a whole number of nano-dollars up to {limit}",
+            hint="Give at most nine digits after the point.",
+        )
     return exact
 
 

@@ -206,7 +206,6 @@ def _bid_json(replayed: Replayed) -> dict[str, Any]:
 
 def _look_json(look: Replay, provider: str) -> dict[str, Any]:
     return {
-        "at_ns": look.at_ns,
         "ranked": [
             {
                 "provider": entry.peer,

@@ -145,12 +145,11 @@ class Replayed:
 class Replay:
     """A look, ranked again for the first bid in it, or for what was wanted where none was made.
 
-    ``at_ns`` is when it was made, ``avoided`` tells of accounts that its policy excludes.
+    ``avoided`` tells of accounts that its policy excludes.
     """
 
     ranked: list[Deal | Miss]
     bids: list[Replayed]
-    at_ns: int
     avoided: dict[bytes, Avoided]
 
     @property
@@ -175,7 +174,7 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
         sheets = [_open_sheet(wire, network) for wire in look.sheets]
     except (ProtocolError, VerificationError):
         forged = [Replayed(None, Verdict.FORGED, -1, False, a.reason) for a in look.attempts]
-        return Replay([], forged, look.at_ns, {})
+        return Replay([], forged, {})
     view = BookView(tuple(sorted(sheets, key=lambda sheet: sheet.node)), look.at_ns)
     attested = frozenset(look.attested)
 
@@ -200,7 +199,7 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
         verdict, place = _judge(look, view, bid.record, deals, tried)
         bids.append(Replayed(bid.record, verdict, place, bool(attempt.fill), attempt.reason))
         tried.add(bid.record.provider)
-    return Replay(first, bids, look.at_ns, {each.account: each for each in look.avoided})
+    return Replay(first, bids, {each.account: each for each in look.avoided})
 
 
 def _open_sheet(wire: bytes, network: str) -> OpenSheet:
