@@ -117,7 +117,7 @@ def _decode(data: bytes, name: str) -> Evidence:
         return decode(Evidence, data)
     except ProtocolError as error:
         raise ConfigError(
-            f"{clean(name)} is no evidence: {error.message}",
+            f"{clean(name)} is no evidence, or damaged: {error.message}",
             hint="Write one with 'p2pflop explain ID --out FILE'.",
         ) from error
 
