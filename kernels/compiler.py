@@ -23,9 +23,12 @@ import os
 import platform
 import re
 import select
+import signal
 import socket
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -230,6 +233,7 @@ class Helper:
         """Serve until the node closes the control socket, then end every server."""
         started = Started(self._mechanisms.level, self._mechanisms.notes, "")
         self._control.sendall(pack(started))
+        signal.signal(signal.SIGCHLD, lambda *_: self._reap())
         frames = FrameBuffer(MAX_CONTROL_BYTES)
         descriptors: list[int] = []
         while True:
@@ -242,27 +246,53 @@ class Helper:
                     raise ProtocolError("the compile helper only serves")
                 pair, descriptors = descriptors[:2], descriptors[2:]
                 self._start(pair)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for server in self._servers:
             os.kill(server, 9)
 
     def _start(self, pair: list[int]) -> None:
-        self._reap()
         if len(self._servers) < MAX_SERVERS:
             parent = os.getpid()
             server = os.fork()
             if server == 0:
                 try:
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     serve(self._clang, pair, self._mechanisms, parent)
                 finally:
                     os._exit(0)
             self._servers.add(server)
+            self._reap()  # its signal may have come before it was known
         for descriptor in pair:
             os.close(descriptor)
 
     def _reap(self) -> None:
+        """Called for a signal too, and so perhaps within itself."""
         for server in tuple(self._servers):
-            if os.waitpid(server, os.WNOHANG)[0]:
-                self._servers.remove(server)
+            with suppress(ChildProcessError):
+                if not os.waitpid(server, os.WNOHANG)[0]:
+                    continue
+            self._servers.discard(server)
+
+
+class OwnClang:
+    """What a ``CompileClient`` gives, from a clang that this process starts itself."""
+
+    def __init__(self) -> None:
+        """Of this process's environment. Raises ProtocolError."""
+        self._command = [os.environ["CC"], *arguments(os.environ["DEV"])]
+
+    def compile(self, source: str) -> bytes:
+        """The object file of C ``source``; what clang has to remark is no concern of the user's.
+
+        Raises JobError.
+        """
+        done = subprocess.run(  # noqa: S603  fixed arguments, no shell
+            self._command, input=source.encode(), capture_output=True, check=False
+        )
+        if done.returncode:
+            complaint = text(done.stderr.decode(errors="replace"))
+            raise JobError(f"a kernel of this graph does not compile: {complaint}")
+        return done.stdout
 
 
 def main(command: list[str]) -> None:

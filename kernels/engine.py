@@ -11,7 +11,6 @@ from typing import Protocol
 
 from p2pflop.job.commands import AnyCommand
 from p2pflop.job.spec import Work
-from p2pflop.kernels.compiler import CompileClient
 
 DEFAULT_ENGINE = "p2pflop.kernels.tinygrad_engine"
 
@@ -48,10 +47,17 @@ class Workspace(Protocol):
     def obey(self, command: AnyCommand) -> memoryview | None: ...
 
 
+class Compiler(Protocol):
+    """What turns the source of a kernel into code."""
+
+    def compile(self, source: str) -> bytes:
+        """The object file of C ``source``. Raises JobError, ProviderError."""
+
+
 class Engine(Protocol):
     """A tensor library behind the sandbox."""
 
-    def use_compiler(self, client: CompileClient) -> None:
+    def use_compiler(self, client: Compiler) -> None:
         """Compile by asking ``client`` from now on."""
 
     @property

@@ -261,6 +261,7 @@ def _answer(requests: Iterator[list[Any]]) -> bytes:
 
 def _run(body: JobBody, requests: Iterator[list[Any]], stdout: BinaryIO) -> None:
     # Imported here so that the parent, which may have tinygrad in another class, needs neither.
+    from p2pflop.kernels.compiler import OwnClang
     from p2pflop.kernels.tinygrad_engine import create
 
     job = open_job(body)
@@ -271,6 +272,8 @@ def _run(body: JobBody, requests: Iterator[list[Any]], stdout: BinaryIO) -> None
         _send(stdout, [_LOWERING, done, total])
 
     engine = create()
+    if engine.lockable:
+        engine.use_compiler(OwnClang())
     plans = {graph_hash(graph): engine.lower(graph, progress) for graph in body.graphs}
     session = engine.session(job.work, plans)
     session.initialise()

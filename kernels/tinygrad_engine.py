@@ -28,9 +28,9 @@ from p2pflop.job.graph import (
 from p2pflop.job.spec import MODE_LAST, ROLE_STATE, NoSource, Phase, Work, WorkParam
 from p2pflop.job.validate import Refusal, validate
 from p2pflop.kernels import compiler
-from p2pflop.kernels.compiler import CompileClient
 from p2pflop.kernels.cpu import CpuMachine
 from p2pflop.kernels.device import DeviceMachine
+from p2pflop.kernels.engine import Compiler
 from p2pflop.kernels.lower import CPU, lower
 from p2pflop.kernels.machine import Machine
 from p2pflop.kernels.plan import PLAN_VERSION
@@ -44,7 +44,7 @@ class TinygradEngine:
     def __init__(self, device: str | None = None) -> None:
         self._device = device or Device.DEFAULT
 
-    def use_compiler(self, client: CompileClient) -> None:
+    def use_compiler(self, client: Compiler) -> None:
         """Replace tinygrad's call of clang, for this process."""
         expected = compiler.arguments(os.environ["DEV"])
 

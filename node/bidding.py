@@ -9,6 +9,7 @@ from p2pflop.job.buying import BUSY_PREFIX
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.meter import METER_ID
 from p2pflop.market.desk import BuyerDesk
+from p2pflop.market.evidence import Wanted
 from p2pflop.market.fills import ASK_EXPIRED, make_bid
 from p2pflop.market.ranking import Deal
 from p2pflop.market.records import Bid
@@ -174,7 +175,14 @@ class Bidding:
         order = self._order
         quoted = self._buyer.wishes.quoted(self._run_id)
         ranking = self._ranking = self._buyer.rank(order, self._classes, quoted)
-        keep_look(self._rows, ranking, self._classes, order.max_nusd, continues=continues)
         self._deals = [deal for deal in ranking.deals if deal.node not in self._tried]
+        keep_look(
+            self._rows,
+            ranking,
+            self._classes,
+            order.max_nusd,
+            continues=continues,
+            wanted=None if self._deals else Wanted(ranking.nonce, order.costs, order.terms),
+        )
         self._first_attempt = attempt
         return ranking

@@ -217,15 +217,16 @@ class Buyer:
         nonce = secrets.token_bytes(NONCE_BYTES)
         view = self.sheets.book.view(now_ns)
         need = order.need(classes or frozenset(view.by_price), nonce)
-        avoided = self.experience.avoided(now_ns)
+        avoided = self.experience.pauses(now_ns)
         is_strict, admits = self.franchise.is_strict, self.franchise.admits
         # Better one that has failed before than none.
-        for excluded in (avoided, ()):
+        for left_alone in (avoided, ()):
+            excluded = tuple(each.account for each in left_alone)
             policy = Policy(excluded=excluded, attested_only=is_strict)
             ranked = rank(view.sheets, need, policy, now_ns, admits, quoted)
             if any(isinstance(entry, Deal) for entry in ranked):
                 break
-        return Ranking(nonce, view, policy, ranked, admits)
+        return Ranking(nonce, view, policy, ranked, admits, left_alone)
 
     def job_file(self, run_id: str) -> bytes:
         """The encoded job file of a run."""
@@ -327,20 +328,23 @@ class Buyer:
             return
         with suppress(StoreError):
             await run.rows.flush()
-        work = bytes.fromhex(run.card["work"])
-        computed_in = bytes.fromhex(run.card.get("class_id", self.class_id.hex()))
-        left = what_is_left(
-            run,
-            lambda step: computed_in in self.runs.states(work, step),
-            "" if computed_in == self.class_id else computed_in.hex(),
-        )
-        hint = " ".join(filter(None, (error.hint, left)))
+        hint = " ".join(filter(None, (error.hint, self.what_is_left(run))))
         told = {"error": type(error).__name__, "message": error.message, "hint": hint}
         try:
             await self.runs.emit(run, "failed", **told)
         except StoreError as fault:
             _log.error("job %s: its end is not on disk: %s", run.id, fault)
             self.runs.lose(run, **told)
+
+    def what_is_left(self, run: Run) -> str:
+        """How to go on from the last checkpoint of a run that ends early; may be empty."""
+        work = bytes.fromhex(run.card["work"])
+        computed_in = bytes.fromhex(run.card.get("class_id", self.class_id.hex()))
+        return what_is_left(
+            run,
+            lambda step: computed_in in self.runs.states(work, step),
+            "" if computed_in == self.class_id else computed_in.hex(),
+        )
 
     def _job_row(self, run: Run) -> _JobRow:
         for row in self.runs.rows(run.id):

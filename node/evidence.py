@@ -16,8 +16,10 @@ from p2pflop.market.evidence import (
     MAX_LOOKS,
     MAX_SHEETS,
     Attempt,
+    Avoided,
     Evidence,
     Look,
+    Wanted,
 )
 from p2pflop.market.ranking import Policy
 from p2pflop.market.records import Bid, Fill
@@ -30,6 +32,10 @@ from p2pflop.wire import U63, Hash, Record, decode, encode, envelope_kind
 LOOK_ROW: Final = "look"
 ATTESTED_ROW: Final = "attested"
 """The accounts of the look before that a strict buyer held to be attested, one after the other."""
+WANTED_ROW: Final = "wanted"
+"""What the look before was for, if it found nobody to bid to."""
+AVOIDED_ROW: Final = "avoided"
+"""Whom the policy of the look before excludes, one after the other."""
 REJECT_ROW: Final = "reject"
 MAX_REASON_CHARS: Final = 200
 
@@ -65,6 +71,8 @@ class _Looked:
 
     row: LookRow
     attested: bytes = b""
+    wanted: tuple[Wanted, ...] = ()
+    avoided: tuple[Avoided, ...] = ()
     tried: list[_Tried] = field(default_factory=list)
 
 
@@ -75,8 +83,11 @@ def keep_look(
     max_nusd: int,
     *,
     continues: bool,
+    wanted: Wanted | None = None,
 ) -> None:
-    """Add a look to the rows of its run: the sheets of a large book as far as the best go."""
+    """Add a look to the rows of its run: the sheets of a large book as far as the best go.
+
+    ``wanted`` is what it was for, if no bid will say it."""
     sheets: Sequence[OpenSheet] = ranking.view.sheets
     whole = len(sheets) <= MAX_SHEETS
     if not whole:
@@ -101,6 +112,10 @@ def keep_look(
         accounts = sorted({sheet.account for sheet in sheets})
         attested = [each for each in accounts if ranking.admits(each, ranking.view.at_ns)]
         rows.add(ATTESTED_ROW, b"".join(attested))
+    if wanted is not None:
+        rows.add(WANTED_ROW, encode(wanted))
+    if ranking.avoided:
+        rows.add(AVOIDED_ROW, msgspec.msgpack.encode(ranking.avoided))
 
 
 def evidence_of(
@@ -113,6 +128,10 @@ def evidence_of(
             looks.append(_Looked(decode(LookRow, row.body)))
         elif row.kind == ATTESTED_ROW and looks:
             looks[-1].attested = row.body
+        elif row.kind == WANTED_ROW and looks:
+            looks[-1].wanted = (decode(Wanted, row.body),)
+        elif row.kind == AVOIDED_ROW and looks:
+            looks[-1].avoided = msgspec.msgpack.decode(row.body, type=tuple[Avoided, ...])
         elif looks:
             _take(row, looks[-1].tried)
     return Evidence(
@@ -139,6 +158,8 @@ def _look(looked: _Looked, sheet: Callable[[bytes], bytes | None]) -> Look:
             Attempt(each.bid, each.fill, each.reject, each.reason)
             for each in looked.tried[:MAX_ATTEMPTS]
         ),
+        wanted=looked.wanted,
+        avoided=looked.avoided,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
+from p2pflop.market.evidence import Avoided
 from p2pflop.market.ranking import MAX_POLICY_ACCOUNTS
 from p2pflop.units import NS_PER_S
 
@@ -52,4 +53,12 @@ class Experience:
 
     def avoided(self, now_ns: int) -> tuple[bytes, ...]:
         """The accounts that are to be left alone now, sorted."""
-        return tuple(sorted(a for a, (_, until_ns) in self._failed.items() if until_ns > now_ns))
+        return tuple(each.account for each in self.pauses(now_ns))
+
+    def pauses(self, now_ns: int) -> tuple[Avoided, ...]:
+        """Who is to be left alone now, until when and why, sorted by account."""
+        return tuple(
+            Avoided(account, failures, until_ns)
+            for account, (failures, until_ns) in sorted(self._failed.items())
+            if until_ns > now_ns
+        )

@@ -59,8 +59,10 @@ def open_home(path: Path, network: str = DEFAULT_NETWORK) -> Iterator[Home]:
         try:
             yield home
         finally:
-            with suppress(OSError):
-                (path / "node.json").unlink(missing_ok=True)
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                # The home may have been deleted, and another be there by now.
+                if json.loads((path / "node.json").read_bytes())["pid"] == os.getpid():
+                    (path / "node.json").unlink()
 
 
 @contextmanager

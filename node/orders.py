@@ -18,7 +18,8 @@ from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, shards_of, times_due
 from p2pflop.job.validate import Refusal
 from p2pflop.market.book import IsAttested
-from p2pflop.market.ranking import Deal, Miss, Need, Policy
+from p2pflop.market.evidence import Avoided
+from p2pflop.market.ranking import Deal, Miss, MissReason, Need, Policy
 from p2pflop.market.records import MIN_CHECKPOINT_SECONDS, CostLine, Terms
 from p2pflop.market.views import BookView
 from p2pflop.node.execute import memory_bytes, unsupported
@@ -92,7 +93,7 @@ class Order:
 class Ranking:
     """One look at the book for one order. ``nonce`` breaks its ties and goes into the bid.
 
-    ``admits`` says whom a strict node holds to be attested.
+    ``admits`` says whom a strict node holds to be attested, ``avoided`` whom the policy excludes.
     """
 
     nonce: bytes
@@ -100,6 +101,7 @@ class Ranking:
     policy: Policy
     ranked: list[Deal | Miss]
     admits: IsAttested
+    avoided: tuple[Avoided, ...] = ()
 
     @property
     def deals(self) -> list[Deal]:
@@ -243,18 +245,12 @@ def _unknown_start(step: int, elsewhere: Sequence[bytes]) -> JobError:
 
 def describe_ranking(ranking: Ranking) -> Json:
     """Deals and misses as clients see them, the best ``MAX_RANKED_TOLD`` of each."""
+    avoided = {each.account: each for each in ranking.avoided}
     misses = [entry for entry in ranking.ranked if isinstance(entry, Miss)]
     return {
         "deals": [describe_deal(deal) for deal in ranking.deals[:MAX_RANKED_TOLD]],
         "misses": [
-            {
-                "provider": miss.peer,
-                "account": miss.account.hex(),
-                "reason": str(miss.reason),
-                "total_nusd": miss.total_nusd,
-                "price_nusd": miss.ask.price_nusd,
-            }
-            for miss in misses[:MAX_RANKED_TOLD]
+            describe_miss(miss, avoided.get(miss.account)) for miss in misses[:MAX_RANKED_TOLD]
         ],
         "asks": len(ranking.ranked),
     }
@@ -269,6 +265,20 @@ def describe_deal(deal: Deal) -> Json:
         "price_nusd": deal.ask.price_nusd,
         "minutes": None if deal.claimed_ns is None else deal.claimed_ns / (60 * NS_PER_S),
     }
+
+
+def describe_miss(miss: Miss, avoided: Avoided | None) -> Json:
+    """A miss as clients see it; of one that is ``avoided`` also why, and until when."""
+    told: Json = {
+        "provider": miss.peer,
+        "account": miss.account.hex(),
+        "reason": str(miss.reason),
+        "total_nusd": miss.total_nusd,
+        "price_nusd": miss.ask.price_nusd,
+    }
+    if avoided is not None and miss.reason is MissReason.POLICY:
+        told |= {"avoided_until_ns": avoided.until_ns, "failures": avoided.failures}
+    return told
 
 
 def describe_order(order: Order) -> Json:

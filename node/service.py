@@ -12,7 +12,8 @@ kind            fields
 =============== ===================================================================================
 ``state``       ``state``: the buyer's lifecycle state
 ``ranked``      ``deals``: ``[{provider, account, total_nusd, minutes, price_nusd}]`` best first,
-                ``misses``: ``[{provider, reason}]``
+                ``misses``: ``[{provider, reason}]``; of an account that is avoided because it
+                failed also ``avoided_until_ns`` and ``failures``
 ``resting``     ``limit_nusd``: the most that the wish would pay, ``deadline_ns``: until when
 ``filled``      ``provider``, ``quote_nusd``, ``first_step``: where its stretch begins,
                 ``prepaid_nusd``: what is paid ahead to its account
@@ -23,13 +24,13 @@ kind            fields
 ``fetching``    ``done_bytes``, ``total_bytes``
 ``lowering``    ``done``, ``total``, ``graph``
 ``rows``        ``rows``: ``[{step, values: {name: number}}]``, steps rising
-``progress``    ``step``, ``steps``
+``progress``    ``step``, ``steps``: the one that the run ends with
 ``checkpoint``  ``step``, ``state_root``
 ``receipt``     ``number``, ``amount_nusd``, ``to_step``, ``provider``
 ``result``      ``hash``: of the record, ``cost_nusd``, ``earlier``: the run whose result it is, if
                 it was bought before; last
 ``failed``      ``error``: the name of the error's class, ``message``, ``hint``; last
-``cancelled``   last: ``cost_nusd``
+``cancelled``   ``cost_nusd``, ``hint``: how to go on from the last checkpoint; last
 =============== ===================================================================================
 """
 
@@ -80,6 +81,15 @@ class SubmitOptions:
     fresh: bool = False
     rest: bool = False
     run_id: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for numbers that are not whole."""
+        for name in ("max_nusd", "deadline_s", "checkpoint_steps", "checkpoint_s"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ConfigError(
+                    f"{name}={value!r:.40} is not a whole number", hint=f"Use int: {name}=60."
+                )
 
 
 class NodeService(Protocol):

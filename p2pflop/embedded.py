@@ -100,6 +100,8 @@ def start_embedded(home: Path, timeout_s: float = START_TIMEOUT_S) -> NodeNote:
         if note is not None and (note.pid == process.pid or (is_other and note.is_alive)):
             return note
         time.sleep(POLL_S)
+    if process.poll() is not None:
+        raise failure_of("embedded node", process.returncode, log_path)
     process.terminate()
     process.wait()
     raise ConfigError(

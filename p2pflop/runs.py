@@ -137,4 +137,4 @@ def check_event(event: Mapping[str, Any], run_id: str) -> None:
     if event["kind"] == "failed":
         raise error_from(str(event["error"]), str(event["message"]), str(event.get("hint", "")))
     if event["kind"] == "cancelled":
-        raise P2PFlopError(f"run {run_id} was cancelled")
+        raise P2PFlopError(f"run {run_id} was cancelled", hint=str(event.get("hint", "")))

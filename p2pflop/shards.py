@@ -44,6 +44,11 @@ def jobs_of(
     """
     if args is None and feed is None:
         raise ConfigError("which jobs?", hint='Give args=[{"lr": 0.1}, ...] or feed=.')
+    if args is not None and not len(args):
+        raise ConfigError(
+            "a sweep of no jobs: the list of arguments is empty",
+            hint='Give at least one: args=[{"lr": 0.1}], or [{}] for the job as it is.',
+        )
     feeds = {} if feed is None else _feeds(job, feed)
     shards = min((each.shards for each in feeds.values()), default=0)
     variants = [{name: _plain(value) for name, value in each.items()} for each in args or ()]

@@ -87,6 +87,7 @@ class Sweep:
             for first in range(0, len(plan.args), plan.room)
         )
         self._limits: dict[Unit, int] = {}
+        self._ended: dict[Unit, Json] = {}
         self._spent_nusd = 0
         self._outcomes: dict[int, Outcome] = {}
         self._arrived: list[int] = []
@@ -147,8 +148,12 @@ class Sweep:
         with self._changed:
             failed = sum(outcome.error is not None for outcome in self._outcomes.values())
             done, under_way = len(self._outcomes), sum(len(unit) for unit in self._limits)
-            waiting = len(self) - done - under_way
-            return SweepProgress(len(self), done, failed, under_way, waiting, self._spent_nusd)
+            waiting, spent_nusd = len(self) - done - under_way, self._spent_nusd
+            for unit, card in self._ended.items():  # told by the node, and not looked at yet
+                done, under_way = done + len(unit), under_way - len(unit)
+                failed += len(unit) * (card["end_state"] != "settled")
+                spent_nusd += int(card.get("cost_nusd", 0))
+            return SweepProgress(len(self), done, failed, under_way, waiting, spent_nusd)
 
     def cancel(self) -> None:
         """Cancel what is under way and buy no more. What was delivered until then is owed."""
@@ -180,6 +185,8 @@ class Sweep:
             found.append(unit)
             cost_nusd = card["cost_nusd"] if card["end_state"] == "settled" else card["max_nusd"]
             self._limits[unit] = int(cost_nusd)
+            if card["end_state"]:
+                self._ended[unit] = card
         fresh = [unit for unit in self._todo if unit not in self._limits]
         self._todo = deque([*found, *fresh])
 
@@ -315,6 +322,7 @@ class Sweep:
     def _settle(self, unit: Unit, outcomes: Sequence[Outcome]) -> None:
         with self._changed:
             self._limits.pop(unit, None)
+            self._ended.pop(unit, None)
             for outcome in outcomes:
                 self._spent_nusd += outcome.cost_nusd
                 self._add(outcome)

@@ -42,12 +42,17 @@ def parse_usd(text: str) -> int:
         nusd = Decimal(text.strip().removeprefix("$")) * NUSD_PER_USD
         exact = int(nusd)
     except (InvalidOperation, ValueError, OverflowError) as error:
-        raise ConfigError(f"{text[:40]!r} is not an amount of dollars") from error
+        raise ConfigError(
+            f"{text[:40]!r} is not an amount of dollars", hint="Write it like 0.05 or $0.05."
+        ) from error
     if nusd < 0:
         raise ConfigError(f"{text[:40]!r} is negative, and amounts and prices are zero or more")
     if exact != nusd or exact > MAX_NUSD:
         limit = format_usd(MAX_NUSD)
-        raise ConfigError(f"{text[:40]!r} is not a whole number of nano-dollars up to {limit}")
+        raise ConfigError(
+            f"{text[:40]!r} is not a whole number of nano-dollars up to {limit}",
+            hint="Give at most nine digits after the point.",
+        )
     return exact
 
 

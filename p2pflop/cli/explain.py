@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from p2pflop.cli.accounts import is_peer
-from p2pflop.cli.output import Flags, clean, common_options, print_json, print_table, say, short
+from p2pflop.cli.output import (
+    Flags,
+    avoided_line,
+    clean,
+    common_options,
+    print_json,
+    say,
+    short,
+    table_lines,
+)
 from p2pflop.drafts import whole_file
 from p2pflop.errors import ConfigError, ProtocolError
 from p2pflop.keys import peer_id
 from p2pflop.market.evidence import Evidence, Replay, Replayed, replay
-from p2pflop.market.ranking import Deal, Miss
+from p2pflop.market.ranking import Deal, Miss, MissReason
 from p2pflop.market.records import ticket_of
 from p2pflop.units import format_usd
 from p2pflop.wire import decode
@@ -48,10 +58,7 @@ def explain_command(flags: Flags, run: str, out: Path | None, provider: str) -> 
     if flags.json:
         print_json([_look_json(each, provider) for each in replays])
         return
-    for number, each in enumerate(replays, start=1):
-        if len(replays) > 1:
-            say(f"look {number} at the book")
-        _print_look(each, provider)
+    _print_looks(replays, provider)
     if not replays:
         say("nothing was bid for yet")
     if out is not None:
@@ -97,7 +104,10 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(Evidence.MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}",
+            hint="Write one with 'p2pflop explain ID --out FILE'.",
+        ) from error
 
 
 def _decode(data: bytes, name: str) -> Evidence:
@@ -107,13 +117,31 @@ def _decode(data: bytes, name: str) -> Evidence:
         return decode(Evidence, data)
     except ProtocolError as error:
         raise ConfigError(
-            f"{clean(name)} is no evidence: {error.message}",
+            f"{clean(name)} is no evidence, or damaged: {error.message}",
             hint="Write one with 'p2pflop explain ID --out FILE'.",
         ) from error
 
 
-def _print_look(look: Replay, provider: str) -> None:
-    print_table(
+def _print_looks(looks: Sequence[Replay], provider: str) -> None:
+    """Each look; those in a row that led to no bid and found the same are told once."""
+    number = 1
+    for lines, alike in itertools.groupby(looks, lambda look: _look_lines(look, provider)):
+        group = list(alike)
+        last = number + len(group) - 1
+        if len(looks) > 1:
+            say(f"look {number} at the book" if number == last else f"looks {number} to {last}")
+        number = last + 1
+        for line in lines:
+            click.echo(line)
+        for replayed in group[-1].bids:
+            mark = "right" if replayed.verdict.is_right else "WRONG"
+            say(f"{_who(replayed)}: {mark}: {replayed.verdict}")
+        if not group[-1].bids:
+            say("nothing was bid for: no ask did")
+
+
+def _look_lines(look: Replay, provider: str) -> list[str]:
+    lines = table_lines(
         ("PROVIDER", "TOTAL", "PRICE/PFLOP", "OUTCOME"),
         (
             (
@@ -125,11 +153,9 @@ def _print_look(look: Replay, provider: str) -> None:
             for entry, outcome in _outcomes(look)
             if is_peer(entry.peer, provider)
         ),
-        "No ask of that provider was ranked." if provider else "Nothing was bid for by this look.",
     )
-    for replayed in look.bids:
-        mark = "right" if replayed.verdict.is_right else "WRONG"
-        say(f"{_who(replayed)}: {mark}: {replayed.verdict}")
+    nothing = "No ask of that provider was ranked." if provider else "The book was empty."
+    return lines or [nothing]
 
 
 def _outcomes(look: Replay) -> Iterator[tuple[Deal | Miss, str]]:
@@ -141,7 +167,7 @@ def _outcomes(look: Replay) -> Iterator[tuple[Deal | Miss, str]]:
     }
     for entry in look.ranked:
         if isinstance(entry, Miss):
-            yield entry, f"does not do: {entry.reason}"
+            yield entry, f"does not do: {_reason(entry, look)}"
             continue
         replayed = bids.get((entry.node, entry.ask.number, entry.ticket))
         if replayed is None:
@@ -150,6 +176,13 @@ def _outcomes(look: Replay) -> Iterator[tuple[Deal | Miss, str]]:
             yield entry, "took the job" + (f", then: {replayed.reason}" if replayed.reason else "")
         else:
             yield entry, replayed.reason or "asked"
+
+
+def _reason(miss: Miss, look: Replay) -> str:
+    avoided = look.avoided.get(miss.account)
+    if avoided is None or miss.reason is not MissReason.POLICY:
+        return str(miss.reason)
+    return avoided_line(avoided.until_ns, avoided.failures)
 
 
 def _who(replayed: Replayed) -> str:

@@ -37,7 +37,7 @@ COMMANDS: Final = {
     "show": ("submit", "Show a job file or a run."),
     "jobs": ("runs", "List the runs of this node."),
     "watch": ("runs", "Follow a run from its first event."),
-    "cancel": ("runs", "Give a run up."),
+    "cancel": ("runs", "Give a run up, and tell what it has cost."),
     "explain": ("explain", "Show why a run went to its provider."),
     "audit-tape": ("explain", "Find fills that were not the best deal."),
     "put": ("blobs", "Keep a file as a blob."),

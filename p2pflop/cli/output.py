@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TextIO, TypeVar
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TextIO, TypeVar
 import click
 
 from p2pflop.errors import P2PFlopError
+from p2pflop.units import NS_PER_S
 
 if TYPE_CHECKING:
     from p2pflop.client import Client
@@ -187,6 +189,13 @@ def print_error(error: P2PFlopError, *, as_json: bool) -> None:
     click.echo(f"{click.style('error:', fg='red')} {clean(error.message)}", err=True)
     if error.hint:
         click.echo(f"{click.style('hint:', fg='cyan')} {clean(error.hint)}", err=True)
+
+
+def avoided_line(until_ns: int, failures: int) -> str:
+    """Why an account is left alone, and until when by the clock on the wall here."""
+    until = datetime.fromtimestamp(until_ns / NS_PER_S).astimezone()
+    often = "once" if failures == 1 else f"{failures} times in a row"
+    return f"avoided until {until:%H:%M}: it failed {often}"
 
 
 def short(identifier: str) -> str:

@@ -21,17 +21,22 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from p2pflop.cli.output import Flags, clean, print_json, short, table_lines
+from p2pflop.cli.output import Flags, avoided_line, clean, print_json, short, table_lines
 from p2pflop.market.credit import job_risk
 from p2pflop.runs import Run, check_event
 from p2pflop.units import MAX_NUSD, NS_PER_S, format_duration, format_usd
 
 MAX_SHOWN: Final = 20
 PLAIN_EVERY_S: Final = 5.0
+PASSING: Final = frozenset({"fetching", "lowering", "progress", "checkpoint"})
+"""Kinds that tell how things stand when they come, and nothing later on."""
 
 
-def follow(flags: Flags, run: Run) -> None:
-    """Show a run up to its end. Raises what it failed with."""
+def follow(flags: Flags, run: Run, card: Mapping[str, Any] | None = None) -> None:
+    """Show a run up to its end. Raises what it failed with.
+
+    ``card``: how the run stands, where it is not new.
+    """
     events = run.events()
     if flags.json:
         for event in events:
@@ -39,13 +44,18 @@ def follow(flags: Flags, run: Run) -> None:
             check_event(event, run.id)
         return
     with RunView() as view:
+        if card is not None:
+            view.begin(card)
         for event in events:
             view.show(event)
             check_event(event, run.id)
 
 
 class RunView:
-    """Turns events into lines, and into a live bar where a person looks at a terminal."""
+    """Turns events into lines, and into a live bar where a person looks at a terminal.
+
+    What comes again, round after round, is told once: the asks, and who refused and why.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False, markup=False)
@@ -64,6 +74,13 @@ class RunView:
         self._last_plain = -math.inf
         self._last_what = ""
         self._last_names: set[str] = set()
+        self._begun_ns = 0
+        self._deals: list[str] = []
+        self._misses: set[str] = set()
+        self._refused: dict[str, str] = {}
+        self._rests = ""
+        self._provider = ""
+        self._place = ""
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -77,8 +94,19 @@ class RunView:
     ) -> None:
         self._bar.stop()
 
+    def begin(self, card: Mapping[str, Any]) -> None:
+        """Come to a run that is on its way: say how it stands, of which its progress up to now,
+        told again, is no news."""
+        self._begun_ns = time.time_ns()
+        place = f", at {short(card['provider'])}" if card.get("provider") else ""
+        step, end = int(card.get("step", 0)), end_step(card)
+        self._say(f"run {card['id']}: {card['state']}, step {step}/{end}{place}")
+        self._bar.update(self._task, description="step", completed=step, total=max(end, 1))
+
     def show(self, event: Mapping[str, Any]) -> None:
         """Show one event. Kinds of a later version are passed over."""
+        if event["kind"] in PASSING and event.get("at_ns", self._begun_ns) < self._begun_ns:
+            return
         handler = getattr(self, f"_on_{event['kind']}", None)
         if handler is not None:
             handler(event)
@@ -86,10 +114,7 @@ class RunView:
     def _say(self, text: str) -> None:
         self._console.print(Text(clean(text)), soft_wrap=True)
 
-    def _progress(self, what: str, done: int, total: int, unit: str = "") -> None:
-        values = "  ".join(
-            f"{clean(name)} {_number(value, 4)}" for name, value in self._values.items()
-        )
+    def _progress(self, what: str, done: int, total: int, unit: str = "", values: str = "") -> None:
         self._bar.update(
             self._task,
             description=what,
@@ -102,32 +127,47 @@ class RunView:
         is_news = done == total or what != self._last_what
         if self._bar.disable and (is_news or now - self._last_plain >= PLAIN_EVERY_S):
             self._last_plain, self._last_what = now, what
-            self._say(f"{what} {done}/{total} {unit} {values}")
+            self._say(" ".join(filter(None, (what, f"{done}/{total}", unit, values))))
 
     def _on_ranked(self, event: Mapping[str, Any]) -> None:
-        for line in ranked_lines(event):
+        deals, misses = deal_lines(event), miss_lines(event)
+        news = [line for line in misses if line not in self._misses]
+        for line in [*(deals if deals != self._deals else []), *news]:
             self._console.print(Text(line), soft_wrap=True)
+        self._deals, self._misses = deals, set(misses)
 
     def _on_resting(self, event: Mapping[str, Any]) -> None:
         limit_nusd = int(event["limit_nusd"])
         limit = f"up to {format_usd(limit_nusd)}" if limit_nusd < MAX_NUSD else "any price"
-        self._say(
-            f"no ask fits now: resting as a wish, at {limit}, until a provider's quote or ask"
-        )
+        if limit != self._rests:
+            self._rests = limit
+            self._say(
+                f"no ask fits now: resting as a wish, at {limit}, until a provider's quote or ask"
+            )
 
     def _on_filled(self, event: Mapping[str, Any]) -> None:
-        quote = format_usd(int(event["quote_nusd"]))
+        quote, provider = format_usd(int(event["quote_nusd"])), short(event["provider"])
+        if self._provider not in ("", provider):
+            self._say(f"the provider changed: {provider} instead of {self._provider}")
+            self._place = f"at {provider}"
+        self._provider, self._rests, self._last_what = provider, "", ""
+        self._refused.clear()
         limit_nusd = int(event.get("limit_nusd", 0))
         limit = f", {format_usd(limit_nusd)} if providers fail" if limit_nusd else ""
-        self._say(f"bought from {short(event['provider'])} for at most {quote}{limit}")
+        self._say(f"bought from {provider} for at most {quote}{limit}")
         if int(event["quote_nusd"]):
             self._say(job_risk(int(event["quote_nusd"]), int(event.get("prepaid_nusd", 0))))
 
     def _on_rejected(self, event: Mapping[str, Any]) -> None:
-        self._say(f"{short(event['provider'])} refused: {clean(event['reason'])}")
+        provider, reason = short(event["provider"]), clean(event["reason"])
+        if self._refused.get(provider) != reason:
+            self._refused[provider] = reason
+            self._say(f"{provider} refused: {reason}")
 
     def _on_resubmitted(self, event: Mapping[str, Any]) -> None:
         self._say(resubmitted_line(event))
+        if event.get("at_ns", self._begun_ns) >= self._begun_ns:
+            self._bar.update(self._task, description="waiting", completed=int(event["from_step"]))
 
     def _on_fetching(self, event: Mapping[str, Any]) -> None:
         done, total = int(event["done_bytes"]), int(event["total_bytes"])
@@ -144,7 +184,10 @@ class RunView:
             self._values |= {name: float(value) for name, value in row["values"].items()}
 
     def _on_progress(self, event: Mapping[str, Any]) -> None:
-        self._progress("step", int(event["step"]), int(event["steps"]))
+        values = "  ".join(
+            f"{clean(name)} {_number(value, 4)}" for name, value in self._values.items()
+        )
+        self._progress("step", int(event["step"]), int(event["steps"]), self._place, values)
 
     def _on_checkpoint(self, event: Mapping[str, Any]) -> None:
         self._bar.update(self._task, description=f"step (checkpoint at {int(event['step'])})")
@@ -181,7 +224,12 @@ def resubmitted_line(event: Mapping[str, Any]) -> str:
 
 def ranked_lines(event: Mapping[str, Any]) -> list[str]:
     """The asks that can do it, best first, and why the others cannot."""
-    deals, misses = event["deals"], event["misses"]
+    return deal_lines(event) + miss_lines(event)
+
+
+def deal_lines(event: Mapping[str, Any]) -> list[str]:
+    """The asks that can do it, best first."""
+    deals = event["deals"]
     rows = [
         (
             short(deal["provider"]),
@@ -194,11 +242,27 @@ def ranked_lines(event: Mapping[str, Any]) -> list[str]:
     lines = table_lines(("PROVIDER", "TOTAL", "TIME", "PRICE"), rows)
     if len(deals) > MAX_SHOWN:
         lines.append(f"... and {len(deals) - MAX_SHOWN} more")
-    for miss in misses[:MAX_SHOWN]:
-        lines.append(f"not {short(miss['provider'])}: {clean(miss['reason'])}")
+    return lines
+
+
+def miss_lines(event: Mapping[str, Any]) -> list[str]:
+    """Why the other asks cannot."""
+    misses = event["misses"]
+    lines = [f"not {short(miss['provider'])}: {_why_not(miss)}" for miss in misses[:MAX_SHOWN]]
     if len(misses) > MAX_SHOWN:
         lines.append(f"... and {len(misses) - MAX_SHOWN} more that cannot")
     return lines
+
+
+def end_step(card: Mapping[str, Any]) -> int:
+    """The step that a run ends with; it may begin after the first."""
+    return int(card.get("first_step", 0)) + int(card.get("steps", 0))
+
+
+def _why_not(miss: Mapping[str, Any]) -> str:
+    if "avoided_until_ns" in miss:
+        return avoided_line(int(miss["avoided_until_ns"]), int(miss["failures"]))
+    return clean(miss["reason"])
 
 
 def _number(value: float, digits: int) -> str:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
 import click
 
 from p2pflop.cli.output import Flags, clean, common_options, print_json, print_table, say
+from p2pflop.node.service import LAST_EVENT_KINDS
 from p2pflop.units import format_usd
 
+if TYPE_CHECKING:
+    from p2pflop.client import Client
+
+CANCEL_WITHIN_S: Final = 15.0
 PAUSED = "paused: waiting for the buyer's signature"
 
 
@@ -32,11 +40,13 @@ def jobs_command(flags: Flags, sold: bool) -> None:
     if flags.json:
         print_json(jobs)
         return
+    from p2pflop.cli.progress import end_step
+
     rows = (
         (
             job.get("id", ""),
             job.get("state", ""),
-            f"{job.get('step', 0)}/{job.get('steps', 0)}",
+            f"{job.get('step', 0)}/{end_step(job)}",
             job.get("title", ""),
         )
         for job in jobs
@@ -79,7 +89,8 @@ def watch_command(flags: Flags, run_id: str) -> None:
     from p2pflop.cli.progress import follow
     from p2pflop.runs import Run
 
-    follow(flags, Run(run_id, flags.client(start=True)))
+    client = flags.client(start=True)
+    follow(flags, Run(run_id, client), client.job(run_id))
 
 
 @click.command("cancel")
@@ -87,16 +98,48 @@ def watch_command(flags: Flags, run_id: str) -> None:
 @common_options
 @click.pass_obj
 def cancel_command(flags: Flags, run_id: str) -> None:
-    """Give a run up.
+    """Give a run up, and tell what it has cost.
 
     What was delivered until then is owed; a run that has ended stays as it is.
 
     \b
     Examples:
       p2pflop cancel 5705a365685c
+      p2pflop cancel 5705a365685c --json | jq .cost_nusd
     """
-    job = flags.client(start=True).cancel(run_id)
+    client = flags.client(start=True)
+    client.cancel(run_id)
+    end = _await_end(client, run_id)
+    job = client.job(run_id)
     if flags.json:
-        print_json(job)
+        print_json(job | end)
+        return
+    from p2pflop.cli.progress import end_step
+
+    place = f"at step {job.get('step', 0)} of {end_step(job)}"
+    if not end["final"]:
+        say(f"{clean(run_id)} is being cancelled, {place}: see 'p2pflop watch {clean(run_id)}'")
     else:
-        say(f"{clean(run_id)} is {clean(job.get('state', 'cancelled'))}")
+        say(f"{clean(run_id)} is {clean(job.get('state', 'cancelled'))}, {place}")
+    cost = format_usd(end["cost_nusd"])
+    to_step = end["delivered_to_step"]
+    delivered = f"what was delivered, up to step {to_step}" if to_step else "nothing was delivered"
+    say(f"cost {'' if end['final'] else 'so far '}{cost}: {delivered}")
+    if end["hint"]:
+        say(clean(end["hint"]))
+
+
+def _await_end(client: Client, run_id: str) -> dict[str, Any]:
+    """What a run has cost and delivered at its end, or after ``CANCEL_WITHIN_S`` so far."""
+    from p2pflop.outcomes import Costs
+
+    costs, to_step, hint, final = Costs(), 0, "", False
+    with suppress(TimeoutError):
+        for event in client.events(run_id, timeout_s=CANCEL_WITHIN_S):
+            costs.hear(event)
+            if event["kind"] == "receipt":
+                to_step = max(to_step, int(event["to_step"]))
+            final = event["kind"] in LAST_EVENT_KINDS
+            hint = str(event.get("hint", "")) if final else ""
+    told = {"cost_nusd": costs.nusd, "delivered_to_step": to_step}
+    return told | {"final": final, "hint": hint}

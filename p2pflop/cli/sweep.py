@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -16,10 +18,12 @@ from p2pflop.errors import ConfigError
 from p2pflop.units import format_usd
 
 if TYPE_CHECKING:
+    from p2pflop.client import Client
     from p2pflop.outcomes import Outcome
     from p2pflop.sweeps import Sweep
 
 MAX_MAP_BYTES: Final = 16 * 1024 * 1024
+_DIGITS: Final = re.compile("[0-9a-f]{4,63}")
 
 
 @click.command("sweep")
@@ -57,7 +61,9 @@ MAX_MAP_BYTES: Final = 16 * 1024 * 1024
 @click.option("--fresh", is_flag=True, help="Buy even what was bought before.")
 @click.option("--rest", is_flag=True, help="Where no ask fits, a run waits as a wish for a quote.")
 @click.option("--no-pack", is_flag=True, help="Buy each job alone, however small.")
-@click.option("--attach", metavar="ID", help="Go on with that sweep instead of a new one.")
+@click.option(
+    "--attach", metavar="ID", help="Go on with that sweep; 4 digits of its start or end will do."
+)
 @common_options
 @click.pass_obj
 def sweep_command(
@@ -95,7 +101,8 @@ def sweep_command(
     if attach is not None:
         if file is not None or grid or file_of_args is not None or feeds:
             raise ConfigError("--attach takes no file and no arguments: the sweep has its own")
-        sweep = sweeps.attach_sweep(attach, ordered=False, client=flags.client(start=True))
+        client = flags.client(start=True)
+        sweep = sweeps.attach_sweep(find_sweep(client, attach), ordered=False, client=client)
     elif file is None:
         raise ConfigError("which job?", hint="Name a .p2pj file or a script, or --attach a sweep.")
     else:
@@ -113,6 +120,29 @@ def sweep_command(
             client=flags.client(start=True),
         )
     return _follow(flags, sweep)
+
+
+def find_sweep(client: Client, text: str) -> str:
+    """The id of the sweep that ``text`` names: whole, or the first or last digits of one that the
+    node has. Raises ConfigError."""
+    if _DIGITS.fullmatch(text) is None:
+        return text
+    from p2pflop.sweeps import SweepPlan
+
+    found = []
+    for blob in client.blobs():
+        address = blob.address.hex()
+        if address.startswith(text) or address.endswith(text):
+            with suppress(ConfigError):
+                SweepPlan.decode(client.get(blob.address))
+                found.append(address)
+    if len(found) != 1:
+        several = f"{len(found)} are" if found else "none is"
+        raise ConfigError(
+            f"of the sweeps known here {several} named {text}",
+            hint="A sweep prints its id of 64 digits when it begins: give more of them.",
+        )
+    return found[0]
 
 
 def _arguments(

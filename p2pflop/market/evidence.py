@@ -17,8 +17,28 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from p2pflop.errors import ProtocolError, VerificationError
-from p2pflop.market.ranking import Deal, Miss, Need, Policy, Quoted, rank, sum_costs
-from p2pflop.market.records import MAX_SHEET_BYTES, Bid, Fill, Reject, Rejected, ticket_of
+from p2pflop.market.ranking import (
+    MAX_POLICY_ACCOUNTS,
+    Deal,
+    Miss,
+    Need,
+    Policy,
+    Quoted,
+    rank,
+    sum_costs,
+)
+from p2pflop.market.records import (
+    MAX_COST_LINES,
+    MAX_SHEET_BYTES,
+    Bid,
+    CostLine,
+    Fill,
+    Nonce,
+    Reject,
+    Rejected,
+    Terms,
+    ticket_of,
+)
 from p2pflop.market.sheets import OpenSheet, open_sheet
 from p2pflop.market.views import BookView
 from p2pflop.market.wishes import check_ticket
@@ -44,11 +64,28 @@ class Attempt(Record, frozen=True):
     reason: Text
 
 
+class Wanted(Record, frozen=True):
+    """What was to be bought, where no bid says it."""
+
+    nonce: Nonce
+    costs: Annotated[tuple[CostLine, ...], msgspec.Meta(max_length=MAX_COST_LINES)]
+    terms: Terms
+
+
+class Avoided(Record, frozen=True):
+    """An account that the policy excludes until then, because it failed so often in a row."""
+
+    account: Key
+    failures: Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
+    until_ns: U63
+
+
 class Look(Record, frozen=True):
     """One look at the book. ``class_ids`` empty: of any class. ``whole``: nothing was left out.
 
     ``continues``: who was asked after the look before is not asked again. ``attested``: the
     accounts among these that the buyer held to be so, if its policy is to deal with no others.
+    ``wanted``: of a look that led to no bid, nothing or one. ``avoided`` is the buyer's own word.
     """
 
     at_ns: U63
@@ -60,6 +97,8 @@ class Look(Record, frozen=True):
     sheets: Annotated[tuple[SheetEnvelope, ...], msgspec.Meta(max_length=MAX_SHEETS)]
     attested: Annotated[tuple[Key, ...], msgspec.Meta(max_length=MAX_SHEETS)]
     attempts: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=MAX_ATTEMPTS)]
+    wanted: Annotated[tuple[Wanted, ...], msgspec.Meta(max_length=1)] = ()
+    avoided: Annotated[tuple[Avoided, ...], msgspec.Meta(max_length=MAX_POLICY_ACCOUNTS)] = ()
 
 
 class Evidence(Record, frozen=True):
@@ -104,10 +143,14 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A look, ranked again for the first bid in it; nothing is ranked where none was made."""
+    """A look, ranked again for the first bid in it, or for what was wanted where none was made.
+
+    ``avoided`` tells of accounts that its policy excludes.
+    """
 
     ranked: list[Deal | Miss]
     bids: list[Replayed]
+    avoided: dict[bytes, Avoided]
 
     @property
     def is_right(self) -> bool:
@@ -131,7 +174,7 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
         sheets = [_open_sheet(wire, network) for wire in look.sheets]
     except (ProtocolError, VerificationError):
         forged = [Replayed(None, Verdict.FORGED, -1, False, a.reason) for a in look.attempts]
-        return Replay([], forged)
+        return Replay([], forged, {})
     view = BookView(tuple(sorted(sheets, key=lambda sheet: sheet.node)), look.at_ns)
     attested = frozenset(look.attested)
 
@@ -141,6 +184,9 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
     opened = [_open_attempt(attempt, network) for attempt in look.attempts]
     quoted = _quoted(view, [bid for bid in opened if bid is not None], network)
     first: list[Deal | Miss] = []
+    for wanted in look.wanted:
+        need = _need(look, view, wanted)
+        first = rank(view.sheets, need, look.policy, look.at_ns, is_attested)
     bids: list[Replayed] = []
     for number, (attempt, bid) in enumerate(zip(look.attempts, opened, strict=True)):
         if bid is None:
@@ -153,7 +199,7 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
         verdict, place = _judge(look, view, bid.record, deals, tried)
         bids.append(Replayed(bid.record, verdict, place, bool(attempt.fill), attempt.reason))
         tried.add(bid.record.provider)
-    return Replay(first, bids)
+    return Replay(first, bids, {each.account: each for each in look.avoided})
 
 
 def _open_sheet(wire: bytes, network: str) -> OpenSheet:
@@ -198,7 +244,7 @@ def _check_answers(attempt: Attempt, bid: Sealed[Bid], network: str) -> None:
             raise VerificationError("an answer to another bid")
 
 
-def _need(look: Look, view: BookView, bid: Bid) -> Need:
+def _need(look: Look, view: BookView, bid: Bid | Wanted) -> Need:
     flop, touched_bytes = sum_costs(bid.costs)
     every = {ask.class_id for sheet in view.sheets for ask in sheet.sheet.asks}
     return Need(

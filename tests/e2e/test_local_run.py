@@ -22,6 +22,7 @@ from p2pflop.job.blobs import LazyBlobs
 from p2pflop.job.file import JobFile
 from p2pflop.job.results import Scalar, column_values, decode_trace, result_hash
 from p2pflop.job.spec import class_id, state_root
+from p2pflop.kernels import classes
 from p2pflop.kernels.classes import descriptor
 from p2pflop.kernels.local import ORPHANED_CODE, PART_BYTES, run_local
 from p2pflop.kernels.trace import Traced, trace
@@ -160,7 +161,7 @@ def test_an_error_in_the_callers_function_ends_the_process(
 
     with pytest.raises(KeyError, match="mine"):
         run_local(file_of(job), job.blobs, address_of, fail)
-    (process,) = started
+    process = started[-1]
     assert process.returncode is not None
 
 
@@ -183,7 +184,7 @@ def test_a_process_that_the_system_kills_says_so(
     job = traced(steps=10**6)
 
     def kill(*_: object) -> None:
-        started[0].kill()
+        started[-1].kill()
 
     with pytest.raises(ProviderError, match=r"the local process was killed \(SIGKILL\)") as told:
         run_local(file_of(job), job.blobs, address_of, kill)
@@ -210,7 +211,7 @@ def test_ctrl_c_ends_the_child_without_a_word(
     job = traced(steps=10**6)
 
     def interrupt(*_: object) -> None:
-        started[0].send_signal(signal.SIGINT)
+        started[-1].send_signal(signal.SIGINT)
 
     with pytest.raises(ProviderError, match=f"ended with code {ORPHANED_CODE}"):
         run_local(file_of(job), job.blobs, address_of, interrupt)
@@ -227,6 +228,22 @@ def test_a_child_whose_parent_has_gone_ends_without_a_word(sent: bytes) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (ORPHANED_CODE, b"", b"")
+
+
+def test_what_the_compiler_remarks_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loud = tmp_path / "clang"
+    loud.write_text(f'#!/bin/sh\necho "warning: told" >&2\nexec {classes.clang()} "$@"\n')
+    loud.chmod(0o755)
+    monkeypatch.setattr(classes, "clang", lambda: str(loud))
+    values = Tensor([1, 2, 3]).realize()
+
+    def step() -> dict[str, Tensor]:
+        return {"sum": values.sum()}
+
+    assert pf.trace(step, steps=1).run_local()["sum"].shape == (1,)
+    assert capfd.readouterr().err == ""
 
 
 def test_an_emulator_is_refused() -> None:

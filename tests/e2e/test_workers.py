@@ -459,6 +459,19 @@ class TestLowering:
         await wait_until(lambda: len(pool.statistics().process_ids) == 2)
         assert pool.statistics().plans_lowered == 1
 
+    async def test_who_compiled_for_a_lowerer_is_reaped(self, pool: WorkerPool) -> None:
+        def waiting() -> list[str]:
+            """Processes that have ended and that nobody has asked for."""
+            stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat")]
+            parents = {str(pid) for pid in pool.statistics().process_ids}
+            fields = [stat.rpartition(")")[2].split() for stat in stats]
+            return [state for state, parent, *_ in fields if parent in parents and state == "Z"]
+
+        await pool.lower(b"C:int f() { return 1; }")
+        await wait_until(lambda: not waiting())
+        assert await pool.lower(b"C:int f() { return 2; }")
+        await wait_until(lambda: not waiting())
+
     async def test_several_lowerers_compile_at_once(self, pool: WorkerPool) -> None:
         objects: list[bytes] = []
 

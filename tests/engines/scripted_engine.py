@@ -21,7 +21,7 @@ from p2pflop.errors import JobError
 from p2pflop.job.commands import Place
 from p2pflop.job.session import OpenGraph
 from p2pflop.job.spec import Work
-from p2pflop.kernels.compiler import CompileClient
+from p2pflop.kernels.engine import Compiler
 from p2pflop.kernels.frames import (
     OUT_OF_MEMORY_CODE,
     Done,
@@ -181,9 +181,9 @@ class ScriptedEngine:
     """Lowers ``b"fail"`` to a JobError, dies of ``b"die"``, is slow with ``b"slow..."``."""
 
     def __init__(self) -> None:
-        self._compiler: CompileClient | None = None
+        self._compiler: Compiler | None = None
 
-    def use_compiler(self, client: CompileClient) -> None:
+    def use_compiler(self, client: Compiler) -> None:
         self._compiler = client
 
     lockable = True

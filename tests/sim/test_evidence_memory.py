@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import trio
 from msgspec.structs import replace
 
 from p2pflop.cli.main import run
+from p2pflop.cli.progress import ranked_lines
 from p2pflop.errors import ConfigError, ProtocolError
 from p2pflop.market.evidence import MAX_SHEETS, Evidence, Look, Verdict, replay
 from p2pflop.market.ranking import Miss, MissReason, Policy
@@ -198,3 +200,85 @@ def test_limits_bound_what_is_decoded() -> None:
     with pytest.raises(Exception, match="length"):
         decode(Evidence, encode(Evidence(1, "main", (look,))))
     assert replay(Evidence(1, "main", ())) == []
+
+
+async def test_a_look_that_found_nothing_tells_why_of_each_ask(
+    market: Market,
+    autojump_clock: object,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = await market.provider("small", price_nusd=PRICE_NUSD, memory_bytes=1000)
+    dear = await market.provider("dear", price_nusd=2 * PRICE_NUSD)
+    buyer = await market.buyer()
+    run_id = await buyer.submit(sample_file(), max_nusd=1, rest=True)
+    await trio.sleep(30)
+    evidence = evidence_of(buyer, run_id)
+    looks = replay(evidence)
+    assert len(looks) > 1
+    for look in looks:
+        assert look.bids == []
+        assert {(entry.peer, entry.reason) for entry in look.ranked if isinstance(entry, Miss)} == {
+            (small.peer, MissReason.MEMORY),
+            (dear.peer, MissReason.BUDGET),
+        }
+    path = tmp_path / "decision"
+    path.write_bytes(encode(evidence))
+    assert run(["explain", str(path)]) == 0
+    told = capsys.readouterr()
+    assert told.out.count("does not do: over the budget") == 1  # and not once for each look
+    assert f"looks 1 to {len(looks)}" in told.err
+    assert "nothing was bid for: no ask did" in told.err
+    buyer.buyer.runs.get(run_id).cancel_requested.set()
+
+
+async def test_an_account_that_failed_is_said_to_be_avoided(
+    market: Market,
+    autojump_clock: object,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cheap = await market.provider("cheap", price_nusd=PRICE_NUSD)
+    await market.provider("dear", price_nusd=2 * PRICE_NUSD)
+    buyer = await market.buyer()
+    now_ns = buyer.buyer.now_ns()
+    for _ in range(2):
+        buyer.buyer.experience.note_failure(cheap.account, now_ns)
+    run_id = await buyer.submit(sample_file())
+    assert (await market.end_of(buyer, run_id))["kind"] == "result"
+    [ranked] = [e for e in buyer.buyer.runs.get(run_id).events if e["kind"] == "ranked"]
+    [miss] = ranked["misses"]
+    assert (miss["reason"], miss["failures"]) == (str(MissReason.POLICY), 2)
+    assert miss["avoided_until_ns"] > now_ns
+    assert "it failed 2 times in a row" in ranked_lines(ranked)[-1]
+    path = tmp_path / "decision"
+    path.write_bytes(buyer.buyer.evidence(run_id))
+    assert run(["explain", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"avoided until \d\d:\d\d: it failed 2 times in a row", told)
+    assert str(MissReason.POLICY) not in told
+
+
+async def test_of_a_damaged_file_there_is_one_line(
+    market: Market,
+    autojump_clock: object,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    buyer, _, run_id = await bought(market)
+    whole = buyer.buyer.evidence(run_id)
+    path = tmp_path / "decision"
+    places = range(0, len(whole), 7)
+    damaged = [whole[:place] for place in places]
+    damaged += [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in places]
+    for data in damaged:
+        path.write_bytes(data)
+        for command in ("audit-tape", "explain"):
+            code = run([command, str(path)])
+            told = capsys.readouterr()
+            assert "fault of p2pflop" not in told.err
+            assert code in (0, 2, 11)
+            if code == 2:
+                assert f"{path} is no evidence" in told.err
+                assert told.err.count("error:") == 1
+                assert len(told.err.splitlines()) == 2

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from p2pflop.market.evidence import Avoided
 from p2pflop.node import messages as m
 from p2pflop.node.experience import FIRST_PAUSE_NS, Experience
 from p2pflop.node.handing_over import HAND_OVER_S
@@ -228,6 +229,7 @@ def test_handing_over_is_forgiven_once_until_a_job_is_done() -> None:
     assert experience.avoided(1) == ()
     experience.note_handed_over(account, 0)
     assert experience.avoided(FIRST_PAUSE_NS - 1) == (account,)
+    assert experience.pauses(FIRST_PAUSE_NS - 1) == (Avoided(account, 1, FIRST_PAUSE_NS),)
     assert experience.avoided(FIRST_PAUSE_NS) == ()
 
 

@@ -416,8 +416,8 @@ class TestCommands:
             "lacks memory",
             "busy",
             "for at most $0.001",
-            "lowering 12/40 kernels",
-            "loss inf  acc 0.875",
+            "loss  inf",
+            "acc  0.875",
             "receipt 1: $0.0009 up to step 2",
             "cost  $0.0009",
         ):

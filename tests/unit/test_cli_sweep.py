@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
 from p2pflop.cli import main
-from p2pflop.cli.sweep import combinations, read_feeds, read_map
+from p2pflop.cli.sweep import combinations, find_sweep, read_feeds, read_map
+from p2pflop.client import BlobStat, Client
 from p2pflop.errors import ConfigError
+from p2pflop.sweeps import SweepPlan
 
 
 def test_values_between_commas_are_combined() -> None:
@@ -59,3 +63,18 @@ def test_feeds_are_named(tmp_path: Path) -> None:
 )
 def test_a_job_or_a_sweep_has_to_be_named(arguments: list[str]) -> None:
     assert main.run(["sweep", *arguments]) == ConfigError.exit_code
+
+
+def test_a_sweep_is_named_by_some_of_its_digits() -> None:
+    plan = SweepPlan("", "", [], None, None, None, None, [], False, 8).encode()
+    blobs = {bytes.fromhex(digits * 8): plan for digits in ("9a6c0001", "9a6c0002", "beef0003")}
+    blobs[bytes.fromhex("beef0004" * 8)] = b"no sweep"
+    kept = [BlobStat(address, 1, public=False) for address in blobs]
+    client = cast("Client", SimpleNamespace(blobs=lambda: kept, get=blobs.__getitem__))
+    assert find_sweep(client, "beef") == "beef0003" * 8  # the other one is no sweep
+    assert find_sweep(client, "0002") == "9a6c0002" * 8
+    for whole in ("ab" * 32, "p2pflop://" + "ab" * 32, "no digits"):
+        assert find_sweep(client, whole) == whole
+    for text, said in (("9a6c", "2 are"), ("0004", "none is"), ("f00d", "none is")):
+        with pytest.raises(ConfigError, match=said):
+            find_sweep(client, text)

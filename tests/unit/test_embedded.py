@@ -20,7 +20,7 @@ import pytest
 from p2pflop.cli import embedded as taking_over
 from p2pflop.cli.embedded import end_embedded
 from p2pflop.client import Client
-from p2pflop.embedded import failure_of, node_command
+from p2pflop.embedded import failure_of, node_command, start_embedded
 from p2pflop.errors import ConfigError, HomeLockedError, StoreFullError
 from p2pflop.node.config import load_settings
 from p2pflop.node.home import held
@@ -159,3 +159,13 @@ class TestMakingWay:
         (home / "node.json").write_text(json.dumps(note))
         assert not end_embedded(home)
         assert signals == []
+
+
+def test_a_node_that_holds_the_home_and_is_not_to_be_found_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = '{"error": {"kind": "HomeLockedError", "message": "another node", "hint": ""}}'
+    command = ["sh", "-c", f"echo '{words}'; exit {HomeLockedError.exit_code}"]
+    monkeypatch.setattr("p2pflop.embedded.node_command", lambda _: command)
+    with pytest.raises(HomeLockedError, match="another node"):
+        start_embedded(tmp_path, timeout_s=0.5)

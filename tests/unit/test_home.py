@@ -44,3 +44,14 @@ def test_a_home_is_opened_again_and_tells_who_holds_it(tmp_path: Path) -> None:
     with open_home(tmp_path) as home:
         assert home.account.public_key == account
         assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_node_that_ends_takes_down_no_note_but_its_own(tmp_path: Path) -> None:
+    note = tmp_path / "node.json"
+    with open_home(tmp_path) as home:
+        home.write_note("http://127.0.0.1:1", "peer", embedded=False)
+        assert note.exists()
+    assert not note.exists()
+    with open_home(tmp_path):
+        note.write_text('{"pid": 1}')  # the home was deleted, and is another node's now
+    assert note.read_text() == '{"pid": 1}'

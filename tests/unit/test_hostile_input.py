@@ -16,7 +16,7 @@ from tinygrad import Tensor
 
 import p2pflop as pf
 from p2pflop.cli.main import run
-from p2pflop.errors import JobError, ProtocolError
+from p2pflop.errors import ConfigError, JobError, ProtocolError
 from p2pflop.job.file import FILE_MAGIC, JobFile, decode_file, encode_file
 from p2pflop.job.spec import BlobSource, Work, WorkParam, work_id
 from p2pflop.node.memory_market import sample_file
@@ -272,3 +272,12 @@ def test_a_script_that_exits_is_told(tmp_path: Path, capsys: Output) -> None:
     script.write_text("import sys\nsys.exit(7)\n")
     assert run(["trace", str(script)]) == 5
     assert "ended itself: sys.exit(7)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [{"deadline_s": 60.0}, {"max_nusd": "1"}, {"checkpoint_s": True}]
+)
+def test_options_of_the_wrong_kind_are_told_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is not a whole number") as told:
+        SubmitOptions(**options)
+    assert "=60" in told.value.hint

@@ -365,14 +365,31 @@ def test_the_runs_of_a_sweep_rest_if_it_says_so_after_a_restart_too(
     assert SweepPlan.decode(json.dumps(old).encode()).rest is False
 
 
+def test_its_progress_begins_with_what_the_node_knows(
+    job: pf.Job, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = ScriptedNode(lambda number: "failed" if number == 2 else "result")
+    sweep = pf.map(job, rates(3), client=connect(node))
+    sweep.outcomes()
+    with monkeypatch.context() as patch:
+        patch.setattr(pf.Sweep, "_work", lambda _: None)
+        before = pf.attach_sweep(sweep.id, client=connect(node)).progress()
+    again = pf.attach_sweep(sweep.id, client=connect(node))
+    again.outcomes()
+    assert before == again.progress() == sweep.progress()
+    assert (before.done, before.failed, before.under_way) == (3, 1, 0)
+    assert before.spent_nusd == 2 * node.cost_nusd
+
+
 def test_wrong_arguments_and_ids_are_told_before_anything_is_bought(
     job: pf.Job, connect: Connect
 ) -> None:
     node = ScriptedNode()
     client = connect(node)
-    for args, kind in (([{"wd": 1.0}], JobError), ([], P2PFlopError)):
-        with pytest.raises(kind):
-            pf.map(job, args, client=client)
+    with pytest.raises(JobError):
+        pf.map(job, [{"wd": 1.0}], client=client)
+    with pytest.raises(ConfigError, match="the list of arguments is empty"):
+        pf.map(job, [], client=client)
     with pytest.raises(P2PFlopError, match="jobs in a sweep"):
         pf.map(job, [{"lr": 1.0}] * (sweeps.MAX_JOBS + 1), client=client)
     with pytest.raises(P2PFlopError, match="under_way"):

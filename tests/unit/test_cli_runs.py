@@ -1,0 +1,135 @@
+"""A run on the terminal: ``watch``, ``cancel``, ``jobs``, and what a view of it tells."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from p2pflop.cli.main import run
+from p2pflop.cli.progress import RunView
+from p2pflop.client import Client
+
+StartNode = Callable[..., Any]
+Output = pytest.CaptureFixture[str]
+
+PEER, OTHER_PEER = "anyone", "someone"
+DEAL = {"provider": PEER, "account": "aa", "total_nusd": 10**6, "minutes": 0.5, "price_nusd": 5}
+RANKED = {"deals": [DEAL], "misses": [{"provider": "12D3KooWddd", "reason": "lacks memory"}]}
+STORY: list[tuple[str, dict[str, Any]]] = [
+    ("ranked", RANKED),
+    ("filled", {"provider": PEER, "quote_nusd": 1_000_000}),
+    ("progress", {"step": 2, "steps": 2}),
+    ("receipt", {"number": 1, "amount_nusd": 900_000, "to_step": 2}),
+]
+
+
+def shown(events: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    console = Console(file=(sheet := io.StringIO()), width=200)
+    with RunView(console) as view:
+        for kind, fields in events:
+            view.show({"kind": kind, **fields})
+    return sheet.getvalue()
+
+
+def test_cancel_tells_the_cost_and_what_was_delivered(
+    start_node: StartNode, capsys: Output
+) -> None:
+    start_node(script=STORY)
+    run_id = Client().submit(b"job")
+    assert run(["cancel", run_id]) == 0
+    told = capsys.readouterr().err
+    assert f"{run_id} is cancelled" in told
+    assert "cost $0.0009: what was delivered, up to step 2" in told
+    assert run(["cancel", run_id, "--json"]) == 0  # it stays as it is
+    about = json.loads(capsys.readouterr().out)
+    assert (about["id"], about["final"]) == (run_id, True)
+    assert (about["cost_nusd"], about["delivered_to_step"]) == (900_000, 2)
+
+
+def test_cancel_says_how_to_go_on_and_that_nothing_was_delivered(
+    start_node: StartNode, capsys: Output
+) -> None:
+    start_node(script=[("cancelled", {"cost_nusd": 0, "hint": "go on with --from-step 4"})])
+    assert run(["cancel", Client().submit(b"job")]) == 0
+    told = capsys.readouterr().err
+    assert "nothing was delivered" in told
+    assert "go on with --from-step 4" in told
+
+
+def test_cancel_of_a_run_that_does_not_end_tells_the_cost_so_far(
+    start_node: StartNode, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pflop.cli.runs.CANCEL_WITHIN_S", 0.2)
+    monkeypatch.setattr(Client, "cancel", lambda *_: {})
+    start_node(script=STORY)
+    assert run(["cancel", Client().submit(b"job")]) == 0
+    told = capsys.readouterr().err
+    assert "is being cancelled" in told
+    assert "cost so far $0.0009" in told
+
+
+def test_jobs_counts_the_steps_of_the_work(
+    start_node: StartNode, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_node()
+    card = {"id": "ab" * 6, "state": "running", "step": 7, "first_step": 5, "steps": 5}
+    monkeypatch.setattr(Client, "jobs", lambda _: [card])
+    assert run(["jobs"]) == 0
+    assert "7/10" in capsys.readouterr().out
+
+
+def test_what_comes_round_after_round_is_told_once() -> None:
+    ranked: dict[str, Any] = RANKED
+    refused = {"provider": PEER, "reason": "busy"}
+    rests = {"limit_nusd": 10**6, "deadline_ns": 1}
+    rounds = [("ranked", ranked), ("rejected", refused), ("resting", rests)]
+    text = shown(rounds * 5)
+    assert text.count("lacks memory") == text.count("PROVIDER") == 1
+    assert text.count("refused: busy") == text.count("resting as a wish") == 1
+    other = {"provider": "12D3KooWccc", "reason": "too slow"}
+    more = ranked | {"misses": [*ranked["misses"], other]}
+    text = shown([*rounds, ("ranked", more), ("rejected", refused | {"reason": "full"})])
+    assert text.count("lacks memory") == text.count("too slow") == 1
+    assert text.count("refused:") == 2
+    dearer = ranked | {"deals": [ranked["deals"][0] | {"total_nusd": 2_000_000}]}
+    assert shown([*rounds, ("ranked", dearer)]).count("PROVIDER") == 2
+
+
+def test_after_a_resubmission_the_steps_go_on_and_name_the_new_provider() -> None:
+    lost = {"provider": PEER, "reason": "the provider was lost: x", "step": 3, "from_step": 2}
+    lines = shown(
+        [
+            ("filled", {"provider": PEER, "quote_nusd": 5}),
+            ("rows", {"rows": [{"step": 2, "values": {"loss": 2.25}}]}),
+            ("progress", {"step": 3, "steps": 9}),
+            ("resubmitted", lost | {"next": OTHER_PEER}),
+            ("filled", {"provider": OTHER_PEER, "quote_nusd": 5, "first_step": 2}),
+            ("lowering", {"done": 1, "total": 4, "graph": "ab"}),
+            ("progress", {"step": 4, "steps": 9}),
+        ]
+    ).splitlines()
+    assert "step 3/9 loss 2.25" in lines
+    assert any("failed" in line or "vanished at step 3" in line for line in lines)
+    assert f"the provider changed: {OTHER_PEER} instead of {PEER}" in lines
+    assert "lowering 1/4 kernels" in lines
+    assert f"step 4/9 at {OTHER_PEER} loss 2.25" in lines
+
+
+def test_watch_begins_with_what_is_known() -> None:
+    console = Console(file=(sheet := io.StringIO()), width=200)
+    card = {"id": "ab" * 6, "state": "running", "provider": PEER}
+    with RunView(console) as view:
+        view.begin(card | {"step": 57, "first_step": 10, "steps": 90})
+        view.show({"kind": "progress", "at_ns": 1, "step": 11, "steps": 100})
+        view.show({"kind": "receipt", "at_ns": 1, "number": 1, "amount_nusd": 5, "to_step": 50})
+        view.show({"kind": "progress", "at_ns": 2**62, "step": 58, "steps": 100})
+    told = sheet.getvalue()
+    assert told.startswith(f"run {'ab' * 6}: running, step 57/100, at {PEER}")
+    assert "11/100" not in told
+    assert "receipt 1" in told
+    assert "step 58/100" in told
