@@ -88,6 +88,7 @@ def test_a_whole_demo(tmp_path: Path) -> None:
     assert sum(told["owed"].values()) == told["owed_nusd"]
     assert "The registry is stopped now" in done.stderr
     plain = told["plain"]
-    assert (plain["killed"], plain["provider"]) == ("cheap", "fair")
+    assert plain["killed"] == "cheap"
+    assert plain["provider"] in ("fair", "dear")
     assert re.fullmatch(r"accuracy on held-out digits: 9\d\.\d%", plain["lines"][-1])
     assert "p2pflop: the provider is lost" in done.stderr
