@@ -61,7 +61,7 @@ from p2pflop.node.letters import FAREWELL_S, JOB_PROTOCOL, leave_word
 from p2pflop.node.orders import Order, describe_ranking
 from p2pflop.node.outcomes import describe_result, error_of
 from p2pflop.node.printable import printable
-from p2pflop.node.returning import BOUND, OPEN_S, UNCONFIRMED, Returns
+from p2pflop.node.returning import BOUND, LAST_VERIFY_S, OPEN_S, UNCONFIRMED, Returns
 from p2pflop.node.runs import Last, Run
 from p2pflop.node.stretches import RESULT_ROW, Stretches, last_state, owed_nusd
 from p2pflop.wire import Sealed, reopen
@@ -71,8 +71,6 @@ if TYPE_CHECKING:
 
 RETRY_S: Final = 1.0
 MAX_RETRY_S: Final = 15.0
-LAST_VERIFY_S: Final = 5.0
-"""For what was billed before the provider gave the lease back; shorter than its silence may be."""
 
 _log = logging.getLogger(__name__)
 
@@ -479,8 +477,7 @@ class Purchase:
         rows = by_step(goods.note_rows(message), self._names)
         if rows:
             await runs.emit(run, "rows", rows=rows)
-        end_step = run.card["first_step"] + run.card["steps"]
-        await runs.emit(run, "progress", step=message.last_step + 1, steps=end_step)
+        await runs.emit(run, "progress", step=message.last_step + 1, steps=run.end_step)
 
     # Delivery
 

@@ -25,6 +25,8 @@ MAX_RETURNS: Final = 5
 STEADY_S: Final = 30.0
 RETURN_WITHIN_S: Final = 4.0
 """After a stream broke; after that its provider is lost."""
+LAST_VERIFY_S: Final = 5.0
+"""For what was billed before the provider gave the lease back; shorter than its silence may be."""
 
 
 class Returns:

@@ -60,6 +60,12 @@ class Run:
         """Whether the last event has been told."""
         return bool(self.card["end_state"])
 
+    @property
+    def end_step(self) -> int:
+        """The step before which its job ends."""
+        end: int = self.card["first_step"] + self.card["steps"]
+        return end
+
 
 @dataclass(frozen=True, slots=True)
 class Last:
