@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import trio
+from msgspec.structs import replace
 
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.job.commands import (
@@ -27,7 +28,7 @@ from p2pflop.job.commands import (
 )
 from p2pflop.job.session import Mark, OpenGraph, SessionTable
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
-from p2pflop.units import MIB
+from p2pflop.units import MIB, NS_PER_S
 from p2pflop.wire import encode
 
 BATCH_COMMANDS: Final = min(256, MAX_BATCH_COMMANDS)
@@ -76,6 +77,7 @@ class Outstanding:
     sent_to: Mark = field(default_factory=Mark)
     marks: dict[int, Mark] = field(default_factory=dict)
     moved_at: float = field(default_factory=trio.current_time)
+    ran_at: float = field(default_factory=trio.current_time)
     _gathered: list[AnyCommand] = field(default_factory=list)
     _gathered_bytes: int = 0
     _reads: deque[_Reading] = field(default_factory=deque)
@@ -119,7 +121,7 @@ class Outstanding:
         ):
             await self._news.wait()
         if not self._sent:
-            self.moved_at = trio.current_time()
+            self.moved_at = self.ran_at = trio.current_time()
         self.sent_to = self.table.mark()
         self._sent.append(_Sent(self.sent_to, size_bytes, upto, self._reads))
         self._sent_bytes += size_bytes
@@ -143,7 +145,10 @@ class Outstanding:
         if len(self.marks) > MAX_MARKS:
             del self.marks[next(iter(self.marks))]
         self.wake()
-        await self.on_ran(sent.upto, said)
+        # No longer than it can have been: long work has this end take snapshots, which it pays for.
+        ran_at, self.ran_at = self.ran_at, self.moved_at
+        possible_ns = int((self.ran_at - ran_at) * NS_PER_S)
+        await self.on_ran(sent.upto, replace(said, busy_ns=min(said.busy_ns, possible_ns)))
 
     async def _take_data(self, sent: _Sent, data: Data) -> None:
         if not sent.reads or sent.reads[0].number != data.number:

@@ -30,6 +30,7 @@ from p2pflop.node import messages as m
 from p2pflop.node.guard import survive
 from p2pflop.node.journal import Head, JobRows, Letter
 from p2pflop.node.letters import SESSION_PREFIX
+from p2pflop.node.printable import printable
 from p2pflop.node.session_lease import Answer, CommandFault, HandedOver, Outstanding, QuoteUsedUp
 from p2pflop.node.session_messages import SESSION_PROTOCOL, Leaving, SessionMessage, Wanted
 from p2pflop.node.session_state import SESSION_BUYER, LeaseState
@@ -163,9 +164,9 @@ class RemoteLease:
                 except trio.WouldBlock:
                     raise ProtocolError("receipts faster than they are signed") from None
             case Leaving(reason):
-                raise HandedOver(reason)
+                raise HandedOver(printable(reason))
             case Failed(number, _, text, hint):
-                raise CommandFault(number, text, hint)
+                raise CommandFault(number, printable(text), printable(hint))
             case m.Settled():
                 self._settled.set()
             case _:

@@ -241,7 +241,8 @@ class SessionBuyer:
                 if isinstance(lease, RemoteLease):
                     return lease
                 reason = printable(lease.reason)
-            why = MarketError(f"no provider takes the session; the last one says: {reason}")
+            text = f"no provider takes the session; the last one says: {reason}"
+            why = MarketError(text, hint="Set CLOUD_WAIT to more, or CLOUD_FALLBACK=local.")
         return why
 
     def _look(self, session: Session, classes: frozenset[bytes]) -> _Looked:

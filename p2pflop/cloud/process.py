@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class Cloud:
 
 
 _cloud: Cloud | None = None
+_opening: Final = threading.Lock()
+"""Threads that begin at the same time have one session."""
 
 
 def say(text: str) -> None:
@@ -60,7 +63,11 @@ def the_cloud(
 ) -> Cloud:
     """This process's session, opened now if it is not. Raises P2PFlopError."""
     global _cloud
-    if _cloud is None:
+    if _cloud is not None:
+        return _cloud
+    with _opening:
+        if _cloud is not None:
+            return _cloud
         settings = read_settings(os.environ)
         link, put_blob = connect()
         session = ScriptSession(

@@ -4,8 +4,9 @@ tinygrad turns what is realized into kernels in ``create_linear_with_vars`` and 
 one by the rules of ``pm_exec``. Here, what is on our device becomes a single call of a "custom
 function" whose name is the key of its graph, and one more rule executes it. Under ``TinyJit`` the
 call is captured like any kernel. ``get_call_kernels`` and ``get_call_outs_ins`` are asked about
-calls, and know of ours. All four are private to tinygrad: its version is pinned, and a test says
-which of them has changed.
+calls, and know of ours. ``Tensor._buffer`` takes a tensor that is on no device, such as an
+``arange``, to the host's: here to ours, which has the class's bytes and needs no compiler. All five
+are private to tinygrad: its version is pinned, and a test says which of them has changed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any, Final
 import tinygrad.engine.jit
 import tinygrad.engine.realize as engine
 import tinygrad.tensor
-from tinygrad.device import Buffer
+from tinygrad.device import Buffer, Device
 from tinygrad.dtype import AddrSpace
 from tinygrad.helpers import CAPTURING
+from tinygrad.tensor import Tensor
 from tinygrad.uop.ops import Ops, PatternMatcher, UOp, UPat
 
 from p2pflop.cloud.device import cloud, is_cloud
@@ -36,6 +38,7 @@ Linear = tuple[UOp, dict[str, int]]
 _create: Final = tinygrad.tensor.create_linear_with_vars
 _kernels: Final = engine.get_call_kernels
 _outs_ins: Final = engine.get_call_outs_ins
+_buffer: Final = Tensor._buffer
 
 
 @dataclass(slots=True)
@@ -95,6 +98,12 @@ def install() -> None:
     engine.get_call_kernels = _call_kernels
     engine.get_call_outs_ins = _call_outs_ins
     tinygrad.engine.jit.get_call_outs_ins = _call_outs_ins
+    Tensor._buffer = _buffer_of
+
+
+def _buffer_of(tensor: Tensor) -> Buffer:
+    nowhere = tensor.uop.device is None and is_cloud(Device.DEFAULT)
+    return _buffer(tensor.clone(Device.DEFAULT) if nowhere else tensor)
 
 
 def create_linear(call: UOp) -> Linear:

@@ -5,6 +5,9 @@ out as a batch when it is large, when a run follows a pause, or when an answer i
 the node has said is read at the same moments, without waiting; only a read-back waits, and a
 window that is full. There is no thread, so nothing happens between two operations of the script.
 
+Python may collect a buffer between any two lines of this, which gives a ``Free``: it joins the
+queue just before the next command, so that it takes nobody's number and sends nothing.
+
 Ctrl-C can strike in any wait: an answer that nobody waits for any more is dropped when it comes.
 After ``Failed`` every operation raises the same error, with the lines of the program that gave the
 command that is to blame.
@@ -34,6 +37,7 @@ from p2pflop.job.commands import (
     Define,
     Failed,
     Frame,
+    Free,
     Leased,
     NodeFrame,
     Note,
@@ -115,6 +119,7 @@ class ScriptSession:
         self._verbose = verbose
         self._pid = os.getpid()
         self._queue: list[AnyCommand] = []
+        self._freed: list[AnyCommand] = []
         self._queued_bytes = 0
         self._first = 0
         self._flushed_s = 0.0
@@ -157,15 +162,30 @@ class ScriptSession:
     def give(self, command: AnyCommand) -> None:
         """Put a command into the queue."""
         self._check()
+        if isinstance(command, Free):
+            self._freed.append(command)
+            return
+        self._queue_freed()
+        self._put(command)
+
+    def _put(self, command: AnyCommand) -> None:
         self._queued_bytes += _size(command)
         self._queue.append(command)
         if self._queued_bytes >= BATCH_BYTES or len(self._queue) >= BATCH_COMMANDS:
             self.flush()
 
+    def _queue_freed(self) -> None:
+        freed, self._freed = self._freed, []
+        self._queue += freed
+        self._queued_bytes += _COMMAND_BYTES * len(freed)
+
     def run(self, command: AnyCommand, *, wait: bool = False) -> None:
         """``give`` a command that computes. ``wait`` until it has."""
-        self._stacks.append((self.count, user_stack()))
-        self.give(command)
+        stack = user_stack()
+        self._check()
+        self._queue_freed()
+        self._stacks.append((self.count, stack))
+        self._put(command)
         if wait or self._settings.sync:
             self.synchronize()
         elif time.monotonic() - self._flushed_s > GATHER_S:
@@ -173,11 +193,14 @@ class ScriptSession:
 
     def read(self, command: Read) -> bytearray:
         """Ask for bytes, and wait for them."""
+        stack = user_stack()
+        self._check()
+        self._queue_freed()
         number = self.count
         self._wanted[number] = bytearray()
         try:
-            self._stacks.append((number, user_stack()))
-            self.give(command)
+            self._stacks.append((number, stack))
+            self._put(command)
             self.flush()
             while number not in self._answered:
                 self._listen(None)
@@ -198,6 +221,7 @@ class ScriptSession:
     def flush(self) -> None:
         """Send what is queued, as far as the window goes; wait for it to open if need be."""
         self._check()
+        self._queue_freed()
         while self._queue:
             while not self._send_batch():
                 self._listen(None)

@@ -18,7 +18,7 @@ from p2pflop.node import session_buying, session_purchase, session_sale
 from p2pflop.node.execute import MIN_DEAR_FLOP
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode
 from p2pflop.node.session_messages import WINDOW_COMMANDS, Leaving, SessionMessage
-from p2pflop.units import MIB
+from p2pflop.units import MIB, NS_PER_S
 from p2pflop.wire import Record, open_sealed, seal
 from tests.session_scripts import FLOATS, Script, beginning, decoded, opening, steps
 from tests.sim.test_session_memory import SIZE, begin, reference
@@ -111,6 +111,42 @@ async def test_an_over_billing_provider_is_left_without_a_signature(
     assert len(script.leases) == 2
     assert market.debts(buyer, villain)[0] == 0
     await script.close()
+
+
+async def test_a_provider_that_boasts_of_its_work_has_no_snapshots_paid(
+    market: Market, autojump_clock: object
+) -> None:
+    villain = await market.provider("villain")
+    buyer = await market.buyer()
+    script = Script()
+    await begin(buyer, script)
+    began_s = trio.current_time()
+    ages = only(Ran, lambda r: [replace(r, busy_ns=2**63 - 1)])
+    villain.tamper_answered_sent = tampered(ages)
+    script.give(beginning())
+    for _ in range(5):
+        script.give(steps(1))
+        await script.obeyed()
+    closed = await script.close()
+    assert closed.busy_ns <= (trio.current_time() - began_s) * NS_PER_S
+    assert closed.moved_bytes == 2 * SIZE, "no snapshot was read back"
+    assert len(script.leases) == 1
+
+
+async def test_what_a_provider_says_cannot_drive_a_terminal(
+    market: Market, autojump_clock: object
+) -> None:
+    lie = tampered(only(Ran, lambda r: [Failed(r.upto - 1, True, "a\x1b[2Jb\nc", "\x07")]))
+    for name in ("liar", "crony"):
+        villain = await market.provider(name)
+        villain.tamper_answered_sent = lie
+    buyer = await market.buyer()
+    script = Script()
+    await begin(buyer, script)
+    script.give([*beginning(), *steps(1)])
+    failed = await script.until(Failed)
+    assert isinstance(failed, Failed)
+    assert (failed.text + failed.hint).isprintable()
 
 
 async def test_a_fault_that_two_accounts_find_is_the_scripts(

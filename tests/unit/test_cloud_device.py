@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from p2pflop.cloud import process
 from p2pflop.cloud.device import cloud
 from p2pflop.cloud.session import ScriptSession
 from p2pflop.errors import JobError
-from tests.cloud_twin import Twin, shared_twin
+from tests.cloud_twin import Twin, TwinLink, shared_twin
 
 CLOUD = f"CLOUD;{os.environ['DEV']}"
 
@@ -37,6 +39,16 @@ def session() -> ScriptSession:
 
 def realized(*numbers: float) -> Tensor:
     return Tensor(list(numbers)).realize()
+
+
+def test_what_is_on_no_device_is_computed_in_the_cloud(twin: Twin) -> None:
+    tensor = Tensor.arange(4) * 2
+    flop, reads = twin.table.flop, twin.reads
+    assert tensor.tolist() == [0, 2, 4, 6]
+    assert twin.table.flop > flop
+    assert twin.reads == reads + 1
+    assert (Tensor.ones(2) + 1).numpy().tolist() == [2, 2]
+    assert Tensor(3).item() == 3
 
 
 def test_one_read_back_is_one_exchange(twin: Twin) -> None:
@@ -289,3 +301,21 @@ def test_synchronizing_waits_for_all_that_was_asked() -> None:
     Device["CLOUD"].synchronize()
     assert session()._window.covered == session().count
     assert process.is_open()
+
+
+def test_threads_that_begin_together_have_one_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_cloud", None)
+    links: list[TwinLink] = []
+
+    def connect() -> tuple[TwinLink, process.BlobPutter]:
+        links.append(TwinLink())
+        time.sleep(0.05)  # the others come meanwhile
+        return links[-1], links[-1].put_blob
+
+    def begin(_: int) -> process.Cloud:
+        return process.the_cloud(lambda _: None, connect=connect)
+
+    with ThreadPoolExecutor(4) as pool:
+        clouds = list(pool.map(begin, range(4)))
+    assert len(links) == 1
+    assert all(each is clouds[0] for each in clouds)

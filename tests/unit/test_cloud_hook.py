@@ -66,6 +66,15 @@ def test_a_jit_asks_what_a_call_writes() -> None:
     assert "outs, ins = get_call_outs_ins(call)" in source, CHANGED
 
 
+def test_what_is_on_no_device_is_read_by_way_of_the_host() -> None:
+    source = inspect.getsource(inspect.unwrap(realizing._buffer))
+    assert 'if self.uop.device is None or isinstance(self.device, tuple): x = x.clone("CPU")' in (
+        source
+    ), CHANGED
+    for reader in (tinygrad.tensor.Tensor.data, tinygrad.tensor.Tensor.numpy):
+        assert "self._buffer()" in inspect.getsource(inspect.unwrap(reader)), CHANGED
+
+
 def test_a_realize_is_a_call_of_a_sink_of_assignments(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[UOp] = []
     monkeypatch.setattr(tinygrad.tensor, "create_linear_with_vars", lambda call: seen.append(call))

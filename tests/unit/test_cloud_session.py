@@ -15,6 +15,7 @@ from p2pflop.cloud import session as module
 from p2pflop.cloud.link import Frames, framed
 from p2pflop.cloud.session import BATCH_BYTES, BATCH_COMMANDS, ScriptSession, closing_line
 from p2pflop.cloud.settings import CloudSettings
+from p2pflop.cloud.stacks import Stack, user_stack
 from p2pflop.errors import JobError, NodeUnreachableError, ProtocolError, ProviderError
 from p2pflop.job.commands import (
     NOBODY,
@@ -25,6 +26,7 @@ from p2pflop.job.commands import (
     Data,
     Failed,
     Frame,
+    Free,
     Leased,
     Note,
     Open,
@@ -327,3 +329,27 @@ def test_frames_in_any_pieces() -> None:
 def test_a_frame_over_the_limit_is_refused() -> None:
     with pytest.raises(ProtocolError, match="over"):
         Frames().feed(b"\xff\xff\xff\xff")
+
+
+def test_what_is_collected_meanwhile_takes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = FakeNode()
+    script = Script(node)
+    freed = iter(range(1000))
+
+    def collecting() -> Stack:
+        for _ in range(BATCH_COMMANDS // 2 + 1):
+            script.session.give(Free(next(freed)))
+        return user_stack()
+
+    script.session.give(Allocate(0, 8))
+    monkeypatch.setattr(module, "user_stack", collecting)
+    for _ in range(2):
+        assert script.session.read(Read(0, 0, 8)) == bytes(8)
+    script.session.run(Run(0), wait=True)
+    batches = node.all(Batch)
+    sent = [command for batch in batches for command in batch.commands]
+    assert [batch.first for batch in batches] == [
+        sum(len(before.commands) for before in batches[:place]) for place in range(len(batches))
+    ]
+    assert [c.buffer for c in sent if isinstance(c, Free)] == list(range(len(sent) - 4))
+    assert [type(c) for c in sent if not isinstance(c, Free)] == [Allocate, Read, Read, Run]
