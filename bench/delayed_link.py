@@ -30,11 +30,12 @@ def delayed_link(port: int) -> Iterator[Link]:
     async def serve() -> None:
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             back_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
-            await asyncio.gather(
-                _pump(link, reader, there_writer, there=True),
-                _pump(link, back_reader, writer, there=False),
-                return_exceptions=True,
-            )
+            with suppress(asyncio.CancelledError):
+                await asyncio.gather(
+                    _pump(link, reader, there_writer, there=True),
+                    _pump(link, back_reader, writer, there=False),
+                    return_exceptions=True,
+                )
 
         server = await asyncio.start_server(accept, "127.0.0.1", 0)
         link.port = server.sockets[0].getsockname()[1]
