@@ -234,8 +234,7 @@ class Purchase:
         if self._lifecycle.side.countersigned:
             self._add_letter()
         if action.state is State.CANCELLED and self._failure is None:
-            left, cost_nusd = self._buyer.what_is_left(self._run), self._owed_nusd()
-            await self._buyer.runs.emit(self._run, "cancelled", cost_nusd=cost_nusd, hint=left)
+            await self._buyer.tell_cancelled(self._run, self._owed_nusd())
         elif action.state is not State.CANCELLED:
             if action.blame is Blame.PROVIDER:
                 self._note_failure()
@@ -479,8 +478,7 @@ class Purchase:
         rows = by_step(goods.note_rows(message), self._names)
         if rows:
             await runs.emit(run, "rows", rows=rows)
-        end_step = run.card["first_step"] + run.card["steps"]
-        await runs.emit(run, "progress", step=message.last_step + 1, steps=end_step)
+        await runs.emit(run, "progress", step=message.last_step + 1, steps=run.end_step)
 
     # Delivery
 

@@ -59,6 +59,11 @@ class Run:
         """Whether the last event has been told."""
         return bool(self.card["end_state"])
 
+    @property
+    def end_step(self) -> int:
+        """The step that it ends with."""
+        return int(self.card["first_step"] + self.card["steps"])
+
 
 @dataclass(frozen=True, slots=True)
 class Last:

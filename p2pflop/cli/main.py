@@ -33,7 +33,7 @@ COMMANDS: Final = {
     "submit": ("submit", "Buy a job's run and follow it to its result."),
     "sweep": ("sweep", "Buy many runs of a job with other arguments, under one budget."),
     "trace": ("script", "Turn a script's job into a .p2pj file."),
-    "run": ("script", "Run a Python script with its environment prepared."),
+    "run": ("script", "Run a Python script, on the market if it knows nothing of p2pflop."),
     "show": ("submit", "Show a job file or a run."),
     "jobs": ("runs", "List the runs of this node."),
     "watch": ("runs", "Follow a run from its first event."),

@@ -127,7 +127,7 @@ def find_sweep(client: Client, text: str) -> str:
     node has. Raises ConfigError."""
     if _DIGITS.fullmatch(text) is None:
         return text
-    from p2pflop.sweeps import SweepPlan
+    from p2pflop.sweep_plan import SweepPlan
 
     found = []
     for blob in client.blobs():

@@ -13,7 +13,7 @@ from p2pflop.cli import main
 from p2pflop.cli.sweep import combinations, find_sweep, read_feeds, read_map
 from p2pflop.client import BlobStat, Client
 from p2pflop.errors import ConfigError
-from p2pflop.sweeps import SweepPlan
+from p2pflop.sweep_plan import SweepPlan
 
 
 def test_values_between_commas_are_combined() -> None:
