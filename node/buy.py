@@ -336,6 +336,11 @@ class Buyer:
             _log.error("job %s: its end is not on disk: %s", run.id, fault)
             self.runs.lose(run, **told)
 
+    async def tell_cancelled(self, run: Run, cost_nusd: int) -> None:
+        """End a run as cancelled, with what it has cost. Raises StoreError."""
+        left = self.what_is_left(run)
+        await self.runs.emit(run, "cancelled", cost_nusd=cost_nusd, hint=left)
+
     def what_is_left(self, run: Run) -> str:
         """How to go on from the last checkpoint of a run that ends early; may be empty."""
         work = bytes.fromhex(run.card["work"])

@@ -232,8 +232,7 @@ class Purchase:
         if self._lifecycle.side.countersigned:
             self._add_letter()
         if action.state is State.CANCELLED and self._failure is None:
-            left, cost_nusd = self._buyer.what_is_left(self._run), self._owed_nusd()
-            await self._buyer.runs.emit(self._run, "cancelled", cost_nusd=cost_nusd, hint=left)
+            await self._buyer.tell_cancelled(self._run, self._owed_nusd())
         elif action.state is not State.CANCELLED:
             if action.blame is Blame.PROVIDER:
                 self._note_failure()

@@ -38,7 +38,6 @@ KEPT_KINDS: Final = frozenset(
 )
 END_STATES: Final = {"result": "settled", "failed": "failed", "cancelled": "cancelled"}
 _RUN_ID: Final = re.compile(r"[0-9a-f]{12}")
-_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(slots=True)
@@ -62,9 +61,8 @@ class Run:
 
     @property
     def end_step(self) -> int:
-        """The step before which its job ends."""
-        end: int = self.card["first_step"] + self.card["steps"]
-        return end
+        """The step that it ends with."""
+        return int(self.card["first_step"] + self.card["steps"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +203,7 @@ class Runs:
 
     def under_way(self) -> int:
         """How many runs are not over."""
-        return len(self._live) - len(self._finished)
+        return sum(not run.over for run in self._live.values())
 
     async def follow(self, run_id: str, after_seq: int) -> AsyncIterator[list[Json]]:
         """The events after ``after_seq``, waiting for new ones; ends with the last kind.
@@ -270,4 +268,4 @@ def _drop_oldest_passing(events: deque[Json]) -> Json:
 
 
 def _dump(value: Json) -> bytes:
-    return _ENCODER.encode(value).encode()
+    return json.dumps(value, separators=(",", ":")).encode()

@@ -104,6 +104,7 @@ async def test_a_buyer_that_cancels_owes_the_setup_whole_once_it_has_countersign
     due_nusd = SETUP_NUSD + METERED_NUSD * last["to_step"] // STEPS
     assert end["cost_nusd"] == due_nusd
     assert last["to_step"] < STEPS
+    assert f"--from-step {last['to_step']}," in end["hint"]
     assert market.debts(buyer, provider) == (due_nusd, due_nusd)
     assert buyer.journal.letters() == []
     taken = Take(1, due_nusd, due_nusd)
@@ -118,6 +119,7 @@ async def test_a_buyer_that_cancels_before_it_has_countersigned_owes_nothing(
     provider, buyer, end = await cancelled(market, 0)
     assert end["kind"] == "cancelled"
     assert buyer.events(buyer.runs.cards()[0]["id"], "receipt") == []
+    assert end["hint"] == ""
     assert market.debts(buyer, provider) == (0, 0)
     market.check()
 
