@@ -47,4 +47,3 @@ def test_a_run_rests_until_a_provider_goes_lower(
     assert filled["quote_nusd"] <= at_ask // 2
     [resting] = events(run, "resting")
     assert resting["limit_nusd"] == at_ask // 2
-    wait_until(lambda: not dear.get("/v1/wishes")["wishes"])

@@ -24,6 +24,7 @@ ONES_OWN = (
     (r"\b[0-9a-f]{64}\b", "HASH"),
     (r"\b[0-9a-f]{12}\b", "ID"),
     (r"\b[\d.]+ (GB|GFLOP/s|ms|s)\b", "SIZE"),
+    (r"\b[\d,]+ bytes\b", "BYTES"),
     (r" +", " "),
 )
 """Names, times, and the sizes of a machine; and the widths of columns that go with them."""

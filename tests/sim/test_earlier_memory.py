@@ -77,7 +77,8 @@ async def test_another_stretch_class_or_work_is_bought_and_fresh_too(
     await bought(market, buyer, sample_file())
     for file in (sample_file(21), sample_file(seed=1), sample_file(10, first_step=20)):
         assert "earlier" not in await bought(market, buyer, file)
-    [*_, last] = buyer.events(buyer.runs.cards()[0]["id"], "progress")
+    [later] = [card["id"] for card in buyer.runs.cards() if card["first_step"] == 20]
+    [*_, last] = buyer.events(later, "progress")
     assert (last["step"], last["steps"]) == (30, 30)  # of the work
     assert "earlier" in await bought(market, buyer, sample_file(10, first_step=20))
     assert "earlier" not in await bought(market, buyer, sample_file(), fresh=True)

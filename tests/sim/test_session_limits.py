@@ -249,6 +249,7 @@ async def test_a_long_log_is_cut_by_a_snapshot_while_the_script_goes_on(
     expected = await reference(market, 200)
     monkeypatch.setattr(session_log, limit, value)
     first = await market.provider("first")
+    first.workers.step_s = 0.001  # it is believed no more than that
     await market.provider("second", price_nusd=2 * PRICE_NUSD)
     buyer = await market.buyer()
     script = Script()

@@ -104,7 +104,7 @@ def test_numbers_of_jobs_are_checked_before_anything_is_put() -> None:
         jobs_of(job, [{"by": 1}, {"by": 2}], rows, MOST, client)
     with pytest.raises(P2PFlopError, match="jobs in a sweep=3"):
         jobs_of(job, None, rows, 2, client)
-    with pytest.raises(P2PFlopError, match="jobs in a sweep=0"):
+    with pytest.raises(P2PFlopError, match="a sweep of no jobs"):
         jobs_of(job, [], None, MOST, client)
     with pytest.raises(ConfigError, match="which jobs"):
         jobs_of(job, None, None, MOST, client)
