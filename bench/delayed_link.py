@@ -29,7 +29,11 @@ def delayed_link(port: int) -> Iterator[Link]:
 
     async def serve() -> None:
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            back_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                back_reader, there_writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:  # who listened there was killed
+                writer.close()
+                return
             with suppress(asyncio.CancelledError):
                 await asyncio.gather(
                     _pump(link, reader, there_writer, there=True),
