@@ -14,7 +14,6 @@ import trio
 
 from p2pflop.errors import JobError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.ids import content_hash
-from p2pflop.job.commands import AnyCommand, Data, Ran
 from p2pflop.job.graph import Dtype, graph_hash
 from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import (
@@ -30,6 +29,7 @@ from p2pflop.job.spec import (
 from p2pflop.kernels.engine import WorkSession
 from p2pflop.kernels.frames import PART_BYTES
 from p2pflop.node.memory_sessions import MemorySession
+from p2pflop.node.session_holder import SessionHolder
 from p2pflop.node.worker_types import Paused, PoolStatistics, Rows, WorkerEvent, WorkerLimits
 from p2pflop.wire import decode
 
@@ -203,7 +203,7 @@ class MemoryWorkerPool:
         )
 
 
-class MemoryWorker:
+class MemoryWorker(SessionHolder[MemorySession]):
     """``worker_types.Worker`` on a session in this process."""
 
     def __init__(
@@ -217,7 +217,6 @@ class MemoryWorker:
         self._limits = limits
         self._work: Work | None = None
         self._loaded: WorkSession | None = None
-        self._commands: MemorySession | None = None
         self._stopping = self._asked = False
 
     @property
@@ -311,36 +310,9 @@ class MemoryWorker:
     async def open_session(self) -> None:
         """See ``SessionWorker``."""
         pool = self._pool
-        self._commands = MemorySession(pool.graphs, self._limits.memory_bytes, pool.check)
-        self._commands.run_s = pool.step_s
-        await self._commands.open_session()
-
-    @property
-    def reached(self) -> int:
-        """See ``SessionWorker``."""
-        return self._opened.reached
-
-    async def define(self, graph_hash: bytes, plan: bytes) -> None:
-        """See ``SessionWorker``."""
-        await self._opened.define(graph_hash, plan)
-
-    async def put(self, buffer: int, offset_bytes: int, data: bytes) -> None:
-        """See ``SessionWorker``."""
-        await self._opened.put(buffer, offset_bytes, data)
-
-    async def obey(self, commands: Sequence[AnyCommand]) -> None:
-        """See ``SessionWorker``."""
-        await self._opened.obey(commands)
-
-    def reports(self) -> AsyncIterator[Ran | Data]:
-        """See ``SessionWorker``."""
-        return self._opened.reports()
-
-    @property
-    def _opened(self) -> MemorySession:
-        if self._commands is None:
-            raise RuntimeError("no session is open")
-        return self._commands
+        session = MemorySession(pool.graphs, self._limits.memory_bytes, pool.check)
+        session.run_s = pool.step_s
+        await self.begin(session)
 
     @property
     def _loaded_work(self) -> Work:

@@ -16,7 +16,6 @@ from typing import Final
 import trio
 
 from p2pflop.errors import JobError, P2PFlopError, ProtocolError, ProviderError
-from p2pflop.job.commands import AnyCommand, Data, Ran
 from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import Work
@@ -26,6 +25,7 @@ from p2pflop.kernels.worker import ROWS_INTERVAL_SECONDS
 from p2pflop.node.crew import Child, fault_error
 from p2pflop.node.pipes import EndOfPipe
 from p2pflop.node.row_check import RowCheck
+from p2pflop.node.session_holder import SessionHolder
 from p2pflop.node.worker_session import ProcessSession, again
 from p2pflop.node.worker_types import Paused, WorkerEvent, WorkerLimits
 from p2pflop.wire import decode
@@ -36,7 +36,7 @@ STEP_SLACK_SECONDS: Final = 1.0 + ROWS_INTERVAL_SECONDS
 _JOB_WORK: Final = ("a step", "initialising")
 
 
-class ProcessWorker:
+class ProcessWorker(SessionHolder[ProcessSession]):
     """``worker_types.Worker`` and ``SessionWorker`` over a child's pipe, from ``WorkerPool``."""
 
     def __init__(
@@ -46,7 +46,6 @@ class ProcessWorker:
         self._limits = limits
         self._kill = kill
         self._work: Work | None = None
-        self._session: ProcessSession | None = None
         self._failure: P2PFlopError | None = None
         self._busy = ""
         self._running = False
@@ -62,7 +61,7 @@ class ProcessWorker:
     @property
     def alive(self) -> bool:
         """See ``Worker``."""
-        failed = self._failure or (self._session and self._session.failure)
+        failed = self._failure or (self._begun and self._begun.failure)
         return failed is None and not self._child.ended.is_set()
 
     async def load(self, work: bytes, plans: Mapping[bytes, bytes]) -> None:
@@ -162,35 +161,7 @@ class ProcessWorker:
 
     async def open_session(self) -> None:
         """See ``SessionWorker``."""
-        self._session = ProcessSession(self._child, self._limits, self._kill)
-        await self._session.open_session()
-
-    @property
-    def reached(self) -> int:
-        """See ``SessionWorker``."""
-        return self._opened.reached
-
-    async def define(self, graph_hash: bytes, plan: bytes) -> None:
-        """See ``SessionWorker``."""
-        await self._opened.define(graph_hash, plan)
-
-    async def put(self, buffer: int, offset_bytes: int, data: bytes) -> None:
-        """See ``SessionWorker``."""
-        await self._opened.put(buffer, offset_bytes, data)
-
-    async def obey(self, commands: Sequence[AnyCommand]) -> None:
-        """See ``SessionWorker``."""
-        await self._opened.obey(commands)
-
-    def reports(self) -> AsyncIterator[Ran | Data]:
-        """See ``SessionWorker``."""
-        return self._opened.reports()
-
-    @property
-    def _opened(self) -> ProcessSession:
-        if self._session is None:
-            raise RuntimeError("no session is open")
-        return self._session
+        await self.begin(ProcessSession(self._child, self._limits, self._kill))
 
     @property
     def _loaded(self) -> Work:
