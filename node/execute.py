@@ -224,7 +224,6 @@ class Execution:
     async def load(self, plans: dict[bytes, bytes]) -> None:
         """Give the worker its plans and inputs, and let the weights be born."""
         await self._worker.load(encode(self._checked.work), plans)
-        await self._worker.initialise()
         for slot, source in self._checked.inputs:
             await self._fill(slot, source.address, source.size_bytes, "input")
         await self._feed(self._checked.job.first_step, first=True)

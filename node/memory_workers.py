@@ -235,6 +235,7 @@ class MemoryWorker(SessionHolder[MemorySession]):
             self._loaded = self._make(decoded, plans)
         except ProtocolError as error:
             raise ProviderError(error.message) from error
+        self._loaded.initialise()
         self._work = decoded
 
     async def write(self, slot: int, offset_bytes: int, data: bytes) -> None:
@@ -243,11 +244,6 @@ class MemoryWorker(SessionHolder[MemorySession]):
         if offset_bytes < 0 or offset_bytes + len(data) > len(self._session.read(slot)):
             raise ValueError(f"{len(data)} bytes at {offset_bytes} do not fit slot {slot}")
         self._session.write(slot, offset_bytes, data)
-
-    async def initialise(self) -> None:
-        """See ``Worker``."""
-        await self._answer()
-        self._session.initialise()
 
     async def run(
         self, first_step: int, steps: int, pause_every: int = 0

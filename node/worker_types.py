@@ -79,9 +79,6 @@ class Worker(Protocol):
     async def write(self, slot: int, offset_bytes: int, data: bytes) -> None:
         """Put ``data`` into a slot. Errors in it show at the next answer."""
 
-    async def initialise(self) -> None:
-        """Set the seed and run the init graphs. A resumed job writes its state after this."""
-
     def run(self, first_step: int, steps: int, pause_every: int = 0) -> AsyncIterator[WorkerEvent]:
         """Run steps. Rows come at least every 50 ms or once a step, whichever is longer.
 

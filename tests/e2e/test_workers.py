@@ -78,7 +78,6 @@ async def pool(tmp_path: Path) -> AsyncIterator[WorkerPool]:
 async def load(pool: WorkerPool, worker: ProcessWorker, work: Work) -> None:
     plan = await pool.lower(GRAPH)
     await worker.load(encode(work), {graph_hash(GRAPH): plan})
-    await worker.initialise()
 
 
 async def run(pool: WorkerPool, deed: int, limits: WorkerLimits = LIMITS) -> list[WorkerEvent]:
@@ -567,7 +566,6 @@ class TestWithTinygrad:
             assert told[-1][0] == told[-1][1] > 0
             async with pool.worker(LIMITS) as worker:
                 await worker.load(work, {graph_hash(graph): plan})
-                await worker.initialise()
                 await worker.write(1, 0, struct.pack("<64f", *range(64)))
                 events = [event async for event in worker.run(0, 3)]
                 data = b"".join([chunk async for chunk in worker.read(0)])
