@@ -39,6 +39,7 @@ from p2pflop.job.spec import (
     ROLE_STEP,
     BlobSource,
     ClassDescriptor,
+    InitSource,
     Job,
     MemberSource,
     NoSource,
@@ -471,8 +472,11 @@ def sample_file(
     members: bool = False,
     stop_every: int = 0,
     collects: bool = False,
+    born: bool = False,
 ) -> bytes:
     """A job file with a state, an input, a traced scalar and a last output.
+
+    If it is ``born``, state and input come of an init graph, not of blobs.
 
     With ``stop_every`` that is a traced flag to stop by, which memory's workers do the first time
     that it is looked at.
@@ -502,7 +506,13 @@ def sample_file(
     blobs = [BlobSource(address_of(data), len(data)) for data in sample_data(floats)]
     collection = sample_collection(floats)
     entries = [MemberSource(address_of(collection), len(collection), entry) for entry in (0, 1)]
-    sources: Sequence[BlobSource | MemberSource] = entries if members else blobs
+    sources: Sequence[BlobSource | MemberSource | InitSource] = entries if members else blobs
+    iota = Node(Op.IOTA, (int(Dtype.INT32), floats))
+    birth = encode_graph(
+        Graph((), (iota, Node(Op.CAST, (int(Dtype.FLOAT32),), (0,))), (Output(1), Output(1)))
+    )
+    if born:
+        sources = [InitSource(graph_hash(birth), output) for output in (0, 1)]
     kept = MODE_TRACE if stop_every else MODE_COLLECT if collects else MODE_LAST
     work = Work(
         version=1,
@@ -515,6 +525,7 @@ def sample_file(
         seed=seed,
         stop=Stop(0, 1, stop_every) if stop_every else None,
     )
-    body = JobBody(Job(work_id(work), first_step, steps), encode(work), (graph,))
+    graphs = (graph, birth) if born else (graph,)
+    body = JobBody(Job(work_id(work), first_step, steps), encode(work), graphs)
     labels = Labels("sample", ("weights", "data", "step"), ("train",), (("loss", "last"),))
     return encode_file(JobFile(1, body, labels))

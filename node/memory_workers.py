@@ -23,6 +23,7 @@ from p2pflop.job.spec import (
     InitSource,
     Work,
     class_id,
+    graphs_of,
     is_due,
     stands_still,
 )
@@ -223,6 +224,11 @@ class MemoryWorker(SessionHolder[MemorySession]):
     def alive(self) -> bool:
         """See ``Worker``."""
         return self._pool.failure is None
+
+    @property
+    def held(self) -> frozenset[bytes]:
+        """See ``Worker``."""
+        return frozenset() if self._work is None else graphs_of(self._work)
 
     async def load(self, work: bytes, plans: Mapping[bytes, bytes]) -> None:
         """See ``Worker``."""

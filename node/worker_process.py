@@ -65,6 +65,11 @@ class ProcessWorker(SessionHolder[ProcessSession]):
         failed = self._failure or (self._begun and self._begun.failure)
         return failed is None and not self._child.ended.is_set()
 
+    @property
+    def held(self) -> frozenset[bytes]:
+        """See ``Worker``."""
+        return self._held
+
     async def load(self, work: bytes, plans: Mapping[bytes, bytes]) -> None:
         """See ``Worker``."""
         decoded = decode(Work, work)

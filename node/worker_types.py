@@ -73,6 +73,10 @@ class Worker(Protocol):
     def alive(self) -> bool:
         """Whether it may still be used."""
 
+    @property
+    def held(self) -> frozenset[bytes]:
+        """The graphs whose plans it has ready: those of the work that was loaded last."""
+
     async def load(self, work: bytes, plans: Mapping[bytes, bytes]) -> None:
         """Load an encoded Work and the plan of each of its graphs, by graph hash."""
 
