@@ -23,6 +23,7 @@ from p2pflop.node import messages as m
 from p2pflop.node.execute import (
     Checkpoints,
     Execution,
+    Outcome,
     is_too_dear,
     lower_all,
     worker_limits,
@@ -41,6 +42,10 @@ MAX_FAULT_CHARS: Final = 200
 WORKER_THREADS: Final = 1
 LIGHT_FLOP: Final = 10_000_000
 """What a job that may begin before it is confirmed may cost, or touch in bytes: a millisecond."""
+LIGHT_S: Final = 0.005
+"""How long the confirm of such a job waits for its result, to go to disk with it."""
+MAX_HELD_ROWS: Final = 16
+"""Messages of rows that wait for the confirm to be on disk; then the worker waits."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,8 +64,8 @@ class Labour:
         self._execution: Execution | None = None
         self._scope = trio.CancelScope()
         self._begun = False
-        self._confirmed, self._confirm_kept = trio.Event(), trio.Event()
-        self._may_run = trio.Event()
+        self._confirmed, self._kept, self._may_run = trio.Event(), trio.Event(), trio.Event()
+        self._rows: list[m.Rows] = []
 
     @property
     def may_run(self) -> bool:
@@ -192,9 +197,18 @@ class Labour:
         await self._may_run.wait()
 
     async def _keep_confirm(self) -> None:
-        await self._confirmed.wait()
+        if not self._confirmed.is_set():
+            await self._confirmed.wait()
+            await trio.sleep(LIGHT_S)
         await self._sale.rows.flush()
-        self._confirm_kept.set()
+        self.note_kept()
+
+    def note_kept(self) -> None:
+        """The confirm is on disk: what waited for that is told."""
+        self._kept.set()
+        rows, self._rows = self._rows, []
+        for each in rows:
+            self._sale.offer(each)
 
     def _supply(self) -> Supply:
         return Supply(
@@ -212,12 +226,13 @@ class Labour:
         self._sale.offer(m.Lowering(done, total))
 
     async def _tell_rows(self, rows: Rows) -> None:
-        # Else a restart would not know of the confirm, and the buyer be told the rows twice.
-        for before in (self._confirm_kept, self._may_run):
-            if not before.is_set():
-                await before.wait()
+        if len(self._rows) >= MAX_HELD_ROWS:
+            await self._kept.wait()
         self.done_to = rows.last_step + 1
-        self._sale.offer(m.Rows(rows.first_step, rows.last_step, rows.values))
+        self._rows.append(m.Rows(rows.first_step, rows.last_step, rows.values))
+        # Else a restart would not know of the confirm, and the buyer be told the rows twice.
+        if self._kept.is_set():
+            self.note_kept()
 
     def _checkpoint_plan(self) -> Checkpoints:
         bid = self._sale.bid.record
@@ -227,9 +242,13 @@ class Labour:
             bid.terms.checkpoint_steps,
             checkpoint_seconds(bid),
             self._wants_checkpoint,
-            self._sale.keep_checkpoint,
+            self._keep_checkpoint,
             self.window,
         )
+
+    async def _keep_checkpoint(self, outcome: Outcome) -> None:
+        await self._may_run.wait()
+        await self._sale.keep_checkpoint(outcome)
 
     async def _give_up_unsigned(self) -> None:
         seconds = COUNTERSIGN_WITHIN_S

@@ -304,8 +304,10 @@ class Sale:
                 self._say(m.Refused(wire))
                 self._finish_talk()
             case "commit":
+                self._labour.note_kept()
                 self._say(m.Committed(wire))
             case "receipt":
+                self._labour.note_kept()
                 await self._send_receipt(wire, action.salt)
             case "abandon":
                 self._say(m.Abandoned(wire))
