@@ -25,6 +25,7 @@ import trio
 
 from p2pflop.dht.planes import Dialer, Stream
 from p2pflop.errors import ProviderError
+from p2pflop.keys import peer_id
 from p2pflop.market.book import Book
 from p2pflop.market.exchange import Exchange, Message, read
 from p2pflop.market.gate import Outcome
@@ -114,6 +115,11 @@ class SheetService:
         """The node's own newest sheet."""
         return self._own.get(self._last_number)
 
+    @property
+    def newest_wire(self) -> bytes:
+        """Its envelope, to be shown with a refusal; empty if there is none."""
+        return b"" if self.newest is None else self.newest.sealed.wire
+
     def wish(self, wishes: Callable[[int], Sequence[Wish]]) -> None:
         """Take the wishes on each new sheet from ``wishes(until_ns)``."""
         self._wishes = wishes
@@ -198,6 +204,14 @@ class SheetService:
         if verdict.outcome.is_passed_on:
             self._tell_news()
         return verdict.outcome.is_passed_on
+
+    def learn(self, wire: bytes, node: bytes, than: int) -> bool:
+        """Take the sheet that ``node`` showed with a refusal, as any that comes by gossip; whether
+        the book has one of that node now whose number is above ``than``."""
+        if wire:
+            self.take(wire, peer_id(node))
+        known = self.book.get(node, self._now_ns())
+        return known is not None and known.sheet.number > than
 
     def met(self, peer: str, addresses: Sequence[str]) -> None:
         """A peer has connected from one of ``addresses``."""
