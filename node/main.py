@@ -344,8 +344,8 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     daemon.dialer.handle(BLOB_PROTOCOL, blobs.handle)
     daemon.dialer.handle(JOB_PROTOCOL, daemon.seller.handle)
     daemon.dialer.handle(SESSION_PROTOCOL, daemon.session_sales.handle)
-    daemon.dialer.handle(sheets_module.PROTOCOL, daemon.sheets.answer)
-    daemon.dialer.handle(tape_module.PROTOCOL, daemon.tape.answer)
+    daemon.dialer.handle(sheets_module.PROTOCOL, daemon.sheets.comparisons.answer)
+    daemon.dialer.handle(tape_module.PROTOCOL, daemon.tape.comparisons.answer)
     daemon.dialer.handle(PAYMENT_PROTOCOL, daemon.money.handle)
     daemon.dialer.handle(QUOTE_PROTOCOL, daemon.buyer.wishes.handle)
     sink, source = trio.open_memory_channel[tuple[str, bytes]](MAX_GOSSIP_WAITING)
@@ -362,8 +362,8 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     def met(peer: str) -> None:
         connected = (each.addresses for each in daemon.network.peers() if each.peer == peer)
         daemon.sheets.met(peer, next(connected, ()))
-        nursery.start_soon(survive, daemon.sheets.on_connect, peer)
-        nursery.start_soon(survive, daemon.tape.on_connect, peer)
+        nursery.start_soon(survive, daemon.sheets.comparisons.compare_quietly, peer)
+        nursery.start_soon(survive, daemon.tape.comparisons.compare_quietly, peer)
 
     daemon.network.on_connect(met)
     nursery.start_soon(daemon.sheets.run)

@@ -328,8 +328,8 @@ class MemoryNode:
 
         dialer.handle(BLOB_PROTOCOL, BlobServer(self.store, authorise).handle)
         dialer.handle(JOB_PROTOCOL, self._answer_job)
-        dialer.handle(sheets_module.PROTOCOL, self.sheets.answer)
-        dialer.handle(tape_module.PROTOCOL, self.tape.answer)
+        dialer.handle(sheets_module.PROTOCOL, self.sheets.comparisons.answer)
+        dialer.handle(tape_module.PROTOCOL, self.tape.comparisons.answer)
         dialer.handle(PAYMENT_PROTOCOL, self.money.handle)
         dialer.handle(QUOTE_PROTOCOL, self.buyer.wishes.handle)
 
@@ -367,7 +367,7 @@ class MemoryNode:
 
         def met(peer: str) -> None:
             self.sheets.met(peer, ())
-            nursery.start_soon(survive, self.sheets.on_connect, peer)
+            nursery.start_soon(survive, self.sheets.comparisons.compare_quietly, peer)
 
         self.host.on_connect(met)
         self.host.on_disconnect(self.sheets.left)

@@ -92,7 +92,7 @@ class Sale:
             identity.node,
             checked.work,
             delegation=identity.delegation(seller.now_ns()),
-            sheet=self._newest_sheet,
+            sheet=lambda: seller.sheets.newest_wire,
             network=identity.network,
         )
         deadline_ns = bid.record.terms.deadline_ns
@@ -439,10 +439,6 @@ class Sale:
         fill = self._lifecycle.side.fill
         if fill:
             self.rows.add_fill(self._seller.bind_fill(fill, self))
-
-    def _newest_sheet(self) -> bytes:
-        newest = self._seller.sheets.newest
-        return b"" if newest is None else newest.sealed.wire
 
     def _say(self, message: m.Message) -> None:
         if self._conversation is not None:

@@ -245,6 +245,9 @@ async def open_lease(
                     reject = check_reject(wire, bid, network)
                     if isinstance(reject, Rejected):
                         raise ProtocolError(reject.reason, peer=peer)
+                    base.sheets.learn(
+                        reject.record.sheet, bid.record.provider, bid.record.sheet_number
+                    )
                     return Rejected(reject.record.reason)
                 case _:
                     raise ProtocolError("a bid is answered by a fill or a reject", peer=peer)

@@ -29,6 +29,7 @@ from p2pflop.job.meter import METER_ID
 from p2pflop.job.session import OpenGraph, SessionTable
 from p2pflop.kernels.classes import chosen_family
 from p2pflop.keys import peer_id
+from p2pflop.market.fills import SUPERSEDED
 from p2pflop.market.ranking import (
     MAX_POLICY_ACCOUNTS,
     Deal,
@@ -215,9 +216,17 @@ class SessionBuyer:
         note(lease.account, self.base.now_ns())
 
     async def _try_all(
-        self, session: Session, classes: frozenset[bytes]
+        self,
+        session: Session,
+        classes: frozenset[bytes],
+        tried: frozenset[bytes] = frozenset(),
+        shown: frozenset[bytes] = frozenset(),
     ) -> RemoteLease | MarketError:
-        """Bid to one provider after the other, best first; why there is no lease, if so."""
+        """Bid to one provider after the other, best first; why there is no lease, if so.
+
+        Of the nodes that were ``tried`` none is asked again, but once each that showed a newer
+        sheet (``shown``), where that is ranked.
+        """
         looked = self._look(session, classes)
         quotes = [(deal, self._quote(session, deal.ask)) for deal in looked.deals]
         why = no_deal(looked.ranked)
@@ -226,7 +235,7 @@ class SessionBuyer:
             text = f"the {left} that are left of the session's limit do not reach"
             why = _CapError(text, hint="Raise CLOUD_MAX_USD.")
         for deal, quote_nusd in quotes:
-            if quote_nusd is None:
+            if quote_nusd is None or deal.node in tried:
                 continue
             outstanding = Outstanding(
                 SessionTable(session.wish.memory_bytes), on_ran=session.on_ran
@@ -241,6 +250,9 @@ class SessionBuyer:
                 if isinstance(lease, RemoteLease):
                     return lease
                 reason = printable(lease.reason)
+                if lease.reason == SUPERSEDED and deal.node not in shown:
+                    return await self._try_all(session, classes, tried, shown | {deal.node})
+            tried |= {deal.node}
             text = f"no provider takes the session; the last one says: {reason}"
             why = MarketError(text, hint="Set CLOUD_WAIT to more, or CLOUD_FALLBACK=local.")
         return why

@@ -83,9 +83,10 @@ class Avoided(Record, frozen=True):
 class Look(Record, frozen=True):
     """One look at the book. ``class_ids`` empty: of any class. ``whole``: nothing was left out.
 
-    ``continues``: who was asked after the look before is not asked again. ``attested``: the
-    accounts among these that the buyer held to be so, if its policy is to deal with no others.
-    ``wanted``: of a look that led to no bid, nothing or one. ``avoided`` is the buyer's own word.
+    ``continues``: who was asked after the look before is not asked again, unless it showed a newer
+    sheet with its refusal. ``attested``: the accounts among these that the buyer held to be so, if
+    its policy is to deal with no others. ``wanted``: of a look that led to no bid, nothing or one.
+    ``avoided`` is the buyer's own word.
     """
 
     at_ns: U63
