@@ -36,6 +36,7 @@ from p2pflop.job.commands import (
     Data,
     Define,
     Failed,
+    Hold,
     Note,
     Open,
     Ran,
@@ -43,7 +44,7 @@ from p2pflop.job.commands import (
     Run,
 )
 from p2pflop.job.session import Mark, SessionTable
-from p2pflop.node.session_lease import CommandFault, QuoteUsedUp
+from p2pflop.node.session_lease import CommandFault, Outstanding, QuoteUsedUp
 from p2pflop.node.session_local import LocalLease
 from p2pflop.node.session_log import SessionLog
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
@@ -119,10 +120,15 @@ class Session:
         table, begun = self.table, self.log.snapshot
         return Mark(
             count=1,
+            lowered_nodes=table.lowered_nodes,
             flop=table.flop - begun.mark.flop,
             touched_bytes=table.touched_bytes - begun.mark.touched_bytes,
             moved_bytes=max(0, table.moved_bytes - begun.mark.moved_bytes) + begun.loaded_bytes,
         )
+
+    def outstanding(self) -> Outstanding:
+        """For the next lease."""
+        return Outstanding(SessionTable(self.wish.memory_bytes), self.on_ran, self._wake)
 
     @property
     def is_gone(self) -> bool:
@@ -182,6 +188,8 @@ class Session:
             raise ProtocolError("the script sends more than the window lets through")
         for command in batch.commands:
             graph = None
+            if isinstance(command, Hold):
+                raise ProtocolError("a script does not pay for the time that its lease stands")
             if isinstance(command, Define):
                 graph = await self._buyer.open_graph(command.graph)
             try:
@@ -287,6 +295,8 @@ class Session:
                     with trio.move_on_after(FAREWELL_S):
                         await lease.close()
                     return
+                await lease.hold()
+                await lease.flush(self._next)
                 if self._next < self.table.count:
                     await self._feed_all(lease)
                 elif self.log.is_long:

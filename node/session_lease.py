@@ -48,6 +48,10 @@ class Answer(Protocol):
         """The next of them."""
 
 
+def nothing() -> None:
+    """What is called where nobody wants to know."""
+
+
 OnRan = Callable[[int, Ran], Awaitable[None]]
 """Called with the ``upto`` of ``flush`` and what the batch took."""
 
@@ -73,6 +77,8 @@ class Outstanding:
 
     table: SessionTable
     on_ran: OnRan
+    on_stood: Callable[[], None] = nothing
+    busy_ns: int = 0
     obeyed: Mark = field(default_factory=Mark)
     sent_to: Mark = field(default_factory=Mark)
     marks: dict[int, Mark] = field(default_factory=dict)
@@ -148,7 +154,9 @@ class Outstanding:
         # No longer than it can have been: long work has this end take snapshots, which it pays for.
         ran_at, self.ran_at = self.ran_at, self.moved_at
         possible_ns = int((self.ran_at - ran_at) * NS_PER_S)
-        await self.on_ran(sent.upto, replace(said, busy_ns=min(said.busy_ns, possible_ns)))
+        ran = replace(said, busy_ns=min(said.busy_ns, possible_ns))
+        self.busy_ns += ran.busy_ns
+        await self.on_ran(sent.upto, ran)
 
     async def _take_data(self, sent: _Sent, data: Data) -> None:
         if not sent.reads or sent.reads[0].number != data.number:
@@ -191,8 +199,11 @@ class Lease(Protocol):
     ) -> None:
         """Gather a command. Raises QuoteUsedUp."""
 
+    async def hold(self) -> None:
+        """Gather what pays for the time that the lease has stood. Raises QuoteUsedUp."""
+
     async def flush(self, upto: int) -> None:
-        """Send what gathers; ``upto`` is told when it is obeyed."""
+        """Send what gathers, with a Hold that is due; ``upto`` is told when it is obeyed."""
 
     async def close(self) -> None:
         """End it in order: everything is obeyed and paid for."""

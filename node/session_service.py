@@ -26,7 +26,7 @@ from p2pflop.errors import (
 from p2pflop.ids import HASH_BYTES
 from p2pflop.job.commands import Leased, Open
 from p2pflop.job.meter import METER_ID
-from p2pflop.job.session import OpenGraph, SessionTable
+from p2pflop.job.session import OpenGraph
 from p2pflop.kernels.classes import chosen_family
 from p2pflop.keys import peer_id
 from p2pflop.market.ranking import (
@@ -37,13 +37,13 @@ from p2pflop.market.ranking import (
     Policy,
     no_deal,
     rank,
-    total_nusd,
 )
 from p2pflop.market.records import NONCE_BYTES, Ask, Bid, Terms, session_prices
 from p2pflop.market.sessions import (
     NOMINAL_FLOP,
     NOMINAL_MOVED_BYTES,
     NOMINAL_TOUCHED_BYTES,
+    expected_nusd,
     make_session_bid,
 )
 from p2pflop.market.views import BookView
@@ -56,7 +56,7 @@ from p2pflop.node.printable import printable
 from p2pflop.node.service import Json
 from p2pflop.node.session_buying import AnyLease, Session
 from p2pflop.node.session_graphs import Graphs
-from p2pflop.node.session_lease import CommandFault, HandedOver, Outstanding
+from p2pflop.node.session_lease import CommandFault, HandedOver
 from p2pflop.node.session_local import LocalLease
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
 from p2pflop.node.session_purchase import RemoteLease, open_lease
@@ -228,12 +228,9 @@ class SessionBuyer:
         for deal, quote_nusd in quotes:
             if quote_nusd is None:
                 continue
-            outstanding = Outstanding(
-                SessionTable(session.wish.memory_bytes), on_ran=session.on_ran
-            )
             bid = self._bid(session, looked, deal, quote_nusd)
             try:
-                lease = await open_lease(self, bid, deal.account, outstanding)
+                lease = await open_lease(self, bid, deal.account, session.outstanding())
             except (ProviderError, ProtocolError, VerificationError) as error:
                 self.base.experience.note_failure(deal.account, self.base.now_ns())
                 reason = printable(error)
@@ -272,8 +269,8 @@ class SessionBuyer:
 
     def _quote(self, session: Session, ask: Ask) -> int | None:
         """What the next lease may bill on ``ask``; None if what is left does not reach."""
-        again = session.again()
-        needed_nusd = total_nusd(ask, again.flop, again.touched_bytes, again.moved_bytes)
+        memory_bytes = session.wish.memory_bytes + WORKER_BASE_BYTES
+        needed_nusd = expected_nusd(ask, memory_bytes, session.again())
         spent_nusd = session.spent_nusd
         left_nusd = session.wish.cap_nusd - spent_nusd
         if needed_nusd > left_nusd:
@@ -305,7 +302,7 @@ class SessionBuyer:
 
     def _local(self, session: Session) -> LocalLease:
         memory_bytes = session.wish.memory_bytes
-        outstanding = Outstanding(SessionTable(memory_bytes), on_ran=session.on_ran)
+        outstanding = session.outstanding()
         return LocalLease(self.workers, self.base.store, self.open_graph, memory_bytes, outstanding)
 
     def _tell(self, session: Session, lease: AnyLease) -> AnyLease:

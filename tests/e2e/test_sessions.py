@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from p2pflop.job.commands import Failed
+from p2pflop.market.sessions import FIRST_HELD_SECONDS
+from p2pflop.node.execute import WORKER_BASE_BYTES
+from p2pflop.node.session_sale import STOOD_S
 from tests.e2e.test_first_light import wait_for_asks
 from tests.session_client import FrameClient
 from tests.session_scripts import FLOATS, beginning, opening, steps
@@ -41,7 +44,7 @@ def balances(node: Any) -> list[int]:
 def test_a_session_runs_at_a_provider_and_both_ledgers_say_what_it_cost(
     start_node: StartNode, wait_until: Any
 ) -> None:
-    seller = start_node("seller", "--ask", "900000")
+    seller = start_node("seller", "--ask", "50")
     buyer = start_node("buyer", "--connect", seller.addresses()[0])
     wait_for_asks(buyer, 1, wait_until)
     client = open_client(buyer)
@@ -67,7 +70,7 @@ def test_a_provider_killed_in_the_middle_changes_no_byte(
     address = buyer.addresses()[0]
     sellers = {}
     for number in range(kills + 1):
-        ask = str(400_000 * (number + 1))
+        ask = str(40 * (number + 1))
         node = start_node(f"seller-{number}", "--ask", ask, "--connect", address)
         sellers[node.get("/v1/status")["account"]] = node
     wait_for_asks(buyer, kills + 1, wait_until)
@@ -90,7 +93,7 @@ def test_a_provider_killed_in_the_middle_changes_no_byte(
 
 
 def test_a_script_that_is_killed_frees_the_lease(start_node: StartNode, wait_until: Any) -> None:
-    seller = start_node("seller", "--ask", "900000")
+    seller = start_node("seller", "--ask", "50")
     buyer = start_node("buyer", "--connect", seller.addresses()[0])
     wait_for_asks(buyer, 1, wait_until)
     client = open_client(buyer)
@@ -105,7 +108,7 @@ def test_a_script_that_is_killed_frees_the_lease(start_node: StartNode, wait_unt
 def test_a_buyers_node_killed_in_the_middle_loses_and_doubles_nothing(
     start_node: StartNode, wait_until: Any
 ) -> None:
-    seller = start_node("seller", "--ask", "900000")
+    seller = start_node("seller", "--ask", "50")
     buyer = start_node("buyer", "--connect", seller.addresses()[0])
     wait_for_asks(buyer, 1, wait_until)
     client = open_client(buyer)
@@ -119,6 +122,28 @@ def test_a_buyers_node_killed_in_the_middle_loses_and_doubles_nothing(
     wait_until(lambda: seller.get("/v1/status")["leases"] == 0, 10)
     buyer = start_node("buyer", "--connect", seller.addresses()[0])
     wait_until(lambda: balances(seller) == balances(buyer) != [], 15)
+
+
+def test_a_lease_that_next_to_nothing_runs_on_is_paid_for_by_the_second(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    usd_per_pflop = 50
+    seller = start_node("seller", "--ask", str(usd_per_pflop))
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    wait_for_asks(buyer, 1, wait_until)
+    client = open_client(buyer)
+    client.leased()
+    client.give(beginning())
+    began = time.monotonic()
+    while time.monotonic() - began < FIRST_HELD_SECONDS + STOOD_S + 2:
+        client.give(steps(1))
+        client.obeyed()
+        time.sleep(0.5)
+    closed = client.close()
+    memory_bytes = opening().memory_bytes + WORKER_BASE_BYTES
+    nusd_per_s = usd_per_pflop * memory_bytes * 1e9 / 1e15
+    assert closed.cost_nusd >= (FIRST_HELD_SECONDS + STOOD_S) * nusd_per_s
+    wait_until(lambda: balances(seller) == balances(buyer) == [closed.cost_nusd])
 
 
 def test_an_embedded_node_runs_a_session_by_itself(start_node: StartNode) -> None:
