@@ -26,6 +26,7 @@ from p2pflop.job.commands import (
     Read,
     Write,
 )
+from p2pflop.job.patience import session_stall_ns
 from p2pflop.job.session import Mark, OpenGraph, SessionTable
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
 from p2pflop.units import MIB, NS_PER_S
@@ -97,9 +98,13 @@ class Outstanding:
         return len(self._gathered) >= BATCH_COMMANDS or self._gathered_bytes >= BATCH_BYTES
 
     @property
-    def under_way(self) -> bool:
-        """Whether anything was sent that is not obeyed."""
-        return bool(self._sent)
+    def stalled(self) -> bool:
+        """Whether the batch that is due has been so for longer than it may take."""
+        if not self._sent:
+            return False
+        due = self._sent[0]
+        patience_ns = session_stall_ns(self.obeyed, due.mark, due.size_bytes)
+        return trio.current_time() - self.moved_at > patience_ns / NS_PER_S
 
     def add(self, command: AnyCommand, graph: OpenGraph | None, answer: Answer | None) -> None:
         """Gather a command that fits. Raises JobError."""

@@ -65,11 +65,11 @@ async def test_a_lease_that_computes_pays_for_nothing_else(
     market: Market, autojump_clock: object
 ) -> None:
     provider = await market.provider(price_nusd=FLOP_PRICE_NUSD)
-    provider.workers.step_s = 1.0
+    provider.workers.step_s = 0.4
     buyer, script = await market.buyer(), Script()
     await begin(buyer, script)
     script.give([*beginning(), *steps(60)])
-    with trio.fail_after(70):
+    with trio.fail_after(30):
         await script.obeyed()
     await script.close()
     await market.settle_down()
