@@ -50,6 +50,7 @@ from p2pflop.market.views import BookView
 from p2pflop.node.buy import Buyer
 from p2pflop.node.execute import WORKER_BASE_BYTES
 from p2pflop.node.guard import survive
+from p2pflop.node.handing_over import HAND_OVER_S
 from p2pflop.node.journal import JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.printable import printable
@@ -107,6 +108,8 @@ class SessionBuyer:
     graphs: Graphs
     blobs: LeaseBlobs
     _sessions: dict[bytes, Session] = field(default_factory=dict)
+    _stopping: bool = False
+    _ended: trio.Event = field(default_factory=trio.Event)
 
     async def serve(self, line: ScriptLine) -> None:
         """One script, from its Open to the end. Raises ConfigError, ProtocolError, and
@@ -117,7 +120,9 @@ class SessionBuyer:
         if not isinstance(wish, Open):
             raise ProtocolError("a session begins with an Open")
         session = Session(self, secrets.token_bytes(HASH_BYTES), line, wish)
-        if len(self._sessions) >= MAX_SESSIONS:
+        if self._stopping:
+            session.refuse(_shutting_down())
+        elif len(self._sessions) >= MAX_SESSIONS:
             hint = "Wait for one to end, or end it."
             session.refuse(ConfigError(f"{MAX_SESSIONS} sessions are under way", hint=hint))
         self._sessions[session.id] = session
@@ -126,6 +131,17 @@ class SessionBuyer:
         finally:
             del self._sessions[session.id]
             self.blobs.let_go(session.id)
+            self._ended.set()
+            self._ended = trio.Event()
+
+    async def stop(self) -> None:
+        """End every session, its lease in order and paid, within ``HAND_OVER_S``."""
+        self._stopping = True
+        for session in self._sessions.values():
+            session.stop(_shutting_down())
+        with trio.move_on_after(HAND_OVER_S):
+            while self._sessions:
+                await self._ended.wait()
 
     def cards(self) -> list[Json]:
         """Sessions under way, oldest first, as JSON. See ``NodeService.sessions``."""
@@ -338,6 +354,10 @@ class SessionBuyer:
             rows.set_head(summary=head.summary, end_state="failed")
             await rows.flush()
             self.base.nursery.start_soon(survive, self.base.letters.deliver, letter)
+
+
+def _shutting_down() -> ProviderError:
+    return ProviderError("the node is shutting down", hint="Start it again.")
 
 
 def _device(class_name: str) -> str:
