@@ -2,9 +2,9 @@
 
 Start: the home is locked, keys are read, SQLite recovers, the zygote warms up, HTTP and
 libp2p listen, unfinished jobs are taken up, the sheet is published. Stop, on Ctrl-C or SIGTERM:
-bids are refused, asks withdrawn, leases handed over (``handing_over.py``), conversations ended,
-helpers ended; a second Ctrl-C ends it at once. A node that was killed finds all of it in its
-journal.
+bids are refused, asks withdrawn, leases handed over (``handing_over.py``), sessions of this node's
+user ended and paid for, conversations ended, helpers ended; a second Ctrl-C ends it at once. A node
+that was killed finds all of it in its journal.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ async def _end_with_delegation(account: Delegated, stop: trio.Event) -> None:
 
 
 async def _give_back(daemon: Daemon) -> None:
-    """Sell no more, and let buyers have what was computed for them."""
+    """Sell no more, let buyers have what was computed for them, and sign for what others did."""
     leases = f"leases under way: {daemon.seller.busy}"
     _log.info("stopping; %s; Ctrl-C again ends at once", leases)
 
@@ -142,6 +142,7 @@ async def _give_back(daemon: Daemon) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(withdraw)
             nursery.start_soon(daemon.seller.stop)
+            nursery.start_soon(daemon.sessions.stop)
             await daemon.session_sales.stop()
 
 

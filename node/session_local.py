@@ -61,6 +61,9 @@ class LocalLease:
         await trio.lowlevel.checkpoint()
         self.outstanding.add(command, graph, answer)
 
+    async def hold(self) -> None:
+        """See Lease: its own user's sandbox stands for nothing."""
+
     async def flush(self, upto: int) -> None:
         """See Lease."""
         batch = await self.outstanding.next_batch(upto)

@@ -26,7 +26,7 @@ from p2pflop.errors import (
 from p2pflop.ids import HASH_BYTES
 from p2pflop.job.commands import Leased, Open
 from p2pflop.job.meter import METER_ID
-from p2pflop.job.session import OpenGraph, SessionTable
+from p2pflop.job.session import OpenGraph
 from p2pflop.kernels.classes import chosen_family
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import SUPERSEDED
@@ -38,26 +38,27 @@ from p2pflop.market.ranking import (
     Policy,
     no_deal,
     rank,
-    total_nusd,
 )
 from p2pflop.market.records import NONCE_BYTES, Ask, Bid, Terms, session_prices
 from p2pflop.market.sessions import (
     NOMINAL_FLOP,
     NOMINAL_MOVED_BYTES,
     NOMINAL_TOUCHED_BYTES,
+    expected_nusd,
     make_session_bid,
 )
 from p2pflop.market.views import BookView
 from p2pflop.node.buy import Buyer
 from p2pflop.node.execute import WORKER_BASE_BYTES
 from p2pflop.node.guard import survive
+from p2pflop.node.handing_over import HAND_OVER_S
 from p2pflop.node.journal import JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.printable import printable
 from p2pflop.node.service import Json
 from p2pflop.node.session_buying import AnyLease, Session
 from p2pflop.node.session_graphs import Graphs
-from p2pflop.node.session_lease import CommandFault, HandedOver, Outstanding
+from p2pflop.node.session_lease import CommandFault, HandedOver
 from p2pflop.node.session_local import LocalLease
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
 from p2pflop.node.session_purchase import RemoteLease, open_lease
@@ -108,6 +109,8 @@ class SessionBuyer:
     graphs: Graphs
     blobs: LeaseBlobs
     _sessions: dict[bytes, Session] = field(default_factory=dict)
+    _stopping: bool = False
+    _ended: trio.Event = field(default_factory=trio.Event)
 
     async def serve(self, line: ScriptLine) -> None:
         """One script, from its Open to the end. Raises ConfigError, ProtocolError, and
@@ -118,7 +121,9 @@ class SessionBuyer:
         if not isinstance(wish, Open):
             raise ProtocolError("a session begins with an Open")
         session = Session(self, secrets.token_bytes(HASH_BYTES), line, wish)
-        if len(self._sessions) >= MAX_SESSIONS:
+        if self._stopping:
+            session.refuse(_shutting_down())
+        elif len(self._sessions) >= MAX_SESSIONS:
             hint = "Wait for one to end, or end it."
             session.refuse(ConfigError(f"{MAX_SESSIONS} sessions are under way", hint=hint))
         self._sessions[session.id] = session
@@ -127,6 +132,17 @@ class SessionBuyer:
         finally:
             del self._sessions[session.id]
             self.blobs.let_go(session.id)
+            self._ended.set()
+            self._ended = trio.Event()
+
+    async def stop(self) -> None:
+        """End every session, its lease in order and paid, within ``HAND_OVER_S``."""
+        self._stopping = True
+        for session in self._sessions.values():
+            session.stop(_shutting_down())
+        with trio.move_on_after(HAND_OVER_S):
+            while self._sessions:
+                await self._ended.wait()
 
     def cards(self) -> list[Json]:
         """Sessions under way, oldest first, as JSON. See ``NodeService.sessions``."""
@@ -237,12 +253,9 @@ class SessionBuyer:
         for deal, quote_nusd in quotes:
             if quote_nusd is None or deal.node in tried:
                 continue
-            outstanding = Outstanding(
-                SessionTable(session.wish.memory_bytes), on_ran=session.on_ran
-            )
             bid = self._bid(session, looked, deal, quote_nusd)
             try:
-                lease = await open_lease(self, bid, deal.account, outstanding)
+                lease = await open_lease(self, bid, deal.account, session.outstanding())
             except (ProviderError, ProtocolError, VerificationError) as error:
                 self.base.experience.note_failure(deal.account, self.base.now_ns())
                 reason = printable(error)
@@ -284,8 +297,8 @@ class SessionBuyer:
 
     def _quote(self, session: Session, ask: Ask) -> int | None:
         """What the next lease may bill on ``ask``; None if what is left does not reach."""
-        again = session.again()
-        needed_nusd = total_nusd(ask, again.flop, again.touched_bytes, again.moved_bytes)
+        memory_bytes = session.wish.memory_bytes + WORKER_BASE_BYTES
+        needed_nusd = expected_nusd(ask, memory_bytes, session.again())
         spent_nusd = session.spent_nusd
         left_nusd = session.wish.cap_nusd - spent_nusd
         if needed_nusd > left_nusd:
@@ -317,7 +330,7 @@ class SessionBuyer:
 
     def _local(self, session: Session) -> LocalLease:
         memory_bytes = session.wish.memory_bytes
-        outstanding = Outstanding(SessionTable(memory_bytes), on_ran=session.on_ran)
+        outstanding = session.outstanding()
         return LocalLease(self.workers, self.base.store, self.open_graph, memory_bytes, outstanding)
 
     def _tell(self, session: Session, lease: AnyLease) -> AnyLease:
@@ -353,6 +366,10 @@ class SessionBuyer:
             rows.set_head(summary=head.summary, end_state="failed")
             await rows.flush()
             self.base.nursery.start_soon(survive, self.base.letters.deliver, letter)
+
+
+def _shutting_down() -> ProviderError:
+    return ProviderError("the node is shutting down", hint="Start it again.")
 
 
 def _device(class_name: str) -> str:
