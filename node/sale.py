@@ -63,7 +63,7 @@ from p2pflop.node.execute import (
 from p2pflop.node.feeding import Feeds
 from p2pflop.node.goods import check_inline
 from p2pflop.node.journal import JobRows, Row, Unpaid
-from p2pflop.node.outcomes import reason_told
+from p2pflop.node.outcomes import fault_told, reason_told
 from p2pflop.node.sale_rows import Delivery, SaleRow, named
 from p2pflop.node.supply import Supply
 from p2pflop.node.window import COUNTERSIGN_WITHIN_S, Window, window_of
@@ -391,9 +391,7 @@ class Sale:
             try:
                 await self._compute()
             except* JobError as group:
-                error = first_error(group)
-                hint = f". {error.hint}" if error.hint else ""
-                await self._fault(error.message + hint, job_fault=True)
+                await self._fault(fault_told(first_error(group)), job_fault=True)
             except* Exception as group:  # noqa: BLE001 - likewise
                 failure = first_error(group)
                 self._log_fault(failure)
