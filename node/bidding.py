@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 DEAL_ROW: Final = "deal"
 CLASS_ROW: Final = "class"
 KEY_BYTES: Final = 32
+NEW_ROUNDS: Final = frozenset(LIFE_ROW + e for e in (Edge.WAIT, Edge.RESUBMIT, Edge.DOUBT))
+"""Rows of a lifecycle after which the book is ranked anew and everybody may be asked again."""
 
 
 class Bidding:
@@ -58,6 +60,7 @@ class Bidding:
             account_of=self.account_of,
             own_account=identity.account.public_key,
             knows=self._buyer.ledger_book.has_bought_from,
+            may_try=self._buyer.may_try,
             network=identity.network,
         )
 
@@ -180,7 +183,7 @@ class Bidding:
                 self._tried.add(node)
             elif row.kind == CLASS_ROW:
                 self._classes = frozenset({row.body})
-            elif row.kind in (LIFE_ROW + Edge.WAIT, LIFE_ROW + Edge.RESUBMIT):
+            elif row.kind in NEW_ROUNDS:
                 self._forget_tried()
                 self._is_unfilled = row.kind == LIFE_ROW + Edge.WAIT
 

@@ -288,6 +288,13 @@ class Execution:
             raise ProviderError(f"the worker stopped at step {self._done_to}")
         return await self._finish()
 
+    async def try_out(self, steps: int) -> None:
+        """Run ``steps`` steps, or fewer where the work stops, and keep nothing. Raises JobError,
+        ProviderError."""
+        async for event in self._worker.run(self._checked.job.first_step, steps, 0):
+            if isinstance(event, Paused) and not event.ended:
+                await self._feed(event.step)
+
     async def _pause(self, event: Paused, checkpoints: Checkpoints) -> None:
         self._done_to = event.step
         await self._collect(event.step - 1)

@@ -29,7 +29,7 @@ from p2pflop.node.execute import (
     worker_limits,
 )
 from p2pflop.node.feeding import Feeds
-from p2pflop.node.outcomes import reason_told
+from p2pflop.node.outcomes import fault_told, reason_told
 from p2pflop.node.supply import Supply
 from p2pflop.node.window import COUNTERSIGN_WITHIN_S, Window, window_of
 from p2pflop.node.worker_types import Rows
@@ -123,9 +123,7 @@ class Labour:
             try:
                 await self._compute()
             except* JobError as group:
-                error = first_error(group)
-                hint = f". {error.hint}" if error.hint else ""
-                await self._fault(error.message + hint, job_fault=True)
+                await self._fault(fault_told(first_error(group)), job_fault=True)
             except* Exception as group:  # noqa: BLE001 - one sale's bug must not end the node
                 failure = first_error(group)
                 self.log_fault(failure)

@@ -279,7 +279,6 @@ def _assemble(
     runs = Runs(journal)
     buyer = Buyer(
         identity=identity,
-        class_id=workers.class_id,
         store=store,
         dialer=dialer,
         sheets=sheets,
@@ -287,6 +286,8 @@ def _assemble(
         ledger_book=ledger_book,
         letters=Letters(journal, dialer, nursery, time.time_ns),
         franchise=franchise,
+        workers=workers,
+        memory_bytes=settings.resolved_memory_bytes(),
         nursery=nursery,
         now_ns=time.time_ns,
     )

@@ -276,7 +276,6 @@ class MemoryNode:
         host.on_connect(letters.met)
         self.buyer = Buyer(
             identity=self.identity,
-            class_id=self.workers.class_id,
             store=self.store,
             dialer=_TamperedDialer(dialer, self),
             sheets=self.sheets,
@@ -284,6 +283,8 @@ class MemoryNode:
             ledger_book=self.ledger_book,
             letters=letters,
             franchise=franchise,
+            workers=self.workers,
+            memory_bytes=self.settings.resolved_memory_bytes(),
             nursery=nursery,
             now_ns=now_ns,
         )

@@ -34,6 +34,7 @@ from p2pflop.job.events import (
     Received,
     Send,
     State,
+    Tried,
 )
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.naming import output_names
@@ -173,8 +174,8 @@ class Purchase:
             self._stretches.fix_limit(self._bid().record.quote_nusd)
         elif edge == Edge.COUNTERSIGN and self._verifier.part is not None:
             self._stretches.add(self._verifier.part)
-        elif edge in (Edge.NEXT, Edge.WAIT, Edge.RESUBMIT):
-            self._leave(edge)
+        elif edge in (Edge.NEXT, Edge.WAIT, Edge.RESUBMIT, Edge.DOUBT):
+            self._leave()
 
     def _fix_class(self) -> None:
         class_id = self._bid().record.class_id
@@ -185,12 +186,15 @@ class Purchase:
         """See Hands."""
         if task == "verify":
             self._verifier.look()
-        elif task in ("wait", "rest"):
+        elif task in ("wait", "rest", "check"):
             self._note_failure()
             if self._conversation is not None:
                 self._conversation.finish()
                 self._conversation = None
-            self._bidding.wait(self)
+            if task == "check":
+                self._nursery.start_soon(self._try_out, self._lifecycle.side.attempt)
+            else:
+                self._bidding.wait(self)
             if self._lifecycle.side.rounds:
                 self._nursery.start_soon(self._tell_loss, "")
             self._nursery.start_soon(self._tell_state)
@@ -241,6 +245,13 @@ class Purchase:
         if self._failure is not None and not ranking.deals:
             self._failure = reason
 
+    async def _try_out(self, attempt: int) -> None:
+        """Others say that the job faults: see what it does here."""
+        order = self._stretches.begin(self._stretches.done_to, self._owed_nusd())
+        await self._buyer.need(self._run.id, order)
+        trial, reason = await self._buyer.try_out(order)
+        await self._driver.on(Tried(attempt, trial, reason))
+
     def _bid(self) -> Sealed[Bid]:
         return reopen(Bid, self._lifecycle.side.bid, self._buyer.identity.network)
 
@@ -275,7 +286,7 @@ class Purchase:
         self._buyer.take_back(self._lent, self._lent_to)
         self._lent, self._lent_to = [], b""
 
-    def _leave(self, edge: str) -> None:
+    def _leave(self) -> None:
         """Somebody else is to go on: what is due to the last one is sent to it all the same."""
         if not self._lent_to:
             return
@@ -283,7 +294,7 @@ class Purchase:
         goods = self._verifier.goods
         told_to = 0 if goods is None else goods.leave()
         self._stretches.lose(peer, side.outcome()[0], told_to)
-        if edge == Edge.RESUBMIT and side.was_paid:
+        if side.was_paid:
             letter = self._run.rows.add_letter(peer, side.delivered[-1], len(side.delivered))
             spoken = None if self._conversation is None else self._conversation.over
             self._buyer.nursery.start_soon(survive, self._buyer.letters.deliver, letter, spoken)

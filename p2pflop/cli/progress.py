@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 from p2pflop.cli.output import Flags, avoided_line, clean, print_json, short, table_lines
+from p2pflop.job.events import State
 from p2pflop.market.credit import job_risk
 from p2pflop.runs import Run, check_event
 from p2pflop.units import MAX_NUSD, NS_PER_S, format_duration, format_usd
@@ -168,6 +169,10 @@ class RunView:
         self._say(resubmitted_line(event))
         if event.get("at_ns", self._begun_ns) >= self._begun_ns:
             self._bar.update(self._task, description="waiting", completed=int(event["from_step"]))
+
+    def _on_state(self, event: Mapping[str, Any]) -> None:
+        if event["state"] == State.CHECKING:
+            self._say("so they say: trying the job out here, up to the next checkpoint")
 
     def _on_fetching(self, event: Mapping[str, Any]) -> None:
         done, total = int(event["done_bytes"]), int(event["total_bytes"])
