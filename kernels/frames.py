@@ -9,7 +9,7 @@ To a lowerer::
 
     node                                    lowerer
                                     <-      Ready
-    Lower, Part(graph)...           ->
+    Lower, Part(graph)...           ->      (as often as wanted)
                                     <-      Progress*, Part(plan)...  or  Fault
 
 To a worker, one exchange at a time; only ``Stand`` and ``Stop`` may come during a run::

@@ -142,7 +142,11 @@ class MemoryWorkerPool:
         await trio.lowlevel.checkpoint()
 
     async def lower(
-        self, graph: bytes, progress: Callable[[int, int], None] | None = None
+        self,
+        graph: bytes,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        account: bytes | None = None,  # noqa: ARG002
     ) -> bytes:
         """A plan that only says which graph it is of. A graph of no bytes does not lower."""
         await trio.lowlevel.checkpoint()
@@ -160,7 +164,11 @@ class MemoryWorkerPool:
                 progress(1, 1)
         return _plan_of(address)
 
-    def plan_at_hand(self, graph: bytes) -> bytes | None:
+    def plan_at_hand(
+        self,
+        graph: bytes,
+        account: bytes | None = None,  # noqa: ARG002
+    ) -> bytes | None:
         """The plan of a graph that was lowered before."""
         address = graph_hash(graph)
         if address not in self._plans:

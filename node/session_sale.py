@@ -46,7 +46,7 @@ from p2pflop.node.session_loads import LeaseLoads
 from p2pflop.node.session_messages import Leaving, SessionMessage, Stood
 from p2pflop.node.session_state import SESSION_PROVIDER, LeaseState
 from p2pflop.node.session_talk import SessionTalk
-from p2pflop.node.session_work import SessionWork
+from p2pflop.node.session_work import OWN_ACCOUNT, SessionWork
 from p2pflop.node.worker_types import SessionWorker, WorkerLimits
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed, seal
@@ -127,6 +127,7 @@ class SessionSale:
             loads,
             self._report,
             memory_bytes,
+            OWN_ACCOUNT if self.is_own else self.account,
             refuses_dear=not self.is_own,
         )
 

@@ -33,6 +33,8 @@ from p2pflop.node.worker_types import SessionWorker, Workers
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import encode
 
+OWN_ACCOUNT: Final = b""
+"""The user of this node, as an account whose graphs are lowered."""
 MAX_LOWERING: Final = 2
 MAX_FETCHING: Final = 2
 MAX_KERNELS: Final = 2**32 - 1
@@ -100,6 +102,7 @@ class SessionWork:
         blobs: Blobs,
         report: Report,
         memory_bytes: int,
+        account: bytes,
         *,
         refuses_dear: bool = False,
     ) -> None:
@@ -117,6 +120,7 @@ class SessionWork:
         self._loads, self._to_bring = trio.open_memory_channel[_Later](WINDOW_COMMANDS)
         self._under_way: deque[_Taken] = deque()
         self._asked: deque[_Asked] = deque()
+        self._account = account
         self._refuses_dear = refuses_dear
         self.is_finishing = False
         self.idle = IdleClock()
@@ -188,8 +192,10 @@ class SessionWork:
             if isinstance(later.command, Define):
                 graph = later.command.graph
                 self.idle.begin()
-                plan = self._workers.plan_at_hand(graph)
-                later.plan = await self._workers.lower(graph) if plan is None else plan
+                plan = self._workers.plan_at_hand(graph, self._account)
+                if plan is None:
+                    plan = await self._workers.lower(graph, account=self._account)
+                later.plan = plan
                 self.idle.end()
                 lowered_flop = self._workers.flop_of(later.plan)
                 if self._refuses_dear and is_dear(lowered_flop, later.flop):

@@ -166,12 +166,17 @@ class Workers(Protocol):
         """End every worker and helper process."""
 
     async def lower(
-        self, graph: bytes, progress: Callable[[int, int], None] | None = None
+        self,
+        graph: bytes,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        account: bytes | None = None,
     ) -> bytes:
         """The plan of an encoded graph, from the cache if it is there. Raises JobError,
-        ProviderError. ``progress(done, total)`` counts kernels."""
+        ProviderError. ``progress(done, total)`` counts kernels. Small graphs of one ``account``
+        may be lowered one after the other in one process; their plans are for it alone."""
 
-    def plan_at_hand(self, graph: bytes) -> bytes | None:
+    def plan_at_hand(self, graph: bytes, account: bytes | None = None) -> bytes | None:
         """The plan of an encoded graph, if it is in memory."""
 
     def flop_of(self, plan: bytes) -> int:

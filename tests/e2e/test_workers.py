@@ -30,7 +30,7 @@ from p2pflop.job.graph import (
 from p2pflop.job.spec import MODE_TRACE, ROLE_STATE, NoSource, Phase, Work, WorkParam
 from p2pflop.kernels import classes
 from p2pflop.kernels.frames import MAX_GRAPH_BYTES
-from p2pflop.node import workers
+from p2pflop.node import lowerers, workers
 from p2pflop.node.plans import PlanCache
 from p2pflop.node.worker_process import ProcessWorker
 from p2pflop.node.worker_types import Paused, Rows, WorkerEvent, WorkerLimits
@@ -331,25 +331,25 @@ class TestLimits:
             await pool.lower(b"x" * (MAX_GRAPH_BYTES + 1))
 
     async def test_plan(self, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workers, "MAX_PLAN_BYTES", len(b"plan of 12"))
+        monkeypatch.setattr(lowerers, "MAX_PLAN_BYTES", len(b"plan of 12"))
         assert await pool.lower(b"12") == b"plan of 12"
         with pytest.raises(JobError, match="over the limit"):
             await pool.lower(b"123")
 
     async def test_lowering_time(self, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workers, "LOWER_SECONDS", 0.2)
+        monkeypatch.setattr(lowerers, "LOWER_SECONDS", 0.2)
         with pytest.raises(JobError, match="took longer"):
             await pool.lower(b"spin")
         assert await pool.lower(GRAPH)
 
     async def test_lowering_memory(self, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workers, "LOWER_MEMORY_BYTES", 16 * MIB)
+        monkeypatch.setattr(lowerers, "LOWER_MEMORY_BYTES", 16 * MIB)
         with pytest.raises(JobError, match="memory"):
             await pool.lower(b"eat")
         assert await pool.lower(GRAPH)
 
     async def test_progress(self, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workers, "MAX_PROGRESS_FRAMES", 2)
+        monkeypatch.setattr(lowerers, "MAX_PROGRESS_FRAMES", 2)
         with pytest.raises(ProviderError, match="more than 2 frames"):
             await pool.lower(b"chatter")
 
