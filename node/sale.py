@@ -242,12 +242,14 @@ class Sale:
                 await self._told(Received(wire))
             case m.Countersigned(wire):
                 await self._told(Received(wire))
+                # What ends it while this is booked tells so itself.
+                ended = self._lifecycle.ended
                 if self._lifecycle.side.countersigned == wire:
                     if self._labour.window is not None:
                         self._labour.window.note_signed(self.signed_nusd)
                     await self.write()
                     await self._forget_checkpoints(wire)
-                if self._lifecycle.ended:
+                if ended:
                     if self._lifecycle.side.countersigned == wire:
                         self._say(m.Settled())
                     self._finish_talk()
