@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, Final
-
-import httpx
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final
 
 from p2pflop import errors
 from p2pflop.errors import P2PFlopError, ProtocolError, StoreError
+
+if TYPE_CHECKING:
+    import httpx
 
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 MAX_REPLY_BYTES: Final = 64 * 1024 * 1024
@@ -58,7 +60,7 @@ def whole_bytes(response: httpx.Response, start: int) -> int:
     Raises StoreError if it has none there, and the error that the node answered with.
     """
     told = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
-    if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and told is not None:
+    if response.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and told is not None:
         raise StoreError(f"the blob has {told.group(2)} bytes, none from {start} on")
     raise_for(response)
     if told is not None and told.group(1) == str(start):

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from p2pflop.client import Client
+from p2pflop.cloud.blobs import NodeBlobs
 from p2pflop.cloud.link import HttpLink, Link, find_node
 from p2pflop.cloud.memory import SessionMemory
 from p2pflop.cloud.session import ScriptSession, closing_line
@@ -18,8 +18,6 @@ from p2pflop.cloud.settings import CloudSettings, read_settings
 from p2pflop.errors import P2PFlopError
 from p2pflop.job.commands import Ran
 from p2pflop.node.config import default_home
-
-MAX_KNOWN_BLOBS: Final = 65_536
 
 BlobPutter = Callable[[memoryview], bytes]
 """Keeps bytes at the node; their address."""
@@ -48,9 +46,10 @@ def say(text: str) -> None:
 
 
 def _connect() -> tuple[Link, BlobPutter]:
-    home = default_home()
-    client = Client(home, start=True)
-    return HttpLink(find_node(home)), lambda data: client.put(data).address
+    note = find_node(default_home())
+    blobs = NodeBlobs(note)
+    os.register_at_fork(after_in_child=blobs.leave)
+    return HttpLink(note), blobs.put
 
 
 def is_open() -> bool:
