@@ -16,10 +16,12 @@ command that is to blame.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, NoReturn, cast
 
 from p2pflop.cloud.link import Link, Uninterrupted
@@ -64,6 +66,7 @@ once, so that nobody waits while the script thinks."""
 CLOSE_S: Final = 10.0
 """How long the end of a script waits for the last words of its session."""
 VERSION: Final = 1
+MAX_NAME_CHARS: Final = 80
 _COMMAND_BYTES: Final = 24
 _PLACE_BYTES: Final = 12
 _Wanted = dict[int, bytearray]
@@ -154,6 +157,7 @@ class ScriptSession:
                 settings.wait_s,
                 settings.fallback,
                 self._verbose,
+                script_name(),
             )
         )
         while self.leased is None:
@@ -344,6 +348,12 @@ class ScriptSession:
         for note in getattr(failure, "__notes__", [])[bool(failure.hint) :]:
             again.add_note(note)
         raise again
+
+
+def script_name() -> str:
+    """What the program is called: the file that python runs, if it is one."""
+    path = getattr(sys.modules.get("__main__"), "__file__", None) or ""
+    return Path(path).name[:MAX_NAME_CHARS]
 
 
 def opening_line(leased: Leased) -> str:

@@ -19,15 +19,26 @@ ends the lease. A provider that leaves has what was countersigned. Neither is ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.job.session import Mark
 from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey
+from p2pflop.market.book import IsAttested, nobody
 from p2pflop.market.fills import OpenBid, charges_ext, open_bid
-from p2pflop.market.ranking import BYTES_PER_GB, Deal
+from p2pflop.market.ranking import (
+    BYTES_PER_GB,
+    Deal,
+    Miss,
+    MissReason,
+    Need,
+    Policy,
+    rank,
+    total_nusd,
+)
 from p2pflop.market.records import (
     SESSION_EXT,
     ZERO_HASH,
@@ -42,6 +53,7 @@ from p2pflop.market.records import (
     session_prices,
     ticket_ext,
 )
+from p2pflop.market.sheets import OpenSheet
 from p2pflop.units import FLOP_PER_PFLOP, MAX_NUSD
 from p2pflop.wire import DEFAULT_NETWORK, Sealed, reopen, seal
 
@@ -51,6 +63,36 @@ NOMINAL_FLOP: Final = 10**14
 NOMINAL_TOUCHED_BYTES: Final = 10**12
 NOMINAL_MOVED_BYTES: Final = 10**9
 """What asks are ranked by for a session, of which nobody knows what it will cost."""
+
+
+def rank_session(
+    sheets: Iterable[OpenSheet],
+    need: Need,
+    policy: Policy,
+    now_ns: int,
+    is_attested: IsAttested = nobody,
+) -> list[Deal | Miss]:
+    """Every ask for a lease of a session: deals by what a nominal session costs, then the others.
+
+    ``need`` is what has to be done again before the session can go on; an ask that asks more than
+    ``max_nusd`` for it is over the budget.
+    """
+    nominal = replace(
+        need,
+        flop=NOMINAL_FLOP,
+        touched_bytes=NOMINAL_TOUCHED_BYTES,
+        moved_bytes=NOMINAL_MOVED_BYTES,
+        max_nusd=MAX_NUSD,
+    )
+    within: list[Deal | Miss] = []
+    over: list[Deal | Miss] = []
+    for entry in rank(sheets, nominal, policy, now_ns, is_attested):
+        due_nusd = total_nusd(entry.ask, need.flop, need.touched_bytes, need.moved_bytes)
+        if isinstance(entry, Deal) and due_nusd > need.max_nusd:
+            over.append(Miss(entry.sheet, entry.ask, MissReason.BUDGET, due_nusd, need))
+        else:
+            within.append(entry)
+    return within + over
 
 
 def make_session_bid(
