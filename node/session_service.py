@@ -28,13 +28,13 @@ from p2pflop.ids import HASH_BYTES
 from p2pflop.job.commands import Leased, Open
 from p2pflop.job.meter import METER_ID
 from p2pflop.job.session import Mark, OpenGraph, SessionTable
-from p2pflop.kernels.classes import chosen_family
+from p2pflop.kernels.classes import chosen_family, name_of
 from p2pflop.keys import peer_id
 from p2pflop.market.ranking import Deal, Miss, MissReason, Need, Policy, total_nusd
 from p2pflop.market.records import Ask, Bid, Terms, session_prices
 from p2pflop.market.sessions import make_session_bid, rank_session
 from p2pflop.market.views import BookView
-from p2pflop.node.buy import Buyer
+from p2pflop.node.buy import ANY_CLASS, Buyer
 from p2pflop.node.execute import WORKER_BASE_BYTES
 from p2pflop.node.guard import survive
 from p2pflop.node.journal import SESSION, JobRows, Journal
@@ -157,7 +157,7 @@ class SessionBuyer:
         while not session.is_gone:
             found = await self._try_all(session, classes)
             if isinstance(found, RemoteLease):
-                return self._tell(session, found)
+                return await self._tell(session, found)
             if session.faulted:
                 raise next(iter(session.faulted.values()))
             if found.is_final:
@@ -165,7 +165,7 @@ class SessionBuyer:
             left_s = until - trio.current_time()
             if left_s <= 0:
                 if wish.local and self.workers.class_id in (classes or {self.workers.class_id}):
-                    return self._tell(session, self._local(session))
+                    return await self._tell(session, self._local(session))
                 raise found.why
             await session.story.became("waiting")
             if not is_told:
@@ -290,7 +290,7 @@ class SessionBuyer:
         outstanding = Outstanding(SessionTable(memory_bytes), on_ran=session.on_ran)
         return LocalLease(self.workers, self.base.store, self.open_graph, memory_bytes, outstanding)
 
-    def _tell(self, session: Session, lease: AnyLease) -> AnyLease:
+    async def _tell(self, session: Session, lease: AnyLease) -> AnyLease:
         """Who runs it from now on."""
         own = self.base.identity.account.public_key
         account, price_nusd, class_id = own, 0, self.workers.class_id
@@ -299,8 +299,7 @@ class SessionBuyer:
             prices = session_prices(lease.bid.record)
             price_nusd = 0 if prices is None else prices.price_nusd
         session.class_id, session.provider = class_id, account.hex()
-        is_ours = class_id == self.workers.class_id
-        name = self.workers.descriptor.name if is_ours else session.wish.class_name
+        name = await self._class_name(session, class_id)
         session.outbox.put(
             Leased(
                 account.hex(),
@@ -313,6 +312,16 @@ class SessionBuyer:
             )
         )
         return lease
+
+    async def _class_name(self, session: Session, class_id: bytes) -> str:
+        """What the person calls a class, or its id where it has no name here."""
+        if class_id == self.workers.class_id:
+            return self.workers.descriptor.name
+        wanted = session.wish.class_name
+        if wanted not in (ANY_CLASS, class_id.hex()):
+            return wanted
+        # Asks compilers for their versions, the first time.
+        return await trio.to_thread.run_sync(name_of, class_id) or class_id.hex()[:12]
 
     async def _close_all(self) -> None:
         network = self.base.identity.network

@@ -27,7 +27,7 @@ from typing import Final, NoReturn, cast
 from p2pflop.cloud.link import Link, Uninterrupted
 from p2pflop.cloud.settings import CloudSettings
 from p2pflop.cloud.stacks import Stack, describe, user_stack
-from p2pflop.errors import JobError, P2PFlopError, ProtocolError, ProviderError
+from p2pflop.errors import ConfigError, JobError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.job.commands import (
     NOBODY,
     AnyCommand,
@@ -50,6 +50,7 @@ from p2pflop.job.commands import (
     decode_frame,
     encode_frame,
 )
+from p2pflop.kernels.classes import assignments
 from p2pflop.units import (
     FLOP_PER_PFLOP,
     NS_PER_S,
@@ -318,7 +319,7 @@ class ScriptSession:
         if self.leased is None:
             self._say(opening_line(leased))
             if self._settings.debug:
-                self._say(f"equal bytes here with DEV={leased.dev}")
+                self._say(equal_line(leased))
         self.leased = leased
 
     def _fault(self, failed: Failed) -> P2PFlopError:
@@ -363,6 +364,14 @@ def opening_line(leased: Leased) -> str:
         f"{format_usd(leased.price_nusd)} a PFLOP, at most {format_usd(leased.cap_nusd)} in all "
         "(CLOUD_MAX_USD)"
     )
+
+
+def equal_line(leased: Leased) -> str:
+    """What to type for equal bytes here."""
+    try:
+        return f"equal bytes here with {assignments(leased.dev)}"
+    except ConfigError as error:
+        return f"{leased.class_name} is not to be had here: {error.message}"
 
 
 def closing_line(closed: Closed) -> str:
