@@ -29,6 +29,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,22 @@ def environment(name: str = CLASS_NAME) -> dict[str, str]:
         "DEFAULT_INT": "int32",
         **chosen.variables(),
     }
+
+
+def assignments(device: str) -> str:
+    """What a shell takes before a command for that ``DEV``, so that tinygrad computes in its class:
+    beside it the compiler or library, where tinygrad would not find the same. Raises ConfigError.
+    """
+    found = {"DEV": device}
+    if not device:
+        raise ConfigError("this machine does not know the class")
+    for known in _FAMILIES:
+        if known.device == device:
+            found |= known.variables()
+            on_path = shutil.which("clang")
+            if on_path is None or not Path(on_path).samefile(clang()):
+                found["CC"] = clang()
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in found.items())
 
 
 def probe() -> tuple[Probed, ...]:

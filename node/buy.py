@@ -27,8 +27,9 @@ from p2pflop.job.file import CheckedJob
 from p2pflop.job.spec import FeedSource, class_id
 from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import chosen_family, descriptor
-from p2pflop.market.ranking import Deal, Policy, Quoted, rank
+from p2pflop.market.ranking import MAX_POLICY_ACCOUNTS, Deal, Miss, Policy, Quoted, rank
 from p2pflop.market.records import NONCE_BYTES, Bid
+from p2pflop.market.views import BookView
 from p2pflop.node import messages as m
 from p2pflop.node.earlier import answer, find_earlier, result_record
 from p2pflop.node.evidence import evidence_of
@@ -64,6 +65,9 @@ MAX_RUNS_UNDER_WAY: Final = 256
 _CLASS_ID: Final = re.compile("[0-9a-f]{64}")
 SMALL_FILE_BYTES: Final = 1024
 """Up to here a job file is opened on the event loop: the hop to a thread would cost more."""
+
+Ranker = Callable[[BookView, bytes, Policy], list[Deal | Miss]]
+"""Ranks the asks of a view for something, with the nonce of the bid that may follow."""
 
 _log = logging.getLogger(__name__)
 
@@ -234,23 +238,37 @@ class Buyer:
     ) -> Ranking:
         """Rank the book as it is now, of these classes or, if there are none, of all, and what is
         ``quoted``."""
+
+        def ranked(view: BookView, nonce: bytes, policy: Policy) -> list[Deal | Miss]:
+            need = order.need(classes or frozenset(view.by_price), nonce)
+            return rank(view.sheets, need, policy, view.at_ns, self.franchise.admits, quoted)
+
+        return self.look(ranked)
+
+    def look(self, ranked: Ranker, excluded: Sequence[bytes] = ()) -> Ranking:
+        """The book as it is now, ``ranked`` by this node's policy: who has failed lately is avoided
+        if anybody else does, ``excluded`` accounts are in any case."""
         now_ns = self.now_ns()
         nonce = secrets.token_bytes(NONCE_BYTES)
         view = self.sheets.book.view(now_ns)
-        need = order.need(classes or frozenset(view.by_price), nonce)
         avoided = self.experience.pauses(now_ns)
         is_strict, admits = self.franchise.is_strict, self.franchise.admits
         # Better one that has failed before than none.
         for left_alone in (avoided, ()):
-            excluded = tuple(each.account for each in left_alone)
-            policy = Policy(excluded=excluded, attested_only=is_strict)
-            ranked = rank(view.sheets, need, policy, now_ns, admits, quoted)
-            if any(isinstance(entry, Deal) for entry in ranked):
+            accounts = sorted({*excluded, *(each.account for each in left_alone)})
+            policy = Policy(excluded=tuple(accounts[:MAX_POLICY_ACCOUNTS]), attested_only=is_strict)
+            entries = ranked(view, nonce, policy)
+            if any(isinstance(entry, Deal) for entry in entries):
                 break
-        return Ranking(nonce, view, policy, ranked, admits, left_alone)
+        return Ranking(nonce, view, policy, entries, admits, left_alone)
 
     def job_file(self, run_id: str) -> bytes:
-        """The encoded job file of a run."""
+        """The encoded job file of a run. Raises ConfigError for a session, which has none."""
+        if self.runs.get(run_id).is_session:
+            raise ConfigError(
+                f"{run_id} is the session of a script, and has no job file",
+                hint=f"See p2pflop show {run_id}.",
+            )
         return self._job_row(self.runs.get(run_id)).file
 
     def result_record(self, run_id: str) -> bytes:
@@ -349,13 +367,7 @@ class Buyer:
             return
         with suppress(StoreError):
             await run.rows.flush()
-        hint = " ".join(filter(None, (error.hint, self.what_is_left(run))))
-        told = {"error": type(error).__name__, "message": error.message, "hint": hint}
-        try:
-            await self.runs.emit(run, "failed", **told)
-        except StoreError as fault:
-            _log.error("job %s: its end is not on disk: %s", run.id, fault)
-            self.runs.lose(run, **told)
+        await self.runs.fail(run, error, self.what_is_left(run))
 
     async def tell_cancelled(self, run: Run, cost_nusd: int) -> None:
         """End a run as cancelled, with what it has cost. Raises StoreError."""

@@ -131,6 +131,7 @@ class Daemon:
 
     async def jobs(self) -> list[Json]:
         """See NodeService."""
+        self.sessions.cards()
         return self.runs.cards()
 
     async def sales(self) -> list[Json]:
@@ -143,6 +144,7 @@ class Daemon:
 
     async def job(self, run_id: str) -> Json:
         """See NodeService."""
+        self.sessions.cards()
         return self.runs.get(run_id).card
 
     async def job_file(self, run_id: str) -> bytes:

@@ -72,6 +72,11 @@ async def answer(run: Run, order: Order, earlier: Earlier, runs: Runs) -> None:
 def result_record(runs: Runs, run_id: str) -> bytes:
     """The encoded Result of a run that has settled. Raises ConfigError before."""
     run = runs.get(run_id)
+    if run.is_session:
+        raise ConfigError(
+            f"{run_id} is the session of a script, and has no result",
+            hint=f"See p2pflop show {run_id}.",
+        )
     rows = [row for row in runs.rows(run.id) if row.kind in (RESULT_ROW, WHOLE_ROW)]
     if not rows or run.card["end_state"] != "settled":
         raise ConfigError(

@@ -36,6 +36,16 @@ WANTED_ROW: Final = "wanted"
 """What the look before was for, if it found nobody to bid to."""
 AVOIDED_ROW: Final = "avoided"
 """Whom the policy of the look before excludes, one after the other."""
+SESSION_ROW: Final = "session"
+"""What a session had to do again, of the look before, and that it was for a session."""
+ATTEMPT_ROW: Final = "attempt"
+"""A bid of a session and what came of it, of the look before."""
+LOST_ROW: Final = "lost"
+"""What ended the lease of the attempt before, in words."""
+LOOK_ROWS: Final = (
+    *(LOOK_ROW, ATTESTED_ROW, WANTED_ROW, AVOIDED_ROW),
+    *(SESSION_ROW, ATTEMPT_ROW, LOST_ROW),
+)
 REJECT_ROW: Final = "reject"
 MAX_REASON_CHARS: Final = 200
 
@@ -73,6 +83,7 @@ class _Looked:
     attested: bytes = b""
     wanted: tuple[Wanted, ...] = ()
     avoided: tuple[Avoided, ...] = ()
+    session: tuple[Wanted, ...] = ()
     tried: list[_Tried] = field(default_factory=list)
 
 
@@ -84,10 +95,12 @@ def keep_look(
     *,
     continues: bool,
     wanted: Wanted | None = None,
+    session: Wanted | None = None,
 ) -> None:
     """Add a look to the rows of its run: the sheets of a large book as far as the best go.
 
-    ``wanted`` is what it was for, if no bid will say it."""
+    ``wanted`` is what it was for, if no bid will say it; ``session`` what a session has to do
+    again, if it is for one."""
     sheets: Sequence[OpenSheet] = ranking.view.sheets
     whole = len(sheets) <= MAX_SHEETS
     if not whole:
@@ -114,6 +127,8 @@ def keep_look(
         rows.add(ATTESTED_ROW, b"".join(attested))
     if wanted is not None:
         rows.add(WANTED_ROW, encode(wanted))
+    if session is not None:
+        rows.add(SESSION_ROW, encode(session))
     if ranking.avoided:
         rows.add(AVOIDED_ROW, msgspec.msgpack.encode(ranking.avoided))
 
@@ -132,6 +147,8 @@ def evidence_of(
             looks[-1].wanted = (decode(Wanted, row.body),)
         elif row.kind == AVOIDED_ROW and looks:
             looks[-1].avoided = msgspec.msgpack.decode(row.body, type=tuple[Avoided, ...])
+        elif row.kind == SESSION_ROW and looks:
+            looks[-1].session = (decode(Wanted, row.body),)
         elif looks:
             _take(row, looks)
     return Evidence(
@@ -160,6 +177,7 @@ def _look(looked: _Looked, sheet: Callable[[bytes], bytes | None]) -> Look:
         ),
         wanted=looked.wanted,
         avoided=looked.avoided,
+        session=looked.session,
     )
 
 
@@ -168,11 +186,16 @@ def _split(joined: bytes) -> list[bytes]:
 
 
 def _take(row: Row, looks: Sequence[_Looked]) -> None:
-    """What a row of the lifecycle, or a reject, says of the attempts.
+    """What a row of the lifecycle, a reject, or one of a session says of the attempts.
 
     Why the last one came to nothing is told with what follows, which may be in another look.
     """
+    if row.kind == ATTEMPT_ROW and looks:
+        attempt = decode(Attempt, row.body)
+        looks[-1].tried.append(_Tried(attempt.bid, attempt.fill, attempt.reject, attempt.reason))
     last = next((looked.tried[-1] for looked in reversed(looks) if looked.tried), None)
+    if row.kind == LOST_ROW and last is not None:
+        last.reason = last.reason or row.body.decode()
     if row.kind == REJECT_ROW and last is not None:
         last.reject = row.body
     if not row.kind.startswith(LIFE_ROW):

@@ -35,6 +35,8 @@ from p2pflop.units import NS_PER_S
 
 BUYER: Final = "buyer"
 PROVIDER: Final = "provider"
+SESSION: Final = "session"
+"""A script's; its leases have heads of their own."""
 MAX_LISTED: Final = 1000
 MAX_SHEETS: Final = 65_536
 """Up to 500 MB if each were of the largest size; half a kilobyte each as they are."""
@@ -428,6 +430,7 @@ class JobRows:
             if not (self._pending or self._changed or ending or operations):
                 return
             before = head = self.head
+            forgotten = self._to_forget
             batch = kept = self._pending
             self._pending = Batch()
             if ending is not None:
@@ -436,7 +439,7 @@ class JobRows:
             try:
                 is_new = self._is_head_new or ending is not None
                 await self._journal.append(
-                    head, batch, is_new=is_new, forget=self._to_forget, beside=operations
+                    head, batch, is_new=is_new, forget=forgotten, beside=operations
                 )
             except BaseException as error:
                 # After a disk that failed once, no row may be missing between two others.
@@ -445,6 +448,8 @@ class JobRows:
                     self._fault = error
                     self._flushed.set()
                 raise
+            if self._to_forget is forgotten:
+                self._to_forget = ()
             self._changed = self._is_head_new = self.head is not before
             if ending is not None:
                 self.head = head

@@ -108,6 +108,11 @@ class Ranking:
         """What can be bought, best first."""
         return [entry for entry in self.ranked if isinstance(entry, Deal)]
 
+    @property
+    def misses(self) -> list[Miss]:
+        """What cannot."""
+        return [entry for entry in self.ranked if isinstance(entry, Miss)]
+
 
 def checkpoints(job: Job, checkpoint_steps: int) -> int:
     """How many checkpoints a job has before its end, if they lie so many steps apart."""

@@ -8,19 +8,31 @@ end of a run is on disk before anybody hears of it.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Final
 
 import trio
 
-from p2pflop.errors import ConfigError
+from p2pflop.errors import ConfigError, P2PFlopError, StoreError
 from p2pflop.ids import HASH_BYTES
-from p2pflop.node.journal import BUYER, Ending, Head, JobRows, Journal, KnownResult, Row
+from p2pflop.node.journal import (
+    BUYER,
+    MAX_LISTED,
+    SESSION,
+    Ending,
+    Head,
+    JobRows,
+    Journal,
+    KnownResult,
+    Row,
+)
 from p2pflop.node.service import LAST_EVENT_KINDS, Json
 
 MAX_LIVE_EVENTS: Final = 10_000
@@ -36,13 +48,21 @@ EVENT_ROW: Final = "event"
 KEPT_KINDS: Final = frozenset(
     {"ranked", "filled", "rejected", "resubmitted", "checkpoint", "receipt"} | LAST_EVENT_KINDS
 )
-END_STATES: Final = {"result": "settled", "failed": "failed", "cancelled": "cancelled"}
+END_STATES: Final = {
+    "result": "settled",
+    "failed": "failed",
+    "cancelled": "cancelled",
+    "closed": "closed",
+}
 _RUN_ID: Final = re.compile(r"[0-9a-f]{12}")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Run:
-    """One submission. ``card`` is what ``jobs`` lists; ``rows`` its way to the journal."""
+    """One submission, or the session of a script. ``card`` is what ``jobs`` lists; ``rows`` its way
+    to the journal."""
 
     id: str
     card: Json
@@ -58,6 +78,11 @@ class Run:
     def over(self) -> bool:
         """Whether the last event has been told."""
         return bool(self.card["end_state"])
+
+    @property
+    def is_session(self) -> bool:
+        """Whether it is that of a script, of which only the last event is kept."""
+        return self.rows.head.side == SESSION
 
     @property
     def end_step(self) -> int:
@@ -87,12 +112,14 @@ class Runs:
         self._live: dict[str, Run] = {}
         self._finished: deque[str] = deque()
 
-    def create(self, card: Json, run_id: str | None = None) -> Run:
-        """A new run, on disk with its first flush. ``card`` is JSON; id and state are added."""
+    def create(self, card: Json, run_id: str | None = None, *, side: str = BUYER) -> Run:
+        """A new run, on disk with its first flush. ``card`` is JSON; id and state are added.
+
+        ``side`` may be ``SESSION``."""
         run_id = secrets.token_hex(6) if run_id is None else run_id
         now_ns = self._now_ns()
         card = {"id": run_id, "state": "ranking", "end_state": "", "submitted_ns": now_ns, **card}
-        head = Head(run_id, BUYER, now_ns, "", _dump(card))
+        head = Head(run_id, side, now_ns, "", _dump(card))
         run = self._live[run_id] = Run(run_id, card, JobRows(self._journal, head, self._now_ns))
         return run
 
@@ -125,7 +152,7 @@ class Runs:
             run.card["state"] = fields["state"]
         elif kind == "progress":
             run.card["step"] = fields["step"]
-        if kind in KEPT_KINDS:
+        if kind in KEPT_KINDS and not run.is_session:
             run.rows.add(EVENT_ROW, _dump(event))
         _tell(run, event)
 
@@ -142,6 +169,20 @@ class Runs:
         self._retire(run)
         _tell(run, last.event)
 
+    async def fail(self, run: Run, error: P2PFlopError, hint: str = "") -> None:
+        """End a run with an error; ``hint`` comes after its own. Never raises: without a disk, only
+        this process knows of it."""
+        told = {
+            "error": type(error).__name__,
+            "message": error.message,
+            "hint": " ".join(filter(None, (error.hint, hint))),
+        }
+        try:
+            await self.emit(run, "failed", **told)
+        except StoreError as fault:
+            _log.error("job %s: its end is not on disk: %s", run.id, fault)
+            self.lose(run, **told)
+
     def lose(self, run: Run, **fields: Any) -> None:
         """End a run as failed in memory, because the disk does not take it."""
         at_ns = self._now_ns()
@@ -154,7 +195,7 @@ class Runs:
         if run_id in self._live:
             return self._live[run_id]
         head = self._journal.head(run_id) if _RUN_ID.fullmatch(run_id) else None
-        if head is None or head.side != BUYER:
+        if head is None or head.side not in (BUYER, SESSION):
             raise ConfigError(f"there is no job {run_id[:40]!r} here", hint="See p2pflop jobs.")
         return self.adopt(head)
 
@@ -192,14 +233,19 @@ class Runs:
 
     def cards(self) -> list[Json]:
         """The card of every run, newest first."""
+        heads = [*self._journal.heads(BUYER), *self._journal.heads(SESSION)]
         return [
             self._live[head.job].card if head.job in self._live else json.loads(head.summary)
-            for head in self._journal.heads(BUYER)
+            for head in sorted(heads, key=attrgetter("opened_ns"), reverse=True)[:MAX_LISTED]
         ]
 
-    def unfinished(self) -> list[Head]:
+    def keep_card(self, run: Run) -> None:
+        """Have the card as it is now on disk with the next flush."""
+        run.rows.set_head(summary=_dump(run.card))
+
+    def unfinished(self, side: str = BUYER) -> list[Head]:
         """What a restart finds without an end, oldest first."""
-        return self._journal.unfinished(BUYER)
+        return self._journal.unfinished(side)
 
     def under_way(self) -> int:
         """How many runs are not over."""

@@ -4,13 +4,15 @@
 crosses it towards the client is JSON in Python: dicts, lists, strings, numbers, None; hashes and
 addresses as 64 hex digits, money as integer nano-dollars, times as integer nanoseconds.
 
-A **run** is one submission of a job file to this node. It tells its story as **events**: dicts with
+A **run** is one submission of a job file to this node, or the **session** of one script: then its
+``kind`` is ``session``, and a step is a command. It tells its story as **events**: dicts with
 ``seq`` (from 1, rising by one), ``at_ns`` (Unix time), ``kind``, and by kind:
 
 =============== ===================================================================================
 kind            fields
 =============== ===================================================================================
-``state``       ``state``: the buyer's lifecycle state
+``state``       ``state``: the buyer's lifecycle state; of a session ``leased``, ``idle`` after a
+                pause in which it gave its lease back, ``waiting`` for a provider
 ``ranked``      ``deals``: ``[{provider, account, total_nusd, minutes, price_nusd}]`` best first,
                 ``misses``: ``[{provider, reason}]``; of an account that is avoided because it
                 failed also ``avoided_until_ns`` and ``failures``
@@ -30,6 +32,8 @@ kind            fields
 ``result``      ``hash``: of the record, ``cost_nusd``, ``earlier``: the run whose result it is, if
                 it was bought before; last
 ``failed``      ``error``: the name of the error's class, ``message``, ``hint``; last
+``closed``      ``cost_nusd``, ``flop``, ``moved_bytes``, ``busy_ns``: a session whose script is
+                done; last
 ``cancelled``   ``cost_nusd``, ``hint``: how to go on from the last checkpoint; last
 =============== ===================================================================================
 """
@@ -50,7 +54,7 @@ if TYPE_CHECKING:  # the client needs this module, and must not wait for trio
 DEFAULT_FIND_TIMEOUT_S: Final = 30.0
 MAX_FIND_TIMEOUT_S: Final = 600.0
 MAX_DEADLINE_S: Final = 30 * 24 * 3600
-LAST_EVENT_KINDS: Final = frozenset({"result", "failed", "cancelled"})
+LAST_EVENT_KINDS: Final = frozenset({"result", "failed", "cancelled", "closed"})
 
 Json = dict[str, Any]
 
@@ -119,7 +123,12 @@ class NodeService(Protocol):
         """What ``submit`` would choose from: ``deals`` and ``misses`` as in a ``ranked`` event."""
 
     async def jobs(self) -> list[Json]:
-        """One line a run, newest first: ``id``, ``title``, ``state``, ``step``, ``steps``..."""
+        """One line a run, newest first: ``id``, ``title``, ``state``, ``step``, ``steps``...
+
+        Of a session ``kind``, which script it is of (``title``), ``provider``, ``account``,
+        ``class_id``, ``cost_nusd`` of ``max_nusd``, ``commands``, of which ``step`` are obeyed,
+        ``memory_bytes``, ``flop``, ``moved_bytes``, ``busy_ns``, ``submitted_ns``, ``ended_ns``.
+        """
 
     async def sales(self) -> list[Json]:
         """What runs here for others: ``id`` of the bid, ``account``, ``state``, ``step`` of

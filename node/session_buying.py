@@ -26,6 +26,7 @@ from p2pflop.errors import (
     JobError,
     P2PFlopError,
     ProtocolError,
+    ProviderError,
     StoreError,
     first_error,
 )
@@ -55,6 +56,7 @@ from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
 from p2pflop.node.session_purchase import RemoteLease
 from p2pflop.node.session_script import Outbox, ScriptLine
 from p2pflop.node.session_snapshots import Keeper
+from p2pflop.node.session_story import SessionStory
 from p2pflop.wire import encode
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ MAX_FRUITLESS: Final = 8
 MAX_PAUSE_S: Final = 8.0
 WINDOW_SLACK: Final = 2
 """A script may run ahead of what it was told by so many windows before it is cut off."""
+
+CANCELLED: Final = "the session was cancelled with 'p2pflop cancel'"
 
 AnyLease = RemoteLease | LocalLease
 
@@ -101,12 +105,13 @@ class Session:
         self.faulted: dict[bytes, CommandFault] = {}
         self.lease: AnyLease | None = None
         self.provider = ""
+        self.is_cancelled = False
+        self.ran_to = 0
         self._refusal: P2PFlopError | None = None
         self._buyer = buyer
         self._line = line
         self._next = self._since = 0
         self._base = Mark()
-        self._ran_to = 0
         self._answered_to = 0
         self._partial_bytes = 0
         self._waiting_bytes: dict[int, int] = {}
@@ -115,6 +120,7 @@ class Session:
         self._closing = self._gone = self._unread = False
         self._stopped: P2PFlopError | None = None
         self._news = trio.Event()
+        self.story = SessionStory(buyer.base.runs, self)
 
     def refuse(self, why: P2PFlopError) -> None:
         """It is not to begin at all."""
@@ -158,12 +164,17 @@ class Session:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._hear)
+                    nursery.start_soon(self._heed_cancel)
                     await self._run_on_leases()
                     nursery.cancel_scope.cancel()
             except* P2PFlopError as group:
                 failure = first_error(group)
-            self._say_last(self._stopped or failure)
+            if self.is_cancelled:
+                failure = None
+            failure = self._stopped or failure
+            self._say_last(failure)
             self.outbox.close()
+            await self.story.end(failure)
             telling.cancel_scope.deadline = trio.current_time() + FAREWELL_S
         await self._buyer.forget(self, self.log.snapshot.ours())
 
@@ -185,12 +196,20 @@ class Session:
                 case _:
                     raise ProtocolError("a script does not send that")
 
+    async def _heed_cancel(self) -> None:
+        """Its user has had enough of it: what was obeyed is paid, and that is all."""
+        await self.story.run.cancel_requested.wait()
+        self.is_cancelled = self._gone = self._closing = True
+        self._wake()
+        await trio.sleep(FAREWELL_S)
+        raise ProviderError(CANCELLED)
+
     async def _take(self, batch: Batch) -> None:
         if batch.first != self.table.count:
             raise ProtocolError(f"commands from {batch.first}, where {self.table.count} is due")
         while self.log.is_long and self.lease is not None:
             await self._news.wait()
-        waiting = self.table.count - self._ran_to
+        waiting = self.table.count - self.ran_to
         if (
             waiting > WINDOW_SLACK * WINDOW_COMMANDS
             or sum(self._waiting_bytes.values()) > WINDOW_SLACK * WINDOW_BYTES
@@ -221,6 +240,8 @@ class Session:
             self._wake()
 
     def _say_last(self, failure: P2PFlopError | None) -> None:
+        if self.is_cancelled:
+            self.outbox.put(Failed(NOBODY, False, CANCELLED, "Start the script again."))
         if failure is not None:
             number = failure.number if isinstance(failure, CommandFault) else NOBODY
             is_job = isinstance(failure, JobError | CommandFault)
@@ -237,17 +258,18 @@ class Session:
 
     async def _run_on_leases(self) -> None:
         """Raises what the script is to be told."""
+        await self.story.keep()
         if self._refusal is not None:
             raise self._refusal
         first, fruitless = True, 0
         while first or await self._has_work():
-            first, before = False, self._ran_to
+            first, before = False, self.ran_to
             lease = await self._buyer.lease(self)
             failure = await self._use(lease)
             if failure is None:
                 fruitless = 0
                 continue
-            fruitless = fruitless + 1 if self._ran_to == before else 0
+            fruitless = fruitless + 1 if self.ran_to == before else 0
             if fruitless > MAX_FRUITLESS:
                 raise failure
             if fruitless > 1:
@@ -257,7 +279,7 @@ class Session:
                 raise failure
             if isinstance(failure, CommandFault):
                 failure = self._blame(lease, failure)
-            self._buyer.lost(self, lease, failure)
+            await self._buyer.lost(self, lease, failure)
 
     async def _has_work(self) -> bool:
         """Wait for a command; False once the script is done."""
@@ -269,7 +291,7 @@ class Session:
         return not self._gone and not self._answered_up()
 
     def _answered_up(self) -> bool:
-        return self._ran_to == self.table.count
+        return self.ran_to == self.table.count
 
     def _blame(self, lease: AnyLease, fault: CommandFault) -> CommandFault:
         """A fault that another provider has found too, or that nobody else can check, is the
@@ -303,6 +325,7 @@ class Session:
 
     async def _feed(self, lease: AnyLease) -> None:
         try:
+            await self.story.keep()
             await self._restore(lease)
             while True:
                 if self._gone:
@@ -323,6 +346,7 @@ class Session:
                     return
                 elif not await self._await_news(lease):
                     await self._give_back(lease)
+                    await self.story.became("idle")
                     return
         except QuoteUsedUp:
             await lease.flush(self._next)
@@ -366,7 +390,7 @@ class Session:
                     self._places.append((theirs, number))
                 await self._obey(lease, command, number)
             self._next += 1
-            tells = self._next == self._ran_to or (self.wish.verbose and isinstance(command, Run))
+            tells = self._next == self.ran_to or (self.wish.verbose and isinstance(command, Run))
             if lease.outstanding.is_full or tells:
                 await lease.flush(self._next)
         await lease.flush(self._next)
@@ -443,9 +467,9 @@ class Session:
         """A batch of the lease is obeyed: all commands before ``upto`` are."""
         self.totals.busy_ns += ran.busy_ns
         self.log.busy_ns += ran.busy_ns
-        if upto <= self._ran_to or self._unread:
+        if upto <= self.ran_to or self._unread:
             return
-        self._ran_to, self._active_at = upto, trio.current_time()
+        self.ran_to, self._active_at = upto, trio.current_time()
         for count in [count for count in self._waiting_bytes if count <= upto]:
             del self._waiting_bytes[count]
         self.outbox.put(replace(ran, upto=upto))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -24,7 +24,7 @@ from p2pflop.job.session import OpenGraph
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import check_fill, check_reject, make_confirm
 from p2pflop.market.receipts import countersign
-from p2pflop.market.records import Bid, Fill, Receipt, Rejected
+from p2pflop.market.records import Bid, Fill, Receipt, Reject, Rejected
 from p2pflop.market.sessions import FIRST_HELD_SECONDS, check_session_receipt, full_nusd
 from p2pflop.node import messages as m
 from p2pflop.node.guard import survive
@@ -57,6 +57,13 @@ MAX_WAITING_RECEIPTS: Final = 4
 
 _log = logging.getLogger(__name__)
 
+OnReceipt = Callable[[bytes, Receipt], Awaitable[None]]
+"""Called with the provider's key and what was countersigned."""
+
+
+async def _unheard(_provider: bytes, _receipt: Receipt) -> None:
+    pass
+
 
 @dataclass(slots=True)
 class RemoteLease:
@@ -69,6 +76,7 @@ class RemoteLease:
     talk: SessionTalk
     outstanding: Outstanding
     closed: bool = False
+    on_receipt: OnReceipt = _unheard
     _rows: JobRows = field(init=False)
     _state: LeaseState = field(init=False)
     _receipts: trio.MemorySendChannel[bytes] = field(init=False)
@@ -220,6 +228,7 @@ class RemoteLease:
         now_ns = base.now_ns()
         await base.ledger_book.delivered(signed.record, self.account, now_ns, write, node=node)
         self._state, self._last = state, signed.record
+        await self.on_receipt(node, signed.record)
         for count in [count for count in marks if count < signed.record.to_step]:
             del marks[count]
         await self.talk.say(m.Countersigned(signed.wire))
@@ -243,7 +252,7 @@ class RemoteLease:
 
 async def open_lease(
     buyer: SessionBuyer, bid: Sealed[Bid], account: bytes, outstanding: Outstanding
-) -> RemoteLease | Rejected:
+) -> RemoteLease | Sealed[Reject]:
     """Offer a bid; the lease, or why there is none. ``account`` is whose ask it is on.
 
     Raises ProviderError, ProtocolError.
@@ -273,7 +282,7 @@ async def open_lease(
                     base.sheets.learn(
                         reject.record.sheet, bid.record.provider, bid.record.sheet_number
                     )
-                    return Rejected(reject.record.reason)
+                    return reject
                 case _:
                     raise ProtocolError("a bid is answered by a fill or a reject", peer=peer)
     except trio.TooSlowError as error:

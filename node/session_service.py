@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -26,46 +27,40 @@ from p2pflop.errors import (
 from p2pflop.ids import HASH_BYTES
 from p2pflop.job.commands import Leased, Open
 from p2pflop.job.meter import METER_ID
-from p2pflop.job.session import OpenGraph
-from p2pflop.kernels.classes import chosen_family
+from p2pflop.job.session import Mark, OpenGraph
+from p2pflop.kernels.classes import chosen_family, name_of
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import SUPERSEDED
-from p2pflop.market.ranking import (
-    MAX_POLICY_ACCOUNTS,
-    Deal,
-    Miss,
-    Need,
-    Policy,
-    no_deal,
-    rank,
-)
-from p2pflop.market.records import NONCE_BYTES, Ask, Bid, Terms, session_prices
+from p2pflop.market.ranking import Deal, Miss, MissReason, Need, Policy
+from p2pflop.market.records import Ask, Bid, Terms, session_prices
 from p2pflop.market.sessions import (
-    NOMINAL_FLOP,
-    NOMINAL_MOVED_BYTES,
-    NOMINAL_TOUCHED_BYTES,
     expected_nusd,
+    lowering_counted,
     make_session_bid,
+    rank_session,
 )
 from p2pflop.market.views import BookView
-from p2pflop.node.buy import Buyer
+from p2pflop.node.buy import ANY_CLASS, Buyer
 from p2pflop.node.execute import WORKER_BASE_BYTES
 from p2pflop.node.guard import survive
 from p2pflop.node.handing_over import HAND_OVER_S
-from p2pflop.node.journal import JobRows, Journal
+from p2pflop.node.journal import SESSION, JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
+from p2pflop.node.orders import Ranking
 from p2pflop.node.printable import printable
 from p2pflop.node.service import Json
 from p2pflop.node.session_buying import AnyLease, Session
 from p2pflop.node.session_graphs import Graphs
+from p2pflop.node.session_hints import no_lease, refused_everywhere, unknown_class
 from p2pflop.node.session_lease import CommandFault, HandedOver
 from p2pflop.node.session_local import LocalLease
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
 from p2pflop.node.session_purchase import RemoteLease, open_lease
 from p2pflop.node.session_script import ScriptLine
 from p2pflop.node.session_state import SESSION_BUYER, lease_state
+from p2pflop.node.session_story import run_id
 from p2pflop.node.worker_types import Workers
-from p2pflop.units import MAX_NUSD, NS_PER_S, format_usd
+from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed
 
 MAX_SESSIONS: Final = 16
@@ -81,22 +76,11 @@ AHEAD: Final = 2
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Looked:
-    """One look at the book for a session."""
+class _NoLease(NamedTuple):
+    """``is_final``: to wait does not help."""
 
-    nonce: bytes
-    view: BookView
-    policy: Policy
-    ranked: list[Deal | Miss]
-
-    @property
-    def deals(self) -> list[Deal]:
-        return [entry for entry in self.ranked if isinstance(entry, Deal)]
-
-
-class _CapError(MarketError):
-    """No ask can be paid for: to wait does not help."""
+    why: MarketError
+    is_final: bool = False
 
 
 @dataclass(slots=True)
@@ -126,11 +110,12 @@ class SessionBuyer:
         elif len(self._sessions) >= MAX_SESSIONS:
             hint = "Wait for one to end, or end it."
             session.refuse(ConfigError(f"{MAX_SESSIONS} sessions are under way", hint=hint))
-        self._sessions[session.id] = session
+        else:
+            self._sessions[session.id] = session
         try:
             await session.run()
         finally:
-            del self._sessions[session.id]
+            self._sessions.pop(session.id, None)
             self.blobs.let_go(session.id)
             self._ended.set()
             self._ended = trio.Event()
@@ -145,19 +130,8 @@ class SessionBuyer:
                 await self._ended.wait()
 
     def cards(self) -> list[Json]:
-        """Sessions under way, oldest first, as JSON. See ``NodeService.sessions``."""
-        return [
-            {
-                "id": session.id.hex()[:12],
-                "class_id": session.class_id.hex(),
-                "provider": session.provider,
-                "commands": session.table.count,
-                "memory_bytes": session.table.held_bytes,
-                "spent_nusd": session.spent_nusd,
-                "cap_nusd": session.wish.cap_nusd,
-            }
-            for session in self._sessions.values()
-        ]
+        """Sessions under way, oldest first, as ``NodeService.jobs`` has them, up to date."""
+        return [session.story.refresh() for session in self._sessions.values()]
 
     def lends(self, address: bytes, reader: bytes) -> bool:
         """Whether ``reader``, a provider's node, may read a blob that its session loads."""
@@ -199,30 +173,41 @@ class SessionBuyer:
         wish = session.wish
         classes = frozenset({session.class_id})
         if not session.class_id:
-            classes = await self.base.classes_named((wish.class_name,) if wish.class_name else ())
+            classes = await self._classes(wish.class_name)
         until = trio.current_time() + wish.wait_s
         is_told = False
         while not session.is_gone:
             found = await self._try_all(session, classes)
             if isinstance(found, RemoteLease):
-                return self._tell(session, found)
+                return await self._tell(session, found)
             if session.faulted:
                 raise next(iter(session.faulted.values()))
-            if isinstance(found, _CapError):
-                raise found
+            if found.is_final:
+                raise found.why
             left_s = until - trio.current_time()
             if left_s <= 0:
                 if wish.local and self.workers.class_id in (classes or {self.workers.class_id}):
-                    return self._tell(session, self._local(session))
-                raise found
+                    return await self._tell(session, self._local(session))
+                raise found.why
+            await session.story.became("waiting")
             if not is_told:
                 is_told = True
-                session.note(f"{found.message}; waiting for up to {wish.wait_s} s")
+                session.note(f"{found.why.message}; waiting for up to {wish.wait_s} s")
             await trio.sleep(min(RETRY_S, left_s))
         raise ProviderError("the script is gone")
 
-    def lost(self, session: Session, lease: AnyLease, failure: P2PFlopError) -> None:
+    async def _classes(self, name: str) -> frozenset[bytes]:
+        """What ``CLOUD_CLASS`` stands for. Raises ConfigError."""
+        try:
+            return await self.base.classes_named((name,) if name else ())
+        except ConfigError as error:
+            raise unknown_class(error) from error
+
+    async def lost(self, session: Session, lease: AnyLease, failure: P2PFlopError) -> None:
         """A lease has ended before its time."""
+        if isinstance(lease, RemoteLease):
+            provider = lease.bid.record.provider
+            await session.story.lost(provider, printable(failure))
         session.note(f"the provider is lost: {printable(failure)}; going on elsewhere")
         if not isinstance(lease, RemoteLease) or isinstance(failure, CommandFault):
             return
@@ -237,88 +222,96 @@ class SessionBuyer:
         classes: frozenset[bytes],
         tried: frozenset[bytes] = frozenset(),
         shown: frozenset[bytes] = frozenset(),
-    ) -> RemoteLease | MarketError:
-        """Bid to one provider after the other, best first; why there is no lease, if so.
+    ) -> RemoteLease | _NoLease:
+        """Bid to one provider after the other, best first; why there is no lease, if so. Raises
+        StoreError.
 
         Of the nodes that were ``tried`` none is asked again, but once each that showed a newer
         sheet (``shown``), where that is ranked.
         """
-        looked = self._look(session, classes)
-        quotes = [(deal, self._quote(session, deal.ask)) for deal in looked.deals]
-        why = no_deal(looked.ranked)
-        if quotes and all(quote_nusd is None for _, quote_nusd in quotes):
-            left = format_usd(session.wish.cap_nusd - session.spent_nusd)
-            text = f"the {left} that are left of the session's limit do not reach"
-            why = _CapError(text, hint="Raise CLOUD_MAX_USD.")
-        for deal, quote_nusd in quotes:
-            if quote_nusd is None or deal.node in tried:
+        again = lowering_counted(session.again())
+        left_nusd = session.wish.cap_nusd - session.spent_nusd
+        terms = self._terms(session, again.moved_bytes)
+        ranking = self._look(session, classes, again, terms, left_nusd)
+        why = None if ranking.deals else no_lease(ranking.ranked, session.wish, left_nusd)
+        told, continues = "" if why is None else why.message, bool(tried or shown)
+        await session.story.looked(
+            ranking, classes, again, terms, left_nusd, told, continues=continues
+        )
+        if why is not None:
+            is_final = any(miss.reason is MissReason.BUDGET for miss in ranking.misses)
+            return _NoLease(why, is_final)
+        reason = ""
+        for deal in ranking.deals:
+            if deal.node in tried:
                 continue
-            bid = self._bid(session, looked, deal, quote_nusd)
+            bid = self._bid(session, ranking, deal, self._quote(session, deal.ask, left_nusd))
+            reject = None
             try:
-                lease = await open_lease(self, bid, deal.account, session.outstanding())
+                answer = await open_lease(self, bid, deal.account, session.outstanding())
             except (ProviderError, ProtocolError, VerificationError) as error:
                 self.base.experience.note_failure(deal.account, self.base.now_ns())
                 reason = printable(error)
             else:
-                if isinstance(lease, RemoteLease):
-                    return lease
-                reason = printable(lease.reason)
-                if lease.reason == SUPERSEDED and deal.node not in shown:
-                    return await self._try_all(session, classes, tried, shown | {deal.node})
+                if isinstance(answer, RemoteLease):
+                    answer.on_receipt = session.story.signed
+                    await session.story.filled(bid, answer.fill, deal.account)
+                    return answer
+                reject, reason = answer, printable(answer.record.reason)
+            await session.story.refused(bid, reject, reason)
+            if reject is not None and reject.record.reason == SUPERSEDED and deal.node not in shown:
+                return await self._try_all(session, classes, tried, shown | {deal.node})
             tried |= {deal.node}
-            text = f"no provider takes the session; the last one says: {reason}"
-            why = MarketError(text, hint="Set CLOUD_WAIT to more, or CLOUD_FALLBACK=local.")
-        return why
+        return _NoLease(refused_everywhere(reason, session.wish))
 
-    def _look(self, session: Session, classes: frozenset[bytes]) -> _Looked:
-        base = self.base
-        now_ns = base.now_ns()
-        view = base.sheets.book.view(now_ns)
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        need = Need(
-            class_ids=classes or frozenset(view.by_price),
-            flop=NOMINAL_FLOP,
-            touched_bytes=NOMINAL_TOUCHED_BYTES,
-            moved_bytes=NOMINAL_MOVED_BYTES,
-            memory_bytes=session.wish.memory_bytes + WORKER_BASE_BYTES,
-            deadline_ns=now_ns + LEASE_S * NS_PER_S,
-            max_nusd=MAX_NUSD,
-            nonce=nonce,
-        )
-        faulted = tuple(session.faulted)
-        admits, is_strict = base.franchise.admits, base.franchise.is_strict
-        for avoided in (base.experience.avoided(now_ns), ()):
-            excluded = tuple(sorted({*avoided, *faulted}))[:MAX_POLICY_ACCOUNTS]
-            policy = Policy(excluded=excluded, attested_only=is_strict)
-            ranked = rank(view.sheets, need, policy, now_ns, admits)
-            if any(isinstance(entry, Deal) for entry in ranked):
-                break
-        return _Looked(nonce, view, policy, ranked)
+    def _look(
+        self,
+        session: Session,
+        classes: frozenset[bytes],
+        again: Mark,
+        terms: Terms,
+        left_nusd: int,
+    ) -> Ranking:
+        """One look at the book, for what is to be done ``again`` and more."""
+        admits = self.base.franchise.admits
 
-    def _quote(self, session: Session, ask: Ask) -> int | None:
-        """What the next lease may bill on ``ask``; None if what is left does not reach."""
+        def ranked(view: BookView, nonce: bytes, policy: Policy) -> list[Deal | Miss]:
+            need = Need(
+                class_ids=classes or frozenset(view.by_price),
+                flop=again.flop,
+                touched_bytes=again.touched_bytes,
+                moved_bytes=again.moved_bytes,
+                memory_bytes=terms.memory_bytes,
+                deadline_ns=terms.deadline_ns,
+                max_nusd=left_nusd,
+                nonce=nonce,
+            )
+            return rank_session(view.sheets, need, policy, view.at_ns, admits)
+
+        return self.base.look(ranked, excluded=tuple(session.faulted))
+
+    def _quote(self, session: Session, ask: Ask, left_nusd: int) -> int:
+        """What the next lease may bill on ``ask``."""
         memory_bytes = session.wish.memory_bytes + WORKER_BASE_BYTES
         needed_nusd = expected_nusd(ask, memory_bytes, session.again())
-        spent_nusd = session.spent_nusd
-        left_nusd = session.wish.cap_nusd - spent_nusd
-        if needed_nusd > left_nusd:
-            return None
-        return min(left_nusd, max(SLICE_NUSD, spent_nusd, AHEAD * needed_nusd))
+        return min(left_nusd, max(SLICE_NUSD, session.spent_nusd, AHEAD * needed_nusd))
 
-    def _bid(self, session: Session, looked: _Looked, deal: Deal, quote_nusd: int) -> Sealed[Bid]:
+    def _terms(self, session: Session, moved_bytes: int) -> Terms:
+        return Terms(
+            memory_bytes=session.wish.memory_bytes + WORKER_BASE_BYTES,
+            moved_bytes=moved_bytes,
+            checkpoint_steps=0,
+            deadline_ns=self.base.now_ns() + LEASE_S * NS_PER_S,
+        )
+
+    def _bid(self, session: Session, looked: Ranking, deal: Deal, quote_nusd: int) -> Sealed[Bid]:
         identity, now_ns = self.base.identity, self.base.now_ns()
-        memory_bytes = session.wish.memory_bytes
         return make_session_bid(
             identity.node,
             deal,
             session_id=session.id,
             meter_id=METER_ID,
-            terms=Terms(
-                memory_bytes=memory_bytes + WORKER_BASE_BYTES,
-                moved_bytes=memory_bytes,
-                checkpoint_steps=0,
-                deadline_ns=now_ns + LEASE_S * NS_PER_S,
-            ),
+            terms=self._terms(session, session.wish.memory_bytes),
             quote_nusd=quote_nusd,
             nonce=looked.nonce,
             now_ns=now_ns,
@@ -333,7 +326,7 @@ class SessionBuyer:
         outstanding = session.outstanding()
         return LocalLease(self.workers, self.base.store, self.open_graph, memory_bytes, outstanding)
 
-    def _tell(self, session: Session, lease: AnyLease) -> AnyLease:
+    async def _tell(self, session: Session, lease: AnyLease) -> AnyLease:
         """Who runs it from now on."""
         own = self.base.identity.account.public_key
         account, price_nusd, class_id = own, 0, self.workers.class_id
@@ -342,8 +335,7 @@ class SessionBuyer:
             prices = session_prices(lease.bid.record)
             price_nusd = 0 if prices is None else prices.price_nusd
         session.class_id, session.provider = class_id, account.hex()
-        is_ours = class_id == self.workers.class_id
-        name = self.workers.descriptor.name if is_ours else session.wish.class_name
+        name = await self._class_name(session, class_id)
         session.outbox.put(
             Leased(
                 account.hex(),
@@ -357,15 +349,42 @@ class SessionBuyer:
         )
         return lease
 
+    async def _class_name(self, session: Session, class_id: bytes) -> str:
+        """What the person calls a class, or its id where it has no name here."""
+        if class_id == self.workers.class_id:
+            return self.workers.descriptor.name
+        wanted = session.wish.class_name
+        if wanted not in (ANY_CLASS, class_id.hex()):
+            return wanted
+        # Asks compilers for their versions, the first time.
+        return await trio.to_thread.run_sync(name_of, class_id) or class_id.hex()[:12]
+
     async def _close_all(self) -> None:
+        network = self.base.identity.network
         for head in self.journal.unfinished(SESSION_BUYER):
             state = lease_state(head.summary)
             rows = JobRows(self.journal, head, self.base.now_ns)
-            provider = state.open_bid(self.base.identity.network).record.provider
+            provider = state.open_bid(network).record.provider
             letter = rows.add_letter(peer_id(provider), state.countersigned)
             rows.set_head(summary=head.summary, end_state="failed")
             await rows.flush()
             self.base.nursery.start_soon(survive, self.base.letters.deliver, letter)
+        await self._end_stories()
+
+    async def _end_stories(self) -> None:
+        """A session does not outlive its node; what its leases have cost is known from these."""
+        network, runs = self.base.identity.network, self.base.runs
+        left = runs.unfinished(SESSION)
+        owed_nusd: Counter[str] = Counter()
+        for head in self.journal.heads(SESSION_BUYER) if left else ():
+            state = lease_state(head.summary)
+            signed = state.signed_receipt(network)
+            if signed is not None:
+                owed_nusd[run_id(state.open_bid(network).record.job.work)] += signed.amount_nusd
+        for head in left:
+            run = runs.get(head.job)
+            run.card["cost_nusd"] = max(run.card["cost_nusd"], owed_nusd[run.id])
+            await runs.fail(run, ProviderError("the node of the session has ended"))
 
 
 def _shutting_down() -> ProviderError:

@@ -87,7 +87,7 @@ def _watch(
 def _provider(client: Any, accounts: Mapping[str, DemoNode]) -> DemoNode:
     """Who runs the one session of the buyer."""
     for card in client.status()["sessions"]:
-        return accounts[card["provider"]]
+        return accounts[card["account"]]
     raise VerificationError("the script has no session")
 
 

@@ -25,7 +25,7 @@ from p2pflop.errors import ConfigError, ProtocolError
 from p2pflop.keys import peer_id
 from p2pflop.market.evidence import Evidence, Replay, Replayed, replay
 from p2pflop.market.ranking import Deal, Miss, MissReason
-from p2pflop.market.records import ticket_of
+from p2pflop.market.records import session_prices, ticket_of
 from p2pflop.units import format_usd
 from p2pflop.wire import decode
 
@@ -40,6 +40,7 @@ def explain_command(flags: Flags, run: str, out: Path | None, provider: str) -> 
     """Show why a run went to its provider.
 
     The book that the buyer had is ranked again by the public rule, and compared with what was bid.
+    Asks for the session of a script are ranked by what 0.1 PFLOP cost, one look for each lease.
     --out writes the evidence to a file, for anybody else to explain and audit: it names the
     providers, the class and the cost of the job, and not the job itself.
 
@@ -173,9 +174,18 @@ def _outcomes(look: Replay) -> Iterator[tuple[Deal | Miss, str]]:
         if replayed is None:
             yield entry, "not asked: another was better"
         elif replayed.filled:
-            yield entry, "took the job" + (f", then: {replayed.reason}" if replayed.reason else "")
+            yield (
+                entry,
+                f"took the {_what(replayed)}"
+                + (f", then: {replayed.reason}" if replayed.reason else ""),
+            )
         else:
             yield entry, replayed.reason or "asked"
+
+
+def _what(replayed: Replayed) -> str:
+    is_session = replayed.bid is not None and session_prices(replayed.bid) is not None
+    return "session" if is_session else "job"
 
 
 def _reason(miss: Miss, look: Replay) -> str:

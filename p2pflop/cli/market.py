@@ -11,6 +11,7 @@ from p2pflop.cli.money import print_payments
 from p2pflop.cli.output import (
     Flags,
     common_options,
+    local_time,
     print_fields,
     print_json,
     print_table,
@@ -173,14 +174,8 @@ def at_risk(balances: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
 
 def _entry_lines(entry: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """A line a posting; time and memo stand on the first."""
-    head, memo = _time(int(entry["at_ns"])), str(entry["memo"])
+    head, memo = local_time(int(entry["at_ns"])), str(entry["memo"])
     for posting in entry["postings"]:
         amount = format_usd(int(posting["amount_nusd"]))
         yield head, short(posting["account"]), str(posting["kind"]), amount, memo
         head, memo = "", ""
-
-
-def _time(at_ns: int) -> str:
-    from datetime import datetime
-
-    return datetime.fromtimestamp(at_ns / 10**9).astimezone().strftime("%Y-%m-%d %H:%M:%S")

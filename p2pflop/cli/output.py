@@ -191,6 +191,11 @@ def print_error(error: P2PFlopError, *, as_json: bool) -> None:
         click.echo(f"{click.style('hint:', fg='cyan')} {clean(error.hint)}", err=True)
 
 
+def local_time(at_ns: int) -> str:
+    """A time of the Unix clock, for a person here."""
+    return datetime.fromtimestamp(at_ns / NS_PER_S).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
 def avoided_line(until_ns: int, failures: int) -> str:
     """Why an account is left alone, and until when by the clock on the wall here."""
     until = datetime.fromtimestamp(until_ns / NS_PER_S).astimezone()

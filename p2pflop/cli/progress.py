@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from p2pflop.cli import sessions
 from p2pflop.cli.output import Flags, avoided_line, clean, print_json, short, table_lines
 from p2pflop.job.events import State
 from p2pflop.market.credit import job_risk
@@ -101,7 +102,10 @@ class RunView:
         self._begun_ns = time.time_ns()
         place = f", at {short(card['provider'])}" if card.get("provider") else ""
         step, end = int(card.get("step", 0)), end_step(card)
-        self._say(f"run {card['id']}: {card['state']}, step {step}/{end}{place}")
+        how_far = f"step {step}/{end}"
+        if sessions.is_session(card):
+            how_far = f"{sessions.place(card)}, {sessions.spent(card)}"
+        self._say(f"run {card['id']}: {card['state']}, {how_far}{place}")
         self._bar.update(self._task, description="step", completed=step, total=max(end, 1))
 
     def show(self, event: Mapping[str, Any]) -> None:
@@ -173,6 +177,8 @@ class RunView:
     def _on_state(self, event: Mapping[str, Any]) -> None:
         if event["state"] == State.CHECKING:
             self._say("so they say: trying the job out here, up to the next checkpoint")
+        elif event["state"] == "idle":  # of a session
+            self._say("idle: the lease is given back until the script goes on")
 
     def _on_fetching(self, event: Mapping[str, Any]) -> None:
         done, total = int(event["done_bytes"]), int(event["total_bytes"])
@@ -212,6 +218,10 @@ class RunView:
         fields += [(name, _number(value, 6)) for name, value in self._values.items()]
         for name, value in fields:
             self._say(f"{name}  {value}")
+
+    def _on_closed(self, event: Mapping[str, Any]) -> None:
+        self._bar.stop()
+        self._say(f"closed  {format_usd(int(event['cost_nusd']))} in all")
 
     def _on_cancelled(self, _event: Mapping[str, Any]) -> None:
         self._say("cancelled")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from p2pflop.cli import sessions
 from p2pflop.cli.output import Flags, clean, common_options, print_json, print_table, say
 from p2pflop.node.service import LAST_EVENT_KINDS
 from p2pflop.units import format_usd
@@ -25,7 +26,8 @@ PAUSED = "paused: waiting for the buyer's signature"
 def jobs_command(flags: Flags, sold: bool) -> None:
     """List the runs of this node.
 
-    Newest first. With --sold what runs here for others, oldest first.
+    Jobs, and sessions of scripts, whose steps are commands; newest first. With --sold what runs
+    here for others, oldest first.
 
     \b
     Examples:
@@ -40,18 +42,21 @@ def jobs_command(flags: Flags, sold: bool) -> None:
     if flags.json:
         print_json(jobs)
         return
+    print_table(
+        ("ID", "STATE", "STEP", "COST", "TITLE"),
+        map(_row, jobs),
+        "No runs yet: p2pflop submit FILE, or CLOUD=1 python SCRIPT",
+    )
+
+
+def _row(job: dict[str, Any]) -> tuple[str, str, str, str, str]:
     from p2pflop.cli.progress import end_step
 
-    rows = (
-        (
-            job.get("id", ""),
-            job.get("state", ""),
-            f"{job.get('step', 0)}/{end_step(job)}",
-            job.get("title", ""),
-        )
-        for job in jobs
-    )
-    print_table(("ID", "STATE", "STEP", "TITLE"), rows, "No runs yet: p2pflop submit FILE")
+    who = job.get("id", ""), job.get("state", "")
+    if sessions.is_session(job):
+        return *who, str(job.get("step", 0)), sessions.spent(job), sessions.title(job)
+    cost = format_usd(job["cost_nusd"]) if "cost_nusd" in job else ""
+    return *who, f"{job.get('step', 0)}/{end_step(job)}", cost, job.get("title", "")
 
 
 def _tell_sales(flags: Flags) -> None:
@@ -100,7 +105,8 @@ def watch_command(flags: Flags, run_id: str) -> None:
 def cancel_command(flags: Flags, run_id: str) -> None:
     """Give a run up, and tell what it has cost.
 
-    What was delivered until then is owed; a run that has ended stays as it is.
+    What was delivered until then is owed; a run that has ended stays as it is. The script of a
+    session ends with an error.
 
     \b
     Examples:
@@ -117,11 +123,16 @@ def cancel_command(flags: Flags, run_id: str) -> None:
     from p2pflop.cli.progress import end_step
 
     place = f"at step {job.get('step', 0)} of {end_step(job)}"
+    if sessions.is_session(job):
+        place = sessions.place(job)
     if not end["final"]:
         say(f"{clean(run_id)} is being cancelled, {place}: see 'p2pflop watch {clean(run_id)}'")
     else:
         say(f"{clean(run_id)} is {clean(job.get('state', 'cancelled'))}, {place}")
     cost = format_usd(end["cost_nusd"])
+    if sessions.is_session(job):
+        say(f"cost {'' if end['final'] else 'so far '}{sessions.spent(job)}")
+        return
     to_step = end["delivered_to_step"]
     delivered = f"what was delivered, up to step {to_step}" if to_step else "nothing was delivered"
     say(f"cost {'' if end['final'] else 'so far '}{cost}: {delivered}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from p2pflop.cli import sessions
 from p2pflop.cli.output import Flags, clean, common_options, print_fields, print_json, say
 from p2pflop.errors import ConfigError
 from p2pflop.units import format_bytes, format_flop
@@ -150,6 +151,8 @@ def show_command(flags: Flags, what: str) -> None:
     run = flags.client(start=True).job(what)
     if flags.json:
         print_json(run)
+    elif sessions.is_session(run):
+        print_fields(sessions.fields(run))
     else:
         print_fields(
             (name, value) for name, value in run.items() if not isinstance(value, dict | list)

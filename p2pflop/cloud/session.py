@@ -16,16 +16,18 @@ command that is to blame.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, NoReturn, cast
 
 from p2pflop.cloud.link import Link, Uninterrupted
 from p2pflop.cloud.settings import CloudSettings
 from p2pflop.cloud.stacks import Stack, describe, user_stack
-from p2pflop.errors import JobError, P2PFlopError, ProtocolError, ProviderError
+from p2pflop.errors import ConfigError, JobError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.job.commands import (
     NOBODY,
     AnyCommand,
@@ -48,6 +50,7 @@ from p2pflop.job.commands import (
     decode_frame,
     encode_frame,
 )
+from p2pflop.kernels.classes import assignments
 from p2pflop.units import (
     FLOP_PER_PFLOP,
     NS_PER_S,
@@ -64,6 +67,7 @@ once, so that nobody waits while the script thinks."""
 CLOSE_S: Final = 10.0
 """How long the end of a script waits for the last words of its session."""
 VERSION: Final = 1
+MAX_NAME_CHARS: Final = 80
 _COMMAND_BYTES: Final = 24
 _PLACE_BYTES: Final = 12
 _Wanted = dict[int, bytearray]
@@ -154,6 +158,7 @@ class ScriptSession:
                 settings.wait_s,
                 settings.fallback,
                 self._verbose,
+                script_name(),
             )
         )
         while self.leased is None:
@@ -314,7 +319,7 @@ class ScriptSession:
         if self.leased is None:
             self._say(opening_line(leased))
             if self._settings.debug:
-                self._say(f"equal bytes here with DEV={leased.dev}")
+                self._say(equal_line(leased))
         self.leased = leased
 
     def _fault(self, failed: Failed) -> P2PFlopError:
@@ -346,6 +351,12 @@ class ScriptSession:
         raise again
 
 
+def script_name() -> str:
+    """What the program is called: the file that python runs, if it is one."""
+    path = getattr(sys.modules.get("__main__"), "__file__", None) or ""
+    return Path(path).name[:MAX_NAME_CHARS]
+
+
 def opening_line(leased: Leased) -> str:
     """The line before the first operation."""
     return (
@@ -353,6 +364,14 @@ def opening_line(leased: Leased) -> str:
         f"{format_usd(leased.price_nusd)} a PFLOP, at most {format_usd(leased.cap_nusd)} in all "
         "(CLOUD_MAX_USD)"
     )
+
+
+def equal_line(leased: Leased) -> str:
+    """What to type for equal bytes here."""
+    try:
+        return f"equal bytes here with {assignments(leased.dev)}"
+    except ConfigError as error:
+        return f"{leased.class_name} is not to be had here: {error.message}"
 
 
 def closing_line(closed: Closed) -> str:

@@ -153,7 +153,8 @@ class Open(Frame, frozen=True, tag=32):
 
     ``class_name`` is as ``submit --class`` takes it; ``cap_nusd`` the most that it may cost in all;
     ``wait_s`` how long it waits where nobody offers; ``local`` says that it then goes on in the
-    sandbox of this node; ``verbose`` that each run is to be told by a ``Ran`` of its own.
+    sandbox of this node; ``verbose`` that each run is to be told by a ``Ran`` of its own;
+    ``script`` is how the node lists it.
     """
 
     version: Literal[1]
@@ -163,6 +164,7 @@ class Open(Frame, frozen=True, tag=32):
     wait_s: U32
     local: bool
     verbose: bool
+    script: Text = ""
 
 
 class Batch(Frame, frozen=True, tag=33):

@@ -40,6 +40,11 @@ def credit_reason(uncovered: int, paid_nusd: int, pool_nusd: int, free_nusd: int
     )
 
 
+def is_over_credit(reason: str) -> bool:
+    """Whether a refusal is by ``credit_reason``."""
+    return reason.startswith(("over your credit of ", "over the credit of "))
+
+
 def job_risk(quote_nusd: int, prepaid_nusd: int = 0) -> str:
     """Who holds the risk of one job: DESIGN section 4, for people."""
     buyer = "one checkpoint interval"

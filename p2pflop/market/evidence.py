@@ -17,6 +17,7 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from p2pflop.errors import ProtocolError, VerificationError
+from p2pflop.market.book import IsAttested
 from p2pflop.market.ranking import (
     MAX_POLICY_ACCOUNTS,
     Deal,
@@ -37,8 +38,11 @@ from p2pflop.market.records import (
     Reject,
     Rejected,
     Terms,
+    session_ext,
+    session_prices,
     ticket_of,
 )
+from p2pflop.market.sessions import rank_session
 from p2pflop.market.sheets import OpenSheet, open_sheet
 from p2pflop.market.views import BookView
 from p2pflop.market.wishes import check_ticket
@@ -86,7 +90,8 @@ class Look(Record, frozen=True):
     ``continues``: who was asked after the look before is not asked again, unless it showed a newer
     sheet with its refusal. ``attested``: the accounts among these that the buyer held to be so, if
     its policy is to deal with no others. ``wanted``: of a look that led to no bid, nothing or one.
-    ``avoided`` is the buyer's own word.
+    ``avoided`` is the buyer's own word. ``session``: of a look for a lease of a session, what had
+    to be done again first, for ``max_nusd`` at most; asks are ranked by ``sessions.rank_session``.
     """
 
     at_ns: U63
@@ -100,6 +105,7 @@ class Look(Record, frozen=True):
     attempts: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=MAX_ATTEMPTS)]
     wanted: Annotated[tuple[Wanted, ...], msgspec.Meta(max_length=1)] = ()
     avoided: Annotated[tuple[Avoided, ...], msgspec.Meta(max_length=MAX_POLICY_ACCOUNTS)] = ()
+    session: Annotated[tuple[Wanted, ...], msgspec.Meta(max_length=1)] = ()
 
 
 class Evidence(Record, frozen=True):
@@ -185,16 +191,14 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
     opened = [_open_attempt(attempt, network) for attempt in look.attempts]
     quoted = _quoted(view, [bid for bid in opened if bid is not None], network)
     first: list[Deal | Miss] = []
-    for wanted in look.wanted:
-        need = _need(look, view, wanted)
-        first = rank(view.sheets, need, look.policy, look.at_ns, is_attested)
+    for wanted in look.wanted or look.session:
+        first = _rank(look, view, wanted, is_attested)
     bids: list[Replayed] = []
     for number, (attempt, bid) in enumerate(zip(look.attempts, opened, strict=True)):
         if bid is None:
             bids.append(Replayed(None, Verdict.FORGED, -1, False, attempt.reason))
             continue
-        need = _need(look, view, bid.record)
-        ranked = rank(view.sheets, need, look.policy, look.at_ns, is_attested, quoted)
+        ranked = _rank(look, view, bid.record, is_attested, quoted)
         first = ranked if number == 0 else first
         deals = [entry for entry in ranked if isinstance(entry, Deal)]
         verdict, place = _judge(look, view, bid.record, deals, tried)
@@ -245,19 +249,41 @@ def _check_answers(attempt: Attempt, bid: Sealed[Bid], network: str) -> None:
             raise VerificationError("an answer to another bid")
 
 
-def _need(look: Look, view: BookView, bid: Bid | Wanted) -> Need:
-    flop, touched_bytes = sum_costs(bid.costs)
+def _rank(
+    look: Look,
+    view: BookView,
+    bid: Bid | Wanted,
+    is_attested: IsAttested,
+    quoted: Sequence[Quoted] = (),
+) -> list[Deal | Miss]:
+    if look.session:
+        need = _need(look, view, bid, look.session[0])
+        return rank_session(view.sheets, need, look.policy, look.at_ns, is_attested)
+    need = _need(look, view, bid, bid)
+    return rank(view.sheets, need, look.policy, look.at_ns, is_attested, quoted)
+
+
+def _need(look: Look, view: BookView, bid: Bid | Wanted, work: Bid | Wanted) -> Need:
+    """What ``bid`` is for, where ``work`` is to be done."""
+    flop, touched_bytes = sum_costs(work.costs)
     every = {ask.class_id for sheet in view.sheets for ask in sheet.sheet.asks}
     return Need(
         class_ids=frozenset(look.class_ids or every),
         flop=flop,
         touched_bytes=touched_bytes,
-        moved_bytes=bid.terms.moved_bytes,
+        moved_bytes=work.terms.moved_bytes,
         memory_bytes=bid.terms.memory_bytes,
         deadline_ns=bid.terms.deadline_ns,
         max_nusd=look.max_nusd,
         nonce=bid.nonce,
     )
+
+
+def _is_quoted(look: Look, deal: Deal, bid: Bid) -> bool:
+    """Whether the quote is what the ask says; a session's is a part of what is left for it."""
+    if session_prices(bid) is None or not look.session:
+        return deal.total_nusd == bid.quote_nusd
+    return bid.quote_nusd <= look.max_nusd and set(session_ext(deal.ask)) <= set(bid.ext)
 
 
 def _judge(
@@ -280,7 +306,7 @@ def _judge(
         return Verdict.OTHER_POLICY, place
     if not found:
         return Verdict.UNKNOWN_ASK, place
-    if deals[place].total_nusd != bid.quote_nusd:
+    if not _is_quoted(look, deals[place], bid):
         return Verdict.OTHER_QUOTE, place
     untried = [deal for deal in deals[:place] if deal.node not in tried]
     if untried:

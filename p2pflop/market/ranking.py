@@ -106,7 +106,6 @@ class MissReason(StrEnum):
 
 
 _TOTAL: Final = attrgetter("total_nusd")
-_NEARNESS: Final = {reason: place for place, reason in enumerate(MissReason)}
 _ADVICE: Final = {
     MissReason.CLASS: "They compute other bytes than the class that was asked for, by default this "
     "machine's own: connect to more peers, or allow any class.",
@@ -316,18 +315,23 @@ def no_deal(ranked: Iterable[Deal | Miss]) -> MarketError:
     What keeps out the ask that would almost do is the job's obstacle, however many others there are
     that would not do at all.
     """
-    by_reason: dict[MissReason, list[Miss]] = {}
-    for miss in ranked:
-        if isinstance(miss, Miss):
-            by_reason.setdefault(miss.reason, []).append(miss)
+    by_reason = by_nearness(ranked)
     if not by_reason:
         return MarketError(
             "the order book is empty", hint="Connect to a peer that sells, or wait for its sheet."
         )
-    reasons = sorted(by_reason, key=_NEARNESS.__getitem__, reverse=True)
-    listed = ", ".join(f"{len(by_reason[reason])} x {reason}" for reason in reasons)
-    hint = _advice(reasons[0], by_reason[reasons[0]])
+    listed = ", ".join(f"{len(misses)} x {reason}" for reason, misses in by_reason.items())
+    hint = _advice(*next(iter(by_reason.items())))
     return MarketError(f"no ask satisfies the job: {listed}", hint=hint)
+
+
+def by_nearness(ranked: Iterable[Deal | Miss]) -> dict[MissReason, list[Miss]]:
+    """The misses by their reason, those that come nearest first."""
+    found: dict[MissReason, list[Miss]] = {}
+    for miss in ranked:
+        if isinstance(miss, Miss):
+            found.setdefault(miss.reason, []).append(miss)
+    return {reason: found[reason] for reason in reversed(MissReason) if reason in found}
 
 
 def _advice(reason: MissReason, misses: list[Miss]) -> str:

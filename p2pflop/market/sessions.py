@@ -25,15 +25,26 @@ ends the lease. A provider that leaves has what was countersigned. Neither is ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.job.session import Mark
 from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey
+from p2pflop.market.book import IsAttested, nobody
 from p2pflop.market.fills import OpenBid, charges_ext, open_bid
-from p2pflop.market.ranking import BYTES_PER_GB, Deal, total_nusd
+from p2pflop.market.ranking import (
+    BYTES_PER_GB,
+    Deal,
+    Miss,
+    MissReason,
+    Need,
+    Policy,
+    rank,
+    total_nusd,
+)
 from p2pflop.market.records import (
     SESSION_EXT,
     ZERO_HASH,
@@ -49,6 +60,7 @@ from p2pflop.market.records import (
     session_prices,
     ticket_ext,
 )
+from p2pflop.market.sheets import OpenSheet
 from p2pflop.units import FLOP_PER_PFLOP, MAX_NUSD
 from p2pflop.wire import DEFAULT_NETWORK, Sealed, reopen, seal
 
@@ -67,6 +79,38 @@ HELD_FLOP_PER_BYTE: Final = 1
 for touched bytes."""
 FIRST_HELD_SECONDS: Final = 5
 """What every lease is held for: a slot is not to be had for less."""
+
+
+def rank_session(
+    sheets: Iterable[OpenSheet],
+    need: Need,
+    policy: Policy,
+    now_ns: int,
+    is_attested: IsAttested = nobody,
+) -> list[Deal | Miss]:
+    """Every ask for a lease of a session: deals by what a nominal session costs, then the others.
+
+    ``need`` is what has to be done again before the session can go on, its lowering counted as
+    FLOP; an ask that asks more than
+    ``max_nusd`` for it is over the budget.
+    """
+    nominal = replace(
+        need,
+        flop=NOMINAL_FLOP,
+        touched_bytes=NOMINAL_TOUCHED_BYTES,
+        moved_bytes=NOMINAL_MOVED_BYTES,
+        max_nusd=MAX_NUSD,
+    )
+    due = Mark(flop=need.flop, touched_bytes=need.touched_bytes, moved_bytes=need.moved_bytes)
+    within: list[Deal | Miss] = []
+    over: list[Deal | Miss] = []
+    for entry in rank(sheets, nominal, policy, now_ns, is_attested):
+        due_nusd = expected_nusd(entry.ask, need.memory_bytes, due)
+        if isinstance(entry, Deal) and due_nusd > need.max_nusd:
+            over.append(Miss(entry.sheet, entry.ask, MissReason.BUDGET, due_nusd, need))
+        else:
+            within.append(entry)
+    return within + over
 
 
 def make_session_bid(
@@ -175,6 +219,12 @@ def expected_nusd(ask: Ask, memory_bytes: int, mark: Mark) -> int:
     work = max(mark.flop, ask.flop_per_byte * mark.touched_bytes)
     work += _aside_flop(ask.flop_per_byte, memory_bytes, mark)
     return total_nusd(ask, work, 0, mark.moved_bytes)
+
+
+def lowering_counted(mark: Mark) -> Mark:
+    """``mark`` with what its graphs count for being lowered among its FLOP."""
+    flop = mark.flop + LOWERING_FLOP_PER_NODE * mark.lowered_nodes
+    return replace(mark, flop=flop, lowered_nodes=0)
 
 
 def full_nusd(bid: Bid, mark: Mark) -> int:

@@ -58,8 +58,8 @@ async def test_a_buyer_owes_what_it_countersigned_and_no_more(
     provider, buyer = await market.provider(), await market.buyer()
     buyer.cut_at, buyer.cut_before = buyer.writes + write, before
     script = Script()
-    await begin(buyer, script)
     with trio.move_on_after(60):
+        await begin(buyer, script)
         await run_slowly(script)
         await script.close()
     script.leave()

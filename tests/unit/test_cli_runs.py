@@ -139,3 +139,58 @@ def test_watch_begins_with_what_is_known() -> None:
     assert "11/100" not in told
     assert "receipt 1" in told
     assert "step 58/100" in told
+
+
+SESSION = {
+    "id": "cd" * 6,
+    "kind": "session",
+    "title": "train.py",
+    "state": "leased",
+    "end_state": "",
+    "provider": PEER,
+    "account": "ab" * 32,
+    "class_id": "cd" * 32,
+    "class_name": "",
+    "cost_nusd": 2_000_000,
+    "max_nusd": 100_000_000,
+    "submitted_ns": 10**18,
+    "step": 40,
+    "commands": 42,
+    "flop": 10**12,
+}
+
+
+def test_jobs_and_show_tell_of_a_session_its_script_and_cost(
+    start_node: StartNode, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_node()
+    monkeypatch.setattr(Client, "jobs", lambda _: [SESSION])
+    monkeypatch.setattr(Client, "job", lambda *_: SESSION)
+    assert run(["jobs"]) == 0
+    [_, line] = capsys.readouterr().out.splitlines()
+    assert line.split() == [
+        *("cd" * 6, "leased", "40", "$0.002", "of", "$0.10"),
+        *("train.py", "(CLOUD),", "at", "anyone"),
+    ]
+    assert run(["show", "cd" * 6]) == 0
+    told = capsys.readouterr().out
+    for words in ("train.py", "$0.002 of $0.10", "40 of 42 obeyed", "1 TFLOP", "2001-09-"):
+        assert words in told
+
+
+def test_cancel_of_a_session_tells_what_it_has_cost_of_its_limit(
+    start_node: StartNode, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_node(script=[("cancelled", {"cost_nusd": 2_000_000, "hint": ""})])
+    run_id = Client().submit(b"job")
+    monkeypatch.setattr(Client, "job", lambda *_: SESSION | {"state": "cancelled"})
+    assert run(["cancel", run_id]) == 0
+    told = capsys.readouterr().err
+    assert f"{run_id} is cancelled, after 40 commands" in told
+    assert "cost $0.002 of $0.10" in told
+
+
+def test_a_view_of_a_session_tells_its_pauses_and_its_end() -> None:
+    told = shown([("state", {"state": "idle"}), ("closed", {"cost_nusd": 3_000_000})])
+    assert "given back" in told
+    assert "closed  $0.003 in all" in told

@@ -13,7 +13,13 @@ import pytest
 
 from p2pflop.cloud import session as module
 from p2pflop.cloud.link import Frames, framed
-from p2pflop.cloud.session import BATCH_BYTES, BATCH_COMMANDS, ScriptSession, closing_line
+from p2pflop.cloud.session import (
+    BATCH_BYTES,
+    BATCH_COMMANDS,
+    ScriptSession,
+    closing_line,
+    script_name,
+)
 from p2pflop.cloud.settings import CloudSettings
 from p2pflop.cloud.stacks import Stack, user_stack
 from p2pflop.errors import JobError, NodeUnreachableError, ProtocolError, ProviderError
@@ -115,7 +121,7 @@ class Script:
 def test_it_opens_with_its_settings_and_says_the_terms() -> None:
     node = FakeNode()
     script = Script(node, CloudSettings(7, "any", 10**6, 5, fallback=True))
-    assert node.heard == [Open(1, "any", 10**6, 7, 5, True, False)]
+    assert node.heard == [Open(1, "any", 10**6, 7, 5, True, False, script_name())]
     [line] = script.told
     assert line == (
         "abababababab computes in cpu-clang-nofma for $0.05 a PFLOP, at most $0.10 in all "

@@ -34,7 +34,7 @@ class StandIn:
         )
 
     def status(self) -> dict[str, Any]:
-        return {"sessions": [{"provider": "dear" if self.killed else "fair"}]}
+        return {"sessions": [{"account": "dear" if self.killed else "fair"}]}
 
     def __enter__(self) -> StandIn:
         return self

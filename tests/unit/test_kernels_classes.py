@@ -135,3 +135,17 @@ def test_a_processor_without_what_a_class_needs_is_told(monkeypatch: pytest.Monk
             classes.family(name).describe()
         with pytest.raises(ConfigError, match="riscv64"):
             classes.environment(name)
+
+
+def test_what_a_shell_takes_for_equal_bytes_names_the_compiler_that_is_not_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = classes.family().device
+    monkeypatch.setenv("PATH", str(Path(classes.clang()).parent))
+    assert classes.assignments(device) == f"DEV={device}"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert classes.assignments(device) == f"DEV={device} CC={classes.clang()}"
+    assert "LLVM_PATH=" in classes.assignments(classes.family("cpu-llvm").device)
+    assert classes.assignments("CUDA") == "DEV=CUDA"
+    with pytest.raises(ConfigError, match="does not know the class"):
+        classes.assignments("")
