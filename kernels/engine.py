@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from p2pflop.job.commands import AnyCommand
+from p2pflop.job.commands import WorkedCommand
 from p2pflop.job.spec import Work
 
 DEFAULT_ENGINE = "p2pflop.kernels.tinygrad_engine"
@@ -44,7 +44,7 @@ class Workspace(Protocol):
 
     def put(self, buffer: int, offset_bytes: int, data: bytes | memoryview) -> None: ...
 
-    def obey(self, command: AnyCommand) -> memoryview | None: ...
+    def obey(self, command: WorkedCommand) -> memoryview | None: ...
 
 
 class Compiler(Protocol):

@@ -88,8 +88,9 @@ SessionCommand = (
     | commands.Run
     | commands.Copy
     | commands.Read
+    | commands.Check
 )
-"""All but Define and Load, which reach a worker as LoadPlan and Put."""
+"""All but Hold, Define and Load, of which the last two reach a worker as LoadPlan and Put."""
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):

@@ -43,6 +43,8 @@ class LocalSession:
         before = space.kernels, space.flop, space.touched_bytes
         for command in commands:
             number = self.table.count
+            for check in self.table.checks(command):
+                space.obey(check)
             graph = open_graph(command.graph) if isinstance(command, Define) else None
             self.table.apply(command, graph)
             if graph is not None:

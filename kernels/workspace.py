@@ -11,18 +11,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from p2pflop.errors import JobError, ProtocolError
+from p2pflop.job.bools import check_bools
 from p2pflop.job.commands import (
     Allocate,
-    AnyCommand,
     Bind,
+    Check,
     Copy,
     Free,
     Place,
     Read,
     Run,
+    WorkedCommand,
     Write,
 )
-from p2pflop.kernels.frames import MAX_PLANS_BYTES
+from p2pflop.kernels.frames import MAX_PLANS_BYTES, PART_BYTES
 from p2pflop.kernels.machine import Bound, Loaded, Machine, Memory
 from p2pflop.kernels.plan import Plan, decode_plan, scratch_bytes
 
@@ -76,11 +78,11 @@ class MachineWorkspace:
         """Put ``data`` into a buffer. Raises ProtocolError if it does not fit."""
         self._holding(buffer, offset_bytes, len(data)).write(offset_bytes, data)
 
-    def obey(self, command: AnyCommand) -> memoryview | None:
+    def obey(self, command: WorkedCommand) -> memoryview | None:
         """Obey a command; for a Read its answer, which holds until the next command.
 
         Not for Define and Load: those are ``define`` and ``put``. Raises ProtocolError if it does
-        not fit, JobError if there is no memory.
+        not fit, JobError if there is no memory, or a Check fails.
         """
         match command:
             case Run(binding):
@@ -102,6 +104,8 @@ class MachineWorkspace:
                 self._buffers[buffer] = self._machine.memory(size_bytes)
             case Free(buffer):
                 self._free(buffer)
+            case Check(buffer, offset_bytes, size_bytes):
+                self._check(buffer, offset_bytes, size_bytes)
             case _:
                 raise ProtocolError(f"a worker does not obey {type(command).__name__}")
         return None
@@ -118,6 +122,11 @@ class MachineWorkspace:
         self.kernels += graph.kernels
         self.flop += graph.flop
         self.touched_bytes += graph.touched_bytes
+
+    def _check(self, buffer: int, offset_bytes: int, size_bytes: int) -> None:
+        memory, end = self._holding(buffer, offset_bytes, size_bytes), offset_bytes + size_bytes
+        for start in range(offset_bytes, end, PART_BYTES):
+            check_bools(memory.read(start, min(PART_BYTES, end - start)))
 
     def _bind(self, number: int, name: bytes, places: tuple[Place, ...]) -> None:
         graph = self._graphs.get(name)

@@ -13,10 +13,11 @@ import trio
 from blake3 import blake3
 
 from p2pflop.errors import JobError
+from p2pflop.job.bools import check_bools
 from p2pflop.job.commands import (
     Allocate,
-    AnyCommand,
     Bind,
+    Check,
     Copy,
     Data,
     Free,
@@ -24,6 +25,7 @@ from p2pflop.job.commands import (
     Ran,
     Read,
     Run,
+    WorkedCommand,
     Write,
 )
 from p2pflop.job.session import OpenGraph, open_graph
@@ -48,7 +50,7 @@ class DigestWorkspace:
         """See Workspace."""
         self._buffers[buffer][offset_bytes : offset_bytes + len(data)] = data
 
-    def obey(self, command: AnyCommand) -> memoryview | None:
+    def obey(self, command: WorkedCommand) -> memoryview | None:
         """See Workspace."""
         match command:
             case Allocate(buffer, size_bytes):
@@ -68,6 +70,8 @@ class DigestWorkspace:
                 self.put(target, at, self.read(source, size_bytes))
             case Read(buffer, offset_bytes, size_bytes):
                 return memoryview(self.read((buffer, offset_bytes), size_bytes))
+            case Check(buffer, offset_bytes, size_bytes):
+                check_bools(self.read((buffer, offset_bytes), size_bytes))
             case _:
                 raise AssertionError(f"a worker does not obey {command}")
         return None
@@ -80,7 +84,8 @@ class DigestWorkspace:
         for number, (buffer, at) in enumerate(places):
             if graph.written[number]:
                 seed = blake3(digest.digest() + bytes([number % 256]))
-                self.put(buffer, at, seed.digest(graph.sizes_bytes[number]))
+                made = seed.digest(graph.sizes_bytes[number])
+                self.put(buffer, at, bytes(b & 1 for b in made) if graph.bools[number] else made)
         self.kernels += 1
         self.flop += graph.cost.flop
         self.touched_bytes += graph.cost.touched_bytes
@@ -122,7 +127,7 @@ class MemorySession:
         await trio.lowlevel.checkpoint()
         self._space.put(buffer, offset_bytes, data)
 
-    async def obey(self, commands: Sequence[AnyCommand]) -> None:
+    async def obey(self, commands: Sequence[WorkedCommand]) -> None:
         """See SessionWorker."""
         space = self._space
         kernels, flop, touched_bytes = space.kernels, space.flop, space.touched_bytes

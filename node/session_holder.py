@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Generic, TypeVar
 
-from p2pflop.job.commands import AnyCommand, Data, Ran
+from p2pflop.job.commands import Data, Ran, WorkedCommand
 from p2pflop.node.worker_types import SessionWorker
 
 S = TypeVar("S", bound=SessionWorker)
@@ -34,7 +34,7 @@ class SessionHolder(Generic[S]):
         """See ``SessionWorker``."""
         await self._open.put(buffer, offset_bytes, data)
 
-    async def obey(self, commands: Sequence[AnyCommand]) -> None:
+    async def obey(self, commands: Sequence[WorkedCommand]) -> None:
         """See ``SessionWorker``."""
         await self._open.obey(commands)
 

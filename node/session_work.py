@@ -22,8 +22,18 @@ from msgspec.structs import replace
 
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.manifest import chunk_count
-from p2pflop.errors import ProtocolError, ProviderError
-from p2pflop.job.commands import AnyCommand, Batch, Data, Define, Hold, Load, Ran, Read
+from p2pflop.errors import JobError, ProtocolError, ProviderError
+from p2pflop.job.commands import (
+    Batch,
+    Check,
+    Data,
+    Define,
+    Hold,
+    Load,
+    Ran,
+    Read,
+    WorkedCommand,
+)
 from p2pflop.job.meter import MAX_LINE_VALUE
 from p2pflop.job.session import Mark, OpenGraph, SessionTable
 from p2pflop.node.execute import is_dear
@@ -35,6 +45,10 @@ from p2pflop.wire import encode
 
 MAX_LOWERING: Final = 2
 MAX_FETCHING: Final = 2
+MAX_CHECKS: Final = 65_536
+"""In one batch."""
+PLACES_AT_ONCE: Final = 65_536
+"""Of the bindings that run: to look at so many takes some 10 ms, and then others have a turn."""
 MAX_KERNELS: Final = 2**32 - 1
 MAX_BUSY_NS: Final = 3600 * NS_PER_S
 """Of one batch; what a worker says beyond is cut."""
@@ -67,12 +81,14 @@ class _Later:
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """A batch, what it comes to with all before it, and what its commands wait for, by place."""
+    """A batch, what it comes to with all before it, and, by place, what its commands wait for and
+    what is looked at before them."""
 
     batch: Batch
     size_bytes: int
     mark: Mark
     later: dict[int, _Later]
+    checks: dict[int, tuple[Check, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +160,19 @@ class SessionWork:
         if waiting + len(batch.commands) > WINDOW_COMMANDS or self._waiting_bytes > WINDOW_BYTES:
             raise ProtocolError("more commands than the window lets through")
         later: dict[int, _Later] = {}
+        checks: dict[int, tuple[Check, ...]] = {}
+        places = looked = 0
         for place, command in enumerate(batch.commands):
             graph = await self._opened(command.graph) if isinstance(command, Define) else None
+            places += self.table.places(command)
+            if places > PLACES_AT_ONCE:
+                places = 0
+                await trio.lowlevel.checkpoint()
+            if due := self.table.checks(command):
+                checks[place] = due
+                looked += len(due)
+                if looked > MAX_CHECKS:
+                    raise JobError(f"over {MAX_CHECKS} views of bools are new in one batch")
             self.table.apply(command, graph)
             if isinstance(command, Load):
                 later[place] = _Later(command)
@@ -154,7 +181,7 @@ class SessionWork:
                 self._known.add(graph.hash)
                 later[place] = _Later(command, graph.hash, graph.cost.flop)
                 self._graphs.send_nowait(later[place])
-        taken = _Taken(batch, len(encode(batch)), self.table.mark(), later)
+        taken = _Taken(batch, len(encode(batch)), self.table.mark(), later, checks)
         self._waiting_bytes += taken.size_bytes
         self._under_way.append(taken)
         self._queue.send_nowait(taken)
@@ -204,13 +231,14 @@ class SessionWork:
 
     async def _feed(self, worker: SessionWorker, taken: _Taken) -> None:
         self.fed = taken.mark
-        group: list[AnyCommand] = []
+        group: list[WorkedCommand] = []
         asked = _Asked([], deque(), ends=False)
         for place, command in enumerate(taken.batch.commands):
             number = taken.batch.first + place
             if not isinstance(command, Define | Load | Hold):
-                group.append(command)
-                asked.numbers.append(number)
+                given = (*taken.checks.get(place, ()), command)
+                group.extend(given)
+                asked.numbers.extend([number] * len(given))
                 if isinstance(command, Read):
                     asked.reads.append([number, command.size_bytes])
                 continue
@@ -229,7 +257,7 @@ class SessionWork:
         await self._ask(worker, _Asked(asked.numbers, asked.reads, ends=True), group)
 
     async def _ask(
-        self, worker: SessionWorker, asked: _Asked, commands: Sequence[AnyCommand]
+        self, worker: SessionWorker, asked: _Asked, commands: Sequence[WorkedCommand]
     ) -> None:
         self._asked.append(asked)
         self.idle.begin()

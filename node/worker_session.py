@@ -19,7 +19,6 @@ import trio
 from p2pflop.errors import JobError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.job.commands import (
     MAX_BATCH_COMMANDS,
-    AnyCommand,
     Bind,
     Data,
     Define,
@@ -28,6 +27,7 @@ from p2pflop.job.commands import (
     Ran,
     Read,
     Run,
+    WorkedCommand,
     Write,
 )
 from p2pflop.kernels import frames
@@ -91,7 +91,7 @@ class ProcessSession:
         """See ``SessionWorker``."""
         await self._send(frames.Put(buffer, offset_bytes, data))
 
-    async def obey(self, commands: Sequence[AnyCommand]) -> None:
+    async def obey(self, commands: Sequence[WorkedCommand]) -> None:
         """See ``SessionWorker``."""
         messages = tuple(_messages(commands))
         first, self._count = self._count, self._count + len(commands)
@@ -206,7 +206,7 @@ def again(error: P2PFlopError) -> P2PFlopError:
     return type(error)(error.message, hint=error.hint)
 
 
-def _messages(commands: Sequence[AnyCommand]) -> Iterator[frames.Obey]:
+def _messages(commands: Sequence[WorkedCommand]) -> Iterator[frames.Obey]:
     """Commands in frames that are not too large. Raises ValueError for what no worker obeys."""
     some: list[SessionCommand] = []
     room = PART_BYTES

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from p2pflop.job.commands import AnyCommand, Data, Ran
+from p2pflop.job.commands import Data, Ran, WorkedCommand
 from p2pflop.job.spec import ClassDescriptor
 
 
@@ -127,9 +127,9 @@ class SessionWorker(Protocol):
     async def put(self, buffer: int, offset_bytes: int, data: bytes) -> None:
         """Put a piece of a Load, of at most 1 MiB, into a buffer. Not answered."""
 
-    async def obey(self, commands: Sequence[AnyCommand]) -> None:
-        """Obey commands, no Define or Load among them. Answered by reports, which must be read at
-        the same time: a worker that is not heard does not listen."""
+    async def obey(self, commands: Sequence[WorkedCommand]) -> None:
+        """Obey commands, no Define, Load or Hold among them. Answered by reports, which must be
+        read at the same time: a worker that is not heard does not listen."""
 
     def reports(self) -> AsyncIterator[Ran | Data]:
         """What came of each ``obey``, in order: Data for each Read in it, then one Ran. Numbers in

@@ -115,7 +115,16 @@ class Hold(Command, frozen=True, tag=9):
     seconds: U32
 
 
+class Check(Command, frozen=True, tag=10):
+    """Fail if any of those bytes is neither 0 nor 1. A node says it to its worker; no peer does."""
+
+    buffer: U32
+    offset_bytes: U63
+    size_bytes: U63
+
+
 AnyCommand = Allocate | Free | Write | Load | Define | Bind | Run | Copy | Read | Hold
+WorkedCommand = AnyCommand | Check
 
 
 class Frame(Record, frozen=True):

@@ -13,10 +13,12 @@ from typing import Final
 
 from p2pflop.errors import JobError
 from p2pflop.ids import HASH_BYTES, content_hash
+from p2pflop.job.bools import BoolPlaces
 from p2pflop.job.commands import (
     Allocate,
     AnyCommand,
     Bind,
+    Check,
     Copy,
     Define,
     Free,
@@ -27,7 +29,7 @@ from p2pflop.job.commands import (
     Run,
     Write,
 )
-from p2pflop.job.graph import Graph, decode_graph, graph_hash
+from p2pflop.job.graph import Dtype, Graph, decode_graph, graph_hash
 from p2pflop.job.limits import DEFAULT_LIMITS, Limits
 from p2pflop.job.meter import MAX_LINE_VALUE, Cost, meter
 from p2pflop.job.shapes import stored_bytes
@@ -52,6 +54,8 @@ class OpenGraph:
     cost: Cost
     sizes_bytes: tuple[int, ...]
     written: tuple[bool, ...]
+    bools: tuple[bool, ...]
+    has_bools: bool
 
 
 def open_graph(data: bytes, limits: Limits = DEFAULT_LIMITS) -> OpenGraph:
@@ -68,13 +72,17 @@ def open_graph(data: bytes, limits: Limits = DEFAULT_LIMITS) -> OpenGraph:
     cost = meter(checked)
     if max(cost.flop, cost.touched_bytes) > MAX_LINE_VALUE:
         raise JobError(f"a run of the graph costs {cost.flop} FLOP, more than can be billed")
-    return OpenGraph(graph_hash(data), data, len(graph.nodes), cost, *_params(graph))
+    sizes_bytes = tuple(stored_bytes(param.dtype, param.shape) for param in graph.params)
+    bools = tuple(param.dtype == Dtype.BOOL for param in graph.params)
+    nodes = len(graph.nodes)
+    return OpenGraph(
+        graph_hash(data), data, nodes, cost, sizes_bytes, _written(graph), bools, any(bools)
+    )
 
 
-def _params(graph: Graph) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+def _written(graph: Graph) -> tuple[bool, ...]:
     targets = {output.slot for output in graph.outputs}
-    sizes = tuple(stored_bytes(param.dtype, param.shape) for param in graph.params)
-    return sizes, tuple(param.slot in targets for param in graph.params)
+    return tuple(param.slot in targets for param in graph.params)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +129,7 @@ class SessionTable:
     changed: dict[int, int] = field(default_factory=dict)
     graphs: dict[bytes, OpenGraph] = field(default_factory=dict)
     bindings: dict[int, Binding] = field(default_factory=dict)
+    _bools: BoolPlaces = field(default_factory=BoolPlaces)
     _naming: dict[int, set[int]] = field(default_factory=dict)
     _graph_bytes: int = 0
     _places: int = 0
@@ -150,6 +159,16 @@ class SessionTable:
         self.count += 1
         self.chain = content_hash(self.chain + encode(command))
 
+    def checks(self, command: AnyCommand) -> tuple[Check, ...]:
+        """What a worker has to look at before it obeys ``command``, which is yet to be applied."""
+        binding = self.bindings.get(command.binding) if isinstance(command, Run) else None
+        return () if binding is None else self._bools.due(binding)
+
+    def places(self, command: AnyCommand) -> int:
+        """How many places have to be looked at to apply ``command``."""
+        binding = self.bindings.get(command.binding) if isinstance(command, Run) else None
+        return 1 if binding is None else len(binding.places)
+
     def mark(self) -> Mark:
         """What the commands so far add up to."""
         return Mark(
@@ -169,7 +188,8 @@ class SessionTable:
         match command:
             case Run(binding) if binding in self.bindings:
                 cost = self.bindings[binding].graph.cost
-                flop, touched_bytes = cost.flop, cost.touched_bytes
+                looked_bytes = sum(check.size_bytes for check in self.checks(command))
+                flop, touched_bytes = cost.flop, cost.touched_bytes + looked_bytes
             case Write(_, _, data):
                 moved_bytes = len(data)
             case Load() | Read():
@@ -206,6 +226,7 @@ class SessionTable:
     def _free(self, buffer: int) -> None:
         self.held_bytes -= self._size(buffer)
         del self.buffers[buffer], self.changed[buffer]
+        self._bools.changed(buffer)
         for binding in self._naming.pop(buffer, set()):
             self._unbind(binding)
 
@@ -257,6 +278,8 @@ class SessionTable:
             raise JobError(f"there is no binding {number}")
         self.flop += binding.graph.cost.flop
         self.touched_bytes += binding.graph.cost.touched_bytes
+        self.touched_bytes += sum(check.size_bytes for check in self._bools.due(binding))
+        self._bools.ran(binding)
         for (buffer, _), written in zip(binding.places, binding.graph.written, strict=True):
             if written:
                 self.changed[buffer] = self.count
@@ -268,12 +291,14 @@ class SessionTable:
         if target == source and at < start + size and start < at + size:
             raise JobError("a copy onto itself")
         self.changed[target] = self.count
+        self._bools.changed(target)
         self.touched_bytes += 2 * size
 
     def _fill(self, command: Write | Load) -> None:
         size_bytes = len(command.data) if isinstance(command, Write) else command.size_bytes
         self._check(command.buffer, command.offset_bytes, size_bytes)
         self.changed[command.buffer] = self.count
+        self._bools.changed(command.buffer)
         self.moved_bytes += size_bytes
 
     def _check(self, buffer: int, offset_bytes: int, size_bytes: int) -> None:

@@ -12,15 +12,20 @@ from p2pflop.dht.manifest import address_of
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.job.commands import (
     Allocate,
+    AnyCommand,
     Batch,
+    Bind,
     Closed,
     Data,
+    Define,
     Failed,
     Free,
     Load,
     Read,
+    Run,
     Write,
 )
+from p2pflop.job.graph import Dtype, Graph, GraphParam, Node, Op, Output, encode_graph, graph_hash
 from p2pflop.node import messages as m
 from p2pflop.node import (
     session_buying,
@@ -32,6 +37,7 @@ from p2pflop.node import (
     session_script,
     session_sell,
     session_service,
+    session_work,
 )
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode
 from p2pflop.node.session_graphs import Graphs
@@ -322,3 +328,42 @@ async def test_opened_graphs_are_kept_within_a_limit(
     kept = await graphs.open(second, graphs.user)
     assert await graphs.open(second, graphs.user) is kept
     assert await graphs.open(first, graphs.user) is not opened
+
+
+def masking() -> list[AnyCommand]:
+    """Buffers 0 and 1 with one of bools in the second, and a graph bound to them."""
+    nodes = (Node(Op.PARAM, (0,)), Node(Op.PARAM, (1,)), Node(Op.ASSIGN, (), (0, 0, 1)))
+    params = (GraphParam(0, Dtype.BOOL, (4,)), GraphParam(1, Dtype.BOOL, (4,)))
+    graph = encode_graph(Graph(params, nodes, (Output(2, 0),)))
+    bind = Bind(0, graph_hash(graph), ((0, 0), (1, 0)))
+    return [Allocate(0, 4), Allocate(1, 4), Define(graph), bind]
+
+
+async def test_a_bool_that_is_none_is_the_scripts_fault(
+    market: Market, autojump_clock: object
+) -> None:
+    await market.provider()
+    buyer, script = await market.buyer(), Script()
+    await begin(buyer, script)
+    script.give([*masking(), Write(1, 0, b"\0\1\1\0"), Run(0)])
+    await script.obeyed()
+    script.give([Write(1, 0, b"\2"), Run(0)])
+    failed = await failure(script)
+    assert failed.job
+    assert failed.number == script.sent - 1
+    assert "other than 0 and 1" in failed.text
+
+
+async def test_more_new_views_of_bools_than_one_batch_may_have_are_refused(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_work, "MAX_CHECKS", 10)
+    monkeypatch.setattr(session_work, "PLACES_AT_ONCE", 3)
+    await market.provider()
+    buyer, script = await market.buyer(), Script()
+    await begin(buyer, script)
+    again: list[AnyCommand] = [Write(0, 0, b"\1"), Run(0)]
+    script.give([*masking(), *9 * again])
+    await script.obeyed()
+    script.give(11 * again)
+    assert "over 10 views of bools" in (await failure(script)).text

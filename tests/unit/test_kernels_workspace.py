@@ -26,6 +26,7 @@ from p2pflop.job.commands import (
 from p2pflop.job.graph import Dtype, Graph, GraphParam, Node, Op, Output, encode_graph, graph_hash
 from p2pflop.kernels import workspace
 from p2pflop.kernels.engine import Workspace
+from p2pflop.kernels.frames import PART_BYTES
 from p2pflop.kernels.plan import decode_plan, scratch_bytes
 from p2pflop.kernels.session_local import LocalSession
 from p2pflop.kernels.tinygrad_engine import TinygradEngine
@@ -293,3 +294,19 @@ def test_a_graph_without_an_order_says_what_to_do() -> None:
     with pytest.raises(JobError, match="in no order that works") as caught:
         plan_of(crossed)
     assert "Realize one of the tensors" in caught.value.hint
+
+
+@pytest.mark.parametrize("at", [0, PART_BYTES - 1, PART_BYTES])
+def test_a_bool_that_is_neither_0_nor_1_is_refused_where_it_would_be_read(at: int) -> None:
+    size = PART_BYTES + 1
+    nodes = [Node(Op.PARAM, (0,)), Node(Op.PARAM, (1,)), Node(Op.CAST, (F,), (1,))]
+    nodes.append(Node(Op.ASSIGN, (), (0, 0, 2)))
+    params = (GraphParam(0, F, (size,)), GraphParam(1, Dtype.BOOL, (size,)))
+    graph = encode_graph(Graph(params, tuple(nodes), (Output(3, 0),)))
+    session = local()
+    obey(session, [Allocate(0, 4 * size), Allocate(1, size), Define(graph), Write(1, at, b"\1")])
+    obey(session, [Bind(0, graph_hash(graph), ((0, 0), (1, 0))), Run(0)])
+    found, _ = obey(session, [Read(0, 4 * at, 4)])
+    assert list(found.values()) == [floats(1)]
+    with pytest.raises(JobError, match="bools has bytes other than 0 and 1"):
+        obey(session, [Write(1, at, b"\2"), Run(0)])
