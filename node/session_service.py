@@ -2,7 +2,8 @@
 
 A lease's quote is a slice of the session's cap: enough for what is to be done again and for a
 while of work beyond, never more than is left, so that a session takes no stranger's whole credit.
-Each is as large as all before it together.
+One that is used up is doubled in place, unless another provider is cheaper by now, or the provider
+will not: then the session moves.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import trio
@@ -75,7 +77,7 @@ LEASE_S: Final = 24 * 3600
 SLICE_NUSD: Final = 50_000_000
 RETRY_S: Final = 1.0
 AHEAD: Final = 2
-"""A quote is so many times what is to be done again."""
+"""A quote is so many times what is to be done again, or what was used up."""
 
 _log = logging.getLogger(__name__)
 
@@ -246,7 +248,8 @@ class SessionBuyer:
                 continue
             bid = self._bid(session, looked, deal, quote_nusd)
             try:
-                lease = await open_lease(self, bid, deal.account, session.outstanding())
+                more = partial(self._more, session, deal)
+                lease = await open_lease(self, bid, deal.account, session.outstanding(), more)
             except (ProviderError, ProtocolError, VerificationError) as error:
                 self.base.experience.note_failure(deal.account, self.base.now_ns())
                 reason = printable(error)
@@ -292,6 +295,16 @@ class SessionBuyer:
         if needed_nusd > left_nusd:
             return None
         return min(left_nusd, max(SLICE_NUSD, spent_nusd, AHEAD * needed_nusd))
+
+    def _more(self, session: Session, deal: Deal, bid: Bid) -> int:
+        """What a lease on ``deal`` may come to in place of its quote, unless another provider is
+        cheaper by now."""
+        again = self._look(session, frozenset({session.class_id})).deals
+        best_nusd = min((each.total_nusd for each in again), default=deal.total_nusd)
+        if best_nusd < deal.total_nusd - deal.ask.setup_nusd:
+            return 0
+        left_nusd = session.wish.cap_nusd - session.totals.cost_nusd
+        return min(left_nusd, AHEAD * bid.quote_nusd)
 
     def _bid(self, session: Session, looked: _Looked, deal: Deal, quote_nusd: int) -> Sealed[Bid]:
         identity, now_ns = self.base.identity, self.base.now_ns()
