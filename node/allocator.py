@@ -50,6 +50,10 @@ class Claim(Protocol):
         """The buyer's."""
 
     @property
+    def quote_nusd(self) -> int:
+        """The most that it may come to."""
+
+    @property
     def signed_nusd(self) -> int:
         """How much of the quote is countersigned, and so in the ledger."""
 
@@ -133,6 +137,12 @@ class Allocator:
     def objection(self, bid: OpenBid, now_ns: int) -> str:
         """Why this bid is not taken, whatever its job is, or nothing. Costs no time."""
         return self.objection_to(bid.account, bid.bid.terms, bid.bid.quote_nusd, now_ns)
+
+    def objection_to_more(self, account: bytes, more_nusd: int, now_ns: int) -> str:
+        """Why a lease of ``account`` may not come to so much more, or nothing."""
+        if account == self.own_account:
+            return ""
+        return self._credit_objection(account, more_nusd, now_ns)
 
     def objection_to(self, account: bytes, terms: Terms, quote_nusd: int, now_ns: int) -> str:
         """Why no job on these terms is taken from ``account``, or nothing."""
@@ -218,7 +228,7 @@ class Allocator:
         pending: Counter[bytes] = Counter()
         for claim in self._open.values():
             if claim.account != self.own_account:
-                pending[claim.account] += claim.bid.record.quote_nusd - claim.signed_nusd
+                pending[claim.account] += claim.quote_nusd - claim.signed_nusd
         for unpaid in self._unpaid:
             pending[unpaid.account] += unpaid.amount_nusd
         return pending

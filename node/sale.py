@@ -120,6 +120,11 @@ class Sale:
         return self.begun.shown_to
 
     @property
+    def quote_nusd(self) -> int:
+        """See Claim."""
+        return self.bid.record.quote_nusd
+
+    @property
     def signed_nusd(self) -> int:
         """What the buyer has countersigned so far."""
         return self._amount_nusd(self._lifecycle.side.countersigned)

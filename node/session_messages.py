@@ -10,6 +10,8 @@
                                      <-     Data* as Reads are obeyed, Ran once a Batch is
                                      <-     Stood(seconds) where there is nothing to do; a Hold in
                                             a Batch pays for it
+    Raise(quote)                     ->     where the next command would be over the quote
+                                     <-     Raised(quote), as before if the credit does not reach
                                      <-     Receipted(receipt) now and then, one at a time
     Countersigned(receipt)           ->     if this end's table says the same
     Close                            ->
@@ -44,7 +46,7 @@ from p2pflop.node.messages import (
     Settled,
 )
 from p2pflop.units import MIB
-from p2pflop.wire import U32, Record, Text
+from p2pflop.wire import U32, U63, Record, Text
 
 SESSION_PROTOCOL: Final = "/p2pflop/session/1"
 PART_BYTES: Final = MIB
@@ -72,6 +74,19 @@ class Stood(Record, frozen=True, tag=18):
     seconds: U32
 
 
+class Raise(Record, frozen=True, tag=19):
+    """The lease is to be for ``quote_nusd`` at most; the bid is what it is but for that. Nothing is
+    owed by it: that is what receipts are for, which both sign."""
+
+    quote_nusd: U63
+
+
+class Raised(Record, frozen=True, tag=20):
+    """What the quote is now."""
+
+    quote_nusd: U63
+
+
 class Part(Record, frozen=True, tag=17):
     """The next bytes of one long message; ``last`` ends it."""
 
@@ -88,6 +103,8 @@ SessionMessage = (
     | Ran
     | Data
     | Stood
+    | Raise
+    | Raised
     | Receipted
     | Countersigned
     | Close

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import trio
+from msgspec.structs import replace
 
 from p2pflop.dht.database import Operation
 from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError, StoreError, first_error
@@ -35,6 +36,8 @@ from p2pflop.node.session_lease import Answer, CommandFault, HandedOver, Outstan
 from p2pflop.node.session_messages import (
     SESSION_PROTOCOL,
     Leaving,
+    Raise,
+    Raised,
     SessionMessage,
     Stood,
     Wanted,
@@ -48,12 +51,18 @@ if TYPE_CHECKING:
     from p2pflop.node.session_service import SessionBuyer
 
 FILL_S: Final = 5.0
+RAISE_S: Final = 30.0
+"""For a higher quote, which may come behind what the script has yet to read."""
 CLOSE_S: Final = 10.0
 """For the closing receipt, once all is obeyed."""
 LAST_WORD_S: Final = 1.0
 STOOD_SLACK_S: Final = 1.0
 """Between the clocks of both ends, over the time that a lease can have stood."""
 MAX_WAITING_RECEIPTS: Final = 4
+
+More = Callable[[Bid], int]
+"""What a lease on that bid may come to, once it has come to its quote; no more than it if that is
+all."""
 
 _log = logging.getLogger(__name__)
 
@@ -75,8 +84,12 @@ class RemoteLease:
     fill: Sealed[Fill]
     talk: SessionTalk
     outstanding: Outstanding
+    more: More
     closed: bool = False
     on_receipt: OnReceipt = _unheard
+    _terms: Bid = field(init=False)
+    _asked_nusd: int = field(init=False)
+    _raised: trio.Event = field(default_factory=trio.Event)
     _rows: JobRows = field(init=False)
     _state: LeaseState = field(init=False)
     _receipts: trio.MemorySendChannel[bytes] = field(init=False)
@@ -89,6 +102,8 @@ class RemoteLease:
     _settled: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
+        self._terms = self.bid.record
+        self._asked_nusd = self._terms.quote_nusd
         self._state = LeaseState(self.account, self.bid.wire, self.fill.wire)
         name = SESSION_PREFIX + self.bid.id.hex()
         now_ns = self.buyer.base.now_ns
@@ -110,10 +125,30 @@ class RemoteLease:
         self, command: AnyCommand, graph: OpenGraph | None = None, answer: Answer | None = None
     ) -> None:
         """See Lease."""
-        bid, outstanding = self.bid.record, self.outstanding
-        if full_nusd(bid, outstanding.table.foresee(command, graph)) > bid.quote_nusd:
+        due_nusd = full_nusd(self._terms, self.outstanding.table.foresee(command, graph))
+        while due_nusd > self._terms.quote_nusd:
+            await self._raise()
+        self.outstanding.add(command, graph, answer)
+
+    async def _raise(self) -> None:
+        """Have a higher quote. Raises QuoteUsedUp if there is none."""
+        before_nusd, quote_nusd = self._terms.quote_nusd, self.more(self._terms)
+        if quote_nusd > before_nusd:
+            self._raised, self._asked_nusd = trio.Event(), quote_nusd
+            await self.talk.say(Raise(quote_nusd))
+            with trio.move_on_after(RAISE_S) as waiting:
+                await self._raised.wait()
+            if waiting.cancelled_caught:
+                raise ProviderError(f"{self.peer} said nothing of a quote in {RAISE_S:.0f} s")
+        if self._terms.quote_nusd == before_nusd:
             raise QuoteUsedUp
-        outstanding.add(command, graph, answer)
+
+    def _agree(self, quote_nusd: int) -> None:
+        if quote_nusd not in (self._terms.quote_nusd, self._asked_nusd):
+            raise ProtocolError(f"nobody asked for a quote of {quote_nusd}", peer=self.peer)
+        self._terms = replace(self._terms, quote_nusd=quote_nusd)
+        self._asked_nusd = quote_nusd
+        self._raised.set()
 
     async def hold(self) -> None:
         """See Lease."""
@@ -183,6 +218,8 @@ class RemoteLease:
                 await self.outstanding.take(message)
             case Stood(seconds):
                 self._stand(seconds)
+            case Raised(quote_nusd):
+                self._agree(quote_nusd)
             case m.Receipted(wire):
                 try:
                     self._receipts.send_nowait(wire)
@@ -212,9 +249,7 @@ class RemoteLease:
     async def _sign(self, wire: bytes) -> None:
         base, network = self.buyer.base, self.buyer.base.identity.network
         marks = self.outstanding.marks
-        receipt = check_session_receipt(
-            wire, self.fill, self.bid.record, self._last, marks, network
-        )
+        receipt = check_session_receipt(wire, self.fill, self._terms, self._last, marks, network)
         if isinstance(receipt, Rejected):
             raise ProtocolError(receipt.reason, peer=self.peer)
         signed = countersign(base.identity.node, receipt, network)
@@ -251,9 +286,10 @@ class RemoteLease:
 
 
 async def open_lease(
-    buyer: SessionBuyer, bid: Sealed[Bid], account: bytes, outstanding: Outstanding
+    buyer: SessionBuyer, bid: Sealed[Bid], account: bytes, outstanding: Outstanding, more: More
 ) -> RemoteLease | Sealed[Reject]:
-    """Offer a bid; the lease, or why there is none. ``account`` is whose ask it is on.
+    """Offer a bid; the lease, or why there is none. ``account`` is whose ask it is on, ``more``
+    tells how far its quote is to be raised once it is used up.
 
     Raises ProviderError, ProtocolError.
     """
@@ -273,7 +309,7 @@ async def open_lease(
                         raise ProtocolError(fill.reason, peer=peer)
                     confirm = make_confirm(base.identity.node, fill, network)
                     await talk.say(m.Confirmed(confirm.wire, ()))
-                    lease = RemoteLease(buyer, account, bid, fill, talk, outstanding)
+                    lease = RemoteLease(buyer, account, bid, fill, talk, outstanding, more)
                     return lease
                 case m.Refused(wire):
                     reject = check_reject(wire, bid, network)

@@ -43,12 +43,12 @@ from p2pflop.node.execute import (
 from p2pflop.node.journal import Head, JobRows, Unpaid
 from p2pflop.node.service import Json
 from p2pflop.node.session_loads import LeaseLoads
-from p2pflop.node.session_messages import Leaving, SessionMessage, Stood
+from p2pflop.node.session_messages import Leaving, Raise, Raised, SessionMessage, Stood
 from p2pflop.node.session_state import SESSION_PROVIDER, LeaseState
 from p2pflop.node.session_talk import SessionTalk
 from p2pflop.node.session_work import OWN_ACCOUNT, SessionWork
 from p2pflop.node.worker_types import SessionWorker, WorkerLimits
-from p2pflop.units import NS_PER_S
+from p2pflop.units import MAX_NUSD, NS_PER_S
 from p2pflop.wire import Sealed, seal
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class SessionSale:
     _state: LeaseState = field(init=False)
     _rows: JobRows = field(init=False)
     _talk: SessionTalk = field(init=False)
+    _terms: Bid = field(init=False)
     _unsigned: Receipt | None = None
     _last: Receipt | None = None
     _signed_nusd: int = 0
@@ -107,6 +108,7 @@ class SessionSale:
 
     def __post_init__(self) -> None:
         base, bid = self.seller.base, self.bid
+        self._terms = bid.record
         self._state = LeaseState(self.account, bid.wire)
         head = Head(bid.id.hex(), SESSION_PROVIDER, base.now_ns(), "", self._state.encode())
         self._rows = JobRows(base.journal, head, base.now_ns)
@@ -147,6 +149,11 @@ class SessionSale:
         return self.account == self.seller.base.identity.account.public_key
 
     @property
+    def quote_nusd(self) -> int:
+        """See Claim."""
+        return self._terms.quote_nusd
+
+    @property
     def signed_nusd(self) -> int:
         """See Claim."""
         return self._signed_nusd
@@ -166,7 +173,7 @@ class SessionSale:
             "step": self.work.done.count,
             "end_step": self.work.table.count,
             "signed_nusd": self.signed_nusd,
-            "quote_nusd": self.bid.record.quote_nusd,
+            "quote_nusd": self.quote_nusd,
         }
 
     def leave(self, reason: str) -> None:
@@ -281,7 +288,7 @@ class SessionSale:
         self.is_standing = False
 
     def _unpaid_nusd(self, mark: Mark) -> int:
-        return metered_nusd(self.bid.record, mark) - self._signed_nusd
+        return metered_nusd(self._terms, mark) - self._signed_nusd
 
     async def _watch(self) -> None:
         """End the lease at its deadline, and when nothing comes."""
@@ -330,6 +337,8 @@ class SessionSale:
             case Batch() if not self.work.is_finishing:
                 if self._end is None:
                     await self._take(message)
+            case Raise(quote_nusd):
+                await self._raise(quote_nusd)
             case m.Countersigned(wire):
                 await self.countersigned(wire)
             case Close() if not self.work.is_finishing:
@@ -349,6 +358,18 @@ class SessionSale:
             self._wake()
 
     # Money
+
+    async def _raise(self, quote_nusd: int) -> None:
+        base, more_nusd = self.seller.base, quote_nusd - self.quote_nusd
+        if more_nusd <= 0 or quote_nusd > MAX_NUSD:
+            raise ProtocolError(f"a quote is not raised to {quote_nusd} nusd", peer=self._talk.peer)
+        if not base.stopping:
+            reason = base.allocator.objection_to_more(self.account, more_nusd, base.now_ns())
+            if reason:
+                _log.info("session %s stays at its quote: %s", self.bid.id.hex()[:12], reason)
+            else:
+                self._terms = replace(self._terms, quote_nusd=quote_nusd)
+        await self._talk.say(Raised(self.quote_nusd))
 
     async def countersigned(self, wire: bytes) -> None:
         """The buyer's word on the receipt that it was sent. Raises ProtocolError, StoreError."""
@@ -378,8 +399,8 @@ class SessionSale:
                 billed_at = trio.current_time()
 
     async def _send_receipt(self, *, closing: bool) -> None:
-        base, bid, done = self.seller.base, self.bid.record, self.work.done
-        due = due_receipt(self.fill.id, bid, self._last, done, closing=closing)
+        base, done = self.seller.base, self.work.done
+        due = due_receipt(self.fill.id, self._terms, self._last, done, closing=closing)
         if due.amount_nusd == self._signed_nusd and not closing:
             return
         if due.from_step == due.to_step and not closing:
@@ -426,7 +447,7 @@ class SessionSale:
     async def _close(self) -> None:
         base = self.seller.base
         base.allocator.free(self)
-        shown_nusd = max(0, metered_nusd(self.bid.record, self._shown()) - self._signed_nusd)
+        shown_nusd = max(0, metered_nusd(self._terms, self._shown()) - self._signed_nusd)
         unpaid = Unpaid(self.account, base.now_ns(), shown_nusd)
         if base.allocator.note_unpaid(unpaid):
             self._rows.add_unpaid(unpaid)

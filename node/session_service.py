@@ -2,7 +2,8 @@
 
 A lease's quote is a slice of the session's cap: enough for what is to be done again and for a
 while of work beyond, never more than is left, so that a session takes no stranger's whole credit.
-Each is as large as all before it together.
+One that is used up is doubled in place, unless another provider is cheaper by now, or the provider
+will not: then the session moves.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import secrets
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, NamedTuple
 
 import trio
@@ -71,7 +73,7 @@ LEASE_S: Final = 24 * 3600
 SLICE_NUSD: Final = 50_000_000
 RETRY_S: Final = 1.0
 AHEAD: Final = 2
-"""A quote is so many times what is to be done again."""
+"""A quote is so many times what is to be done again, or what was used up."""
 
 _log = logging.getLogger(__name__)
 
@@ -248,7 +250,8 @@ class SessionBuyer:
             bid = self._bid(session, ranking, deal, self._quote(session, deal.ask, left_nusd))
             reject = None
             try:
-                answer = await open_lease(self, bid, deal.account, session.outstanding())
+                more = partial(self._more, session, deal)
+                answer = await open_lease(self, bid, deal.account, session.outstanding(), more)
             except (ProviderError, ProtocolError, VerificationError) as error:
                 self.base.experience.note_failure(deal.account, self.base.now_ns())
                 reason = printable(error)
@@ -295,6 +298,17 @@ class SessionBuyer:
         memory_bytes = session.wish.memory_bytes + WORKER_BASE_BYTES
         needed_nusd = expected_nusd(ask, memory_bytes, session.again())
         return min(left_nusd, max(SLICE_NUSD, session.spent_nusd, AHEAD * needed_nusd))
+
+    def _more(self, session: Session, deal: Deal, bid: Bid) -> int:
+        """What a lease on ``deal`` may come to in place of its quote, unless another provider is
+        cheaper by now."""
+        left_nusd = session.wish.cap_nusd - session.totals.cost_nusd
+        classes, terms = frozenset({session.class_id}), self._terms(session, 0)
+        again = self._look(session, classes, Mark(), terms, left_nusd).deals
+        best_nusd = min((each.total_nusd for each in again), default=deal.total_nusd)
+        if best_nusd < deal.total_nusd - deal.ask.setup_nusd:
+            return 0
+        return min(left_nusd, AHEAD * bid.quote_nusd)
 
     def _terms(self, session: Session, moved_bytes: int) -> Terms:
         return Terms(

@@ -9,7 +9,7 @@ import trio
 
 from p2pflop.errors import ProviderError
 from p2pflop.job.commands import NOBODY, Closed, Data, Failed, Free, Ran
-from p2pflop.node import session_buying, session_service
+from p2pflop.node import session_buying
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode
 from tests.session_scripts import FLOATS, Script, beginning, decoded, opening, steps
 
@@ -180,24 +180,6 @@ async def test_a_node_may_sell_to_itself_and_nothing_is_owed(
     assert market.debts(node, node) == (0, 0)
     await trio.sleep(2 * 3600)  # as a seller it keeps for a while what a lease has loaded
     assert await node.store.list() == there
-
-
-async def test_a_quote_that_is_used_up_leads_to_the_next_lease(
-    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session_service, "SLICE_NUSD", 3000)
-    expected = await reference(market, 100)
-    provider, buyer = await market.provider(), await market.buyer()
-    script = Script()
-    await begin(buyer, script)
-    script.give([*beginning(), *steps(100)])
-    assert await script.read(0, SIZE) == expected
-    assert len(script.leases) > 1
-    assert not script.notes, script.notes[0]
-    closed = await script.close()
-    assert closed.cost_nusd == 100 * FLOATS  # a FLOP costs a nano-dollar here
-    await market.settle_down()
-    assert market.debts(buyer, provider) == (closed.cost_nusd, closed.cost_nusd)
 
 
 async def test_the_cap_is_never_exceeded(market: Market, autojump_clock: object) -> None:

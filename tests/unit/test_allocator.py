@@ -50,6 +50,10 @@ class Taken:
     account: bytes
     signed_nusd: int = 0
 
+    @property
+    def quote_nusd(self) -> int:
+        return self.bid.record.quote_nusd
+
 
 def open_bid(number: int, account: bytes = b"", **terms: Any) -> OpenBid:
     """The sample bid under an id of its own."""
