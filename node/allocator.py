@@ -58,7 +58,8 @@ class Claim(Protocol):
 class Allocator:
     """All that is taken. Only one task decides at a time, so that a slot is given once.
 
-    ``allowance()`` is how many leases the account's attestation leaves to this node.
+    ``allowance()`` is how many leases the account's attestation leaves to this node; ``flop_per_s``
+    is how fast this node says that it is, or has been if that is more, 0 if nothing is known.
     """
 
     own_account: bytes
@@ -70,6 +71,7 @@ class Allocator:
     _open: dict[bytes, Claim] = field(default_factory=dict)
     on_free: list[Callable[[], None]] = field(default_factory=list)
     allowance: Callable[[], int] | None = None
+    flop_per_s: int = 0
     _lapses: OrderedDict[bytes, tuple[int, int]] = field(default_factory=OrderedDict)
     _unpaid: deque[Unpaid] = field(default_factory=lambda: deque(maxlen=MAX_UNPAID))
 
@@ -108,6 +110,10 @@ class Allocator:
         self._lapses[account] = (lapses + 1, at_ns + wait_ns)
         if len(self._lapses) > MAX_LAPSED:
             self._lapses.popitem(last=False)
+
+    def note_speed(self, flop_per_s: int) -> None:
+        """This node says on an ask that it is so fast, or has been in a lease."""
+        self.flop_per_s = max(self.flop_per_s, flop_per_s)
 
     def note_unpaid(self, unpaid: Unpaid) -> bool:
         """Work that was begun and never countersigned; whether that counts."""

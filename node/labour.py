@@ -56,7 +56,6 @@ class Labour:
     def __init__(self, sale: Sale, seller: Seller, body: JobBody, checked: CheckedJob) -> None:
         self.checked = checked
         self.at_hand: dict[bytes, bytes] = {}
-        self.done_to = sale.bid.record.job.first_step
         self.window: Window | None = None
         self._sale = sale
         self._seller = seller
@@ -181,6 +180,7 @@ class Labour:
                     await self._get_ready()
                 else:
                     nursery.start_soon(self._get_ready)
+                sale.begun.start(trio.current_time())
                 outcome = await execution.run(self._checkpoint_plan(), self._tell_rows)
             await self._may_run.wait()
             nursery.cancel_scope.cancel()
@@ -226,7 +226,7 @@ class Labour:
     async def _tell_rows(self, rows: Rows) -> None:
         if len(self._rows) >= MAX_HELD_ROWS:
             await self._kept.wait()
-        self.done_to = rows.last_step + 1
+        self._sale.begun.show(rows.last_step + 1, trio.current_time())
         self._rows.append(m.Rows(rows.first_step, rows.last_step, rows.values))
         # Else a restart would not know of the confirm, and the buyer be told the rows twice.
         if self._kept.is_set():

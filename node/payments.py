@@ -41,7 +41,7 @@ from p2pflop.node.payment_book import Payment, PaymentBook, Side, State
 from p2pflop.node.payment_stream import Acknowledged, Answer, Claimed, Declined, Noted, Refused
 from p2pflop.node.printable import printable
 from p2pflop.node.service import Json
-from p2pflop.units import NS_PER_S, format_usd
+from p2pflop.units import NS_PER_S, NUSD_PER_USD, format_usd
 from p2pflop.wire import encode
 
 MAX_CLAIMS: Final = 1024
@@ -51,6 +51,8 @@ MAX_STRANGERS_CLAIMS: Final = 256
 MAX_CLAIMS_PER_ACCOUNT: Final = 16
 MAX_UNASKED_A_DAY: Final = 32
 """Acks of one account without a claim that are booked here."""
+MAX_UNASKED_AHEAD_NUSD: Final = 10 * NUSD_PER_USD
+"""How much of what such acks say may have been paid ahead, beyond what is owed to the account."""
 MAX_UNTOLD: Final = 256
 """Words under way to others; more are not said."""
 MAX_STREAMS: Final = 32
@@ -334,13 +336,17 @@ class Payments:
             return Noted()
 
     async def _hear_unasked(self, ack: OpenPayment[PaymentAck]) -> Answer:
-        """An ack without a claim lessens what is owed here, so it is believed of who was owed."""
+        """An ack without a claim lessens what is owed here, so it is believed of who was owed; of
+        what it says beyond the debt, next to nothing: it would be money that nobody here paid."""
         record, account = ack.record, ack.account
         if not self._ledger_book.has_traded_with(account):
             return Declined("nothing was ever owed to your account here")
         since_ns = self._now_ns() - DAY_NS
         if self._book.count_unasked(account, since_ns) >= MAX_UNASKED_A_DAY:
             return Declined(f"{MAX_UNASKED_A_DAY} payments that nobody claimed in a day")
+        ahead_nusd = self._ledger_book.due_nusd(account) + record.amount_nusd
+        if ahead_nusd > MAX_UNASKED_AHEAD_NUSD:
+            return Declined("more than is owed to your account here; it has to be claimed first")
         payment = self._new(
             record.payment, Side.PAID, account, record.amount_nusd, record.reference
         )

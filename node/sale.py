@@ -39,9 +39,9 @@ from p2pflop.job.selling import provider as provider_lifecycle
 from p2pflop.keys import peer_id
 from p2pflop.market.desk import ProviderDesk
 from p2pflop.market.fills import SALT_BYTES
-from p2pflop.market.receipts import begun_nusd
 from p2pflop.market.records import Bid, Receipt
 from p2pflop.node import messages as m
+from p2pflop.node.begun import Begun
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.driver import Driver
 from p2pflop.node.execute import (
@@ -79,7 +79,7 @@ class Sale:
         self.rows = rows
         self.body_bytes = 0
         self.fill_id = b""
-        self.price_nusd: int | None = None
+        self.begun = Begun(bid.record, checked.work, bid.record.job.first_step)
         self._had_ended = bool(rows.head.end_state)
         self._seller = seller
         self._labour = Labour(self, seller, body, checked)
@@ -117,7 +117,7 @@ class Sale:
     @property
     def shown_to(self) -> int:
         """The step before which the buyer was told all rows."""
-        return self._labour.done_to
+        return self.begun.shown_to
 
     @property
     def signed_nusd(self) -> int:
@@ -182,7 +182,7 @@ class Sale:
                 checkpoint = decode(m.Checkpoint, row.body)
                 self._checkpoints[checkpoint.step] = checkpoint
             elif row.kind == SaleRow.PRICE:
-                self.price_nusd = int.from_bytes(row.body, "big")
+                self.begun.price_nusd = int.from_bytes(row.body, "big")
         await self.driver.resume(rows)
         self._bind()
         if self._delivery is not None and not self.over:
@@ -341,6 +341,7 @@ class Sale:
         side = self._lifecycle.side
         if not self.over and not self._had_ended:
             allocator, at_ns = self._seller.allocator, self._seller.now_ns()
+            allocator.note_speed(self.begun.flop_per_s())
             unpaid = Unpaid(self.account, at_ns, self._worked_nusd(action.blame) - self.signed_nusd)
             if allocator.note_unpaid(unpaid):
                 self.rows.add_unpaid(unpaid)
@@ -426,10 +427,13 @@ class Sale:
         billed_nusd = self._amount_nusd(self._lifecycle.side.receipt)
         if blame is Blame.PROVIDER or not self._lifecycle.side.confirm:
             return billed_nusd
-        bid = self.bid.record
         is_stepping = self._labour.may_run and self._delivery is None and not self.is_standing
-        steps = min(bid.job.steps, self._labour.done_to - bid.job.first_step + is_stepping)
-        return max(billed_nusd, begun_nusd(bid, self._labour.checked.work, steps))
+        worked_nusd = self.begun.nusd(
+            trio.current_time(),
+            is_stepping=is_stepping,
+            flop_per_s=self._seller.allocator.flop_per_s,
+        )
+        return max(billed_nusd, worked_nusd)
 
     def _amount_nusd(self, receipt: bytes) -> int:
         """What a receipt, or none, bills."""

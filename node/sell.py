@@ -181,13 +181,13 @@ class Seller:
 
     def tell_trade(self, sale: Sale) -> None:
         """Called by a sale that has settled."""
-        if sale.price_nusd is None:
+        if sale.begun.price_nusd is None:
             return  # it was granted by a version that had no tape
         bid = sale.bid.record
         self.tape.settled(
             fill_id=sale.fill_id,
             class_id=bid.class_id,
-            price_nusd=sale.price_nusd,
+            price_nusd=sale.begun.price_nusd,
             flop=delivered_flop(bid, sale.signed_nusd),
             buyer=sale.account,
         )
@@ -283,7 +283,8 @@ class Seller:
         sale.rows.add(SaleRow.BID, bid.sealed.wire)
         sale.rows.add(SaleRow.ACCOUNT, bid.account)
         sale.rows.add(SaleRow.BODY, encoded)
-        sale.price_nusd = bid.ask.price_nusd
+        sale.begun.price_nusd = bid.ask.price_nusd
+        self.allocator.note_speed(bid.ask.flop_per_s)
         sale.rows.add(SaleRow.PRICE, bid.ask.price_nusd.to_bytes(8, "big"))
         await sale.driver.start()
         await sale.tell(Grant())

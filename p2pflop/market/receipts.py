@@ -61,11 +61,16 @@ def closing_nusd(bid: Bid, work: Work, steps_done: int) -> int:
     return max(min_charge_nusd, setup_nusd + metered_nusd) if steps_done else 0
 
 
-def begun_nusd(bid: Bid, work: Work, steps_begun: int) -> int:
-    """What work counts for that the buyer breaks off: the setup from the confirm on, and each step
-    from its own beginning. Raises ValueError likewise."""
+def begun_nusd(bid: Bid, work: Work, steps_shown: int, under_way_nusd: int | None) -> int:
+    """What work counts for that the buyer breaks off: the setup from the confirm on, all steps that
+    it was shown, and of the one under way ``under_way_nusd`` at most, 0 if none is and None if all
+    of it counts. Raises ValueError likewise."""
     setup_nusd, _ = fixed_charges(bid)
-    return max(setup_nusd, closing_nusd(bid, work, steps_begun))
+    shown_nusd = max(setup_nusd, closing_nusd(bid, work, steps_shown))
+    if under_way_nusd == 0 or steps_shown == bid.job.steps:
+        return shown_nusd
+    begun = max(shown_nusd, closing_nusd(bid, work, steps_shown + 1))
+    return begun if under_way_nusd is None else min(begun, shown_nusd + under_way_nusd)
 
 
 def _share(bid: Bid, work: Work, steps_done: int, of_nusd: int) -> int:

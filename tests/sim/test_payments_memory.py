@@ -370,6 +370,24 @@ async def test_acks_that_nobody_asked_for_are_bounded(
     assert len(buyer.money.listed()) == 3
 
 
+async def test_of_an_ack_that_nobody_asked_for_little_beyond_the_debt_is_booked(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer, due = await indebted(market)
+    most_nusd = due + payments_module.MAX_UNASKED_AHEAD_NUSD
+    await provider.money.receive(payment_id(1), buyer.account, most_nusd + 1, "so they say")
+    await trio.sleep(LONG_S)
+    assert buyer.money.listed() == []
+    assert market.debts(buyer, provider)[0] == due
+    assert "has to be claimed first" in only(provider)["trouble"]
+    await provider.money.receive(payment_id(2), buyer.account, most_nusd, "cash")
+    await trio.sleep(5)
+    assert market.debts(buyer, provider)[0] == due - most_nusd
+    await provider.money.receive(payment_id(3), buyer.account, 1, "more")
+    await trio.sleep(LONG_S)
+    assert market.debts(buyer, provider)[0] == due - most_nusd, "all of them together"
+
+
 async def test_words_under_way_are_bounded(
     market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from p2pflop.market.receipts import close
 from p2pflop.market.records import Bid, Receipt
 from p2pflop.node import memory_market
 from p2pflop.node import messages as m
+from p2pflop.node.allocator import Allocator
 from p2pflop.node.driver import LIFE_ROW
 from p2pflop.node.journal import PROVIDER
 from p2pflop.node.memory_market import sample_file
@@ -163,3 +164,39 @@ async def test_a_setup_counts_before_the_first_step(
     provider, buyer = await market.provider(credit_nusd=7000, setup_nusd=3000), await market.buyer()
     monkeypatch.setattr(provider.workers, "lower", lower)
     assert await spend_time(provider, buyer, market, seconds=5.0) == 2
+
+
+async def begin_and_cancel(market: Market, buyer: MemoryNode, seed: int, after_s: float) -> bool:
+    """Whether a stranger got a lease of one long step, which it broke off after so long."""
+    run_id = await buyer.submit(sample_file(1, floats=1000, seed=seed))
+    await trio.sleep(after_s)
+    buyer.runs.get(run_id).cancel_requested.set()
+    await market.end_of(buyer, run_id)
+    await trio.sleep(5)
+    return bool(buyer.events(run_id, "filled"))
+
+
+@pytest.mark.parametrize(("after_s", "times"), [(1.0, 40), (100.0, 30)])
+async def test_a_step_that_is_broken_off_counts_by_its_time(
+    market: Market,
+    autojump_clock: object,
+    monkeypatch: pytest.MonkeyPatch,
+    after_s: float,
+    times: int,
+) -> None:
+    """So nobody takes the strangers' credit from the others by beginning again and again; each job
+    costs 1,000 nano-dollars."""
+    monkeypatch.setattr(Allocator, "note_speed", lambda *_: None)
+    provider = await market.provider(credit_nusd=4000)
+    provider.seller.allocator.flop_per_s = 1  # each is worth a nano-dollar
+    provider.workers.step_s = 3600.0
+    stranger, other = await market.buyer("stranger"), await market.buyer("other")
+    for node in (stranger, other):
+        for data in memory_market.sample_data(1000):
+            await node.store.put(data)
+    filled = [await begin_and_cancel(market, stranger, n, after_s) for n in range(40)]
+    assert filled.count(True) == times
+    provider.workers.step_s = 0.0
+    run_id = await other.submit(sample_file(1, floats=1000, seed=99))
+    end = await market.end_of(other, run_id)
+    assert (end["kind"] == "result") is (times == 40)

@@ -171,11 +171,18 @@ def test_a_work_that_stops_early_pays_the_fixed_charges_whole(
 
 def test_what_was_begun_counts_the_setup_and_whole_steps() -> None:
     bought = charged(10**6, 0)[0].record
-    assert begun_nusd(bought, WORK, 0) == 10**6
+    assert begun_nusd(bought, WORK, 0, 0) == 10**6
     for steps in (1, 50, STEPS):
-        assert begun_nusd(bought, WORK, steps) == closing_nusd(bought, WORK, steps) > 10**6
-    assert begun_nusd(charged(0, 10**9)[0].record, WORK, 0) == 0
-    assert begun_nusd(charged(0, 10**9)[0].record, WORK, 1) == 10**9
+        whole = closing_nusd(bought, WORK, steps)
+        assert begun_nusd(bought, WORK, steps, 0) == whole > 10**6
+        assert begun_nusd(bought, WORK, steps - 1, None) == whole
+        assert begun_nusd(bought, WORK, steps - 1, 10**15) == whole, "no more than the step costs"
+        before = begun_nusd(bought, WORK, steps - 1, 0)
+        assert begun_nusd(bought, WORK, steps - 1, 1) == before + 1, "what the time was worth"
+    assert begun_nusd(bought, WORK, STEPS, None) == bought.quote_nusd
+    least = charged(0, 10**9)[0].record
+    assert begun_nusd(least, WORK, 0, 0) == 0
+    assert begun_nusd(least, WORK, 0, None) == 10**9
 
 
 def test_before_its_end_a_stretch_pays_for_the_metered_work_alone() -> None:
