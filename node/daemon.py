@@ -50,7 +50,7 @@ from p2pflop.node.sheets import SheetService
 from p2pflop.node.statements import make_statement
 from p2pflop.node.tape import TapeService
 from p2pflop.node.worker_types import Workers
-from p2pflop.units import MIB
+from p2pflop.units import MIB, counted
 
 SAFE_LEVEL: Final = 2
 ASK_NEIGHBOURS: Final = 8
@@ -373,7 +373,7 @@ class Daemon:
         account = self.identity.account
         if isinstance(account, Delegated) and account.left_ns(time.time_ns()) < WARN_NS:
             days = account.left_ns(time.time_ns()) // DAY_NS
-            problems.append(f"the account trusts this box for {days} more days. {AGAIN}")
+            problems.append(f"the account trusts this box for {counted(days, 'more day')}. {AGAIN}")
         return {
             "problems": problems,
             "home": str(self.home.path),

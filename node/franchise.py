@@ -24,7 +24,7 @@ from p2pflop.market.records import Rejected
 from p2pflop.node.config import MAX_SLOTS
 from p2pflop.node.franchise_file import Changes, Kept, Notes
 from p2pflop.node.service import Json
-from p2pflop.units import NS_PER_S
+from p2pflop.units import NS_PER_S, counted
 from p2pflop.wire import DEFAULT_NETWORK, reopen
 
 MAX_NEWS: Final = 32
@@ -359,7 +359,9 @@ class Franchise:
         standing = self.roll.standing(self.account, now_ns)
         if standing is not None and _days(standing, now_ns) < WARN_DAYS:
             days = _days(standing, now_ns)
-            found.append(f"the attestation of this account ends in {days} days: pay the next fee")
+            found.append(
+                f"the attestation of this account ends in {counted(days, 'day')}: pay the next fee"
+            )
         elif standing is None and selling and self.is_strict:
             found += [
                 f"registry {issuer.hex()[:16]} does not attest this account: it waits for "
@@ -369,7 +371,8 @@ class Franchise:
             ]
         if selling and self.left_out_by:
             reason = next(iter(self.left_out_by.values()))
-            found.append(f"{len(self.left_out_by)} peers leave the asks here out: {reason}")
+            peers = counted(len(self.left_out_by), "peer")
+            found.append(f"the asks here are left out by {peers}: {reason}")
         return found
 
     def _noted(self, key: bytes, taken: Standing | Taken | Rejected) -> str:

@@ -38,7 +38,7 @@ from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.printable import printable
 from p2pflop.node.sheets import Gossip
-from p2pflop.units import KIB, NS_PER_S
+from p2pflop.units import KIB, NS_PER_S, counted
 from p2pflop.wire import decode, encode
 
 TALK_S: Final = 10.0
@@ -263,7 +263,7 @@ class FranchiseService:
             _log.warning("this account is attested no more: strict nodes leave its asks out")
         else:
             level = logging.WARNING if days < WARN_DAYS else logging.INFO
-            _log.log(level, "this account is attested for %d more days", days)
+            _log.log(level, "this account is attested for %s", counted(days, "more day"))
 
     def _hurry(self) -> None:
         self._news.set()

@@ -180,6 +180,7 @@ class Labour:
                     await self._get_ready()
                 else:
                     nursery.start_soon(self._get_ready)
+                sale.begun.start(trio.current_time())
                 outcome = await execution.run(self._checkpoint_plan(), self._tell_rows)
             await self._may_run.wait()
             nursery.cancel_scope.cancel()

@@ -153,6 +153,7 @@ class MemoryNode:
         self.writes = 0
         self.cut_at: int | None = None
         self.cut_before = False
+        self._cut = False
         self.down = trio.Event()
         self._network = network
         self._gossips = gossips
@@ -168,6 +169,11 @@ class MemoryNode:
     def account(self) -> bytes:
         """The public key of its account."""
         return self.identity.account.public_key
+
+    @property
+    def is_dying(self) -> bool:
+        """Whether its power is cut, or it is killed: it says nothing more."""
+        return self._cut or self._scope.cancel_called
 
     async def start(self, nursery: trio.Nursery) -> MemoryNode:
         """Run, in ``nursery``, until ``kill`` or a power cut."""

@@ -13,6 +13,7 @@ quitter     falls silent after its first checkpoint, and does not hear that it w
 garbler     its checkpoints and results are not what they are said to be
 greedy      its receipts are for twice the amount
 equivocator signs two sheets under one number, again and again
+accuser     says of each job that it faults
 unsigning   a buyer that never countersigns
 vanishing   a buyer that is gone for good with its first result
 =========== ====================================================================================
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ from typing import Final
 
 import trio
 
-from p2pflop.errors import P2PFlopError
+from p2pflop.errors import JobError, P2PFlopError
 from p2pflop.job.spec import ROLE_STATE
 from p2pflop.market.records import Receipt
 from p2pflop.market.sheets import make_sheet
@@ -54,9 +55,12 @@ from p2pflop.node.service import LAST_EVENT_KINDS, Json
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import open_sealed, seal
 
-SELLING_VILLAINS: Final = ("mute", "fake", "quitter", "garbler", "greedy", "equivocator")
+SELLING_VILLAINS: Final = (
+    *("mute", "fake", "quitter", "garbler", "greedy", "equivocator"),
+    "accuser",
+)
 BUYING_VILLAINS: Final = ("unsigning", "vanishing")
-UNPAID_VILLAINS: Final = frozenset({"mute", "fake", "garbler", "greedy"})
+UNPAID_VILLAINS: Final = frozenset({"mute", "fake", "garbler", "greedy", "accuser"})
 """Those that never deliver what verifies."""
 LINKS: Final = 3
 START_S: Final = 5.0
@@ -81,6 +85,14 @@ class QuickSession(CountingSession):
                 memory[:] = memory.translate(NEXT)
         self._step = number
         self._last = dict.fromkeys(range(len(self._work.phases)), number)
+
+
+class AccusingSession(QuickSession):
+    """Says that the job is at fault."""
+
+    def step(self, number: int) -> None:
+        """See CountingSession."""
+        raise JobError(f"the job's code faulted in step {number}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +173,19 @@ class Bought:
 
 
 class World:
-    """A market of its own in ``folder``, with tasks in ``nursery``."""
+    """A market of its own in ``folder``, with tasks in ``nursery``. ``session`` is what honest
+    workers compute."""
 
     def __init__(
-        self, folder: Path, nursery: trio.Nursery, seed: int, settings: WorldSettings
+        self,
+        folder: Path,
+        nursery: trio.Nursery,
+        seed: int,
+        settings: WorldSettings,
+        session: Callable[..., CountingSession] = QuickSession,
     ) -> None:
         self.seed = seed
+        self.session = session
         self.settings = settings
         self.random = random.Random(seed)  # noqa: S311 - a simulation
         self.storm = Storm(settings, self.random)
@@ -194,10 +213,18 @@ class World:
         """An error that says how to see it again."""
         return AssertionError(f"{what}; replay with seed {self.seed} and {self.settings}")
 
-    async def run(self) -> None:
-        """Everything, to the end. Raises AssertionError."""
+    async def run(self, visit: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint) -> None:
+        """Everything, to the end, and with it what ``visit`` does from the beginning on. Raises
+        AssertionError."""
         self._began_ns = now_ns()
         await self._populate()
+        async with trio.open_nursery() as visiting:
+            visiting.start_soon(visit)
+            await self._rage()
+            await self._clear_up()
+        await self._finish()
+
+    async def _rage(self) -> None:
         async with trio.open_nursery() as nursery:
             self._storming = nursery
             for buyer in self.buyers:
@@ -211,8 +238,6 @@ class World:
             nursery.start_soon(self._split)
             await trio.sleep(self.settings.storm_s)
             nursery.cancel_scope.cancel()
-        await self._clear_up()
-        await self._finish()
 
     # The storm
 
@@ -225,18 +250,24 @@ class World:
         for kind in self.settings.villains:
             price_nusd = PRICE_NUSD * self.random.randrange(5, 15)
             is_seller = kind in SELLING_VILLAINS
-            node = await self._open(kind, price_nusd if is_seller else None)
+            session = AccusingSession if kind == "accuser" else self.session
+            node = await self._open(kind, price_nusd if is_seller else None, session)
             self.villains[kind] = node
             self._corrupt(node, kind)
         self._connect()
         await trio.sleep(START_S)
 
-    async def _open(self, name: str, price_nusd: int | None = None) -> MemoryNode:
+    async def _open(
+        self,
+        name: str,
+        price_nusd: int | None = None,
+        session: Callable[..., CountingSession] | None = None,
+    ) -> MemoryNode:
         node = MemoryNode(
             self._network,
             self._folder / name,
             price_nusd=price_nusd,
-            session=QuickSession,
+            session=session or self.session,
             gossips=True,
         )
         node.workers.step_s = self.random.choice((0.02, 0.2, 1.0))
@@ -434,7 +465,13 @@ class World:
                 raise self.failure(f"{provider.folder.name} has a sale without an end")
         for buyer in self.buyers:
             self._check_runs(buyer, hashes)
-            self._check_money(buyer)
+            self._check_costs(buyer)
+        self.check_money()
+
+    def check_money(self) -> None:
+        """What must hold of all books at the end. Raises AssertionError."""
+        for buyer in self.buyers:
+            self._check_debts(buyer)
         for node in self.honest:
             booked = [(e["reference"], e["number"]) for e in node.ledger_book.report()["entries"]]
             if len(set(booked)) != len(booked):
@@ -453,11 +490,9 @@ class World:
             elif end.get("error") not in ("ProviderError", "MarketError"):
                 raise self.failure(f"{name} failed by no fault of others: {end}")
 
-    def _check_money(self, buyer: MemoryNode) -> None:
-        owing_nusd = 0
+    def _check_debts(self, buyer: MemoryNode) -> None:
         for provider in self.nodes:
             owed = -buyer.ledger_book.due_nusd(provider.account)
-            owing_nusd += owed
             names = f"{buyer.folder.name} owes {provider.folder.name} {owed}"
             kind = provider.folder.name
             if kind in UNPAID_VILLAINS and owed:
@@ -465,10 +500,17 @@ class World:
             if provider in self.honest and owed != provider.ledger_book.due_nusd(buyer.account):
                 due = provider.ledger_book.due_nusd(buyer.account)
                 raise self.failure(f"{names}, who books {due}")
-        spent = buyer.ledger_book.report()["entries"]
+        spent, owing_nusd = buyer.ledger_book.report()["entries"], self.owing_nusd(buyer)
         booked = sum(max(p["amount_nusd"], 0) for e in spent for p in e["postings"])
         if booked != owing_nusd:
             raise self.failure(f"{buyer.folder.name} booked {booked}, owes {owing_nusd}")
+
+    def owing_nusd(self, buyer: MemoryNode) -> int:
+        """What it owes to everybody."""
+        return sum(-buyer.ledger_book.due_nusd(node.account) for node in self.nodes)
+
+    def _check_costs(self, buyer: MemoryNode) -> None:
+        owing_nusd = self.owing_nusd(buyer)
         costs = [b.end["cost_nusd"] for b in self.bought[buyer.peer] if b.end["kind"] == "result"]
         whole = len(costs) == len(self.bought[buyer.peer])
         if sum(costs) > owing_nusd or (whole and sum(costs) != owing_nusd):

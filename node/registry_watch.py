@@ -33,7 +33,7 @@ from p2pflop.node.registry_client import (
     SummaryReply,
     ask,
 )
-from p2pflop.units import NS_PER_S
+from p2pflop.units import NS_PER_S, counted
 from p2pflop.wire import Sealed
 
 POLL_S: Final = 30.0
@@ -102,9 +102,9 @@ class RegistryWatch:
         self._franchise.watched[self._issuer].asked_ns = self._now_ns()
         head = self._open(self._franchise.notes(self._issuer).head)
         if head is not None and head.record.at_ns + STALE_HEAD_NS < self._now_ns():
-            hours = (self._now_ns() - head.record.at_ns) // STALE_HEAD_NS
+            hours = counted((self._now_ns() - head.record.at_ns) // STALE_HEAD_NS, "hour")
             raise ProtocolError(
-                f"its newest head is {hours} hours old: it, or this machine's clock, is not well"
+                f"its newest head is {hours} old: it, or this machine's clock, is not well"
             )
 
     async def _introduce(self) -> None:

@@ -489,6 +489,8 @@ class Client:
             response = self._retry(self._line(refused=refused), send)
         try:
             yield response
+        except httpx.TransportError as error:
+            raise self._unreachable(f"lost it in the middle of an answer: {error}") from None
         finally:
             response.close()
 

@@ -60,6 +60,7 @@ from p2pflop.runs import Row, Run
 from p2pflop.units import (
     MAX_NUSD,
     NS_PER_S,
+    counted,
     format_bytes,
     format_flop,
     parse_duration,
@@ -98,7 +99,7 @@ class Job:
     def __repr__(self) -> str:
         cost = self.cost
         return (
-            f"Job({self.file.labels.title!r}, {self.steps} steps, "
+            f"Job({self.file.labels.title!r}, {counted(self.steps, 'step')}, "
             f"{format_bytes(self.size_bytes)}, {format_flop(cost.flop)})"
         )
 

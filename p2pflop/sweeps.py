@@ -36,7 +36,7 @@ from p2pflop.runs import Row, Run, check_event
 from p2pflop.sdk import Job, Number, Usd, put_inputs, submit_options
 from p2pflop.shards import jobs_of, with_data
 from p2pflop.sweep_plan import SweepPlan
-from p2pflop.units import NS_PER_S
+from p2pflop.units import NS_PER_S, counted
 
 if TYPE_CHECKING:
     from p2pflop.results import Result
@@ -99,7 +99,7 @@ class Sweep:
         self._threads: list[threading.Thread] = []
 
     def __repr__(self) -> str:
-        return f"Sweep({self.id[:12]!r}, {len(self)} jobs)"
+        return f"Sweep({self.id[:12]!r}, {counted(len(self), 'job')})"
 
     def __len__(self) -> int:
         return len(self._plan.args)

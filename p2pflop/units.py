@@ -93,6 +93,11 @@ def format_bytes(size_bytes: int) -> str:
     return _scaled(size_bytes, ("B", "kB", "MB", "GB", "TB", "PB", "EB"))
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """``1 file``, ``2 files``; ``many`` where that is not ``one`` with an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def format_flop(flop: int) -> str:
     """``1.23 GFLOP``; past exa in powers of ten."""
     units = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")

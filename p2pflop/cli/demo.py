@@ -32,7 +32,7 @@ from p2pflop.cli.demo_cloud import PLAIN, run_plain_script
 from p2pflop.cli.demo_nodes import DemoNode, Market, open_market
 from p2pflop.cli.output import Flags, common_options, print_json, say, short
 from p2pflop.errors import ConfigError, P2PFlopError, VerificationError
-from p2pflop.units import format_bytes, format_flop, format_usd
+from p2pflop.units import counted, format_bytes, format_flop, format_usd
 
 if TYPE_CHECKING:
     from p2pflop.results import Result
@@ -148,7 +148,7 @@ def _describe(job: Job, seed: int) -> None:
     cost = job.cost
     say(
         f"\n{job.file.labels.title}: {format_bytes(job.size_bytes)} of graphs, "
-        f"{job.steps} steps, {format_flop(cost.flop)}, "
+        f"{counted(job.steps, 'step')}, {format_flop(cost.flop)}, "
         f"touches {format_bytes(cost.touched_bytes)}, seed {seed}"
     )
     say("Beside it the same job runs here, without a market, to compare.\n")
@@ -348,8 +348,8 @@ def _sell_next(job: Job, client: Any, market: Market, names: dict[str, DemoNode]
     say(f"The next job is bought from '{winner.name}', for {format_usd(result.cost_nusd)}.")
     if winner is not market.unpaid:
         raise VerificationError("the best price has not won, though its fee is paid")
-    leaves = market.registry.verify()
-    say(f"The registry's log, checked from outside: {leaves} leaves, one history.")
+    leaves = counted(market.registry.verify(), "leaf", "leaves")
+    say(f"The registry's log, checked from outside: {leaves}, one history.")
     market.registry.stop()
     say("The registry is stopped now. The market goes on.")
     return {winner.name: result.cost_nusd}

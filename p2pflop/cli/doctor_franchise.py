@@ -17,7 +17,7 @@ import httpx
 
 from p2pflop.cli.doctor import SAFE_LEVEL, Finding
 from p2pflop.errors import P2PFlopError
-from p2pflop.units import GIB, NS_PER_S, format_bytes
+from p2pflop.units import GIB, NS_PER_S, counted, format_bytes
 
 if TYPE_CHECKING:
     from p2pflop.client import Client
@@ -74,7 +74,7 @@ def _attestation(franchise: dict[str, Any], registries: list[dict[str, Any]]) ->
         waits = [f"it waits for {each['waits_for']}" for each in registries if each["waits_for"]]
         return _found("attestation", ["the account is not attested", *waits], "", hint)
     days, slots = int(attestation["days_left"]), attestation["max_slots"]
-    value = f"{days} days left, {slots} slots"
+    value = f"{counted(days, 'day')} left, {counted(slots, 'slot')}"
     faults = [f"only {value}"] if days < MIN_DAYS else []
     return _found("attestation", faults, value, hint)
 
@@ -107,11 +107,11 @@ def _network(status: dict[str, Any], peers: list[dict[str, Any]]) -> Finding:
     if not any(_is_outside(address) for address in addresses):
         faults.append("it listens on this machine alone")
     if not any(peer.get("inbound") for peer in peers):
-        faults.append(f"none of {len(peers)} peers has dialled it")
+        faults.append(f"no peer of {len(peers)} has dialled it")
     return _found(
         "network",
         faults,
-        f"{len(peers)} peers, some of which have dialled it",
+        f"{counted(len(peers), 'peer')}, some of which have dialled it",
         "Open TCP port 7421 in the firewall and forward it; --listen says where it listens.",
     )
 

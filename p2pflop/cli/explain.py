@@ -26,7 +26,7 @@ from p2pflop.keys import peer_id
 from p2pflop.market.evidence import Evidence, Replay, Replayed, replay
 from p2pflop.market.ranking import Deal, Miss, MissReason
 from p2pflop.market.records import session_prices, ticket_of
-from p2pflop.units import format_usd
+from p2pflop.units import counted, format_usd
 from p2pflop.wire import decode
 
 
@@ -92,10 +92,13 @@ def audit_tape_command(flags: Flags, files: tuple[Path, ...]) -> None:
     else:
         for path, replayed in wrong:
             say(f"{path}: {_who(replayed)}: {replayed.verdict}")
-        say(f"{len(bids)} bids in {len(files)} files, {len(wrong)} against the rule")
+        say(
+            f"{counted(len(bids), 'bid')} in {counted(len(files), 'file')}, "
+            f"{len(wrong)} against the rule"
+        )
     if wrong:
         raise ProtocolError(
-            f"{len(wrong)} of {len(bids)} bids were not for the best deal",
+            f"{len(wrong)} of {counted(len(bids), 'bid')} not for the best deal",
             hint="See them with 'p2pflop explain FILE'.",
         )
 

@@ -36,7 +36,7 @@ COMMANDS: Final = {
     "run": ("script", "Run a Python script, on the market if it knows nothing of p2pflop."),
     "show": ("submit", "Show a job file or a run."),
     "jobs": ("runs", "List the runs of this node."),
-    "watch": ("runs", "Follow a run from its first event."),
+    "watch": ("runs", "Follow a run: how it stands, and what comes from now on."),
     "cancel": ("runs", "Give a run up, and tell what it has cost."),
     "explain": ("explain", "Show why a run went to its provider."),
     "audit-tape": ("explain", "Find fills that were not the best deal."),

@@ -25,6 +25,7 @@ from p2pflop.cli import sessions
 from p2pflop.cli.output import Flags, avoided_line, clean, print_json, short, table_lines
 from p2pflop.job.events import State
 from p2pflop.market.credit import job_risk
+from p2pflop.node.service import LAST_EVENT_KINDS
 from p2pflop.runs import Run, check_event
 from p2pflop.units import MAX_NUSD, NS_PER_S, format_duration, format_usd
 
@@ -83,6 +84,7 @@ class RunView:
         self._rests = ""
         self._provider = ""
         self._place = ""
+        self._is_muted = False
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -97,8 +99,8 @@ class RunView:
         self._bar.stop()
 
     def begin(self, card: Mapping[str, Any]) -> None:
-        """Come to a run that is on its way: say how it stands, of which its progress up to now,
-        told again, is no news."""
+        """Come to a run that is on its way: say how it stands; what it has told up to now, but for
+        its end, is no news."""
         self._begun_ns = time.time_ns()
         place = f", at {short(card['provider'])}" if card.get("provider") else ""
         step, end = int(card.get("step", 0)), end_step(card)
@@ -109,15 +111,22 @@ class RunView:
         self._bar.update(self._task, description="step", completed=step, total=max(end, 1))
 
     def show(self, event: Mapping[str, Any]) -> None:
-        """Show one event. Kinds of a later version are passed over."""
-        if event["kind"] in PASSING and event.get("at_ns", self._begun_ns) < self._begun_ns:
+        """Show one event. Kinds of a later version are passed over; of old ones only what stays is
+        remembered."""
+        is_old = event.get("at_ns", self._begun_ns) < self._begun_ns
+        if is_old and event["kind"] in PASSING:
             return
+        self._is_muted = is_old and event["kind"] not in LAST_EVENT_KINDS
         handler = getattr(self, f"_on_{event['kind']}", None)
         if handler is not None:
             handler(event)
 
     def _say(self, text: str) -> None:
-        self._console.print(Text(clean(text)), soft_wrap=True)
+        self._print(clean(text))
+
+    def _print(self, line: str) -> None:
+        if not self._is_muted:
+            self._console.print(Text(line), soft_wrap=True)
 
     def _progress(self, what: str, done: int, total: int, unit: str = "", values: str = "") -> None:
         self._bar.update(
@@ -138,7 +147,7 @@ class RunView:
         deals, misses = deal_lines(event), miss_lines(event)
         news = [line for line in misses if line not in self._misses]
         for line in [*(deals if deals != self._deals else []), *news]:
-            self._console.print(Text(line), soft_wrap=True)
+            self._print(line)
         self._deals, self._misses = deals, set(misses)
 
     def _on_resting(self, event: Mapping[str, Any]) -> None:

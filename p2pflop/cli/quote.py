@@ -12,7 +12,7 @@ import click
 from p2pflop.cli.output import Flags, common_options, print_fields, print_json, say
 from p2pflop.errors import NodeUnreachableError
 from p2pflop.market.pricing import Machine, cost_price
-from p2pflop.units import format_flop, format_usd, parse_duration, parse_flop, parse_usd
+from p2pflop.units import counted, format_flop, format_usd, parse_duration, parse_flop, parse_usd
 
 MEASURED_STEPS: Final = 60
 MATRIX: Final = 512
@@ -134,4 +134,4 @@ def _standing(flags: Flags, price_nusd: int) -> tuple[int, int]:
 def _told(below: int, asks: int) -> str:
     if not asks:
         return "no asks known here: run a node, then p2pflop book"
-    return f"{below} of {asks} asks are cheaper"
+    return f"{below} of {counted(asks, 'ask')} are cheaper"

@@ -21,7 +21,7 @@ from p2pflop.cli.output import (
 from p2pflop.cli.registry_words import date, folder_of_flags, home_of, run_office
 from p2pflop.cli.tied import end_with_parent
 from p2pflop.errors import ConfigError, VerificationError
-from p2pflop.units import parse_duration, parse_usd
+from p2pflop.units import counted, parse_duration, parse_usd
 
 if TYPE_CHECKING:
     from p2pflop.franchise.records import CertificateRequest, Schedule
@@ -444,5 +444,8 @@ def _print_fork(flags: Flags, forked: Forked) -> None:
         print_json(told)
         return
     for head in (forked.first, forked.second):
-        click.echo(f"signed {date(head.at_ns)}: {head.size} leaves, root {head.root.hex()}")
+        click.echo(
+            f"signed {date(head.at_ns)}: {counted(head.size, 'leaf', 'leaves')}, "
+            f"root {head.root.hex()}"
+        )
     click.echo(f"proof {forked.evidence.hex()}")

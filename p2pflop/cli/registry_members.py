@@ -27,7 +27,7 @@ from p2pflop.cli.registry_words import date, home_of, run_office
 from p2pflop.cli.statement import decimal, parse_date, safe_cell
 from p2pflop.errors import ConfigError
 from p2pflop.ids import HASH_BYTES
-from p2pflop.units import NS_PER_S, format_usd, parse_duration, parse_usd
+from p2pflop.units import NS_PER_S, counted, format_usd, parse_duration, parse_usd
 
 if TYPE_CHECKING:
     from p2pflop.franchise.records import Attestation
@@ -93,7 +93,7 @@ def enroll_command(flags: Flags, address: str, contact: str | None, place: str, 
         print_json(told)
         return
     waits_for = f", waits for {told['waits_for']}" if told.get("waits_for") else ""
-    days = f", {told['days_left']} days left" if told["state"] == "attested" else ""
+    days = f", {counted(told['days_left'], 'day')} left" if told["state"] == "attested" else ""
     click.echo(clean(f"{told['state']}{waits_for}{days}"))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from p2pflop.cli.output import Flags
 from p2pflop.errors import ConfigError
-from p2pflop.units import NS_PER_S
+from p2pflop.units import NS_PER_S, counted
 
 if TYPE_CHECKING:
     from p2pflop.registry.office import Office
@@ -96,7 +96,7 @@ def leaf_row(number: int, data: bytes) -> dict[str, Any]:
         case LeafKind.SCHEDULE:
             schedule = record_of(Schedule, leaf.body)
             fee, slots = format_usd(schedule.fee_nusd), schedule.max_slots
-            what = f"{fee} for {slots} slots from {date(schedule.from_ns)}"
+            what = f"{fee} for {counted(slots, 'slot')} from {date(schedule.from_ns)}"
         case LeafKind.ATTESTATION:
             attestation = record_of(Attestation, leaf.body)
             until = date(attestation.valid_until_ns)

@@ -82,9 +82,9 @@ def _tell_sales(flags: Flags) -> None:
 @common_options
 @click.pass_obj
 def watch_command(flags: Flags, run_id: str) -> None:
-    """Follow a run from its first event.
+    """Follow a run: how it stands, and what comes from now on.
 
-    Ctrl-C leaves the run alone. With --json every event is a line of JSON.
+    Ctrl-C leaves the run alone. With --json every event is a line of JSON, from the first on.
 
     \b
     Examples:

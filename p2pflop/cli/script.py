@@ -19,7 +19,7 @@ import click
 
 from p2pflop.cli.output import Flags, common_options, print_json, say
 from p2pflop.errors import ConfigError, JobError, P2PFlopError
-from p2pflop.units import format_bytes
+from p2pflop.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from p2pflop.sdk import Job
@@ -57,7 +57,7 @@ def trace_command(flags: Flags, script: Path, arguments: tuple[str, ...], out: P
         print_json({"path": str(target), "bytes": job.size_bytes, **about, **quote})
         return
     click.echo(str(target))
-    say(f"{format_bytes(job.size_bytes)}, {job.steps} steps")
+    say(f"{format_bytes(job.size_bytes)}, {counted(job.steps, 'step')}")
     for line in [*meter_lines(about), "", *quote_lines(quote)]:
         say(line)
 

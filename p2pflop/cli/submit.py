@@ -11,7 +11,7 @@ import click
 from p2pflop.cli import sessions
 from p2pflop.cli.output import Flags, clean, common_options, print_fields, print_json, say
 from p2pflop.errors import ConfigError
-from p2pflop.units import format_bytes, format_flop
+from p2pflop.units import counted, format_bytes, format_flop
 
 if TYPE_CHECKING:
     from p2pflop.client import Client
@@ -93,11 +93,7 @@ def submit_command(
         job = job.resume(from_step)
     client = flags.client(start=True)
     if not flags.json:
-        cost = job.cost
-        say(
-            f"{clean(job.file.labels.title)}: {job.size_bytes:,} bytes, {job.steps} steps, "
-            f"{format_flop(cost.flop)}, touches {format_bytes(cost.touched_bytes)}"
-        )
+        say(_told(job))
     if quote:
         ranking = client.quote(encode_file(job.file), options)
         if flags.json:
@@ -157,6 +153,14 @@ def show_command(flags: Flags, what: str) -> None:
         print_fields(
             (name, value) for name, value in run.items() if not isinstance(value, dict | list)
         )
+
+
+def _told(job: Job) -> str:
+    """A job in one line."""
+    return (
+        f"{clean(job.file.labels.title)}: {job.size_bytes:,} bytes, {counted(job.steps, 'step')}, "
+        f"{format_flop(job.cost.flop)}, touches {format_bytes(job.cost.touched_bytes)}"
+    )
 
 
 def print_quote(client: Client, ranking: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import click
 
 from p2pflop.cli.output import Flags, clean, common_options, print_json, print_table, say
 from p2pflop.errors import ConfigError
-from p2pflop.units import format_usd
+from p2pflop.units import counted, format_usd
 
 if TYPE_CHECKING:
     from p2pflop.client import Client
@@ -172,7 +172,7 @@ def read_feeds(feeds: Sequence[str], batch: int | None) -> dict[str, Any]:
 def _follow(flags: Flags, sweep: Sweep) -> int:
     """Show outcomes as they come, and all of them in a table; the exit code."""
     if not flags.json:
-        say(f"sweep {sweep.id}: {len(sweep)} jobs")
+        say(f"sweep {sweep.id}: {counted(len(sweep), 'job')}")
     for outcome in sweep:
         progress = sweep.progress()
         if flags.json:

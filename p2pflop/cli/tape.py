@@ -26,7 +26,7 @@ from p2pflop.cli.output import (
 from p2pflop.cli.statement import parse_date
 from p2pflop.job.spec import class_id
 from p2pflop.kernels.classes import descriptor, name_of
-from p2pflop.units import NS_PER_S, format_bytes, format_flop, format_usd
+from p2pflop.units import NS_PER_S, counted, format_bytes, format_flop, format_usd
 
 if TYPE_CHECKING:
     from p2pflop.client import Client
@@ -170,7 +170,7 @@ def depth_lines(market: Json) -> list[str]:
         table = table_lines(("PRICE/PFLOP", "ASKS UP TO IT", "ACCOUNTS"), rows)
         lines += ["", f"depth of {class_label(each['class_id'])}", *(table or ["nothing asked"])]
         hidden = int(each.get("asks", 0)) - (int(levels[-1]["asks"]) if levels else 0)
-        lines += [f"... and {hidden} asks above"] if hidden > 0 else []
+        lines += [f"... and {counted(hidden, 'ask')} above"] if hidden > 0 else []
     return lines
 
 
@@ -180,7 +180,8 @@ def take_line(take: Json) -> str:
     share = f"{Decimal(100 * taken) / paid:.3g} %" if paid else "none paid"
     return (
         f"take rate: {format_usd(taken)} ({share}) of {format_usd(paid)} that buyers paid in "
-        f"{fills} purchases and sales of this account, by its ledger and the signed receipts"
+        f"{counted(fills, 'purchase or sale', 'purchases and sales')} of this account, "
+        "by its ledger and the signed receipts"
     )
 
 

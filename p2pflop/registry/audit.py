@@ -30,6 +30,7 @@ from p2pflop.franchise.records import MAX_LEAF_BYTES, MAX_RECORD_BYTES, Head, Le
 from p2pflop.ids import HASH_BYTES
 from p2pflop.market.records import Rejected
 from p2pflop.node.home import write_private
+from p2pflop.units import counted
 from p2pflop.wire import Sealed
 
 MAX_REPLY_BYTES: Final = 4 * 1024 * 1024
@@ -151,8 +152,8 @@ def audit(source: Source, key: bytes | None, home: Path | None, now_ns: int) -> 
         return _forked(issuer, remembered, head)
     if remembered is not None and remembered.record.size > head.record.size:
         raise VerificationError(
-            f"the registry shows {head.record.size} leaves, and has signed a log of "
-            f"{remembered.record.size}: it hides the rest, or lost it",
+            f"the registry shows {counted(head.record.size, 'leaf', 'leaves')}, and has signed "
+            f"a log of {remembered.record.size}: it hides the rest, or lost it",
             hint="Ask its operator. After a backup was restored: p2pflop registry certify "
             "--withdraw.",
         )
@@ -245,7 +246,7 @@ def _remembered(memory: Memory | None, issuer: Issuer) -> tuple[Sealed[Head] | N
     head = open_past_head(memory.head, learned)
     if isinstance(head, Rejected):
         return None, f"the remembered head does not count: {head.reason}"
-    return head, f"a remembered head of {head.record.size} leaves"
+    return head, f"a remembered head of {counted(head.record.size, 'leaf', 'leaves')}"
 
 
 def _read_leaves(source: Source, issuer: Issuer, size: int) -> Auditor:

@@ -20,6 +20,7 @@ from p2pflop.franchise.records import DAY_NS
 from p2pflop.node.api_server import ApiListener, bind_api, serve_api
 from p2pflop.registry.api import create_app
 from p2pflop.registry.office import Office, open_office
+from p2pflop.units import counted
 
 KEEP_EVERY_S: Final = 5.0
 WARN_BEFORE_NS: Final = 21 * DAY_NS
@@ -78,6 +79,6 @@ def _warning(left_ns: int) -> str:
     if left_ns >= WARN_BEFORE_NS:
         return ""
     return (
-        f"the certificate of the online key ends in {left_ns // DAY_NS} days: "
+        f"the certificate of the online key ends in {counted(left_ns // DAY_NS, 'day')}: "
         "p2pflop registry certify"
     )

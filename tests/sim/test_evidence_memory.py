@@ -187,7 +187,7 @@ async def test_the_commands_show_it_and_find_what_is_wrong(
     assert look["bids"][0]["right"] is True
 
     assert run(["audit-tape", str(right)]) == 0
-    assert "1 bids in 1 files, 0 against the rule" in capsys.readouterr().err
+    assert "1 bid in 1 file, 0 against the rule" in capsys.readouterr().err
     assert run(["audit-tape", str(right), str(wrong)]) == ProtocolError.exit_code
     assert f"{wrong}: the bid to" in capsys.readouterr().err
     wrong.write_bytes(b"nothing of the kind")

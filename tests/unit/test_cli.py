@@ -405,23 +405,16 @@ class TestCommands:
         assert run(["jobs", "--sold", "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == service.sold
 
-    def test_watch_tells_the_story(self, start_node: StartNode, capsys: Output) -> None:
+    def test_watch_of_a_run_that_has_ended_tells_its_end(
+        self, start_node: StartNode, capsys: Output
+    ) -> None:
         start_node(script=[*STORY, RESULT])
         assert run(["watch", Client().submit(b"job")]) == 0
         text = capsys.readouterr()
         assert text.out == f"{'ef' * 32}\n"
-        for words in (
-            "$0.001",
-            "30.0 s",
-            "lacks memory",
-            "busy",
-            "for at most $0.001",
-            "loss  inf",
-            "acc  0.875",
-            "receipt 1: $0.0009 up to step 2",
-            "cost  $0.0009",
-        ):
+        for words in ("loss  inf", "acc  0.875", "cost  $0.0009"):
             assert words in text.err, words
+        assert "receipt" not in text.err
         assert "\x1b" not in text.err
 
     def test_watch_of_a_failed_run_ends_with_its_code(

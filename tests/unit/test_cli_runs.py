@@ -126,18 +126,37 @@ def test_it_is_said_when_a_job_is_tried_out_here() -> None:
     assert len(told.splitlines()) == 1
 
 
+def test_a_run_is_told_as_it_comes() -> None:
+    told = shown(STORY)
+    for words in (
+        "$0.001",
+        "30.0 s",
+        "lacks memory",
+        "for at most $0.001",
+        "receipt 1: $0.0009 up to step 2",
+    ):
+        assert words in told, words
+
+
 def test_watch_begins_with_what_is_known() -> None:
     console = Console(file=(sheet := io.StringIO()), width=200)
     card = {"id": "ab" * 6, "state": "running", "provider": PEER}
     with RunView(console) as view:
         view.begin(card | {"step": 57, "first_step": 10, "steps": 90})
         view.show({"kind": "progress", "at_ns": 1, "step": 11, "steps": 100})
-        view.show({"kind": "receipt", "at_ns": 1, "number": 1, "amount_nusd": 5, "to_step": 50})
+        view.show({"kind": "ranked", "at_ns": 1, **RANKED})
+        view.show({"kind": "filled", "at_ns": 1, "provider": PEER, "quote_nusd": 5})
+        receipt = {"kind": "receipt", "amount_nusd": 5, "to_step": 50}
+        view.show({"at_ns": 1, "number": 1, **receipt})
+        view.show({"at_ns": 2**62, "number": 2, **receipt})
         view.show({"kind": "progress", "at_ns": 2**62, "step": 58, "steps": 100})
     told = sheet.getvalue()
     assert told.startswith(f"run {'ab' * 6}: running, step 57/100, at {PEER}")
     assert "11/100" not in told
-    assert "receipt 1" in told
+    assert "bought from" not in told
+    assert "PROVIDER" not in told
+    assert "receipt 1" not in told
+    assert "receipt 2" in told
     assert "step 58/100" in told
 
 

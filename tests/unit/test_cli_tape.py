@@ -195,7 +195,7 @@ class TestBook:
             ["$0.01", "1", "1"],
             ["$0.02", "2", "2"],
         ]
-        assert lines[at + 4] == "... and 1 asks above"
+        assert lines[at + 4] == "... and 1 ask above"
         assert run(["book", "--classes", "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == MARKET
 

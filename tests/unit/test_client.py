@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,23 @@ class TestErrors:
         with pytest.raises(P2PFlopError):
             Client(home, transport=httpx.MockTransport(answer)).status()
         assert seen == ["127.0.0.1:9 Bearer t0ken"]
+
+    def test_a_node_that_dies_in_the_middle_of_an_answer_is_one_that_is_gone(
+        self, home: Path
+    ) -> None:
+        class Broken(httpx.SyncByteStream):
+            def __iter__(self) -> Iterator[bytes]:
+                yield b"{"
+                raise httpx.ReadError("connection reset")
+
+        def answer(_: httpx.Request) -> httpx.Response:
+            return httpx.Response(200, stream=Broken())
+
+        client = Client(home, transport=httpx.MockTransport(answer))
+        with pytest.raises(NodeUnreachableError, match="in the middle of an answer"):
+            client.status()
+        with pytest.raises(NodeUnreachableError, match="in the middle of an answer"):
+            client.submit_and_follow(b"job")
 
     def test_replies_are_bounded(self, home: Path, monkeypatch: Any) -> None:
         monkeypatch.setattr("p2pflop.replies.MAX_REPLY_BYTES", 100)

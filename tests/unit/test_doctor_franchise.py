@@ -133,7 +133,7 @@ def test_what_the_node_tells(node: Stub, name: str, value: Any, broken: dict[str
 
 def test_nobody_has_dialled_it(node: Stub) -> None:
     node.connected = [{"peer": "a", "inbound": False}]
-    assert node.broken() == {"network": "none of 1 peers has dialled it"}
+    assert node.broken() == {"network": "no peer of 1 has dialled it"}
 
 
 def test_a_full_disk(node: Stub) -> None:

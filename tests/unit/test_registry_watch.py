@@ -313,7 +313,7 @@ async def test_a_registry_that_signs_no_new_head_is_told_of(registry: SampleRegi
     watching = RegistryWatch(made, fetch.root, fetch, enrolling, lambda: now[0])
     await watching.poll()
     now[0] += registry_watch.STALE_HEAD_NS + 1
-    with pytest.raises(ProtocolError, match="1 hours old"):
+    with pytest.raises(ProtocolError, match="1 hour old"):
         await watching.poll()
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from p2pflop.errors import ConfigError
 from p2pflop.units import (
     MAX_NUSD,
+    counted,
     format_bytes,
     format_duration,
     format_flop,
@@ -134,3 +135,8 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
 )
 def test_durations_are_written_short(duration_ns: int, text: str) -> None:
     assert format_duration(duration_ns) == text
+
+
+def test_one_is_told_as_one() -> None:
+    assert [counted(n, "file") for n in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+    assert [counted(n, "leaf", "leaves") for n in (1, 3)] == ["1 leaf", "3 leaves"]
