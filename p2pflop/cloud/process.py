@@ -13,7 +13,7 @@ from typing import Final
 from p2pflop.client import Client
 from p2pflop.cloud.link import HttpLink, Link, find_node
 from p2pflop.cloud.memory import SessionMemory
-from p2pflop.cloud.session import ScriptSession, closing_line
+from p2pflop.cloud.session import CLOSE_S, ScriptSession, closing_line
 from p2pflop.cloud.settings import CloudSettings, read_settings
 from p2pflop.errors import P2PFlopError
 from p2pflop.job.commands import Ran
@@ -91,6 +91,8 @@ def farewell() -> None:
     if cloud is None:
         return
     seen = cloud.session.failure
+    # A thread that is left behind may have it, and wait for an answer.
+    cloud.session.lock.acquire(timeout=CLOSE_S)
     try:
         closed = cloud.session.close()
         failure = cloud.session.failure

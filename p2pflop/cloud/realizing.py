@@ -205,10 +205,11 @@ def _execute(ctx: Any, call: UOp, ast: UOp) -> list[float | None] | None:
     if not str(ast.arg).startswith(PREFIX):
         return None
     place = cloud()
-    ready = _ready.get(call)
-    if ready is None or not ready.holds(place.memory.epoch):
-        ready = _bind(ctx, call, _programs[ast.arg])
-    place.session.run(Run(ready.binding), wait=ctx.wait)
+    with place.session.lock:
+        ready = _ready.get(call)
+        if ready is None or not ready.holds(place.memory.epoch):
+            ready = _bind(ctx, call, _programs[ast.arg])
+        place.session.run(Run(ready.binding), wait=ctx.wait)
     return []
 
 
