@@ -37,8 +37,12 @@ class Cloud:
 
 
 _cloud: Cloud | None = None
-_opening: Final = threading.Lock()
-"""Threads that begin at the same time have one session."""
+LOCK: Final = threading.RLock()
+"""Of whoever makes graphs, numbers commands or says what they name. Threads have one session, and
+msgspec crashes where two of them are the first to decode a type."""
+
+
+os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 def say(text: str) -> None:
@@ -65,7 +69,7 @@ def the_cloud(
     global _cloud
     if _cloud is not None:
         return _cloud
-    with _opening:
+    with LOCK:
         if _cloud is not None:
             return _cloud
         settings = read_settings(os.environ)
@@ -92,7 +96,7 @@ def farewell() -> None:
         return
     seen = cloud.session.failure
     # A thread that is left behind may have it, and wait for an answer.
-    cloud.session.lock.acquire(timeout=CLOSE_S)
+    LOCK.acquire(timeout=CLOSE_S)
     try:
         closed = cloud.session.close()
         failure = cloud.session.failure

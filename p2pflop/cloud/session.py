@@ -8,7 +8,7 @@ window that is full. There is no thread, so nothing happens between two operatio
 Python may collect a buffer between any two lines of this, which gives a ``Free``: it joins the
 queue just before the next command, so that it takes nobody's number and sends nothing.
 
-Threads share it: whoever numbers commands, or says what they name, has its ``lock``.
+Threads share it: whoever calls it has ``process.LOCK``.
 
 Ctrl-C can strike in any wait: an answer that nobody waits for any more is dropped when it comes.
 After ``Failed`` every operation raises the same error, with the lines of the program that gave the
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -124,7 +123,6 @@ class ScriptSession:
         self._say = say
         self._on_ran = on_ran
         self._verbose = verbose
-        self.lock = threading.RLock()
         self._pid = os.getpid()
         self._queue: list[AnyCommand] = []
         self._freed: list[AnyCommand] = []
@@ -277,7 +275,6 @@ class ScriptSession:
 
     def leave(self) -> None:
         """In a forked child: close its end of what is the parent's."""
-        self.lock = threading.RLock()  # the parent's may have an owner that there is not here
         self._link.leave()
 
     def _send(self, frame: Open | Batch | Close) -> None:
