@@ -1,7 +1,8 @@
 """The script's end of a session: frames from it, and a bounded way back to it.
 
-A script that computes does not read: what it has not read yet of ``Ran`` is told in one, and only
-``Data``, which it waits for, makes whoever brings it wait.
+A script that computes does not read: what it has not read yet of ``Ran`` is told in one, or, if it
+is verbose, from when the outbox is full. Only ``Data``, which it waits for, makes whoever brings it
+wait, so that a script that asks and does not read gets no further than the window.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ MAX_OUTBOX_BYTES: Final = 8 * MIB
 UNREAD_S: Final = 10.0
 """A script that reads nothing for so long while there is much to read has been stopped; whoever
 brings more is not to wait for it."""
+FRAME_BYTES: Final = 64
+"""What a frame counts beside the data in it."""
 MAX_KERNELS: Final = 2**32 - 1
 
 
@@ -34,7 +37,7 @@ class ScriptLine(Protocol):
 
 
 class Outbox:
-    """What is to be told to a script. ``verbose``: each Ran by itself."""
+    """What is to be told to a script. ``verbose``: each Ran by itself, as long as there is room."""
 
     def __init__(self, line: ScriptLine) -> None:
         self.verbose = False
@@ -47,10 +50,12 @@ class Outbox:
     def put(self, frame: NodeFrame) -> None:
         """Tell it soon, in order."""
         last = self._frames[-1] if self._frames else None
-        if isinstance(frame, Ran) and isinstance(last, Ran) and not self.verbose:
+        apart = self.verbose and self._bytes < MAX_OUTBOX_BYTES
+        if isinstance(frame, Ran) and isinstance(last, Ran) and not apart:
             self._frames[-1] = _together(last, frame)
         else:
             self._frames.append(frame)
+            self._bytes += _size(frame)
         self._wake()
 
     async def put_data(self, data: Data) -> bool:
@@ -59,13 +64,12 @@ class Outbox:
             await self.wait_room()
         if waiting.cancelled_caught:
             return False
-        self._bytes += len(data.data)
         self.put(data)
         return True
 
     async def wait_room(self) -> None:
         """Return once there is room, or nobody reads any more."""
-        while self._bytes > MAX_OUTBOX_BYTES and not self._closed:
+        while self._bytes >= MAX_OUTBOX_BYTES and not self._closed:
             await self._news.wait()
 
     def close(self) -> None:
@@ -80,14 +84,17 @@ class Outbox:
                 await self._news.wait()
                 continue
             frame = self._frames.popleft()
-            if isinstance(frame, Data):
-                self._bytes -= len(frame.data)
-                self._wake()
+            self._bytes -= _size(frame)
+            self._wake()
             await self._line.send(frame)
 
     def _wake(self) -> None:
         self._news.set()
         self._news = trio.Event()
+
+
+def _size(frame: NodeFrame) -> int:
+    return FRAME_BYTES + (len(frame.data) if isinstance(frame, Data) else 0)
 
 
 def _together(first: Ran, second: Ran) -> Ran:

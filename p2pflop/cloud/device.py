@@ -16,7 +16,7 @@ from tinygrad.renderer import Renderer
 from p2pflop.cloud.counters import count
 from p2pflop.cloud.hook import DEVICE
 from p2pflop.cloud.memory import Region
-from p2pflop.cloud.process import Cloud, is_open, the_cloud
+from p2pflop.cloud.process import LOCK, Cloud, is_open, the_cloud
 from p2pflop.errors import P2PFlopError
 from p2pflop.job.commands import MAX_WRITE_BYTES, Copy, Load, Read, Write
 
@@ -39,11 +39,17 @@ class CloudAllocator(LRUAllocator):
 
     def alloc(self, size: int, options: BufferSpec | None = None) -> Region:
         """See tinygrad, whose own MemoryError does not tell what sets the limit."""
-        try:
-            region: Region = super().alloc(size, options)
-        except MemoryError as error:
-            raise (error.__cause__ or error) from None
-        return region
+        with LOCK:
+            try:
+                region: Region = super().alloc(size, options)
+            except MemoryError as error:
+                raise (error.__cause__ or error) from None
+            return region
+
+    def free(self, opaque: Region, size: int, options: BufferSpec | None = None) -> None:
+        """See tinygrad."""
+        with LOCK:
+            super().free(opaque, size, options)
 
     def _alloc(self, size: int, options: BufferSpec) -> Region:  # noqa: ARG002
         return cloud().memory.allocate(size)
@@ -60,16 +66,19 @@ class CloudAllocator(LRUAllocator):
         else:
             address = place.put_blob(data)
             command = Load(dest.buffer, dest.offset_bytes, address, len(data))
-        place.session.run(command)
+        with LOCK:
+            place.session.run(command)
 
     def _copyout(self, dest: memoryview, src: Region) -> None:
         command = Read(src.buffer, src.offset_bytes, len(dest))
-        dest[:] = cloud().session.read(command)
+        with LOCK:
+            dest[:] = cloud().session.read(command)
 
     def _transfer(self, dest: Region, src: Region, sz: int, **_: Any) -> None:
         target, source = (dest.buffer, dest.offset_bytes), (src.buffer, src.offset_bytes)
         if target != source:
-            cloud().session.run(Copy(target, source, sz))
+            with LOCK:
+                cloud().session.run(Copy(target, source, sz))
 
     def _offset(self, buf: Region, size: int, offset: int) -> Region:
         return Region(buf.buffer, buf.offset_bytes + offset, size)
@@ -93,4 +102,5 @@ class CloudDevice(Compiled):
     def synchronize(self) -> None:
         """Wait until the provider has done all that was asked for."""
         if is_open():
-            cloud().session.synchronize()
+            with LOCK:
+                cloud().session.synchronize()

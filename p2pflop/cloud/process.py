@@ -13,7 +13,7 @@ from typing import Final
 from p2pflop.cloud.blobs import NodeBlobs
 from p2pflop.cloud.link import HttpLink, Link, find_node
 from p2pflop.cloud.memory import SessionMemory
-from p2pflop.cloud.session import ScriptSession, closing_line
+from p2pflop.cloud.session import CLOSE_S, ScriptSession, closing_line
 from p2pflop.cloud.settings import CloudSettings, read_settings
 from p2pflop.errors import P2PFlopError
 from p2pflop.job.commands import Ran
@@ -35,8 +35,12 @@ class Cloud:
 
 
 _cloud: Cloud | None = None
-_opening: Final = threading.Lock()
-"""Threads that begin at the same time have one session."""
+LOCK: Final = threading.RLock()
+"""Of whoever makes graphs, numbers commands or says what they name. Threads have one session, and
+msgspec crashes where two of them are the first to decode a type."""
+
+
+os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 def say(text: str) -> None:
@@ -64,7 +68,7 @@ def the_cloud(
     global _cloud
     if _cloud is not None:
         return _cloud
-    with _opening:
+    with LOCK:
         if _cloud is not None:
             return _cloud
         settings = read_settings(os.environ)
@@ -90,6 +94,8 @@ def farewell() -> None:
     if cloud is None:
         return
     seen = cloud.session.failure
+    # A thread that is left behind may have it, and wait for an answer.
+    LOCK.acquire(timeout=CLOSE_S)
     try:
         closed = cloud.session.close()
         failure = cloud.session.failure

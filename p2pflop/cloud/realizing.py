@@ -27,6 +27,7 @@ from tinygrad.uop.ops import Ops, PatternMatcher, UOp, UPat
 
 from p2pflop.cloud.device import cloud, is_cloud
 from p2pflop.cloud.inlining import inline
+from p2pflop.cloud.process import LOCK
 from p2pflop.cloud.stages import CopyStage, GraphStage, cut
 from p2pflop.errors import JobError
 from p2pflop.job.commands import Place, Run
@@ -154,11 +155,12 @@ def _bound(variable: UOp) -> tuple[str, int]:
 def _call(sink: UOp, buffers: Sequence[UOp]) -> UOp:
     """The call of a graph in the cloud. Raises JobError for what cannot travel, here and now."""
     name = PREFIX + sink.key.hex()
-    program = _programs.get(name)
-    if program is None:
-        program = _programs[name] = _program(sink)
-    bound = [buffers[variable.arg.slot] for variable in program.variables]
-    program.graph(tuple(value.unbind()[1] for value in bound))
+    with LOCK:
+        program = _programs.get(name)
+        if program is None:
+            program = _programs[name] = _program(sink)
+        bound = [buffers[variable.arg.slot] for variable in program.variables]
+        program.graph(tuple(value.unbind()[1] for value in bound))
     arguments = [buffers[slot] for slot in program.slots]
     return UOp.custom_function(name).call(*arguments, *bound)
 
@@ -205,10 +207,11 @@ def _execute(ctx: Any, call: UOp, ast: UOp) -> list[float | None] | None:
     if not str(ast.arg).startswith(PREFIX):
         return None
     place = cloud()
-    ready = _ready.get(call)
-    if ready is None or not ready.holds(place.memory.epoch):
-        ready = _bind(ctx, call, _programs[ast.arg])
-    place.session.run(Run(ready.binding), wait=ctx.wait)
+    with LOCK:
+        ready = _ready.get(call)
+        if ready is None or not ready.holds(place.memory.epoch):
+            ready = _bind(ctx, call, _programs[ast.arg])
+        place.session.run(Run(ready.binding), wait=ctx.wait)
     return []
 
 

@@ -8,6 +8,8 @@ window that is full. There is no thread, so nothing happens between two operatio
 Python may collect a buffer between any two lines of this, which gives a ``Free``: it joins the
 queue just before the next command, so that it takes nobody's number and sends nothing.
 
+Threads share it: whoever calls it has ``process.LOCK``.
+
 Ctrl-C can strike in any wait: an answer that nobody waits for any more is dropped when it comes.
 After ``Failed`` every operation raises the same error, with the lines of the program that gave the
 command that is to blame.

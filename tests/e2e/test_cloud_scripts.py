@@ -56,6 +56,18 @@ def test_equal_to_the_last_bit(name: str, tmp_path: Path) -> None:
     assert twin.table.flop > 0
 
 
+def test_threads_share_a_session(tmp_path: Path) -> None:
+    """Natively one does it all: tinygrad's own schedules are not for several."""
+    native = run_script(FOLDER / "threads.py", None, WORKERS="1")
+    assert native.returncode == 0, native.stderr
+    with twin_server() as server:
+        home = server.home(tmp_path / "home")
+        cloud = run_script(FOLDER / "threads.py", home, WORKERS="8")
+    assert cloud.returncode == 0, cloud.stderr
+    assert cloud.stdout == native.stdout
+    assert len(server.twins) == 1
+
+
 def test_a_fault_that_nobody_saw_ends_the_script_with_its_code(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

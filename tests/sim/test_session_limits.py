@@ -16,7 +16,6 @@ from p2pflop.job.commands import (
     Batch,
     Bind,
     Closed,
-    Data,
     Define,
     Failed,
     Free,
@@ -34,7 +33,6 @@ from p2pflop.node import (
     session_log,
     session_purchase,
     session_sale,
-    session_script,
     session_sell,
     session_service,
     session_work,
@@ -228,18 +226,6 @@ async def test_of_obeyed_batches_so_many_can_still_be_billed(
     [session] = buyer.sessions._sessions.values()
     assert session.lease is not None
     assert len(session.lease.outstanding.marks) == 3
-
-
-async def test_data_waits_for_a_script_that_does_not_read(
-    autojump_clock: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session_script, "MAX_OUTBOX_BYTES", 10)
-    outbox = session_script.Outbox(Script())
-    with trio.move_on_after(1) as waiting:
-        for number in range(5):
-            await outbox.put_data(Data(number, b"12345", True))
-    assert waiting.cancelled_caught
-    assert outbox._bytes <= 15
 
 
 @pytest.mark.parametrize(

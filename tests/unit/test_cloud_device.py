@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tinygrad import Tensor, TinyJit, Variable, dtypes
-from tinygrad.device import Device
+from tinygrad.device import BufferSpec, Device
 from tinygrad.function import function
 from tinygrad.helpers import DEBUG, Context, GlobalCounters
 from tinygrad.nn.state import safe_load, safe_save
@@ -319,3 +320,30 @@ def test_threads_that_begin_together_have_one_session(monkeypatch: pytest.Monkey
         clouds = list(pool.map(begin, range(4)))
     assert len(links) == 1
     assert all(each is clouds[0] for each in clouds)
+
+
+def test_threads_give_whole_commands_one_after_the_other(twin: Twin) -> None:
+    """Each copies its own bytes to and fro; a command of another's in between would be seen."""
+    allocator = Device["CLOUD"].allocator
+    before = sys.getswitchinterval()
+
+    def work(number: int) -> None:
+        for step in range(40):
+            data = bytes([number, step]) * (8 + step)
+            first, second = (allocator.alloc(len(data), BufferSpec()) for _ in range(2))
+            allocator._copyin(first, memoryview(data))
+            allocator._transfer(second, first, len(data))
+            found = bytearray(len(data))
+            allocator._copyout(memoryview(found), second)
+            assert found == data
+            for region in (first, second):
+                allocator.free(region, len(data), BufferSpec(nolru=step % 2 == 0))
+
+    count = twin.table.count
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(before)
+    assert twin.table.count >= count + 8 * 40 * 3
