@@ -17,6 +17,7 @@ from p2pflop.kernels.plan import (
     MAX_THREADS,
     SCRATCH,
     SCRATCH_ALIGN_BYTES,
+    THREAD,
     Call,
     Kernel,
     Plan,
@@ -28,10 +29,10 @@ from p2pflop.kernels.plan import (
 )
 from p2pflop.wire import encode
 
-KERNEL = Kernel("add", b"\x7fELF", 2, threaded=False)
+KERNEL = Kernel("add", b"\x7fELF", 2)
 BUFFERS = (PlanBuffer(3, 64), PlanBuffer(SCRATCH, 100), PlanBuffer(FRESH, 4))
 CALL = Call(0, (Region(2, 0, 4), Region(0, 60, 4)), 1)
-PLAN = Plan(4, (KERNEL,), BUFFERS, (CALL,), (Region(2, 0, 4),), 10, 20)
+PLAN = Plan(5, (KERNEL,), BUFFERS, (CALL,), (Region(2, 0, 4),), 10, 20)
 
 
 def replaced(**changes: object) -> bytes:
@@ -66,8 +67,8 @@ def test_scratch_is_rounded_up_and_counts_nothing_else() -> None:
         replaced(buffers=(*BUFFERS, PlanBuffer(3, 64))),
         replaced(buffers=(PlanBuffer(-3, 64), *BUFFERS[1:])),
         replaced(buffers=(PlanBuffer(3, MAX_BUFFER_BYTES + 1), *BUFFERS[1:])),
-        replaced(kernels=(Kernel("add", b"", 2, threaded=False),)),
-        replaced(kernels=(Kernel("add", b"\x7fELF", MAX_ARGUMENTS + 1, threaded=False),)),
+        replaced(kernels=(Kernel("add", b"", 2),)),
+        replaced(kernels=(Kernel("add", b"\x7fELF", MAX_ARGUMENTS + 1),)),
     ],
 )
 def test_a_hostile_plan_is_refused(hostile: bytes) -> None:
@@ -76,7 +77,7 @@ def test_a_hostile_plan_is_refused(hostile: bytes) -> None:
 
 
 def test_threads_up_to_the_limit_are_taken_by_a_threaded_kernel() -> None:
-    kernels = (Kernel("add", b"\x7fELF", 2, threaded=True),)
+    kernels = (Kernel("add", b"\x7fELF", 2, (THREAD,)),)
 
     def with_threads(threads: int) -> bytes:
         return replaced(kernels=kernels, calls=(Call(0, CALL.regions, threads),))
@@ -106,7 +107,7 @@ def test_each_list_may_be_as_long_as_its_limit() -> None:
 
 def test_a_kernel_may_be_as_large_as_the_limit() -> None:
     for size, fits in ((MAX_KERNEL_BYTES, True), (MAX_KERNEL_BYTES + 1, False)):
-        data = replaced(kernels=(Kernel("add", bytes(size), 2, threaded=False),))
+        data = replaced(kernels=(Kernel("add", bytes(size), 2),))
         if fits:
             assert decode_plan(data)
         else:
