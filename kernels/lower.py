@@ -4,6 +4,10 @@ The graph is built node by node as tinygrad tensors over unallocated buffers, wi
 and dtype compared to ours at every node, scheduled once, split where a product would repeat costly
 work (``factors``), compiled kernel by kernel, and written down flat. No kernel runs and no input
 data is seen. All of it is Python work of seconds, which is why plans are cached.
+
+Of a symbolic graph the sizes are expressions of Variables, as in a script of tinygrad, so that the
+kernels, and so the bytes, are those of a native run; tinygrad's shapes are compared with ours where
+all Variables are at their highest.
 """
 
 from __future__ import annotations

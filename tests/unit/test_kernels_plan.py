@@ -6,6 +6,8 @@ import msgspec
 import pytest
 
 from p2pflop.errors import ProtocolError
+from p2pflop.job.limits import MAX_VARIABLES
+from p2pflop.job.symbolic import Range
 from p2pflop.kernels.plan import (
     FRESH,
     MAX_ARGUMENTS,
@@ -68,12 +70,23 @@ def test_scratch_is_rounded_up_and_counts_nothing_else() -> None:
         replaced(buffers=(PlanBuffer(-3, 64), *BUFFERS[1:])),
         replaced(buffers=(PlanBuffer(3, MAX_BUFFER_BYTES + 1), *BUFFERS[1:])),
         replaced(kernels=(Kernel("add", b"", 2),)),
+        replaced(kernels=(Kernel("add", b"\x7fELF", 2, (0,)),)),
+        replaced(kernels=(Kernel("add", b"\x7fELF", 2, (1,)),), ranges=(Range(0, 7),)),
+        replaced(kernels=(Kernel("add", b"\x7fELF", 2, (THREAD - 1,)),), ranges=(Range(0, 7),)),
+        replaced(ranges=(Range(0, 7),) * (MAX_VARIABLES + 1)),
         replaced(kernels=(Kernel("add", b"\x7fELF", MAX_ARGUMENTS + 1),)),
     ],
 )
 def test_a_hostile_plan_is_refused(hostile: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode_plan(hostile)
+
+
+def test_a_kernel_takes_variables_of_its_plan_and_a_thread() -> None:
+    kernel = Kernel("add", b"\x7fELF", 2, (1, THREAD, 0))
+    plan = decode_plan(replaced(kernels=(kernel,), ranges=(Range(0, 7), Range(2, 3))))
+    assert plan.kernels[0].threaded
+    assert not KERNEL.threaded
 
 
 def test_threads_up_to_the_limit_are_taken_by_a_threaded_kernel() -> None:
