@@ -31,6 +31,7 @@ from p2pflop.kernels.classes import environment
 
 SCRIPTS = Path(__file__).parent / "scripts"
 STEPS = {"mlp": 60, "conv": 200, "gpt": 60}
+TOKENS = 100
 WARM_BLOCKS = 2
 DELAY_S = 0.025
 WEIGHTS, WEIGHT_SIDE = 25, 1024
@@ -50,11 +51,12 @@ def main() -> None:
     pairs = 1 if arguments.quick else arguments.pairs
     report: dict[str, Any] = {"bench": "cloud"}
     with tempfile.TemporaryDirectory() as folder, nodes(Path(folder)) as market:
-        report["steps"] = {name: compare(market, name, pairs) for name in names}
+        report["steps"] = {name: compare(market, name, STEPS[name], pairs) for name in names}
         report["steps"]["promise"] = "ratio <= 1.05, bytes a step <= 300"
         report["delayed"] = {
             name: delayed(market, name, report["steps"][name]["native_ms"]) for name in names
         }
+        report["generation"] = compare(market, "generate", TOKENS, pairs)
         report["eager"] = eager(market, pairs)
         if not arguments.quick:
             report["weights"] = weights(market, Path(folder))
@@ -128,22 +130,22 @@ def run(name: str, arguments: tuple[str, ...], variables: dict[str, str]) -> dic
     return told | {"stderr": done.stderr}
 
 
-def compare(market: Market, name: str, pairs: int) -> dict[str, Any]:
+def compare(market: Market, name: str, steps: int, pairs: int) -> dict[str, Any]:
     """Median seconds of a warm step, CLOUD over native, and bytes between the nodes."""
     ours: list[float] = []
     theirs: list[float] = []
     bytes_a_step = 0.0
-    first = cloud(market, name, steps=STEPS[name])  # nothing is cached, and the data goes up
+    first = cloud(market, name, steps=steps)  # nothing is cached, and the data goes up
     told: dict[str, Any] = {}
     for number in range(pairs):
-        told = native(market.folder, name, steps=STEPS[name])
+        told = native(market.folder, name, steps=steps)
         theirs += told["step_s"][WARM_BLOCKS:]
-        few = counted(market, name, STEPS[name] // 2)
-        many = counted(market, name, STEPS[name])
+        few = counted(market, name, steps // 2)
+        many = counted(market, name, steps)
         ours += many["step_s"][WARM_BLOCKS:]
         if number == pairs - 1:
             extra = many["link_bytes"] - few["link_bytes"]
-            bytes_a_step = extra / (STEPS[name] - STEPS[name] // 2)
+            bytes_a_step = extra / (steps - steps // 2)
             if many["loss"] != told["loss"]:
                 raise SystemExit(f"{name}: loss {many['loss']} is not native's {told['loss']}")
     median = statistics.median(ours)

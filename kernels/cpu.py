@@ -24,9 +24,10 @@ from p2pflop.kernels.machine import (
     output_region,
     slot_slice,
 )
-from p2pflop.kernels.plan import SCRATCH, Kernel, Plan, Region, align, scratch_bytes
+from p2pflop.kernels.plan import SCRATCH, THREAD, Kernel, Plan, Region, align, scratch_bytes
 
 KERNEL_ALIGN_BYTES: Final = 64
+_Scalar = int | ctypes.c_uint64
 
 
 class CpuMemory:
@@ -85,8 +86,9 @@ class _Loaded:
         self._outputs = plan.outputs
         functions, self._code = _link(plan.kernels, image)
         regions: dict[tuple[int, int], int] = {}
-        self._calls: list[tuple[Callable[..., None], tuple[int, ...], tuple[ctypes.c_uint64, ...]]]
-        self._calls = []
+        self._variables = len(plan.ranges)
+        # A function, the regions that it takes, and the scalars: a Variable's number or a thread's.
+        self._calls: list[tuple[Callable[..., None], tuple[int, ...], list[_Scalar]]] = []
         for call in plan.calls:
             if call.grid:
                 raise ProtocolError("the plan is for another kind of device")
@@ -95,11 +97,12 @@ class _Loaded:
                 for region in call.regions
             )
             function = functions[call.kernel]
-            if not plan.kernels[call.kernel].threaded:
-                self._calls.append((function, taken, ()))
-                continue
             for thread in range(call.threads):
-                self._calls.append((function, taken, (ctypes.c_uint64(thread),)))
+                scalars: list[_Scalar] = [
+                    ctypes.c_uint64(thread) if scalar == THREAD else scalar
+                    for scalar in plan.kernels[call.kernel].scalars
+                ]
+                self._calls.append((function, taken, scalars))
         self._regions = tuple(regions)
 
     def bind(self, slots: Sequence[Slice], scratch: Memory) -> _Bound:
@@ -122,25 +125,38 @@ class _Loaded:
         if used > shared.size_bytes:
             raise ProtocolError(f"plan takes {used} bytes of scratch for {shared.size_bytes}")
         pointers = [ctypes.c_uint64(addresses[buffer] + at) for buffer, at in self._regions]
+        variables = [ctypes.c_uint64() for _ in range(self._variables)]
         calls: Calls = [
-            functools.partial(function, *[pointers[number] for number in taken], *threads)
-            for function, taken, threads in self._calls
+            functools.partial(
+                function,
+                *[pointers[number] for number in taken],
+                *[variables[each] if isinstance(each, int) else each for each in scalars],
+            )
+            for function, taken, scalars in self._calls
         ]
-        return _Bound(calls, self._outputs, memories, self)
+        return _Bound(calls, self._outputs, memories, variables, self)
 
 
 class _Bound:
     """See machine.Bound. It keeps the memory that its calls point into, and their code."""
 
     def __init__(
-        self, calls: Calls, outputs: Sequence[Region], memories: list[CpuMemory], loaded: _Loaded
+        self,
+        calls: Calls,
+        outputs: Sequence[Region],
+        memories: list[CpuMemory],
+        variables: Sequence[ctypes.c_uint64],
+        loaded: _Loaded,
     ) -> None:
         self._calls = calls
+        self._variables = variables
         self._outputs = outputs
         self._memories = memories
         self._loaded = loaded
 
-    def run(self) -> None:
+    def run(self, values: Sequence[int] = ()) -> None:
+        for variable, value in zip(self._variables, values, strict=True):
+            variable.value = value
         for call in self._calls:
             call()
 

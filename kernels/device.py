@@ -83,6 +83,8 @@ class _Loaded:
     def __init__(self, device: str, plan: Plan) -> None:
         if any(not call.grid for call in plan.calls):
             raise ProtocolError("the plan is for another kind of device")
+        if plan.ranges:
+            raise ProtocolError("a plan with Variables is for a CPU")
         self._device = device
         self._plan = plan
         self._programs = [_program(device, kernel) for kernel in plan.kernels]
@@ -122,7 +124,7 @@ class _Bound:
             for call in plan.calls
         ]
 
-    def run(self) -> None:
+    def run(self, values: Sequence[int] = ()) -> None:  # noqa: ARG002 - it has no Variables
         for call in self._calls:
             call()
 

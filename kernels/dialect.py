@@ -123,6 +123,8 @@ def _choice(node: UOp) -> UOp | None:
     """The choice by ``a == b`` of which ``node`` is the sum over one axis."""
     if node.op is not Ops.REDUCE or node.arg != (Ops.ADD, 1):
         return None
+    if any(isinstance(size, UOp) for size in node.src[0].shape):
+        return None  # a size that depends on a Variable is never compared
     choice = _behind_views(node.src[0])
     if choice.op is not Ops.WHERE:
         return None
@@ -196,7 +198,9 @@ def _behind_views(node: UOp) -> UOp:
 
 
 def _match_arange(node: UOp, start: int) -> tuple[DType, int, int] | None:
-    if len(node.shape) != 1 or node.dtype not in _ARANGE_DTYPES or node.shape[0] < 2:
+    if len(node.shape) != 1 or node.dtype not in _ARANGE_DTYPES:
+        return None
+    if isinstance(node.shape[0], UOp) or node.shape[0] < 2:
         return None
     whole = iota(node.dtype, node.shape[0])
     built = whole.src[0] if start else whole

@@ -183,7 +183,7 @@ class Exporter:
                 f"{uop.op.name} cannot travel in a graph",
                 hint="Custom kernels, disk tensors, symbolic sizes and several devices cannot.",
             )
-        return self._emit(OUR_OPS[uop.op], _attrs(uop), refs)
+        return self._emit(OUR_OPS[uop.op], self._attrs(uop), refs)
 
     def _emit(self, op: Op, attrs: tuple[Attr, ...] = (), refs: tuple[int, ...] = ()) -> int:
         self.nodes.append(Node(op, attrs, refs))
@@ -218,6 +218,41 @@ class Exporter:
         refs = tuple(self._emit(Op.CONST, (code, number)) for number in numbers)
         index = self._emit(Op.STACK, (), refs)
         return index if shape == (len(refs),) else self._emit(Op.RESHAPE, shape, (index,))
+
+    def _attrs(self, uop: UOp) -> tuple[Attr, ...]:
+        match uop.op:
+            case Ops.CAST | Ops.BITCAST:
+                if uop.arg not in OUR_DTYPES:
+                    raise JobError(f"{uop.arg} cannot travel", hint="Cast to float16 or bfloat16.")
+                return (int(OUR_DTYPES[uop.arg]),)
+            case Ops.RESHAPE | Ops.EXPAND:
+                return self._dims(uop.marg)
+            case Ops.PAD | Ops.SHRINK:
+                return self._dims([dim for pair in uop.marg for dim in pair])
+            case Ops.PERMUTE:
+                return tuple(uop.arg)
+            case Ops.FLIP:
+                return tuple(int(axis) for axis in uop.arg)
+            case Ops.REDUCE:
+                return REDUCTIONS.index(uop.arg[0]), uop.arg[1]
+            case _:
+                if uop.arg is not None:
+                    raise JobError(
+                        f"{uop.op.name} with {str(uop.arg)[:80]} cannot travel in a graph"
+                    )
+                return ()
+
+    def _dims(self, dims: Iterable[object]) -> tuple[int, ...]:
+        """Sizes and offsets as they stand in a node. Raises JobError."""
+        plain = []
+        for dim in dims:
+            if not isinstance(dim, int):
+                raise JobError(
+                    "a tensor's size depends on a Variable",
+                    hint="Use a fixed size, and a parameter named step to pick a row.",
+                )
+            plain.append(dim)
+        return tuple(plain)
 
     def _fold(self, uop: UOp) -> tuple[int, ...] | None:
         """The two words of ``uop`` if it is a pair of uint32 that depends on constants only.
@@ -281,37 +316,3 @@ def _constant(uop: UOp) -> tuple[Attr, ...]:
     else:
         plain = float(value) if isinstance(value, float) else None
     return int(OUR_DTYPES[uop.dtype]), plain
-
-
-def _attrs(uop: UOp) -> tuple[Attr, ...]:
-    match uop.op:
-        case Ops.CAST | Ops.BITCAST:
-            if uop.arg not in OUR_DTYPES:
-                raise JobError(f"{uop.arg} cannot travel", hint="Cast to float16 or bfloat16.")
-            return (int(OUR_DTYPES[uop.arg]),)
-        case Ops.RESHAPE | Ops.EXPAND:
-            return _dims(uop.marg)
-        case Ops.PAD | Ops.SHRINK:
-            return _dims([dim for pair in uop.marg for dim in pair])
-        case Ops.PERMUTE:
-            return tuple(uop.arg)
-        case Ops.FLIP:
-            return tuple(int(axis) for axis in uop.arg)
-        case Ops.REDUCE:
-            return REDUCTIONS.index(uop.arg[0]), uop.arg[1]
-        case _:
-            if uop.arg is not None:
-                raise JobError(f"{uop.op.name} with {str(uop.arg)[:80]} cannot travel in a graph")
-            return ()
-
-
-def _dims(dims: Iterable[object]) -> tuple[int, ...]:
-    plain = []
-    for dim in dims:
-        if not isinstance(dim, int):
-            raise JobError(
-                "a tensor's size depends on a Variable",
-                hint="Use a fixed size, and a parameter named step to pick a row.",
-            )
-        plain.append(dim)
-    return tuple(plain)

@@ -4,6 +4,10 @@ The graph is built node by node as tinygrad tensors over unallocated buffers, wi
 and dtype compared to ours at every node, scheduled once, split where a product would repeat costly
 work (``factors``), compiled kernel by kernel, and written down flat. No kernel runs and no input
 data is seen. All of it is Python work of seconds, which is why plans are cached.
+
+Of a symbolic graph the sizes are expressions of Variables, as in a script of tinygrad, so that the
+kernels, and so the bytes, are those of a native run; tinygrad's shapes are compared with ours where
+all Variables are at their highest.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import Final
 from tinygrad import Device, Tensor
 from tinygrad.codegen import to_program
 from tinygrad.device import Buffer
+from tinygrad.dtype import DType
 from tinygrad.engine.realize import compile_linear, estimate_uop, get_call_arg_uops
 from tinygrad.helpers import SPLIT_REDUCEOP, Context
 from tinygrad.renderer.cstyle import ClangRenderer
@@ -24,6 +29,7 @@ from tinygrad.uop.ops import Ops, UOp, shape_to_shape_arg
 
 from p2pflop.errors import JobError, P2PFlopError
 from p2pflop.job.graph import MOVEMENT, Dtype, Graph, Node, Op
+from p2pflop.job.symbolic import CheckedSymbolic, Range
 from p2pflop.job.validate import Checked
 from p2pflop.kernels.dialect import DTYPES, OPS, REDUCTIONS, gather_rows, iota
 from p2pflop.kernels.factors import Splitter
@@ -32,6 +38,7 @@ from p2pflop.kernels.plan import (
     MAX_ARGUMENTS,
     PLAN_VERSION,
     SCRATCH,
+    THREAD,
     Call,
     Kernel,
     Plan,
@@ -39,6 +46,7 @@ from p2pflop.kernels.plan import (
     Region,
     encode_plan,
 )
+from p2pflop.kernels.symbols import Symbol, Symbols, at_most, scalar_of, symbols_of
 
 CPU: Final = "CPU"
 LONG_SUM: Final = 32_768
@@ -50,22 +58,28 @@ _UNSUPPORTED_HINT: Final = "Split the step into smaller phases, or file the grap
 
 
 def lower(
-    checked: Checked,
+    given: Checked | CheckedSymbolic,
     progress: Callable[[int, int], None] | None = None,
     device: str = CPU,
 ) -> bytes:
-    """The encoded plan of ``checked`` for this process's class, whose device is ``device``.
+    """The encoded plan of ``given`` for this process's class, whose device is ``device``.
 
     ``progress(done, total)`` is called after every kernel. Raises JobError if tinygrad cannot
     schedule or compile the graph, or sees another shape or dtype in it than we do.
     """
+    is_symbolic = isinstance(given, CheckedSymbolic)
+    if is_symbolic and device != CPU:
+        raise JobError("only a CPU runs a graph with Variables", hint=_UNSUPPORTED_HINT)
+    checked = given.high if isinstance(given, CheckedSymbolic) else given
+    symbols = symbols_of(given.symbolic if isinstance(given, CheckedSymbolic) else None)
     collecting = gc.isenabled()
     # Lowering makes millions of small objects that live to its end: a quarter of the time.
     gc.disable()
     try:
-        built, linear = _schedule(checked, device)
+        built, linear = _schedule(checked, symbols, device)
         compiled = _compile(linear, device, progress)
-        return encode_plan(_Flattener(built, on_cpu=device == CPU).flatten(compiled))
+        flattener = _Flattener(built, symbols.ranges, on_cpu=device == CPU)
+        return encode_plan(flattener.flatten(compiled))
     except P2PFlopError:
         raise
     except RecursionError as error:
@@ -90,12 +104,12 @@ class _Built:
     fresh: list[Tensor]
 
 
-def _schedule(checked: Checked, device: str) -> tuple[_Built, UOp]:
+def _schedule(checked: Checked, symbols: Symbols, device: str) -> tuple[_Built, UOp]:
     """The graph built, and the kernels that compute it in their order."""
     # Else as tinygrad does by itself: where there is a wide table, ``_build`` has split the sums.
     split = int(SPLIT_REDUCEOP and not _has_wide_table(checked))
     with Context(SPLIT_REDUCEOP=split):
-        built = _build(checked, device, in_place=True)
+        built = _build(checked, symbols, device, in_place=True)
         try:
             linear, variables = Tensor.linear_with_vars(*built.tensors)
         except RuntimeError as error:
@@ -106,14 +120,14 @@ def _schedule(checked: Checked, device: str) -> tuple[_Built, UOp]:
                     f"tensors are assigned and read in no order that works: {error}",
                     hint="Realize one of the tensors before the next is assigned.",
                 ) from error
-            built = _build(checked, device, in_place=False)
+            built = _build(checked, symbols, device, in_place=False)
             linear, variables = Tensor.linear_with_vars(*built.tensors)
-    if variables:
-        raise JobError("graph has symbolic variables, which no graph of ours can have")
+    if len(variables) > len(symbols.ranges):
+        raise JobError("graph has variables, which no graph of ours can have")
     return built, linear
 
 
-def _build(checked: Checked, device: str, *, in_place: bool) -> _Built:
+def _build(checked: Checked, symbols: Symbols, device: str, *, in_place: bool) -> _Built:
     """The graph as tensors to realize.
 
     With ``in_place`` a new value of a slot is computed into the slot and a fresh output into its
@@ -130,11 +144,11 @@ def _build(checked: Checked, device: str, *, in_place: bool) -> _Built:
     is_wide = _has_wide_table(checked)
     nodes: list[UOp] = []
     for number, node in enumerate(graph.nodes):
-        built = _build_node(node, nodes, params)
+        built = _build_node(node, symbols.attrs(number, node), nodes, params)
         if is_wide and node.op is Op.REDUCE:
             built = _split_sum(built)
         shape, dtype = tuple(checked.shapes[number]), DTYPES[Dtype(checked.dtypes[number])]
-        if built.shape != shape or built.dtype != dtype:
+        if at_most(built.shape) != shape or built.dtype != dtype:
             raise JobError(
                 f"node {number} ({node.op.name}) is {built.dtype} {built.shape} to tinygrad, "
                 f"{dtype} {shape} by the rules"
@@ -211,29 +225,35 @@ def _param_buffers(graph: Graph, device: str) -> tuple[dict[int, UOp], dict[int,
     return slots, shaped
 
 
-def _build_node(node: Node, nodes: list[UOp], params: dict[int, UOp]) -> UOp:
+def _build_node(
+    node: Node, attrs: tuple[Symbol, ...], nodes: list[UOp], params: dict[int, UOp]
+) -> UOp:
     sources = tuple(nodes[ref] for ref in node.refs)
     match node.op:
         case Op.PARAM:
-            return params[_integer(node.attrs[0])]
+            return params[_integer(attrs[0])]
         case Op.CONST:
-            dtype, value = DTYPES[Dtype(_integer(node.attrs[0]))], node.attrs[1]
-            return UOp.invalid() if value is None else UOp.const(value, dtype)
+            return _constant(DTYPES[Dtype(_integer(attrs[0]))], attrs[1])
         case Op.IOTA:
-            return iota(DTYPES[Dtype(_integer(node.attrs[0]))], _integer(node.attrs[1]))
+            return iota(DTYPES[Dtype(_integer(attrs[0]))], _integer(attrs[1]))
         case Op.GATHER:
             return gather_rows(*sources)
         case Op.ASSIGN:
             tensor, view, value = sources
             return tensor.after(view.store(value))
         case Op.RESHAPE | Op.EXPAND:
-            return UOp(OPS[node.op], src=(*sources, shape_to_shape_arg(_integers(node))))
+            return UOp(OPS[node.op], src=(*sources, shape_to_shape_arg(attrs)))
         case Op.PAD | Op.SHRINK:
-            dims = _integers(node)
-            starts, sizes = shape_to_shape_arg(dims[0::2]), shape_to_shape_arg(dims[1::2])
+            starts, sizes = shape_to_shape_arg(attrs[0::2]), shape_to_shape_arg(attrs[1::2])
             return UOp(OPS[node.op], src=(*sources, starts, sizes))
         case _:
             return UOp(OPS[node.op], src=sources, arg=_argument(node))
+
+
+def _constant(dtype: DType, value: Symbol) -> UOp:
+    if value is None:
+        return UOp.invalid()
+    return value.cast(dtype) if isinstance(value, UOp) else UOp.const(value, dtype)
 
 
 def _argument(node: Node) -> object:
@@ -278,8 +298,9 @@ def _compile(linear: UOp, device: str, progress: Callable[[int, int], None] | No
 class _Flattener:
     """Numbers kernels and buffers in the order in which the calls first use them."""
 
-    def __init__(self, built: _Built, *, on_cpu: bool) -> None:
+    def __init__(self, built: _Built, ranges: tuple[Range, ...], *, on_cpu: bool) -> None:
         self._on_cpu = on_cpu
+        self._ranges = ranges
         self._slot_of = {id(uop.buffer): slot for slot, uop in built.slots.items()}
         self._fresh = [tensor.uop.base.buffer for tensor in built.fresh]
         self._fresh_ids = {id(buffer.base) for buffer in self._fresh}
@@ -297,34 +318,25 @@ class _Flattener:
             buffers=tuple(buffer for _, buffer in self._buffers.values()),
             calls=calls,
             outputs=outputs,
-            flop=sum(int(estimate.ops) for estimate in estimates),
-            touched_bytes=sum(int(estimate.mem) for estimate in estimates),
+            flop=sum(at_most((estimate.ops,))[0] for estimate in estimates),
+            touched_bytes=sum(at_most((estimate.mem,))[0] for estimate in estimates),
+            ranges=self._ranges,
         )
 
     def _call(self, call: UOp) -> Call:
         program = call.src[0]
         if program.op is not Ops.PROGRAM:
             raise JobError(f"graph needs a {program.op.name}, which a plan cannot hold")
-        threads = self._threads(program)
+        scalars = tuple(map(scalar_of, program.arg.vars))
         arguments = get_call_arg_uops(call)
         regions = tuple(self._region(arguments[i].buffer) for i in program.arg.globals)
-        kernel = self._kernel(program, len(regions), threads)
+        kernel = self._kernel(program, len(regions), scalars)
         if self._on_cpu:
-            return Call(kernel, regions, threads or 1)
+            return Call(kernel, regions, _threads(program) if THREAD in scalars else 1)
         grid, block = program.arg.launch_dims({})
         return Call(kernel, regions, 1, _three(grid), _three(block or ()))
 
-    @staticmethod
-    def _threads(program: UOp) -> int:
-        """How often the kernel is called with a thread number; 0 if it takes none."""
-        names = [variable.expr for variable in program.arg.vars]
-        if not names:
-            return 0
-        if names != ["core_id"]:
-            raise JobError(f"kernel takes {', '.join(names)}, which a plan cannot bind")
-        return int(program.arg.global_size[0])
-
-    def _kernel(self, program: UOp, arguments: int, threads: int) -> int:
+    def _kernel(self, program: UOp, arguments: int, scalars: tuple[int, ...]) -> int:
         found = self._kernels.get(program.key)
         if found is not None:
             return found[0]
@@ -335,7 +347,7 @@ class _Flattener:
             )
         elf = program.to_elf()
         number = len(self._kernels)
-        self._kernels[program.key] = number, Kernel(elf.name, elf.lib, arguments, threads > 0)
+        self._kernels[program.key] = number, Kernel(elf.name, elf.lib, arguments, scalars)
         return number
 
     def _region(self, buffer: Buffer) -> Region:
@@ -346,6 +358,14 @@ class _Flattener:
             found = len(self._buffers), PlanBuffer(kind, base.nbytes)
             self._buffers[id(base)] = found
         return Region(found[0], buffer.offset, buffer.nbytes)
+
+
+def _threads(program: UOp) -> int:
+    """How often a kernel is called that takes the number of its thread."""
+    threads = program.arg.global_size[0]
+    if not isinstance(threads, int):
+        raise JobError("a kernel's threads depend on a Variable", hint=_UNSUPPORTED_HINT)
+    return threads
 
 
 def _three(dims: tuple[int, ...]) -> tuple[int, ...]:

@@ -37,8 +37,8 @@ Slice = tuple[Memory, int]
 class Bound(Protocol):
     """A plan on its hardware."""
 
-    def run(self) -> None:
-        """Call every kernel, in order."""
+    def run(self, values: Sequence[int] = ()) -> None:
+        """Call every kernel, in order, with a value for each Variable of the plan."""
 
     def output(self, number: int) -> memoryview:
         """The bytes of a fresh output; they hold until the next run. Raises ProtocolError."""

@@ -14,10 +14,12 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from p2pflop.errors import ProtocolError
+from p2pflop.job.limits import MAX_VARIABLES
+from p2pflop.job.symbolic import Range
 from p2pflop.units import MIB
 from p2pflop.wire import U63, Record, decode, encode
 
-PLAN_VERSION: Final = 4
+PLAN_VERSION: Final = 5
 MAX_PLAN_BYTES: Final = 256 * MIB
 MAX_KERNELS: Final = 16_384
 MAX_KERNEL_BYTES: Final = 16 * MIB
@@ -32,22 +34,32 @@ MAX_BUFFER_BYTES: Final = 2**40
 SCRATCH: Final = -1
 FRESH: Final = -2
 
+THREAD: Final = -1
+"""Among the scalars of a kernel: the number of the thread."""
+
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Extent = Annotated[int, msgspec.Meta(ge=1, le=MAX_GRID)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_BUFFER_BYTES)]
+Scalar = Annotated[int, msgspec.Meta(ge=THREAD, lt=MAX_VARIABLES)]
 
 
 class Kernel(Record, frozen=True):
     """One binary of the plan's device with a single function of ``arguments`` pointers.
 
-    For a CPU a relocatable ELF object, or machine code that can run anywhere. A ``threaded`` one
-    takes the number of the thread as a last argument.
+    For a CPU a relocatable ELF object, or machine code that can run anywhere. After the pointers it
+    takes ``scalars``: the values of these Variables of the plan, or the number of the thread
+    (``THREAD``), in this order.
     """
 
     name: Annotated[str, msgspec.Meta(max_length=1024)]
     binary: Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_KERNEL_BYTES)]
     arguments: Annotated[int, msgspec.Meta(ge=1, le=MAX_ARGUMENTS)]
-    threaded: bool
+    scalars: Annotated[tuple[Scalar, ...], msgspec.Meta(max_length=MAX_VARIABLES + 1)] = ()
+
+    @property
+    def threaded(self) -> bool:
+        """Whether it takes the number of a thread."""
+        return THREAD in self.scalars
 
 
 class PlanBuffer(Record, frozen=True):
@@ -81,17 +93,19 @@ class Call(Record, frozen=True):
 
 class Plan(Record, frozen=True):
     """``outputs`` are the fresh outputs in order. ``flop`` and ``touched_bytes`` are what the
-    compiled kernels do, recomputation included: the side to compare with the meter."""
+    compiled kernels do, recomputation included: the side to compare with the meter. ``ranges`` are
+    those of its Variables, for whose highest values these are."""
 
     MAX_BYTES: ClassVar[int] = MAX_PLAN_BYTES
 
-    version: Literal[4]
+    version: Literal[5]
     kernels: Annotated[tuple[Kernel, ...], msgspec.Meta(max_length=MAX_KERNELS)]
     buffers: Annotated[tuple[PlanBuffer, ...], msgspec.Meta(max_length=MAX_BUFFERS)]
     calls: Annotated[tuple[Call, ...], msgspec.Meta(max_length=MAX_CALLS)]
     outputs: Annotated[tuple[Region, ...], msgspec.Meta(max_length=MAX_BUFFERS)]
     flop: U63
     touched_bytes: U63
+    ranges: Annotated[tuple[Range, ...], msgspec.Meta(max_length=MAX_VARIABLES)] = ()
 
 
 def encode_plan(plan: Plan) -> bytes:
@@ -124,6 +138,9 @@ def _check(plan: Plan) -> None:
     slots = [buffer.slot for buffer in plan.buffers if buffer.slot >= 0]
     if len(slots) != len(set(slots)):
         raise ProtocolError("plan names a slot twice")
+    for kernel in plan.kernels:
+        if any(scalar >= len(plan.ranges) for scalar in kernel.scalars):
+            raise ProtocolError("a kernel takes a Variable that the plan does not have")
     for number, call in enumerate(plan.calls):
         _check_call(plan, number, call)
     for region in plan.outputs:

@@ -7,20 +7,22 @@ into place and what is read from there again decides which kernels there are, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
-from tinygrad.dtype import AddrSpace
+from tinygrad.dtype import AddrSpace, dtypes
 from tinygrad.uop.ops import GroupOp, Ops, PatternMatcher, UOp, UPat, graph_rewrite
 
 from p2pflop.errors import JobError
 from p2pflop.job.graph import Dtype, Graph, GraphParam, Op, Output, encode_graph
-from p2pflop.job.limits import MAX_GRAPH_PARAMS
+from p2pflop.job.limits import MAX_GRAPH_PARAMS, MAX_VARIABLES
 from p2pflop.job.session import OpenGraph, open_graph
+from p2pflop.job.symbolic import Range, SymbolicGraph, encode_symbolic
 from p2pflop.kernels.dialect import OUR_DTYPES
 from p2pflop.kernels.export import GATHERS, Exporter
 from p2pflop.kernels.refusals import node_fault
+from p2pflop.kernels.symbols import changes_of, is_symbolic_shape, linear
 
 _MANY_HINT: Final = "Realize the model in parts."
 _ORDER_HINT: Final = "Realize one of the assignments before the other."
@@ -35,22 +37,36 @@ class RealizeGraph:
     slots: tuple[int, ...]
 
 
-def export_realize(sink: UOp) -> RealizeGraph:
-    """The graph of ``sink``, whose Variables have their values. Raises JobError."""
+def export_realize(sink: UOp, variables: Sequence[UOp] = ()) -> RealizeGraph:
+    """The graph of ``sink``, for all values of ``variables``. Raises JobError for what cannot
+    travel, or not for all values."""
     sink = graph_rewrite(sink, _PLAIN + GATHERS, name="session graph")
-    params = sorted({node.arg.slot for node in sink.toposort() if node.op is Ops.PARAM})
+    bound = set(variables)
+    found = (node for node in sink.toposort() if node.op is Ops.PARAM and node not in bound)
+    params = sorted({node.arg.slot for node in found})
     if len(params) > MAX_GRAPH_PARAMS:
         raise JobError(
             f"one realize takes {len(params)} buffers, {MAX_GRAPH_PARAMS} are possible",
             hint=_MANY_HINT,
         )
-    exporter = SessionExporter({slot: number for number, slot in enumerate(params)})
+    exporter = SessionExporter({slot: number for number, slot in enumerate(params)}, variables)
     exporter.add(sink.src)
-    data = encode_graph(exporter.graph(sink.src))
+    graph = exporter.graph(sink.src)
+    data = _encode_symbolic(graph, variables) if variables else encode_graph(graph)
     try:
         return RealizeGraph(open_graph(data), tuple(params))
     except JobError as error:
         raise JobError(error.message, hint=error.hint or _REFUSED_HINT) from None
+
+
+def _encode_symbolic(graph: Graph, variables: Sequence[UOp]) -> bytes:
+    if len(variables) > MAX_VARIABLES:
+        raise JobError(f"{len(variables)} Variables, {MAX_VARIABLES} are possible")
+    if any(each.dtype != dtypes.weakint or each.arg.multiple_of != 1 for each in variables):
+        raise JobError("a Variable that is not of any integer")
+    ranges = tuple(Range(int(each.vmin), int(each.vmax)) for each in variables)
+    nodes, changes = changes_of(graph.nodes)
+    return encode_symbolic(SymbolicGraph(replace(graph, nodes=nodes), ranges, changes))
 
 
 def _plain_store(store: UOp) -> UOp | None:
@@ -58,16 +74,24 @@ def _plain_store(store: UOp) -> UOp | None:
     target, value = store.src[:2]
     if value.dtype != target.dtype:
         value = value.cast(target.dtype)
-    if value.shape != target.shape:
+    if not _is_same(value.shape, target.shape):
         value = value._broadcast_to(target.shape)
     return None if value is store.src[1] else store.replace(src=(target, value))
+
+
+def _is_same(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether shapes are equal; a size that depends on a Variable is equal to itself alone."""
+    return len(one) == len(other) and all(
+        a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def _plain_reduce(reduce: UOp) -> UOp | None:
     """A REDUCE without axes of one element, of which tinygrad makes none by itself: a Variable's
     value may have left them."""
     alu, count = reduce.arg
-    sizes = [size for size in reduce.src[0].shape[:count] if size != 1]
+    sizes = [size for size in reduce.src[0].shape[:count] if isinstance(size, UOp) or size != 1]
     if len(sizes) == count:
         return None
     source = reduce.src[0].reshape((*sizes, *reduce.shape))
@@ -95,11 +119,13 @@ _PLAIN: Final = PatternMatcher(
 
 
 class SessionExporter(Exporter):
-    """Writes a graph that assigns. ``numbers`` gives the param of each slot of the CALL."""
+    """Writes a graph that assigns. ``numbers`` gives the param of each slot of the CALL. What
+    depends on ``variables`` is ``Linear`` in the attributes of its nodes."""
 
-    def __init__(self, numbers: dict[int, int]) -> None:
+    def __init__(self, numbers: dict[int, int], variables: Sequence[UOp] = ()) -> None:
         super().__init__(self._session_leaf, lambda _: None)
         self._numbers = numbers
+        self._variables = {variable: number for number, variable in enumerate(variables)}
         self._params: dict[int, GraphParam] = {}
         self._param_nodes: dict[int, int] = {}
         self._assigned: dict[UOp, int] = {}
@@ -124,6 +150,8 @@ class SessionExporter(Exporter):
 
     def _session_leaf(self, buffer: UOp, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
         number = self._numbers[buffer.arg.slot]
+        if is_symbolic_shape(shape):
+            raise JobError("a buffer whose size depends on a Variable")
         if number not in self._params:
             if buffer.dtype not in OUR_DTYPES:
                 raise JobError(f"{buffer.dtype} cannot travel", hint="Cast to float16 or bfloat16.")
@@ -137,6 +165,8 @@ class SessionExporter(Exporter):
         return self._param_nodes[slot]
 
     def _sources(self, uop: UOp) -> tuple[UOp, ...]:
+        if self._is_of_variables(uop):
+            return ()
         if uop.op is not Ops.AFTER:
             return super()._sources(uop)
         view, value = _effect(uop).src
@@ -145,10 +175,26 @@ class SessionExporter(Exporter):
     def _write(self, uop: UOp, sources: tuple[UOp, ...]) -> int:
         if uop.op is Ops.AFTER:
             return self._write_assign(uop, *sources)
+        if self._is_of_variables(uop):
+            code = int(OUR_DTYPES[dtypes.weakint])
+            return self._emit(Op.CONST, (code, linear(uop, self._variables)))
         fault = node_fault(uop)
         if fault is not None and uop.op is not Ops.PARAM:
             raise JobError(fault[0], hint=fault[1])
         return super()._write(uop, sources)
+
+    def _is_of_variables(self, uop: UOp) -> bool:
+        """Whether it is a number that Variables make, such as a place that is compared with."""
+        if not self._variables or uop.dtype != dtypes.weakint or uop.shape != ():
+            return False
+        return any(variable in self._variables for variable in uop.variables())
+
+    def _dims(self, dims: Iterable[object]) -> tuple[int, ...]:
+        plain: list[int] = []
+        for dim in dims:
+            is_symbol = isinstance(dim, UOp) and self._variables
+            plain += [linear(dim, self._variables)] if is_symbol else super()._dims([dim])
+        return tuple(plain)
 
     def _write_assign(self, after: UOp, whole: UOp, view: UOp, value: UOp) -> int:
         base = _base(whole)

@@ -26,7 +26,13 @@ from p2pflop.job.graph import (
     graph_hash,
 )
 from p2pflop.job.spec import MODE_LAST, ROLE_STATE, NoSource, Phase, Work, WorkParam
-from p2pflop.job.validate import Refusal, validate
+from p2pflop.job.symbolic import (
+    CheckedSymbolic,
+    decode_symbolic,
+    is_symbolic,
+    validate_symbolic,
+)
+from p2pflop.job.validate import Checked, Refusal, validate
 from p2pflop.kernels import compiler
 from p2pflop.kernels.cpu import CpuMachine
 from p2pflop.kernels.device import DeviceMachine
@@ -84,7 +90,11 @@ class TinygradEngine:
 
     def lower(self, graph: bytes, progress: Callable[[int, int], None]) -> bytes:
         """The plan of an encoded graph. Raises JobError."""
-        checked = validate(decode_graph(graph), assigns=True)
+        checked: Checked | CheckedSymbolic | Refusal
+        if is_symbolic(graph):
+            checked = validate_symbolic(decode_symbolic(graph))
+        else:
+            checked = validate(decode_graph(graph), assigns=True)
         if isinstance(checked, Refusal):
             raise JobError(f"invalid graph: {checked.reason}")
         return lower(checked, progress, self._device)

@@ -8,6 +8,7 @@ them needs; a plan is put on its places when it first runs there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from p2pflop.errors import JobError, ProtocolError
@@ -24,6 +25,7 @@ from p2pflop.job.commands import (
     WorkedCommand,
     Write,
 )
+from p2pflop.job.symbolic import Range, check_values
 from p2pflop.kernels.frames import MAX_PLANS_BYTES, PART_BYTES
 from p2pflop.kernels.machine import Bound, Loaded, Machine, Memory
 from p2pflop.kernels.plan import Plan, decode_plan, scratch_bytes
@@ -32,6 +34,7 @@ from p2pflop.kernels.plan import Plan, decode_plan, scratch_bytes
 @dataclass(frozen=True, slots=True)
 class _Graph:
     loaded: Loaded
+    ranges: tuple[Range, ...]
     kernels: int
     flop: int
     touched_bytes: int
@@ -71,7 +74,11 @@ class MachineWorkspace:
         decoded = decode_plan(plan)
         self._reserve(decoded)
         self._graphs[graph] = _Graph(
-            self._machine.load(decoded), len(decoded.calls), decoded.flop, decoded.touched_bytes
+            self._machine.load(decoded),
+            decoded.ranges,
+            len(decoded.calls),
+            decoded.flop,
+            decoded.touched_bytes,
         )
 
     def put(self, buffer: int, offset_bytes: int, data: bytes | memoryview) -> None:
@@ -85,8 +92,8 @@ class MachineWorkspace:
         not fit, JobError if there is no memory, or a Check fails.
         """
         match command:
-            case Run(binding):
-                self._run(binding)
+            case Run(binding, values):
+                self._run(binding, values)
             case Write(buffer, offset_bytes, data):
                 self.put(buffer, offset_bytes, data)
             case Bind(binding, graph, places):
@@ -110,15 +117,19 @@ class MachineWorkspace:
                 raise ProtocolError(f"a worker does not obey {type(command).__name__}")
         return None
 
-    def _run(self, number: int) -> None:
+    def _run(self, number: int, values: Sequence[int]) -> None:
         binding = self._bindings.get(number)
         if binding is None:
             raise ProtocolError(f"there is no binding {number}")
         graph = binding.graph
+        try:
+            check_values(graph.ranges, values)
+        except JobError as error:
+            raise ProtocolError(error.message) from error
         if binding.bound is None:
             slices = [(self._memory(buffer), at) for buffer, at in binding.places]
             binding.bound = graph.loaded.bind(slices, self._scratch)
-        binding.bound.run()
+        binding.bound.run(values)
         self.kernels += graph.kernels
         self.flop += graph.flop
         self.touched_bytes += graph.touched_bytes

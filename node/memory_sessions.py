@@ -64,8 +64,8 @@ class DigestWorkspace:
                 self.put(buffer, offset_bytes, data)
             case Bind(binding, name, places):
                 self._bound[binding] = (self._defined[name], places)
-            case Run(binding):
-                self.run(*self._bound[binding])
+            case Run(binding, values):
+                self.run(*self._bound[binding], values)
             case Copy((target, at), source, size_bytes):
                 self.put(target, at, self.read(source, size_bytes))
             case Read(buffer, offset_bytes, size_bytes):
@@ -76,9 +76,11 @@ class DigestWorkspace:
                 raise AssertionError(f"a worker does not obey {command}")
         return None
 
-    def run(self, graph: OpenGraph, places: tuple[Place, ...]) -> None:
-        """Run a graph at these places."""
-        digest = blake3(graph.hash)
+    def run(
+        self, graph: OpenGraph, places: tuple[Place, ...], values: tuple[int, ...] = ()
+    ) -> None:
+        """Run a graph at these places, with these values of its Variables."""
+        digest = blake3(graph.hash + bytes(repr(values), "ascii"))
         for place, size_bytes in zip(places, graph.sizes_bytes, strict=True):
             digest.update(self.read(place, size_bytes))
         for number, (buffer, at) in enumerate(places):
@@ -87,8 +89,9 @@ class DigestWorkspace:
                 made = seed.digest(graph.sizes_bytes[number])
                 self.put(buffer, at, bytes(b & 1 for b in made) if graph.bools[number] else made)
         self.kernels += 1
-        self.flop += graph.cost.flop
-        self.touched_bytes += graph.cost.touched_bytes
+        cost = graph.cost_of(values)
+        self.flop += cost.flop
+        self.touched_bytes += cost.touched_bytes
 
     def read(self, place: Place, size_bytes: int) -> bytes:
         """A copy of what is at a place."""

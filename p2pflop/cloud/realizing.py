@@ -34,6 +34,7 @@ from p2pflop.job.commands import Place, Run
 from p2pflop.kernels.session_export import RealizeGraph, export_realize, root_buffer
 
 PREFIX: Final = "cloud:"
+_CPU: Final = "CPU"
 Linear = tuple[UOp, dict[str, int]]
 
 _create: Final = tinygrad.tensor.create_linear_with_vars
@@ -44,7 +45,8 @@ _buffer: Final = Tensor._buffer
 
 @dataclass(slots=True)
 class Program:
-    """A SINK, and its graphs: one for each choice of its Variables' values.
+    """A SINK, and its graph for all values of its Variables; where there is none, its graphs: one
+    for each choice of values.
 
     ``slots`` are those of its buffers and ``variables`` those of its Variables, in the order in
     which the call has them as arguments; ``outs`` and ``ins`` number the buffers that are written,
@@ -56,16 +58,31 @@ class Program:
     variables: tuple[UOp, ...]
     outs: tuple[int, ...]
     ins: tuple[int, ...]
-    graphs: dict[tuple[int, ...], RealizeGraph] = field(default_factory=dict)
+    graphs: dict[tuple[int, ...], RealizeGraph | None] = field(default_factory=dict)
 
     def graph(self, values: tuple[int, ...]) -> RealizeGraph:
         """The graph for these values. Raises JobError."""
-        found = self.graphs.get(values)
+        if self.variables and () not in self.graphs:
+            self.graphs[()] = _symbolic(self)
+        found = self.graphs.get(()) or self.graphs.get(values)
         if found is None:
             pairs = zip(self.variables, values, strict=True)
             given = {variable: UOp.const(value, variable.dtype) for variable, value in pairs}
             found = self.graphs[values] = export_realize(self.sink.substitute(given))
         return found
+
+
+def _symbolic(program: Program) -> RealizeGraph | None:
+    """One graph for all values. There is none in a class that is no CPU's, or if it is not linear
+    in them."""
+    leased = cloud().session.leased
+    if leased is None or not leased.dev.startswith(_CPU):
+        return None
+    try:
+        return export_realize(program.sink, program.variables)
+    # Where tinygrad compares a size that depends on a Variable it raises whatever it likes.
+    except Exception:  # noqa: BLE001
+        return None
 
 
 @dataclass(slots=True)
@@ -75,6 +92,7 @@ class _Ready:
     buffers: list[Buffer]
     regions: list[Any]
     binding: int
+    values: tuple[int, ...]
     epoch: int
 
     def holds(self, epoch: int) -> bool:
@@ -211,7 +229,7 @@ def _execute(ctx: Any, call: UOp, ast: UOp) -> list[float | None] | None:
         ready = _ready.get(call)
         if ready is None or not ready.holds(place.memory.epoch):
             ready = _bind(ctx, call, _programs[ast.arg])
-        place.session.run(Run(ready.binding), wait=ctx.wait)
+        place.session.run(Run(ready.binding, ready.values), wait=ctx.wait)
     return []
 
 
@@ -232,7 +250,8 @@ def _bind(ctx: Any, call: UOp, program: Program) -> _Ready:
     memory = cloud().memory
     memory.define(graph.open.hash, graph.open.encoded)
     binding = memory.bind(graph.open.hash, places)
-    ready = _Ready(buffers, regions, binding, memory.epoch)
+    given = values if graph.open.ranges else ()
+    ready = _Ready(buffers, regions, binding, given, memory.epoch)
     if not values and all(a is b for a, b in zip(resolved, arguments, strict=False)):
         _ready[call] = ready
     return ready

@@ -8,7 +8,8 @@ all that another provider needs to go on. Only ``Read`` is answered.
 
 A graph of a session may assign to its params (``graph.Op.ASSIGN``) and has no fresh outputs: what
 it computes goes into places that a ``Bind`` names, one for each of its params in their order. A
-``Run`` names the binding alone, so that a step that is replayed costs a few bytes.
+``Run`` names the binding alone, and values for the graph's Variables if it has any, so that a step
+that is replayed costs a few bytes.
 
 Between a script and its node, and between nodes, frames of these travel: see ``Frame``.
 """
@@ -20,7 +21,7 @@ from typing import Annotated, ClassVar, Final, Literal, TypeVar
 import msgspec
 
 from p2pflop.errors import ProtocolError
-from p2pflop.job.limits import MAX_GRAPH_BYTES, MAX_GRAPH_PARAMS
+from p2pflop.job.limits import MAX_GRAPH_BYTES, MAX_GRAPH_PARAMS, MAX_VARIABLES
 from p2pflop.wire import U32, U63, Hash, Record, Text
 
 MAX_WRITE_BYTES: Final = 64 * 1024
@@ -85,9 +86,10 @@ class Bind(Command, frozen=True, tag=5):
 
 
 class Run(Command, frozen=True, tag=6):
-    """Run a binding once."""
+    """Run a binding once, with a value for each Variable of its graph (``job.symbolic``)."""
 
     binding: U32
+    values: Annotated[tuple[U32, ...], msgspec.Meta(max_length=MAX_VARIABLES)] = ()
 
 
 class Copy(Command, frozen=True, tag=7):

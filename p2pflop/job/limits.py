@@ -20,6 +20,8 @@ MAX_GRAPH_PARAMS: Final = 4096
 MAX_GRAPH_OUTPUTS: Final = 4096
 MAX_TENSOR_RANK: Final = 16
 MAX_DIM: Final = 2**40
+MAX_VARIABLES: Final = 2
+"""Of a symbolic graph, which is validated for 2**n + 1 choices of their values."""
 MAX_TRACE_BYTES: Final = 256 * 1024 * 1024
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 from p2pflop.errors import JobError
 from p2pflop.ids import HASH_BYTES, content_hash
@@ -33,7 +33,16 @@ from p2pflop.job.graph import Dtype, Graph, decode_graph, graph_hash
 from p2pflop.job.limits import DEFAULT_LIMITS, Limits
 from p2pflop.job.meter import MAX_LINE_VALUE, Cost, meter
 from p2pflop.job.shapes import stored_bytes
-from p2pflop.job.validate import Refusal, validate
+from p2pflop.job.symbolic import (
+    CheckedSymbolic,
+    Range,
+    check_values,
+    cost_at,
+    decode_symbolic,
+    is_symbolic,
+    validate_symbolic,
+)
+from p2pflop.job.validate import Checked, Refusal, validate
 from p2pflop.wire import encode
 
 MAX_BUFFERS: Final = 65_536
@@ -44,9 +53,16 @@ MAX_SESSION_GRAPHS: Final = 4_096
 MAX_SESSION_GRAPH_BYTES: Final = 256 * 1024 * 1024
 
 
+CheckedT = TypeVar("CheckedT", Checked, CheckedSymbolic)
+
+
 @dataclass(frozen=True, slots=True)
 class OpenGraph:
-    """A graph that may be defined: checked, metered, and what its params take and are."""
+    """A graph that may be defined: checked, metered, and what its params take and are.
+
+    With Variables it has their ``ranges``; ``cost`` is with all at their highest, ``low`` at their
+    lowest values.
+    """
 
     hash: bytes
     encoded: bytes
@@ -56,15 +72,27 @@ class OpenGraph:
     written: tuple[bool, ...]
     bools: tuple[bool, ...]
     has_bools: bool
+    ranges: tuple[Range, ...] = ()
+    low: Cost | None = None
+
+    def cost_of(self, values: Sequence[int]) -> Cost:
+        """What a run costs with a value for each Variable. Raises JobError for other values."""
+        check_values(self.ranges, values)
+        return self.cost if self.low is None else cost_at(self.low, self.cost, self.ranges, values)
 
 
 def open_graph(data: bytes, limits: Limits = DEFAULT_LIMITS) -> OpenGraph:
     """Decode, check and meter a session's graph. Takes a second for the largest, so not on an
     event loop. Raises ProtocolError if it is no graph, JobError if it is refused."""
-    graph = decode_graph(data, limits)
-    checked = validate(graph, limits, assigns=True)
-    if isinstance(checked, Refusal):
-        raise JobError(f"the graph is not valid: {checked.reason}")
+    ranges: tuple[Range, ...] = ()
+    low: Cost | None = None
+    if is_symbolic(data):
+        symbolic = decode_symbolic(data, limits)
+        both = _accepted(validate_symbolic(symbolic, limits))
+        checked, ranges, low = both.high, symbolic.ranges, meter(both.low)
+    else:
+        checked = _accepted(validate(decode_graph(data, limits), limits, assigns=True))
+    graph = checked.graph
     if any(output.slot is None for output in graph.outputs):
         raise JobError("a session's graph has no fresh outputs")
     if any(param.slot != place for place, param in enumerate(graph.params)):
@@ -72,12 +100,25 @@ def open_graph(data: bytes, limits: Limits = DEFAULT_LIMITS) -> OpenGraph:
     cost = meter(checked)
     if max(cost.flop, cost.touched_bytes) > MAX_LINE_VALUE:
         raise JobError(f"a run of the graph costs {cost.flop} FLOP, more than can be billed")
-    sizes_bytes = tuple(stored_bytes(param.dtype, param.shape) for param in graph.params)
     bools = tuple(param.dtype == Dtype.BOOL for param in graph.params)
-    nodes = len(graph.nodes)
     return OpenGraph(
-        graph_hash(data), data, nodes, cost, sizes_bytes, _written(graph), bools, any(bools)
+        hash=graph_hash(data),
+        encoded=data,
+        nodes=len(graph.nodes),
+        cost=cost,
+        sizes_bytes=tuple(stored_bytes(param.dtype, param.shape) for param in graph.params),
+        written=_written(graph),
+        bools=bools,
+        has_bools=any(bools),
+        ranges=ranges,
+        low=low,
     )
+
+
+def _accepted(found: CheckedT | Refusal) -> CheckedT:
+    if isinstance(found, Refusal):
+        raise JobError(f"the graph is not valid: {found.reason}")
+    return found
 
 
 def _written(graph: Graph) -> tuple[bool, ...]:
@@ -137,8 +178,8 @@ class SessionTable:
     def apply(self, command: AnyCommand, graph: OpenGraph | None = None) -> None:
         """Take a command; with a ``Define`` the graph in it, opened. Raises JobError."""
         match command:
-            case Run(binding):
-                self._run(binding)
+            case Run(binding, values):
+                self._run(binding, values)
             case Write() | Load():
                 self._fill(command)
             case Read(buffer, offset_bytes, size_bytes):
@@ -186,8 +227,8 @@ class SessionTable:
         chain left out."""
         flop = touched_bytes = moved_bytes = lowered_nodes = held_seconds = 0
         match command:
-            case Run(binding) if binding in self.bindings:
-                cost = self.bindings[binding].graph.cost
+            case Run(binding, values) if binding in self.bindings:
+                cost = self.bindings[binding].graph.cost_of(values)
                 looked_bytes = sum(check.size_bytes for check in self.checks(command))
                 flop, touched_bytes = cost.flop, cost.touched_bytes + looked_bytes
             case Write(_, _, data):
@@ -272,12 +313,13 @@ class SessionTable:
             if naming is not None:
                 naming.discard(number)
 
-    def _run(self, number: int) -> None:
+    def _run(self, number: int, values: Sequence[int]) -> None:
         binding = self.bindings.get(number)
         if binding is None:
             raise JobError(f"there is no binding {number}")
-        self.flop += binding.graph.cost.flop
-        self.touched_bytes += binding.graph.cost.touched_bytes
+        cost = binding.graph.cost_of(values)
+        self.flop += cost.flop
+        self.touched_bytes += cost.touched_bytes
         self.touched_bytes += sum(check.size_bytes for check in self._bools.due(binding))
         self._bools.ran(binding)
         for (buffer, _), written in zip(binding.places, binding.graph.written, strict=True):

@@ -17,7 +17,7 @@ from p2pflop.errors import JobError
 from tests.cloud_server import twin_server
 
 FOLDER = Path(__file__).parents[1] / "cloud_scripts"
-SCRIPTS = ("digits_mlp", "conv_train", "transformer", "rnn", "jit_variable")
+SCRIPTS = ("digits_mlp", "conv_train", "transformer", "rnn", "jit_variable", "kv_cache")
 PROGRAM = (sys.executable, "-m", "p2pflop.cli.main")
 AT_EVERY_CHANGE = ("digits_mlp", "jit_variable")
 
@@ -66,6 +66,18 @@ def test_threads_share_a_session(tmp_path: Path) -> None:
     assert cloud.returncode == 0, cloud.stderr
     assert cloud.stdout == native.stdout
     assert len(server.twins) == 1
+
+
+def test_one_lowering_serves_all_tokens(tmp_path: Path) -> None:
+    lowered = []
+    for tokens in ("5", "20"):
+        with twin_server() as server:
+            done = run_script(FOLDER / "kv_cache.py", server.home(tmp_path / tokens), TOKENS=tokens)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("\n") == int(tokens)
+        [twin] = server.twins
+        lowered.append(len(twin.table.graphs))
+    assert lowered[0] == lowered[1]
 
 
 def test_a_fault_that_nobody_saw_ends_the_script_with_its_code(tmp_path: Path) -> None:

@@ -166,11 +166,13 @@ class ScriptedWorkspace(DigestWorkspace):
     def define(self, graph: bytes, plan: bytes) -> None:
         super().define(graph, plan.removeprefix(PLAN_OF))
 
-    def run(self, graph: OpenGraph, places: tuple[Place, ...]) -> None:
+    def run(
+        self, graph: OpenGraph, places: tuple[Place, ...], values: tuple[int, ...] = ()
+    ) -> None:
         self._deed = int.from_bytes(self.read(places[0], 4), "little")
         if self._deed in _DEEDS:
             _DEEDS[self._deed]()
-        super().run(graph, places)
+        super().run(graph, places, values)
 
     def read(self, place: Place, size_bytes: int) -> bytes:
         data = super().read(place, size_bytes)

@@ -6,6 +6,8 @@ import msgspec
 import pytest
 
 from p2pflop.errors import ProtocolError
+from p2pflop.job.limits import MAX_VARIABLES
+from p2pflop.job.symbolic import Range
 from p2pflop.kernels.plan import (
     FRESH,
     MAX_ARGUMENTS,
@@ -17,6 +19,7 @@ from p2pflop.kernels.plan import (
     MAX_THREADS,
     SCRATCH,
     SCRATCH_ALIGN_BYTES,
+    THREAD,
     Call,
     Kernel,
     Plan,
@@ -28,10 +31,10 @@ from p2pflop.kernels.plan import (
 )
 from p2pflop.wire import encode
 
-KERNEL = Kernel("add", b"\x7fELF", 2, threaded=False)
+KERNEL = Kernel("add", b"\x7fELF", 2)
 BUFFERS = (PlanBuffer(3, 64), PlanBuffer(SCRATCH, 100), PlanBuffer(FRESH, 4))
 CALL = Call(0, (Region(2, 0, 4), Region(0, 60, 4)), 1)
-PLAN = Plan(4, (KERNEL,), BUFFERS, (CALL,), (Region(2, 0, 4),), 10, 20)
+PLAN = Plan(5, (KERNEL,), BUFFERS, (CALL,), (Region(2, 0, 4),), 10, 20)
 
 
 def replaced(**changes: object) -> bytes:
@@ -66,8 +69,12 @@ def test_scratch_is_rounded_up_and_counts_nothing_else() -> None:
         replaced(buffers=(*BUFFERS, PlanBuffer(3, 64))),
         replaced(buffers=(PlanBuffer(-3, 64), *BUFFERS[1:])),
         replaced(buffers=(PlanBuffer(3, MAX_BUFFER_BYTES + 1), *BUFFERS[1:])),
-        replaced(kernels=(Kernel("add", b"", 2, threaded=False),)),
-        replaced(kernels=(Kernel("add", b"\x7fELF", MAX_ARGUMENTS + 1, threaded=False),)),
+        replaced(kernels=(Kernel("add", b"", 2),)),
+        replaced(kernels=(Kernel("add", b"\x7fELF", 2, (0,)),)),
+        replaced(kernels=(Kernel("add", b"\x7fELF", 2, (1,)),), ranges=(Range(0, 7),)),
+        replaced(kernels=(Kernel("add", b"\x7fELF", 2, (THREAD - 1,)),), ranges=(Range(0, 7),)),
+        replaced(ranges=(Range(0, 7),) * (MAX_VARIABLES + 1)),
+        replaced(kernels=(Kernel("add", b"\x7fELF", MAX_ARGUMENTS + 1),)),
     ],
 )
 def test_a_hostile_plan_is_refused(hostile: bytes) -> None:
@@ -75,8 +82,15 @@ def test_a_hostile_plan_is_refused(hostile: bytes) -> None:
         decode_plan(hostile)
 
 
+def test_a_kernel_takes_variables_of_its_plan_and_a_thread() -> None:
+    kernel = Kernel("add", b"\x7fELF", 2, (1, THREAD, 0))
+    plan = decode_plan(replaced(kernels=(kernel,), ranges=(Range(0, 7), Range(2, 3))))
+    assert plan.kernels[0].threaded
+    assert not KERNEL.threaded
+
+
 def test_threads_up_to_the_limit_are_taken_by_a_threaded_kernel() -> None:
-    kernels = (Kernel("add", b"\x7fELF", 2, threaded=True),)
+    kernels = (Kernel("add", b"\x7fELF", 2, (THREAD,)),)
 
     def with_threads(threads: int) -> bytes:
         return replaced(kernels=kernels, calls=(Call(0, CALL.regions, threads),))
@@ -106,7 +120,7 @@ def test_each_list_may_be_as_long_as_its_limit() -> None:
 
 def test_a_kernel_may_be_as_large_as_the_limit() -> None:
     for size, fits in ((MAX_KERNEL_BYTES, True), (MAX_KERNEL_BYTES + 1, False)):
-        data = replaced(kernels=(Kernel("add", bytes(size), 2, threaded=False),))
+        data = replaced(kernels=(Kernel("add", bytes(size), 2),))
         if fits:
             assert decode_plan(data)
         else:

@@ -24,9 +24,19 @@ from p2pflop.job.commands import (
     Write,
 )
 from p2pflop.job.graph import Dtype, Graph, GraphParam, Node, Op, Output, encode_graph, graph_hash
+from p2pflop.job.symbolic import (
+    Change,
+    CheckedSymbolic,
+    Range,
+    SymbolicGraph,
+    decode_symbolic,
+    encode_symbolic,
+    validate_symbolic,
+)
 from p2pflop.kernels import workspace
 from p2pflop.kernels.engine import Workspace
 from p2pflop.kernels.frames import PART_BYTES
+from p2pflop.kernels.lower import lower
 from p2pflop.kernels.plan import decode_plan, scratch_bytes
 from p2pflop.kernels.session_local import LocalSession
 from p2pflop.kernels.tinygrad_engine import TinygradEngine
@@ -278,6 +288,68 @@ class TestOutside:
         space.define(graph_hash(ADD), plan_of(ADD))  # has it
         with pytest.raises(JobError, match="plans of over"):
             space.define(graph_hash(ONLY_WRITTEN), plan)
+
+
+def symbolic(changes: tuple[Change, ...], size: Node, *, high: int = 4) -> bytes:
+    """The first place gets twice its first v numbers, where ``size`` is what takes them."""
+    nodes = (
+        Node(Op.PARAM, (0,)),
+        size,
+        Node(Op.ADD, (), (1, 1)),
+        Node(Op.ASSIGN, (), (0, 1, 2)),
+    )
+    graph = Graph((GraphParam(0, F, (4,)),), nodes, (Output(3, 0),))
+    return encode_symbolic(SymbolicGraph(graph, (Range(1, high),), changes))
+
+
+FIRST = symbolic((Change(1, 1, 0, 1),), Node(Op.SHRINK, (0, 4), (0,)))
+PLACE = symbolic((Change(1, 0, 0, 1),), Node(Op.SHRINK, (3, 1), (0,)), high=3)
+
+
+class TestVariables:
+    @pytest.fixture
+    def space(self) -> Workspace:
+        made = ENGINE.workspace()
+        made.obey(Allocate(0, 16))
+        for number, graph in enumerate((FIRST, PLACE)):
+            made.define(graph_hash(graph), plan_of(graph))
+            made.obey(Bind(number, graph_hash(graph), ((0, 0),)))
+        return made
+
+    def test_one_plan_is_run_by_values(self, space: Workspace) -> None:
+        expected = np.arange(1, 5, dtype=np.float32)
+        space.obey(Write(0, 0, expected.tobytes()))
+        for value in (1, 4, 2, 3, 1):
+            space.obey(Run(0, (value,)))
+            expected[:value] *= 2
+            assert read_of(space) == expected.tobytes()
+        for value in (1, 3, 2):
+            space.obey(Run(1, (value,)))
+            expected[value] *= 2
+            assert read_of(space) == expected.tobytes()
+
+    @pytest.mark.parametrize("values", [(), (0,), (5,), (2**32 - 1,), (1, 1)])
+    def test_other_values_reach_no_kernel(self, space: Workspace, values: tuple[int, ...]) -> None:
+        with pytest.raises(ProtocolError, match="Variable"):
+            space.obey(Run(0, values))
+        assert space.kernels == 0
+
+    def test_a_plan_tells_its_cost_at_the_highest_values(self) -> None:
+        plan = decode_plan(plan_of(FIRST))
+        assert plan.ranges == (Range(1, 4),)
+        assert plan.flop == 4
+
+    def test_only_a_processor_runs_them(self) -> None:
+        checked = validate_symbolic(decode_symbolic(FIRST))
+        assert isinstance(checked, CheckedSymbolic)
+        with pytest.raises(JobError, match="only a CPU"):
+            lower(checked, device="PYTHON")
+
+
+def read_of(space: Workspace) -> bytes:
+    answer = space.obey(Read(0, 0, 16))
+    assert answer is not None
+    return bytes(answer)
 
 
 def test_a_graph_without_an_order_says_what_to_do() -> None:
