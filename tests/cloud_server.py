@@ -1,4 +1,4 @@
-"""A twin of a node that scripts reach by HTTP: ``POST /v1/session`` and ``PUT /blob``, no more."""
+"""A twin of a node that scripts reach by HTTP: ``POST /v1/session``, ``PUT`` and ``HEAD /blob``."""
 
 from __future__ import annotations
 
@@ -72,16 +72,23 @@ class TwinServer:
             self._session(client, http)
             return False
         body = b"".join(bytes(event.data) for event in self._body(client, http))
+        if request.method == b"HEAD":
+            status = 200 if bytes.fromhex(request.target.decode()[-64:]) in self.blobs else 404
+            self._answer(client, http, status, b"")
+            return True
         address = address_of(body)
         self.blobs[address] = body
         self.puts += 1
         reply = {"address": address.hex(), "size_bytes": len(body), "public": False}
-        data = json.dumps(reply).encode()
-        head = [("content-type", "application/json"), ("content-length", str(len(data)))]
-        for event in (h11.Response(status_code=200, headers=head), h11.Data(data)):
-            client.sendall(http.send(event) or b"")
-        client.sendall(http.send(h11.EndOfMessage()) or b"")
+        self._answer(client, http, 201, json.dumps(reply).encode())
         return True
+
+    @staticmethod
+    def _answer(client: socket.socket, http: h11.Connection, status: int, data: bytes) -> None:
+        head = [("content-type", "application/json"), ("content-length", str(len(data)))]
+        response = h11.Response(status_code=status, headers=head)
+        for event in (response, h11.Data(data), h11.EndOfMessage()):
+            client.sendall(http.send(event) or b"")
 
     def _session(self, client: socket.socket, http: h11.Connection) -> None:
         head = [("content-type", "application/octet-stream"), ("transfer-encoding", "chunked")]

@@ -35,11 +35,11 @@ class NodeBlobs:
         """Keep ``data``; its address. Raises P2PFlopError as the node did, NodeUnreachableError."""
         address = address_of(data)
         with self._turn:
-            status, _ = self._ask("HEAD", f"/blob/{address.hex()}")
+            status, reply = self._ask("HEAD", f"/blob/{address.hex()}")
             if status == HTTPStatus.NOT_FOUND:
                 status, reply = self._ask("PUT", "/blob", data)
-                if status != HTTPStatus.CREATED:
-                    raise self._error(status, reply)
+            if status not in (HTTPStatus.OK, HTTPStatus.CREATED):
+                raise self._error(status, reply)
         return address
 
     def leave(self) -> None:
