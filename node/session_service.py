@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 import trio
@@ -76,6 +78,7 @@ LEASE_S: Final = 24 * 3600
 SLICE_NUSD: Final = 50_000_000
 RETRY_S: Final = 1.0
 AHEAD: Final = 2
+NONE_SHOWN: Final[Mapping[bytes, int]] = MappingProxyType({})
 """A quote is so many times what is to be done again."""
 
 _log = logging.getLogger(__name__)
@@ -236,12 +239,12 @@ class SessionBuyer:
         session: Session,
         classes: frozenset[bytes],
         tried: frozenset[bytes] = frozenset(),
-        shown: frozenset[bytes] = frozenset(),
+        shown: Mapping[bytes, int] = NONE_SHOWN,
     ) -> RemoteLease | MarketError:
         """Bid to one provider after the other, best first; why there is no lease, if so.
 
         Of the nodes that were ``tried`` none is asked again, but once each that showed a newer
-        sheet (``shown``), where that is ranked.
+        sheet and is no dearer by it than the deal that it refused (``shown``).
         """
         looked = self._look(session, classes)
         quotes = [(deal, self._quote(session, deal.ask)) for deal in looked.deals]
@@ -251,7 +254,8 @@ class SessionBuyer:
             text = f"the {left} that are left of the session's limit do not reach"
             why = _CapError(text, hint="Raise CLOUD_MAX_USD.")
         for deal, quote_nusd in quotes:
-            if quote_nusd is None or deal.node in tried:
+            dearer = deal.total_nusd > shown.get(deal.node, deal.total_nusd)
+            if quote_nusd is None or deal.node in tried or dearer:
                 continue
             bid = self._bid(session, looked, deal, quote_nusd)
             try:
@@ -264,7 +268,8 @@ class SessionBuyer:
                     return lease
                 reason = printable(lease.reason)
                 if lease.reason == SUPERSEDED and deal.node not in shown:
-                    return await self._try_all(session, classes, tried, shown | {deal.node})
+                    newer = {**shown, deal.node: deal.total_nusd}
+                    return await self._try_all(session, classes, tried, newer)
             tried |= {deal.node}
             text = f"no provider takes the session; the last one says: {reason}"
             why = MarketError(text, hint="Set CLOUD_WAIT to more, or CLOUD_FALLBACK=local.")
