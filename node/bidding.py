@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 DEAL_ROW: Final = "deal"
 CLASS_ROW: Final = "class"
 KEY_BYTES: Final = 32
+NEVER_AGAIN: Final = -1
+"""No deal is as cheap."""
 NEW_ROUNDS: Final = frozenset(LIFE_ROW + e for e in (Edge.WAIT, Edge.RESUBMIT, Edge.DOUBT))
 """Rows of a lifecycle after which the book is ranked anew and everybody may be asked again."""
 
@@ -45,7 +47,7 @@ class Bidding:
         self._first_attempt = 0
         self._accounts: dict[bytes, bytes] = {}
         self._tried: set[bytes] = set()
-        self._asked_again: set[bytes] = set()
+        self._refused_nusd: dict[bytes, int] = {}
         self._classes = order.classes
         self._is_unfilled = True
         self._refusal = ""
@@ -93,7 +95,7 @@ class Bidding:
             return None
         deal = self._deals[attempt - self._first_attempt]
         self._accounts[deal.node] = deal.account
-        self._tried.add(deal.node)
+        self._note_tried(deal.node)
         self._rows.add(DEAL_ROW, deal.node + deal.account)
         identity, checked = self._buyer.identity, self._order.checked
         return make_bid(
@@ -118,16 +120,16 @@ class Bidding:
 
         If that is because its sheet is another now, the reject brings it: it enters the book as any
         that comes by gossip, the book is looked at again at once, and its provider may be asked
-        again, once a round.
+        again, once a round, if it is no dearer now: else a low ask would buy the last word, after
+        a look at all others.
         """
         self._refusal = reason
         node = bid.provider
-        if reason != SUPERSEDED or node in self._asked_again:
+        if reason != SUPERSEDED or node in self._refused_nusd:
             return
         shown = reopen(Reject, wire, self._buyer.identity.network).record.sheet
         if self._buyer.sheets.learn(shown, node, bid.sheet_number):
-            self._asked_again.add(node)
-            self._tried.discard(node)
+            self._refused_nusd[node] = bid.quote_nusd
             self._ranking = None
 
     def wait(self, purchase: Purchase) -> None:
@@ -178,9 +180,7 @@ class Bidding:
             if row.kind == DEAL_ROW:
                 node = row.body[:KEY_BYTES]
                 self._accounts[node] = row.body[KEY_BYTES:]
-                if node in self._tried:
-                    self._asked_again.add(node)
-                self._tried.add(node)
+                self._note_tried(node)
             elif row.kind == CLASS_ROW:
                 self._classes = frozenset({row.body})
             elif row.kind in NEW_ROUNDS:
@@ -189,17 +189,27 @@ class Bidding:
 
     def _forget_tried(self) -> None:
         self._tried.clear()
-        self._asked_again.clear()
+        self._refused_nusd.clear()
+
+    def _note_tried(self, node: bytes) -> None:
+        if node in self._tried:
+            self._refused_nusd[node] = NEVER_AGAIN
+        self._tried.add(node)
+
+    def _may_ask(self, deal: Deal) -> bool:
+        """Nobody twice in a round, but whoever has shown a newer sheet that is no dearer."""
+        limit_nusd = self._refused_nusd.get(deal.node, NEVER_AGAIN)
+        return deal.node not in self._tried or deal.total_nusd <= limit_nusd
 
     def _look(self, attempt: int, *, continues: bool) -> Ranking:
-        """Rank; the deals are those from ``attempt`` on, without providers tried in this round.
+        """Rank; the deals are those from ``attempt`` on that may be asked in this round.
 
         A restart looks anew: what was ranked before it is not kept.
         """
         order = self._order
         quoted = self._buyer.wishes.quoted(self._run_id)
         ranking = self._ranking = self._buyer.rank(order, self._classes, quoted)
-        self._deals = [deal for deal in ranking.deals if deal.node not in self._tried]
+        self._deals = [deal for deal in ranking.deals if self._may_ask(deal)]
         keep_look(
             self._rows,
             ranking,

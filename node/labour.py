@@ -42,6 +42,8 @@ MAX_FAULT_CHARS: Final = 200
 WORKER_THREADS: Final = 1
 LIGHT_FLOP: Final = 10_000_000
 """What a job that may begin before it is confirmed may cost, or touch in bytes: a millisecond."""
+LIGHT_STEPS: Final = 100
+"""How many steps it may have: each takes tens of microseconds, however little it computes."""
 LIGHT_S: Final = 0.005
 """How long the confirm of such a job waits for its result, to go to disk with it."""
 MAX_HELD_ROWS: Final = 16
@@ -87,8 +89,10 @@ class Labour:
         this buyer is there that has just run the same."""
         cost, graphs = self.checked.cost, graphs_of(self.checked.work)
         is_cheap = max(cost.flop, cost.touched_bytes) <= LIGHT_FLOP
+        is_short = self.checked.job.steps <= LIGHT_STEPS
         needs_nothing = not self.checked.inputs and not self.checked.feeds
-        return is_cheap and needs_nothing and self._seller.warm.lingers(self._sale.account, graphs)
+        is_light = is_cheap and is_short and needs_nothing
+        return is_light and self._seller.warm.lingers(self._sale.account, graphs)
 
     def inputs(self) -> list[BlobSource]:
         """Each input once."""

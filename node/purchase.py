@@ -79,6 +79,7 @@ class Purchase:
         self._returns = Returns()
         self._lent_to = b""
         self._lent: list[bytes] = []
+        self._unanswered = b""
         self._acknowledged = False
         self._booked = b""
         self._last: Last | None = None
@@ -170,12 +171,15 @@ class Purchase:
     def keep(self, edge: str) -> None:
         """See Hands. The first fill decides in which class the job is computed."""
         if edge == Edge.FILL:
+            self._unanswered = b""
             self._fix_class()
             self._stretches.fix_limit(self._bid().record.quote_nusd)
         elif edge == Edge.COUNTERSIGN and self._verifier.part is not None:
             self._stretches.add(self._verifier.part)
         elif edge in (Edge.NEXT, Edge.WAIT, Edge.RESUBMIT, Edge.DOUBT):
             self._leave()
+        if edge in (Edge.NEXT, Edge.WAIT, Edge.EXHAUSTED) and self._unanswered:
+            self._note_unanswered(is_over=edge == Edge.EXHAUSTED)
 
     def _fix_class(self) -> None:
         class_id = self._bid().record.class_id
@@ -281,6 +285,16 @@ class Purchase:
             note(account, self._buyer.now_ns())
         self._take_back()
 
+    def _note_unanswered(self, *, is_over: bool) -> None:
+        """Whoever was bid to said neither yes nor no: not to be asked again for a while."""
+        node, self._unanswered = self._unanswered, b""
+        account = self._bidding.account_of(node)
+        if account is not None:
+            self._buyer.experience.note_failure(account, self._buyer.now_ns())
+        if not is_over:  # else the end of the run says it
+            reason = self._lifecycle.side.outcome()[0]
+            self._nursery.start_soon(self._tell_rejected, peer_id(node), reason)
+
     def _take_back(self) -> None:
         """The inputs are no longer for the provider to read."""
         self._buyer.take_back(self._lent, self._lent_to)
@@ -315,6 +329,7 @@ class Purchase:
         goods = Goods(order.checked, buyer.store, buyer.dialer, self._peer, self._moved)
         self._verifier.begin(goods)
         await self._tell_loss(self._peer)
+        self._unanswered = self._bid().record.provider
         self._say(m.Offer(bid, order.body))
 
     def _say(self, message: m.Message) -> None:
@@ -389,9 +404,7 @@ class Purchase:
     async def _lost(self, why: str, attempt: int) -> None:
         if self._lifecycle.side.attempt == attempt and not self._lifecycle.ended:
             why = printable(why)
-            if self._lifecycle.state is State.BIDDING:
-                await self._tell_rejected(f"lost: {why}")
-            elif self._lifecycle.state is State.VERIFYING:
+            if self._lifecycle.state is State.VERIFYING:
                 self._verifier.lose(why)
             await self._driver.hear(Lost(why))
 
@@ -432,12 +445,13 @@ class Purchase:
                 reason = self._lifecycle.side.desk.check_reject(wire, bid)
                 self._run.rows.add(REJECT_ROW, wire)
                 self._bidding.refused(self._bid().record, reason, wire)
-                await self._tell_rejected(reason)
+                self._unanswered = b""
+                await self._tell_rejected(self._peer, reason)
         return await self._driver.hear(Received(wire))
 
-    async def _tell_rejected(self, reason: str) -> None:
+    async def _tell_rejected(self, provider: str, reason: str) -> None:
         reason = printable(reason)
-        await self._buyer.runs.emit(self._run, "rejected", provider=self._peer, reason=reason)
+        await self._buyer.runs.emit(self._run, "rejected", provider=provider, reason=reason)
 
     async def _hear_work(self, message: m.Message) -> str:
         goods = self._verifier.goods

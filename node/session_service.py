@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import trio
@@ -74,6 +76,7 @@ SLICE_NUSD: Final = 50_000_000
 RETRY_S: Final = 1.0
 AHEAD: Final = 2
 """A quote is so many times what is to be done again, or what was used up."""
+NONE_SHOWN: Final[Mapping[bytes, int]] = MappingProxyType({})
 
 _log = logging.getLogger(__name__)
 
@@ -223,13 +226,13 @@ class SessionBuyer:
         session: Session,
         classes: frozenset[bytes],
         tried: frozenset[bytes] = frozenset(),
-        shown: frozenset[bytes] = frozenset(),
+        shown: Mapping[bytes, int] = NONE_SHOWN,
     ) -> RemoteLease | _NoLease:
         """Bid to one provider after the other, best first; why there is no lease, if so. Raises
         StoreError.
 
         Of the nodes that were ``tried`` none is asked again, but once each that showed a newer
-        sheet (``shown``), where that is ranked.
+        sheet and is no dearer by it than the deal that it refused (``shown``).
         """
         again = lowering_counted(session.again())
         left_nusd = session.wish.cap_nusd - session.spent_nusd
@@ -245,7 +248,8 @@ class SessionBuyer:
             return _NoLease(why, is_final)
         reason = ""
         for deal in ranking.deals:
-            if deal.node in tried:
+            dearer = deal.total_nusd > shown.get(deal.node, deal.total_nusd)
+            if deal.node in tried or dearer:
                 continue
             bid = self._bid(session, ranking, deal, self._quote(session, deal.ask, left_nusd))
             reject = None
@@ -263,7 +267,8 @@ class SessionBuyer:
                 reject, reason = answer, printable(answer.record.reason)
             await session.story.refused(bid, reject, reason)
             if reject is not None and reject.record.reason == SUPERSEDED and deal.node not in shown:
-                return await self._try_all(session, classes, tried, shown | {deal.node})
+                newer = {**shown, deal.node: deal.total_nusd}
+                return await self._try_all(session, classes, tried, newer)
             tried |= {deal.node}
         return _NoLease(refused_everywhere(reason, session.wish))
 

@@ -212,7 +212,8 @@ class Sweep:
         except KeyboardInterrupt as interrupt:
             self.cancel()
             interrupt.add_note(
-                f"What is done stays: pf.attach_sweep({self.id!r}) has it, and buys the rest."
+                "What is done stays, and what was under way is cancelled. To buy what is left: "
+                f"p2pflop sweep --attach {self.id[:12]}, or pf.attach_sweep({self.id!r})"
             )
             raise
 

@@ -1,4 +1,4 @@
-"""A refusal brings the provider's newest sheet, which is ranked at once, and asked on once more."""
+"""A refusal brings the newest sheet: ranked at once, and asked on once more if it is no dearer."""
 
 from __future__ import annotations
 
@@ -65,8 +65,21 @@ async def test_a_restarted_provider_is_asked_again_with_its_new_sheet(
     market.check()
 
 
-async def test_a_new_price_is_ranked_as_any(market: Market, autojump_clock: object) -> None:
-    cheap, dear, buyer = await two_asks(market, 3 * PRICE_NUSD)
+async def test_a_lower_price_is_asked_for(market: Market, autojump_clock: object) -> None:
+    cheap, _, buyer = await two_asks(market, PRICE_NUSD // 2)
+    run_id = await buyer.submit(sample_file())
+    assert (await market.end_of(buyer, run_id))["provider"] == cheap.peer
+    [filled] = buyer.events(run_id, "filled")
+    [ranked] = buyer.events(run_id, "ranked")
+    assert filled["quote_nusd"] < ranked["deals"][0]["total_nusd"]
+
+
+@pytest.mark.parametrize("raised", [3 * PRICE_NUSD // 2, 3 * PRICE_NUSD])
+async def test_a_bid_does_not_buy_the_last_word(
+    market: Market, autojump_clock: object, raised: int
+) -> None:
+    """Who asks little, and more once somebody has bid on it, is passed over, be it the best."""
+    cheap, dear, buyer = await two_asks(market, raised)
     run_id = await buyer.submit(sample_file())
     assert (await market.end_of(buyer, run_id))["provider"] == dear.peer
     assert looks_right(buyer, run_id) == [[cheap.peer], [dear.peer]]
@@ -112,6 +125,18 @@ async def test_a_session_asks_again_too(market: Market, autojump_clock: object) 
     await script.begun()
     assert [lease.provider for lease in script.leases] == [cheap.account.hex()]
     assert not script.notes
+    await script.close()
+
+
+async def test_a_session_does_not_ask_who_is_dearer_now(
+    market: Market, autojump_clock: object
+) -> None:
+    _, dear, buyer = await two_asks(market, 3 * PRICE_NUSD // 2)
+    script = Script()
+    script.say(opening())
+    buyer.buyer.nursery.start_soon(buyer.sessions.serve, script)
+    await script.begun()
+    assert [lease.provider for lease in script.leases] == [dear.account.hex()]
     await script.close()
 
 

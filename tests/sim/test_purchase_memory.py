@@ -485,13 +485,19 @@ def largest_cost(file: bytes) -> int:
     return max(checked.cost.flop, checked.cost.touched_bytes)
 
 
+@pytest.mark.parametrize("limit", ["LIGHT_FLOP", "LIGHT_STEPS"])
 @pytest.mark.parametrize("is_light", [True, False])
 async def test_only_next_to_nothing_is_computed_before_the_confirm(
-    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch, is_light: bool
+    market: Market,
+    autojump_clock: object,
+    monkeypatch: pytest.MonkeyPatch,
+    is_light: bool,
+    limit: str,
 ) -> None:
     provider, buyer = await market.provider(session=Noting), await market.buyer()
     job = sample_file(4, born=True)
-    monkeypatch.setattr(labour, "LIGHT_FLOP", largest_cost(job) - (not is_light))
+    needed = {"LIGHT_FLOP": largest_cost(job), "LIGHT_STEPS": 4}[limit]
+    monkeypatch.setattr(labour, limit, needed - (not is_light))
     first = await market.end_of(buyer, await buyer.submit(job))
     again = await market.end_of(buyer, await buyer.submit(job, fresh=True))
     assert again["hash"] == first["hash"]

@@ -12,11 +12,13 @@ from p2pflop.job.buying import MAX_STALLED
 from p2pflop.job.spec import Result
 from p2pflop.node import messages as m
 from p2pflop.node import stretches
-from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_file, unchanged
+from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, now_ns, sample_file, unchanged
+from p2pflop.node.sell import Seller
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.wire import decode
 
 if TYPE_CHECKING:
+    from p2pflop.dht.planes import Stream
     from tests.sim.conftest import Market
 
 STEPS, EVERY = 120, 30
@@ -286,7 +288,7 @@ async def test_late_claims_of_one_that_was_given_up_are_fenced(
 ) -> None:
     cheap, _, buyer = await three(market)
     cut: list[bool] = []
-    buyer.tamper_heard = lambda frame: [] if cut else [frame]
+    cheap.tamper_answered_sent = lambda frame: [] if cut else [frame]
     run_id = await submit(buyer)
     await trio.sleep(5)
     cut.append(True)
@@ -297,3 +299,35 @@ async def test_late_claims_of_one_that_was_given_up_are_fenced(
     await market.settle_down()
     assert market.debts(buyer, cheap) == (owing, owing)
     market.check()
+
+
+async def test_who_does_not_answer_a_bid_is_not_asked_for_a_while(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mute, honest = (
+        await market.provider("mute", price_nusd=PRICE_NUSD // 2),
+        await market.provider(),
+    )
+    buyer = await market.buyer()
+    answer = Seller.handle
+
+    async def handle(self: Seller, stream: Stream) -> None:
+        if self is mute.seller:
+            await trio.sleep_forever()
+        await answer(self, stream)
+
+    monkeypatch.setattr(Seller, "handle", handle)
+    took_s = []
+    for _ in range(3):
+        began_s = trio.current_time()
+        run_id = await buyer.submit(sample_file(), fresh=True)
+        assert (await market.end_of(buyer, run_id))["provider"] == honest.peer
+        took_s.append(trio.current_time() - began_s)
+        told = [(event["provider"], event["reason"]) for event in buyer.events(run_id, "rejected")]
+        assert told == (
+            [] if len(took_s) > 1 else [(mute.peer, "the provider was silent for 10 s")]
+        )
+    assert took_s[0] == pytest.approx(10, abs=1)
+    assert max(took_s[1:]) < 1
+    [avoided] = buyer.buyer.experience.pauses(now_ns())
+    assert (avoided.account, avoided.failures) == (mute.account, 1)
