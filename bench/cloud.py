@@ -1,8 +1,9 @@
 """Unmodified tinygrad scripts under CLOUD=1, through two real nodes, beside themselves on DEV=CPU.
 
 The scripts (``bench/scripts``) know nothing of p2pflop; each reads its loss every ten steps. Native
-and CLOUD runs take turns. The bytes of a step are counted on the link between the two nodes, all
-of it: frames, noise, heartbeats. ``--quick`` runs the smallest scripts alone.
+and CLOUD runs take turns. The bytes of a step are counted on the link between the two nodes: all
+that a longer run has more (frames, noise, heartbeats, receipts), but for what crosses it in that
+time while nothing is bought. ``--quick`` runs the smallest scripts alone.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SCRIPTS = Path(__file__).parent / "scripts"
 STEPS = {"mlp": 60, "conv": 200, "gpt": 60}
 TOKENS = 100
 WARM_BLOCKS = 2
+IDLE_S = 20.0
 DELAY_S = 0.025
 WEIGHTS, WEIGHT_SIDE = 25, 1024
 BEATS = 100
@@ -51,6 +53,8 @@ def main() -> None:
     pairs = 1 if arguments.quick else arguments.pairs
     report: dict[str, Any] = {"bench": "cloud"}
     with tempfile.TemporaryDirectory() as folder, nodes(Path(folder)) as market:
+        market.idle_bytes_a_second = idle_bytes_a_second(market)
+        report["idle_bytes_a_second"] = round(market.idle_bytes_a_second)
         report["steps"] = {name: compare(market, name, STEPS[name], pairs) for name in names}
         report["steps"]["promise"] = "ratio <= 1.05, bytes a step <= 300"
         report["delayed"] = {
@@ -72,6 +76,7 @@ class Market:
     buyer: Path
     processes: dict[str, subprocess.Popen[bytes]]
     link: Link
+    idle_bytes_a_second: float = 0.0
 
 
 @contextmanager
@@ -144,7 +149,7 @@ def compare(market: Market, name: str, steps: int, pairs: int) -> dict[str, Any]
         many = counted(market, name, steps)
         ours += many["step_s"][WARM_BLOCKS:]
         if number == pairs - 1:
-            extra = many["link_bytes"] - few["link_bytes"]
+            extra = many["own_bytes"] - few["own_bytes"]
             bytes_a_step = extra / (steps - steps // 2)
             if many["loss"] != told["loss"]:
                 raise SystemExit(f"{name}: loss {many['loss']} is not native's {told['loss']}")
@@ -164,10 +169,24 @@ def compare(market: Market, name: str, steps: int, pairs: int) -> dict[str, Any]
 
 
 def counted(market: Market, name: str, steps: int) -> dict[str, Any]:
-    """A CLOUD run, and the bytes that crossed the link meanwhile."""
-    before = market.link.there_bytes + market.link.back_bytes
+    """A CLOUD run, and the bytes that crossed the link for it: what would have crossed without it
+    in that time is not counted."""
+    before, began = link_bytes(market), time.perf_counter()
     told = cloud(market, name, steps=steps)
-    return told | {"link_bytes": market.link.there_bytes + market.link.back_bytes - before}
+    background = market.idle_bytes_a_second * (time.perf_counter() - began)
+    return told | {"own_bytes": link_bytes(market) - before - background}
+
+
+def link_bytes(market: Market) -> int:
+    """What has crossed the link, either way."""
+    return market.link.there_bytes + market.link.back_bytes
+
+
+def idle_bytes_a_second(market: Market) -> float:
+    """What the two nodes tell each other while nothing is bought: books, gossip, their pings."""
+    before, began = link_bytes(market), time.perf_counter()
+    time.sleep(IDLE_S)
+    return (link_bytes(market) - before) / (time.perf_counter() - began)
 
 
 def delayed(market: Market, name: str, native_ms: float) -> dict[str, Any]:
