@@ -1,11 +1,15 @@
-"""Processes that lower graphs: one for each graph, or one for the small graphs of an account.
+"""Processes that lower graphs: one for each graph, or one for the graphs of an account.
 
-A lowerer that a hostile graph has taken over can answer whatever it likes to the next graph, so it
-sees graphs of one account alone, and what it answers is kept for that account alone. A graph that
-is large is seconds of work: to fork costs nothing beside it, and its plan is for everybody. Small
-ones come by the hundred, from a script that runs operation by operation, and take a lowerer that
-is kept for them: warm, with its compile server, until it has nothing to do or has done its share.
-A fault of one that had other graphs before says little, so a fresh one has the last word.
+A script that runs operation by operation has hundreds of small graphs, and the first steps of a
+loop that is captured have larger ones that share most of their kernels. So a lowerer is kept for
+its account: warm, with its compile server and what tinygrad remembers of kernels, until it has
+nothing to do or has done its share. A graph of a job, or one that is very large, has a lowerer of
+its own.
+
+A lowerer that a hostile graph has taken over can answer whatever it likes to the next one. So it
+sees graphs of one account alone, and what it answers is kept for that account alone; what a lowerer
+makes that saw one graph is for everybody. A fault of one that had others before says little, so a
+fresh one has the last word.
 """
 
 from __future__ import annotations
@@ -31,14 +35,14 @@ LOWER_SECONDS: Final = 900.0
 LOWER_CPU_SECONDS: Final = 600
 LOWER_MEMORY_BYTES: Final = 4 * GIB
 MAX_PROGRESS_FRAMES: Final = 65_536
-SMALL_GRAPH_BYTES: Final = 2 * KIB
+MAX_KEPT_GRAPH_BYTES: Final = 32 * KIB
 """Up to here a graph may go to a lowerer that is kept."""
 MAX_KEPT_GRAPHS: Final = 256
-"""What a lowerer does before it ends: tinygrad's memory of what it saw grows."""
+MAX_KEPT_BYTES: Final = 64 * KIB
+"""Of graphs, which is what a lowerer does before it ends: tinygrad's memory of them grows."""
 MAX_IDLE_LOWERERS: Final = 6
 """Those that run (``workers.MAX_LOWERERS``) and these have a compile server each."""
 IDLE_S: Final = 10.0
-KEPT_MEMORY_BYTES: Final = GIB
 
 
 class Lowering:
@@ -88,6 +92,7 @@ class _Kept:
     child: Child
     scope: trio.CancelScope
     graphs: int = 0
+    graph_bytes: int = 0
 
     @property
     def is_usable(self) -> bool:
@@ -96,7 +101,7 @@ class _Kept:
 
 def is_shared(graph: bytes, account: bytes | None) -> bool:
     """Whether the plan of ``graph`` is made by a process of its own, and so for everybody."""
-    return account is None or len(graph) > SMALL_GRAPH_BYTES
+    return account is None or len(graph) > MAX_KEPT_GRAPH_BYTES
 
 
 @dataclass(slots=True)
@@ -118,7 +123,7 @@ class Lowerers:
                 raise
             return await self._lower_alone(lowering)
         else:
-            self._give_back(kept)
+            self._give_back(kept, len(lowering.graph))
             return plan
         finally:
             if kept not in self._idle:
@@ -136,7 +141,7 @@ class Lowerers:
     async def _keep(self, account: bytes, task_status: TaskStatus[_Kept]) -> None:
         """A lowerer from its start to its end, which harms nobody."""
         crew = await self.crew()
-        async with crew.child(LOWERER, KEPT_MEMORY_BYTES, LOWER_CPU_SECONDS) as child:
+        async with crew.child(LOWERER, LOWER_MEMORY_BYTES, LOWER_CPU_SECONDS) as child:
             with trio.CancelScope() as scope:
                 kept = _Kept(account, child, scope)
                 task_status.started(kept)
@@ -152,9 +157,10 @@ class Lowerers:
                 return kept
         return None
 
-    def _give_back(self, kept: _Kept) -> None:
+    def _give_back(self, kept: _Kept, graph_bytes: int) -> None:
         kept.graphs += 1
-        if kept.graphs >= MAX_KEPT_GRAPHS:
+        kept.graph_bytes += graph_bytes
+        if kept.graphs >= MAX_KEPT_GRAPHS or kept.graph_bytes >= MAX_KEPT_BYTES:
             return
         kept.scope.deadline = trio.current_time() + IDLE_S
         self._idle.append(kept)

@@ -173,7 +173,7 @@ class Workers(Protocol):
         account: bytes | None = None,
     ) -> bytes:
         """The plan of an encoded graph, from the cache if it is there. Raises JobError,
-        ProviderError. ``progress(done, total)`` counts kernels. Small graphs of one ``account``
+        ProviderError. ``progress(done, total)`` counts kernels. Graphs of one ``account``
         may be lowered one after the other in one process; their plans are for it alone."""
 
     def plan_at_hand(self, graph: bytes, account: bytes | None = None) -> bytes | None:

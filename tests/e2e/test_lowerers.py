@@ -1,4 +1,4 @@
-"""Lowerers that are kept for the small graphs of an account, in real processes."""
+"""Lowerers that are kept for the graphs of an account, in real processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import trio
 
 from p2pflop.errors import JobError
 from p2pflop.node import lowerers
-from p2pflop.node.lowerers import SMALL_GRAPH_BYTES
+from p2pflop.node.lowerers import MAX_KEPT_GRAPH_BYTES
 from p2pflop.node.workers import WorkerPool
 from p2pflop.units import MIB
 from tests.e2e.test_workers import pool, scripted_pool, wait_until_dead
@@ -24,7 +24,7 @@ async def who(pool: WorkerPool, number: int, account: bytes | None = ALICE) -> i
     return int(await pool.lower(b"who %d" % number, account=account))
 
 
-async def test_small_graphs_of_an_account_share_a_process(pool: WorkerPool) -> None:
+async def test_graphs_of_an_account_share_a_process(pool: WorkerPool) -> None:
     first = await who(pool, 1)
     assert await who(pool, 2) == first
     assert await who(pool, 3, BOB) != first, "no account sees another's"
@@ -32,10 +32,10 @@ async def test_small_graphs_of_an_account_share_a_process(pool: WorkerPool) -> N
     assert await who(pool, 5) == first
 
 
-async def test_a_large_graph_has_a_process_of_its_own_and_its_plan_is_for_all(
+async def test_a_very_large_graph_has_a_process_of_its_own_and_its_plan_is_for_all(
     pool: WorkerPool,
 ) -> None:
-    large = b"who".ljust(SMALL_GRAPH_BYTES + 1)
+    large = b"who".ljust(MAX_KEPT_GRAPH_BYTES + 1)
     first = await who(pool, 1)
     plan = await pool.lower(large, account=ALICE)
     assert int(plan) != first
@@ -82,7 +82,7 @@ async def test_a_fault_of_the_first_graph_is_not_tried_again(pool: WorkerPool) -
 
 
 async def test_kept_memory(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowerers, "KEPT_MEMORY_BYTES", 16 * MIB)
+    monkeypatch.setattr(lowerers, "LOWER_MEMORY_BYTES", 16 * MIB)
     with pytest.raises(JobError, match="memory"):
         await pool.lower(b"eat", account=ALICE)
     assert await who(pool, 1)
@@ -90,6 +90,13 @@ async def test_kept_memory(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_graphs_of_one_lowerer(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowerers, "MAX_KEPT_GRAPHS", 2)
+    pids = [await who(pool, number) for number in range(4)]
+    assert pids[0] == pids[1] != pids[2] == pids[3]
+    await wait_until_dead(*pids)
+
+
+async def test_bytes_of_graphs(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowerers, "MAX_KEPT_BYTES", 2 * len(b"who 0"))
     pids = [await who(pool, number) for number in range(4)]
     assert pids[0] == pids[1] != pids[2] == pids[3]
     await wait_until_dead(*pids)
