@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -28,6 +28,8 @@ from p2pflop.market.ranking import Deal, Miss, MissReason
 from p2pflop.market.records import session_prices, ticket_of
 from p2pflop.units import counted, format_usd
 from p2pflop.wire import decode
+
+BAIT: Final = ", though its ask was firm: bait"
 
 
 @click.command("explain")
@@ -92,6 +94,9 @@ def audit_tape_command(flags: Flags, files: tuple[Path, ...]) -> None:
     else:
         for path, replayed in wrong:
             say(f"{path}: {_who(replayed)}: {replayed.verdict}")
+        for path, replayed in bids:
+            if replayed.is_bait:
+                say(f"{path}: {_who(replayed)} was refused{BAIT}")
         say(
             f"{counted(len(bids), 'bid')} in {counted(len(files), 'file')}, "
             f"{len(wrong)} against the rule"
@@ -183,7 +188,7 @@ def _outcomes(look: Replay) -> Iterator[tuple[Deal | Miss, str]]:
                 + (f", then: {replayed.reason}" if replayed.reason else ""),
             )
         else:
-            yield entry, replayed.reason or "asked"
+            yield entry, (replayed.reason or "asked") + (BAIT if replayed.is_bait else "")
 
 
 def _what(replayed: Replayed) -> str:
@@ -214,6 +219,7 @@ def _bid_json(replayed: Replayed) -> dict[str, Any]:
         "reason": replayed.reason,
         "verdict": replayed.verdict.value,
         "right": replayed.verdict.is_right,
+        "bait": replayed.is_bait,
     }
 
 

@@ -18,6 +18,7 @@ import msgspec
 
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.market.book import IsAttested
+from p2pflop.market.fills import SUPERSEDED
 from p2pflop.market.ranking import (
     MAX_POLICY_ACCOUNTS,
     Deal,
@@ -31,6 +32,7 @@ from p2pflop.market.ranking import (
 from p2pflop.market.records import (
     MAX_COST_LINES,
     MAX_SHEET_BYTES,
+    Ask,
     Bid,
     CostLine,
     Fill,
@@ -139,13 +141,17 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """A bid and the verdict. ``place`` is that of its ask among the deals, from 0; -1: none."""
+    """A bid and the verdict. ``place`` is that of its ask among the deals, from 0; -1: none.
+
+    ``is_bait``: its provider no longer stood by an ask that was firm, which sheet and reject prove.
+    """
 
     bid: Bid | None
     verdict: Verdict
     place: int
     filled: bool
     reason: str
+    is_bait: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +208,9 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
         first = ranked if number == 0 else first
         deals = [entry for entry in ranked if isinstance(entry, Deal)]
         verdict, place = _judge(look, view, bid.record, deals, tried)
-        bids.append(Replayed(bid.record, verdict, place, bool(attempt.fill), attempt.reason))
+        is_bait = place >= 0 and _is_bait(attempt, deals[place].ask, bid.record, network)
+        filled = bool(attempt.fill)
+        bids.append(Replayed(bid.record, verdict, place, filled, attempt.reason, is_bait))
         tried.add(bid.record.provider)
     return Replay(first, bids, {each.account: each for each in look.avoided})
 
@@ -247,6 +255,13 @@ def _check_answers(attempt: Attempt, bid: Sealed[Bid], network: str) -> None:
     for answer in answers:
         if answer.signer != bid.record.provider or answer.record.bid != bid.id:
             raise VerificationError("an answer to another bid")
+
+
+def _is_bait(attempt: Attempt, ask: Ask, bid: Bid, network: str) -> bool:
+    """Whether ``ask`` was refused because it is on offer no more, though it was firm."""
+    if not attempt.reject or ask.firm_until_ns <= bid.decided_at_ns:
+        return False
+    return open_sealed(Reject, attempt.reject, network).record.reason == SUPERSEDED
 
 
 def _rank(

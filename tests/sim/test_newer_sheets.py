@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+from msgspec.structs import replace as changed
 
 from p2pflop.market.evidence import Evidence, replay
 from p2pflop.market.fills import SUPERSEDED
-from p2pflop.market.records import Sheet
+from p2pflop.market.records import Ask, Sheet
 from p2pflop.market.relay import MAX_FAULTS
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, now_ns, sample_file
 from p2pflop.node.sheets import SheetService
@@ -63,6 +64,25 @@ async def test_a_restarted_provider_is_asked_again_with_its_new_sheet(
     assert refused.reason == f"refused: {SUPERSEDED}"
     await market.settle_down()
     market.check()
+
+
+@pytest.mark.parametrize("is_firm", [False, True])
+async def test_who_does_not_stand_by_a_firm_ask_is_proved_to_bait(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch, is_firm: bool
+) -> None:
+    asks = MemoryNode._asks
+
+    def firm(node: MemoryNode, until_ns: int) -> tuple[Ask, ...]:
+        return tuple(changed(ask, firm_until_ns=until_ns) for ask in asks(node, until_ns))
+
+    if is_firm:
+        monkeypatch.setattr(MemoryNode, "_asks", firm)
+    cheap, _, buyer = await two_asks(market)
+    run_id = await buyer.submit(sample_file())
+    assert (await market.end_of(buyer, run_id))["provider"] == cheap.peer
+    [first, second] = replay(decode(Evidence, buyer.buyer.evidence(run_id)))
+    assert [bid.is_bait for bid in first.bids] == [is_firm]
+    assert [bid.is_bait for bid in second.bids] == [False]
 
 
 async def test_a_lower_price_is_asked_for(market: Market, autojump_clock: object) -> None:
