@@ -106,7 +106,7 @@ class Allocator:
         self._open.pop(claim.bid.id, None)
 
     def note_lapse(self, account: bytes, at_ns: int) -> None:
-        """A fill that its buyer did not confirm: the next one is later, each time more so."""
+        """A fill of which its buyer made nothing: the next one is later, each time more so."""
         if account == self.own_account:
             return
         lapses, _ = self._lapses.pop(account, (0, 0))
@@ -173,7 +173,7 @@ class Allocator:
             ),
             (
                 self._lapses.get(account, (0, 0))[1] > now_ns,
-                BUSY_PREFIX + "your last fill was not confirmed",
+                BUSY_PREFIX + "your last fill came to nothing",
             ),
             (bool(over_credit), over_credit),
             (

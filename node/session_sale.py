@@ -7,6 +7,11 @@ metered. In each case what is obeyed is billed once more, and the buyer has ``SI
 A slot is held for money: beyond the first seconds, which every lease pays for, the buyer is told
 after each ``STOOD_S`` in which there was nothing to do, and has ``HOLD_WITHIN_S`` for the Hold that
 pays for them.
+
+What is read comes before its batch is billed, and a batch may take long. So a buyer that breaks off
+in the middle, or has a command that faults, owes nothing for it, but it counts against its credit;
+and one that takes a lease and has nothing obeyed waits a while for the next, as after a fill that
+it does not confirm.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from p2pflop.job.session import Mark, OpenGraph
 from p2pflop.market.fills import OpenBid, check_confirm, make_fill
 from p2pflop.market.receipts import check_countersigned
 from p2pflop.market.records import Bid, Fill, Receipt, Rejected
-from p2pflop.market.sessions import FIRST_HELD_SECONDS, due_receipt, metered_nusd
+from p2pflop.market.sessions import FIRST_HELD_SECONDS, due_receipt, full_nusd, metered_nusd
 from p2pflop.node import messages as m
 from p2pflop.node.execute import (
     HOUR_NS,
@@ -70,17 +75,20 @@ FINISH_S: Final = 10.0
 LOOK_S: Final = 0.25
 MAX_FAULT_CHARS: Final = 200
 CLOSED: Final = "closed"
+DISK_FAILED: Final = "the provider's disk failed"
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _End:
-    """Why the lease is over; ``job`` with the number of a command if that is to blame."""
+    """Why the lease is over, with the ``number`` of a command if that is to blame. ``ours``: this
+    side wants or has to, whatever the buyer did."""
 
     reason: str
     number: int = -1
     closing: bool = False
+    ours: bool = False
 
 
 @dataclass(slots=True)
@@ -177,8 +185,8 @@ class SessionSale:
         }
 
     def leave(self, reason: str) -> None:
-        """End the lease after what the worker is at."""
-        self._finish(_End(reason))
+        """End the lease after what the worker is at, by this side's own will."""
+        self._finish(_End(reason, ours=True))
 
     async def serve(self, talk: SessionTalk) -> None:
         """From the fill to the end. Raises ProviderError, ProtocolError for what the peer did."""
@@ -189,10 +197,11 @@ class SessionSale:
             if confirmed:
                 await self._live()
         finally:
-            if not confirmed:
+            end = self._end
+            if not confirmed or not (self.work.done.count or (end is not None and end.ours)):
                 self.seller.base.allocator.note_lapse(self.account, self.seller.base.now_ns())
             with trio.CancelScope(shield=True):
-                await self._close()
+                await self._close(confirmed=confirmed)
         await talk.part()
 
     async def _is_confirmed(self) -> bool:
@@ -231,7 +240,7 @@ class SessionSale:
                 nursery.cancel_scope.cancel()
         except* P2PFlopError as group:
             failure = first_error(group)
-            self._finish(_End(failure.message))
+            self._finish(_End(failure.message, ours=isinstance(failure, StoreError)))
             if isinstance(failure, ProtocolError):
                 raise failure from None
 
@@ -252,8 +261,8 @@ class SessionSale:
         except* (ProviderError, StoreError) as group:
             failure = first_error(group)
             _log.error("session %s: %s", self.bid.id.hex()[:12], failure)
-            reason = "the provider's disk failed"
-            self._finish(_End(failure.message if isinstance(failure, ProviderError) else reason))
+            is_disk = isinstance(failure, StoreError)
+            self._finish(_End(DISK_FAILED if is_disk else failure.message, ours=True))
         base.allocator.free(self)
 
     def _limits(self) -> WorkerLimits:
@@ -283,7 +292,7 @@ class SessionSale:
             with trio.move_on_after(SIGN_WITHIN_S) as waiting:
                 await news.wait()
             if waiting.cancelled_caught:
-                self.leave(f"nothing was countersigned for {SIGN_WITHIN_S:.0f} s")
+                self._finish(_End(f"nothing was countersigned for {SIGN_WITHIN_S:.0f} s"))
                 await trio.sleep_forever()
         self.is_standing = False
 
@@ -297,9 +306,9 @@ class SessionSale:
             await trio.sleep(LOOK_S)
             idle = trio.current_time() - self._heard_at > IDLE_S
             if base.now_ns() >= self.bid.record.terms.deadline_ns:
-                self.leave("the lease has reached its deadline")
+                self._finish(_End("the lease has reached its deadline"))
             elif idle and self.work.done.count == self.work.table.count:
-                self.leave(f"nothing came for {IDLE_S:.0f} s")
+                self._finish(_End(f"nothing came for {IDLE_S:.0f} s"))
         with trio.move_on_after(FINISH_S):
             while self.work.done.count < self.work.fed.count:
                 await self._news.wait()
@@ -319,7 +328,7 @@ class SessionSale:
                     await self._news.wait()
             if waiting.cancelled_caught:
                 self._unheld_seconds = seconds - table.held_seconds
-                self.leave(f"{seconds} s in which it stood are not paid")
+                self._finish(_End(f"{seconds} s in which it stood are not paid"))
 
     def _finish(self, end: _End) -> None:
         if self._end is None:
@@ -351,7 +360,7 @@ class SessionSale:
         if holds < len(batch.commands):
             self._heard_at = trio.current_time()
         try:
-            await self.work.take(batch)
+            await self.work.take(batch, self._is_within_quote)
         except JobError as error:
             self._finish(_End(error.message, self.work.table.count))
         if holds:
@@ -370,6 +379,9 @@ class SessionSale:
             else:
                 self._terms = replace(self._terms, quote_nusd=quote_nusd)
         await self._talk.say(Raised(self.quote_nusd))
+
+    def _is_within_quote(self, mark: Mark) -> bool:
+        return full_nusd(self._terms, mark) <= self.quote_nusd
 
     async def countersigned(self, wire: bytes) -> None:
         """The buyer's word on the receipt that it was sent. Raises ProtocolError, StoreError."""
@@ -428,12 +440,12 @@ class SessionSale:
             await self._talk.say(Leaving(end.reason[:MAX_FAULT_CHARS]))
 
     def _shown(self) -> Mark:
-        """What is obeyed, and the time for which there is no Hold."""
-        done, seconds = self.work.done, self._unheld_seconds
-        if not seconds:
-            return done
-        count, held_seconds = max(1, done.count), done.held_seconds + seconds
-        return dataclasses.replace(done, count=count, held_seconds=held_seconds)
+        """What the buyer has had: the time for which there is no Hold too, and, unless the end was
+        this side's doing or in order, what was begun."""
+        end, mark = self._end, self.work.begun
+        if end is not None and (end.closing or end.ours):
+            mark = self.work.done
+        return dataclasses.replace(mark, held_seconds=mark.held_seconds + self._unheld_seconds)
 
     async def _wait_signed(self) -> None:
         while self._unsigned is not None:
@@ -444,10 +456,11 @@ class SessionSale:
         self._rows.set_head(summary=state.encode(), end_state=end_state)
         await self._rows.flush()
 
-    async def _close(self) -> None:
+    async def _close(self, *, confirmed: bool) -> None:
         base = self.seller.base
         base.allocator.free(self)
-        shown_nusd = max(0, metered_nusd(self._terms, self._shown()) - self._signed_nusd)
+        shown = self._shown() if confirmed else Mark()
+        shown_nusd = max(0, metered_nusd(self._terms, shown) - self._signed_nusd)
         unpaid = Unpaid(self.account, base.now_ns(), shown_nusd)
         if base.allocator.note_unpaid(unpaid):
             self._rows.add_unpaid(unpaid)

@@ -12,6 +12,7 @@ for commands then, for blobs, or for somebody to take what was read.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ MAX_BUSY_NS: Final = 3600 * NS_PER_S
 """Of one batch; what a worker says beyond is cut."""
 
 Opened = Callable[[bytes], Awaitable[OpenGraph]]
+Allows = Callable[[Mark], bool]
 Report = Callable[[Ran | Data], Awaitable[None]]
 
 
@@ -77,6 +79,7 @@ class _Later:
     command: Define | Load
     graph: bytes = b""
     flop: int = 0
+    nodes: int = 0
     plan: bytes = b""
     done: trio.Event = field(default_factory=trio.Event)
 
@@ -138,6 +141,7 @@ class SessionWork:
         self._asked: deque[_Asked] = deque()
         self._account = account
         self._refuses_dear = refuses_dear
+        self._begun_nodes = 0
         self.is_finishing = False
         self.idle = IdleClock()
         self._reported = 0
@@ -155,9 +159,21 @@ class SessionWork:
             place -= len(asked.numbers)
         return self.done.count
 
-    async def take(self, batch: Batch) -> None:
+    @property
+    def begun(self) -> Mark:
+        """As ``done``, with the batch that the worker is at, and all graphs whose lowering has
+        begun."""
+        mark = self._under_way[0].mark if self._asked else self.done
+        return dataclasses.replace(
+            mark,
+            count=max(1, mark.count),
+            lowered_nodes=max(mark.lowered_nodes, self._begun_nodes),
+        )
+
+    async def take(self, batch: Batch, allows: Allows = lambda _: True) -> None:
         """Check a batch and have it obeyed. Raises ProtocolError for what no honest peer sends,
-        JobError for a command that is refused: the one that the table then counts up to."""
+        such as commands that come to more than is allowed, JobError for a command that is refused:
+        the one that the table then counts up to."""
         if batch.first != self.table.count or not batch.commands:
             raise ProtocolError(f"commands from {batch.first}, where {self.table.count} is due")
         waiting = self.table.count - self._told
@@ -177,13 +193,15 @@ class SessionWork:
                 looked += len(due)
                 if looked > MAX_CHECKS:
                     raise JobError(f"over {MAX_CHECKS} views of bools are new in one batch")
+            if not allows(self.table.foresee(command, graph)):
+                raise ProtocolError("commands that come to more than the quote")
             self.table.apply(command, graph)
             if isinstance(command, Load):
                 later[place] = _Later(command)
                 self._loads.send_nowait(later[place])
             elif isinstance(command, Define) and graph and graph.hash not in self._known:
                 self._known.add(graph.hash)
-                later[place] = _Later(command, graph.hash, graph.cost.flop)
+                later[place] = _Later(command, graph.hash, graph.cost.flop, graph.nodes)
                 self._graphs.send_nowait(later[place])
         taken = _Taken(batch, len(encode(batch)), self.table.mark(), later, checks)
         self._waiting_bytes += taken.size_bytes
@@ -218,6 +236,7 @@ class SessionWork:
         async for later in self._to_lower:
             if isinstance(later.command, Define):
                 graph = later.command.graph
+                self._begun_nodes += later.nodes
                 self.idle.begin()
                 plan = self._workers.plan_at_hand(graph, self._account)
                 if plan is None:

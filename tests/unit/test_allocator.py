@@ -122,7 +122,7 @@ def test_who_lets_fills_lapse_waits_longer_each_time() -> None:
         made.note_lapse(account, now_ns)
         wait_ns = min(FIRST_LAPSE_NS << lapses, MAX_LAPSE_NS)
         reason = made.objection(open_bid(1), now_ns + wait_ns - 1)
-        assert reason == "busy: your last fill was not confirmed"
+        assert reason == "busy: your last fill came to nothing"
         assert made.objection(open_bid(2), now_ns) == "", "others do not"
         now_ns += wait_ns
     made.note_lapse(OWN.account.public_key, now_ns)
