@@ -73,7 +73,6 @@ async def worker(case: str, folder: Path) -> float:
         plans = await lower_all(pool, traced.body.graphs, nothing)
         async with pool.worker(worker_limits(job, HOUR_NS, 1)) as locked:
             await locked.load(encode(job.work), plans)
-            await locked.initialise()
             for slot, data in traced.inputs.items():
                 await locked.write(slot, 0, data)
             async for _ in locked.run(0, STEPS):

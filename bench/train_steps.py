@@ -231,7 +231,6 @@ async def _cold_ours(train: Callable[[], Any]) -> float:
             plans = await lower_all(pool, traced.body.graphs, nothing)
             async with pool.worker(worker_limits(job, HOUR_NS, 1)) as worker:
                 await worker.load(encode(job.work), plans)
-                await worker.initialise()
                 for slot, data in traced.inputs.items():
                     await worker.write(slot, 0, data)
                 async for _ in worker.run(0, 1):

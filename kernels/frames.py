@@ -9,7 +9,7 @@ To a lowerer::
 
     node                                    lowerer
                                     <-      Ready
-    Lower, Part(graph)...           ->
+    Lower, Part(graph)...           ->      (as often as wanted)
                                     <-      Progress*, Part(plan)...  or  Fault
 
 To a worker, one exchange at a time; only ``Stand`` and ``Stop`` may come during a run::
@@ -17,11 +17,10 @@ To a worker, one exchange at a time; only ``Stand`` and ``Stop`` may come during
     node                                    worker
                                     <-      Ready
     Load(work, plans)               ->
-    LoadPlan(graph), Part...        ->      (once a plan)
-                                    <-      Done
-    Write(slot, offset, data)       ->      (not answered)
+    LoadPlan(graph), Part...        ->      (once a plan that the last Load had not)
     Initialise                      ->
                                     <-      Done
+    Write(slot, offset, data)       ->      (not answered)
     Run(first_step, steps, every)   ->
                                     <-      Progressed* Paused
     Continue  or  anything else     ->      (while paused)
@@ -112,7 +111,10 @@ class Lower(Message, frozen=True, tag=1):
 
 
 class Load(Message, frozen=True, tag=2):
-    """An encoded ``Work``; ``plans`` LoadPlans with their parts follow."""
+    """An encoded ``Work``; ``plans`` LoadPlans with their parts follow. Not answered.
+
+    Of the plans that the worker holds, those that this work does not name go.
+    """
 
     work: Annotated[bytes, msgspec.Meta(max_length=MAX_WORK_BYTES)]
     plans: Annotated[int, msgspec.Meta(ge=0, le=MAX_PLANS)]

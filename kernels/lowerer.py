@@ -1,7 +1,8 @@
-"""A lowerer: a locked process that turns one graph into one plan and ends.
+"""A lowerer: a locked process that turns graphs of one account into plans, one after the other.
 
 It sees no tensor data and runs no kernel. Its output depends on the graph, the class and the
-versions alone, and the node keeps it under the hash of exactly those.
+versions alone, and the node keeps it under the hash of exactly those. A graph that fails is its
+last.
 """
 
 from __future__ import annotations
@@ -28,25 +29,32 @@ PROGRESS_INTERVAL_SECONDS: Final = 0.05
 
 
 def serve(pipe: BlockingPipe, engine: Engine) -> None:
-    """Lower the one graph that comes over ``pipe``. Raises EOFError or OSError if the node left."""
+    """Lower each graph that comes over ``pipe``. Raises EOFError or OSError if the node left."""
     pipe.send(Ready())
-    command = pipe.receive(lowerer_command)
-    if not isinstance(command, Lower):
-        raise ProtocolError(f"expected a graph, got {type(command).__name__}")
-    graph = pipe.receive_parts(lowerer_command, MAX_GRAPH_BYTES)
+    while True:
+        command = pipe.receive(lowerer_command)
+        if not isinstance(command, Lower):
+            raise ProtocolError(f"expected a graph, got {type(command).__name__}")
+        graph = pipe.receive_parts(lowerer_command, MAX_GRAPH_BYTES)
+        answer = _lower(engine, graph, _Reporter(pipe))
+        if isinstance(answer, Fault):
+            pipe.send(answer)
+            return
+        for part in parts(answer):
+            pipe.send(part)
+
+
+def _lower(engine: Engine, graph: bytes, reporter: _Reporter) -> bytes | Fault:
     try:
-        plan = engine.lower(graph, _Reporter(pipe))
+        return engine.lower(graph, reporter)
     except MemoryError:
-        pipe.send(Fault(True, "lowering the graph ran out of memory"))
+        return Fault(True, "lowering the graph ran out of memory")
     except (JobError, ProviderError) as error:
-        pipe.send(Fault(isinstance(error, JobError), text(error)))
+        return Fault(isinstance(error, JobError), text(error))
     # tinygrad may raise anything on a graph that it does not like, and would again elsewhere.
     except Exception as error:  # noqa: BLE001
         cause = error.message if isinstance(error, P2PFlopError) else repr(error)
-        pipe.send(Fault(True, text(f"the graph does not lower: {cause}")))
-    else:
-        for part in parts(plan):
-            pipe.send(part)
+        return Fault(True, text(f"the graph does not lower: {cause}"))
 
 
 class _Reporter:

@@ -7,11 +7,11 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Protocol, TypeVar
 
 from p2pflop.errors import JobError, ProtocolError
-from p2pflop.kernels.plan import Plan, Region
+from p2pflop.kernels.plan import Plan, Region, decode_plan
 
 
 class Memory(Protocol):
@@ -67,6 +67,31 @@ class Machine(Protocol):
     def load(self, plan: Plan) -> Loaded:
         """``plan`` made ready. Raises ProtocolError if it does not link here."""
         ...
+
+
+class Shelf:
+    """Plans that are ready on a machine: those of one work, for the next may have some of them."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self._ready: dict[bytes, tuple[Plan, Loaded]] = {}
+
+    def take(
+        self, graphs: Set[bytes], plans: Mapping[bytes, bytes]
+    ) -> dict[bytes, tuple[Plan, Loaded]]:
+        """The plan of each of ``graphs``, made ready; ``plans`` has them encoded.
+
+        Raises ProtocolError if one is missing, malformed or does not link.
+        """
+        missing = graphs - plans.keys()
+        if missing:
+            raise ProtocolError(f"no plan for graph {min(missing).hex()}")
+        needed = {plans[graph] for graph in graphs}
+        self._ready = {encoded: kept for encoded, kept in self._ready.items() if encoded in needed}
+        for encoded in needed - self._ready.keys():
+            plan = decode_plan(encoded)
+            self._ready[encoded] = plan, self.machine.load(plan)
+        return {graph: self._ready[plans[graph]] for graph in graphs}
 
 
 Calls = list[Callable[[], object]]

@@ -13,6 +13,7 @@ from typing import Final
 
 from p2pflop.errors import JobError, ProtocolError
 from p2pflop.job.graph import Dtype
+from p2pflop.job.meter import init_graphs
 from p2pflop.job.shapes import ITEM_BYTES
 from p2pflop.job.spec import (
     MODE_TRACE,
@@ -22,11 +23,12 @@ from p2pflop.job.spec import (
     Phase,
     Work,
     WorkParam,
+    graphs_of,
     is_due,
 )
 from p2pflop.kernels.cpu import CpuMachine
-from p2pflop.kernels.machine import Bound, Machine
-from p2pflop.kernels.plan import Plan, decode_plan
+from p2pflop.kernels.machine import Bound, Shelf
+from p2pflop.kernels.plan import Plan
 
 # The first of the two words that tinygrad's random numbers of a device start from: the low 32 bits
 # of sha256 of the device's number in four bytes, number 0 (Tensor._next_counter).
@@ -36,35 +38,30 @@ SEED_HASH: Final = 0x14B81119
 class Session:
     """One work in the memory of a machine, ready to step. Not thread-safe.
 
-    ``plans`` maps the hash of every graph of the work (phases and init graphs) to its plan.
+    ``plans`` maps the hash of every graph of the work (phases and init graphs) to its plan;
+    ``shelf`` may have some of them ready.
     Raises ProtocolError if a plan is malformed or does not fit the work, JobError if memory is
     short. A fault of the compiled code (SIGFPE, SIGSEGV) kills the process.
     """
 
     def __init__(
-        self, work: Work, plans: Mapping[bytes, bytes], machine: Machine | None = None
+        self, work: Work, plans: Mapping[bytes, bytes], shelf: Shelf | None = None
     ) -> None:
-        machine = machine or CpuMachine()
+        shelf = shelf or Shelf(CpuMachine())
         self._work = work
-        inits = {
-            param.source.graph for param in work.params if isinstance(param.source, InitSource)
-        }
-        decoded: dict[bytes, Plan] = {}
-        for graph in sorted({phase.graph for phase in work.phases} | inits):
-            if graph not in plans:
-                raise ProtocolError(f"no plan for graph {graph.hex()}")
-            decoded[graph] = decode_plan(plans[graph])
-        self._slots = [machine.memory(size_bytes(param)) for param in work.params]
-        scratch = machine.scratch(list(decoded.values()))
+        ready = shelf.take(graphs_of(work), plans)
+        self._slots = [shelf.machine.memory(size_bytes(param)) for param in work.params]
+        scratch = shelf.machine.scratch([plan for plan, _ in ready.values()])
         slots = [(memory, 0) for memory in self._slots]
-        loaded = {graph: machine.load(plan) for graph, plan in decoded.items()}
         # Two phases may share a graph, but not the memory of its outputs: so one for each.
         self._phases: list[tuple[Phase, Bound]] = []
         for number, phase in enumerate(work.phases):
-            plan = decoded[phase.graph]
+            plan, loaded = ready[phase.graph]
             _check_outputs(number, phase, plan)
-            self._phases.append((phase, loaded[phase.graph].bind(slots, scratch)))
-        self._inits = {graph: loaded[graph].bind(slots, scratch) for graph in sorted(inits)}
+            self._phases.append((phase, loaded.bind(slots, scratch)))
+        self._inits = {
+            graph: ready[graph][1].bind(slots, scratch) for graph in sorted(init_graphs(work))
+        }
         self._steps = [
             self._slots[slot] for slot, param in enumerate(work.params) if param.role == ROLE_STEP
         ]

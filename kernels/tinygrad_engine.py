@@ -32,7 +32,7 @@ from p2pflop.kernels.cpu import CpuMachine
 from p2pflop.kernels.device import DeviceMachine
 from p2pflop.kernels.engine import Compiler
 from p2pflop.kernels.lower import CPU, lower
-from p2pflop.kernels.machine import Machine
+from p2pflop.kernels.machine import Machine, Shelf
 from p2pflop.kernels.plan import PLAN_VERSION
 from p2pflop.kernels.run import Session
 from p2pflop.kernels.workspace import MachineWorkspace
@@ -43,6 +43,7 @@ class TinygradEngine:
 
     def __init__(self, device: str | None = None) -> None:
         self._device = device or Device.DEFAULT
+        self._shelf: Shelf | None = None
 
     def use_compiler(self, client: Compiler) -> None:
         """Replace tinygrad's call of clang, for this process."""
@@ -90,7 +91,9 @@ class TinygradEngine:
 
     def session(self, work: Work, plans: Mapping[bytes, bytes]) -> Session:
         """``work`` in memory. Raises JobError, ProtocolError."""
-        return Session(work, plans, self._machine())
+        if self._shelf is None:
+            self._shelf = Shelf(self._machine())
+        return Session(work, plans, self._shelf)
 
     def workspace(self) -> MachineWorkspace:
         """See Engine."""

@@ -12,7 +12,7 @@ import time
 from typing import Final
 
 from p2pflop.errors import JobError, P2PFlopError, ProtocolError
-from p2pflop.job.spec import Work, ever_stands_still, stands_still
+from p2pflop.job.spec import Work, ever_stands_still, graphs_of, stands_still
 from p2pflop.kernels.engine import Engine, WorkSession
 from p2pflop.kernels.frames import (
     MAX_PLANS_BYTES,
@@ -78,6 +78,7 @@ class _Worker:
         self._mark = mark
         self._opened: ServedSession | None = None
         self._loaded: WorkSession | None = None
+        self._plans: dict[bytes, bytes] = {}
         self._work: Work
         self._stands_still = False
 
@@ -127,8 +128,8 @@ class _Worker:
         return self._loaded
 
     def _load(self, command: Load) -> None:
-        plans: dict[bytes, bytes] = {}
-        budget = MAX_PLANS_BYTES
+        plans = self._plans
+        budget = MAX_PLANS_BYTES - sum(map(len, plans.values()))
         for _ in range(command.plans):
             start = self._pipe.receive(worker_command)
             if not isinstance(start, LoadPlan):
@@ -136,9 +137,11 @@ class _Worker:
             plans[start.graph] = self._pipe.receive_parts(worker_command, budget)
             budget -= len(plans[start.graph])
         self._work = decode(Work, command.work)
+        named = graphs_of(self._work)
+        self._plans = {graph: plan for graph, plan in plans.items() if graph in named}
         self._stands_still = ever_stands_still(self._work)
-        self._loaded = self._engine.session(self._work, plans)
-        self._pipe.send(Done())
+        self._loaded = None  # its memory goes first
+        self._loaded = self._engine.session(self._work, self._plans)
 
     def _send(self, *views: memoryview) -> None:
         for part in parts(*views):

@@ -10,16 +10,16 @@ from p2pflop.job.lifecycle import Edge
 from p2pflop.job.meter import METER_ID
 from p2pflop.market.desk import BuyerDesk
 from p2pflop.market.evidence import Wanted
-from p2pflop.market.fills import ASK_EXPIRED, make_bid
+from p2pflop.market.fills import ASK_EXPIRED, SUPERSEDED, make_bid
 from p2pflop.market.ranking import Deal
-from p2pflop.market.records import Bid
+from p2pflop.market.records import Bid, Reject
 from p2pflop.node.driver import LIFE_ROW
 from p2pflop.node.evidence import keep_look
 from p2pflop.node.guard import survive
 from p2pflop.node.journal import JobRows, Row
 from p2pflop.node.orders import Order, Ranking
 from p2pflop.node.service import Json
-from p2pflop.wire import Sealed
+from p2pflop.wire import Sealed, reopen
 
 if TYPE_CHECKING:
     from p2pflop.node.buy import Buyer
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 DEAL_ROW: Final = "deal"
 CLASS_ROW: Final = "class"
 KEY_BYTES: Final = 32
+NEW_ROUNDS: Final = frozenset(LIFE_ROW + e for e in (Edge.WAIT, Edge.RESUBMIT, Edge.DOUBT))
+"""Rows of a lifecycle after which the book is ranked anew and everybody may be asked again."""
 
 
 class Bidding:
@@ -43,6 +45,7 @@ class Bidding:
         self._first_attempt = 0
         self._accounts: dict[bytes, bytes] = {}
         self._tried: set[bytes] = set()
+        self._asked_again: set[bytes] = set()
         self._classes = order.classes
         self._is_unfilled = True
         self._refusal = ""
@@ -57,6 +60,7 @@ class Bidding:
             account_of=self.account_of,
             own_account=identity.account.public_key,
             knows=self._buyer.ledger_book.has_bought_from,
+            may_try=self._buyer.may_try,
             network=identity.network,
         )
 
@@ -78,13 +82,13 @@ class Bidding:
         as it is now; its best deal is for ``attempt``."""
         self._order = order
         self._is_unfilled = True
-        self._tried.clear()
+        self._forget_tried()
         return self._look(attempt, continues=False)
 
     def bid_on(self, attempt: int, now_ns: int) -> Sealed[Bid] | None:
         """The bid on the deal to try as number ``attempt``, or None if there is none left."""
-        ranking = self._ranking or self._look(attempt, continues=True)
         self._give_up(attempt - 1)
+        ranking = self._ranking or self._look(attempt, continues=True)
         if attempt - self._first_attempt >= len(self._deals):
             return None
         deal = self._deals[attempt - self._first_attempt]
@@ -109,9 +113,22 @@ class Bidding:
             network=identity.network,
         )
 
-    def refused(self, reason: str) -> None:
-        """The provider that was bid to last has said no."""
+    def refused(self, bid: Bid, reason: str, wire: bytes) -> None:
+        """The provider that was bid to last has said no, by the reject ``wire``.
+
+        If that is because its sheet is another now, the reject brings it: it enters the book as any
+        that comes by gossip, the book is looked at again at once, and its provider may be asked
+        again, once a round.
+        """
         self._refusal = reason
+        node = bid.provider
+        if reason != SUPERSEDED or node in self._asked_again:
+            return
+        shown = reopen(Reject, wire, self._buyer.identity.network).record.sheet
+        if self._buyer.sheets.learn(shown, node, bid.sheet_number):
+            self._asked_again.add(node)
+            self._tried.discard(node)
+            self._ranking = None
 
     def wait(self, purchase: Purchase) -> None:
         """Nobody takes the job now: wait, and rest as a wish if the order says so."""
@@ -159,13 +176,20 @@ class Bidding:
         self._order = order
         for row in rows:
             if row.kind == DEAL_ROW:
-                self._accounts[row.body[:KEY_BYTES]] = row.body[KEY_BYTES:]
-                self._tried.add(row.body[:KEY_BYTES])
+                node = row.body[:KEY_BYTES]
+                self._accounts[node] = row.body[KEY_BYTES:]
+                if node in self._tried:
+                    self._asked_again.add(node)
+                self._tried.add(node)
             elif row.kind == CLASS_ROW:
                 self._classes = frozenset({row.body})
-            elif row.kind in (LIFE_ROW + Edge.WAIT, LIFE_ROW + Edge.RESUBMIT):
-                self._tried.clear()
+            elif row.kind in NEW_ROUNDS:
+                self._forget_tried()
                 self._is_unfilled = row.kind == LIFE_ROW + Edge.WAIT
+
+    def _forget_tried(self) -> None:
+        self._tried.clear()
+        self._asked_again.clear()
 
     def _look(self, attempt: int, *, continues: bool) -> Ranking:
         """Rank; the deals are those from ``attempt`` on, without providers tried in this round.

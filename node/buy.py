@@ -22,12 +22,13 @@ from p2pflop.dht.blobs import Store
 from p2pflop.dht.planes import Dialer
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, P2PFlopError, StoreError
 from p2pflop.job.collection import numbered_bytes
+from p2pflop.job.events import Trial
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.spec import FeedSource, class_id
 from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import chosen_family, descriptor
 from p2pflop.market.ranking import MAX_POLICY_ACCOUNTS, Deal, Miss, Policy, Quoted, rank
-from p2pflop.market.records import NONCE_BYTES
+from p2pflop.market.records import NONCE_BYTES, Bid
 from p2pflop.market.views import BookView
 from p2pflop.node import messages as m
 from p2pflop.node.earlier import answer, find_earlier, result_record
@@ -53,7 +54,9 @@ from p2pflop.node.purchase import Purchase
 from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
+from p2pflop.node.trying import try_out
 from p2pflop.node.wishes import Wishes
+from p2pflop.node.worker_types import Workers
 from p2pflop.wire import encode
 
 JOB_ROW: Final = "job"
@@ -83,10 +86,10 @@ class _JobRow(msgspec.Struct, array_like=True, frozen=True):
 
 @dataclass(slots=True)
 class Buyer:
-    """Everything that this node buys."""
+    """Everything that this node buys. ``workers`` try out, with ``memory_bytes`` at most, whether
+    a job faults as others say."""
 
     identity: Identity
-    class_id: bytes
     store: Store
     dialer: Dialer
     sheets: SheetService
@@ -94,10 +97,13 @@ class Buyer:
     ledger_book: LedgerBook
     letters: Letters
     franchise: Franchise
+    workers: Workers
+    memory_bytes: int
     nursery: trio.Nursery
     now_ns: Callable[[], int]
     experience: Experience = field(init=False)
     wishes: Wishes = field(init=False)
+    _trials: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
     _waiting: dict[str, Purchase] = field(default_factory=dict)
     _needed: dict[str, frozenset[bytes]] = field(default_factory=dict)
     _lent: Counter[tuple[bytes, bytes]] = field(default_factory=Counter)
@@ -113,6 +119,21 @@ class Buyer:
             self.franchise,
             secrets.SystemRandom().random,
         )
+
+    @property
+    def class_id(self) -> bytes:
+        """Of this node's own workers: in which a job is computed unless told otherwise."""
+        return self.workers.class_id
+
+    def may_try(self, bid: Bid) -> bool:
+        """Whether the job of ``bid`` can be run here, in its class."""
+        fits = bid.terms.memory_bytes <= self.memory_bytes
+        return fits and bid.class_id == self.class_id and not self.workers.broken
+
+    async def try_out(self, order: Order) -> tuple[Trial, str]:
+        """Whether what is left of a job faults here, and how. One job at a time."""
+        async with self._trials:
+            return await try_out(order, self.workers, self.store)
 
     def wait(self, run_id: str, purchase: Purchase) -> None:
         """Called by a purchase that waits for room."""

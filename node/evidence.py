@@ -15,6 +15,7 @@ from p2pflop.market.evidence import (
     MAX_CLASSES,
     MAX_LOOKS,
     MAX_SHEETS,
+    Again,
     Attempt,
     Avoided,
     Evidence,
@@ -83,7 +84,7 @@ class _Looked:
     attested: bytes = b""
     wanted: tuple[Wanted, ...] = ()
     avoided: tuple[Avoided, ...] = ()
-    session: tuple[Wanted, ...] = ()
+    session: tuple[Again, ...] = ()
     tried: list[_Tried] = field(default_factory=list)
 
 
@@ -95,7 +96,7 @@ def keep_look(
     *,
     continues: bool,
     wanted: Wanted | None = None,
-    session: Wanted | None = None,
+    session: Again | None = None,
 ) -> None:
     """Add a look to the rows of its run: the sheets of a large book as far as the best go.
 
@@ -148,9 +149,9 @@ def evidence_of(
         elif row.kind == AVOIDED_ROW and looks:
             looks[-1].avoided = msgspec.msgpack.decode(row.body, type=tuple[Avoided, ...])
         elif row.kind == SESSION_ROW and looks:
-            looks[-1].session = (decode(Wanted, row.body),)
+            looks[-1].session = (decode(Again, row.body),)
         elif looks:
-            _take(row, looks[-1].tried)
+            _take(row, looks)
     return Evidence(
         version=1,
         network=network,
@@ -185,26 +186,30 @@ def _split(joined: bytes) -> list[bytes]:
     return [joined[place : place + HASH_BYTES] for place in range(0, len(joined), HASH_BYTES)]
 
 
-def _take(row: Row, tried: list[_Tried]) -> None:
-    """What a row of the lifecycle, a reject, or one of a session says of the attempts."""
+def _take(row: Row, looks: Sequence[_Looked]) -> None:
+    """What a row of the lifecycle, a reject, or one of a session says of the attempts.
+
+    Why the last one came to nothing is told with what follows, which may be in another look.
+    """
+    last = next((looked.tried[-1] for looked in reversed(looks) if looked.tried), None)
     if row.kind == ATTEMPT_ROW:
         attempt = decode(Attempt, row.body)
-        tried.append(_Tried(attempt.bid, attempt.fill, attempt.reject, attempt.reason))
-    if row.kind == LOST_ROW and tried:
-        tried[-1].reason = tried[-1].reason or row.body.decode()
-    if row.kind == REJECT_ROW and tried:
-        tried[-1].reject = row.body
+        looks[-1].tried.append(_Tried(attempt.bid, attempt.fill, attempt.reject, attempt.reason))
+    if row.kind == LOST_ROW and last is not None:
+        last.reason = last.reason or row.body.decode()
+    if row.kind == REJECT_ROW and last is not None:
+        last.reject = row.body
     if not row.kind.startswith(LIFE_ROW):
         return
     parts = msgspec.msgpack.decode(row.body, type=tuple[bytes, ...])
     kinds = [_kind(part) for part in parts]
-    if tried and len(parts) == 3 and not kinds[0]:
-        tried[-1].reason = tried[-1].reason or parts[0].decode()[:MAX_REASON_CHARS]
+    if last is not None and len(parts) == 3 and not kinds[0]:
+        last.reason = last.reason or parts[0].decode()[:MAX_REASON_CHARS]
     for part, kind in zip(parts, kinds, strict=True):
         if kind == Bid.KIND:
-            tried.append(_Tried(part))
-        elif kind == Fill.KIND and tried:
-            tried[-1].fill = part
+            looks[-1].tried.append(_Tried(part))
+        elif kind == Fill.KIND and last is not None:
+            last.fill = part
 
 
 def _kind(part: bytes) -> str:

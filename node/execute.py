@@ -224,7 +224,6 @@ class Execution:
     async def load(self, plans: dict[bytes, bytes]) -> None:
         """Give the worker its plans and inputs, and let the weights be born."""
         await self._worker.load(encode(self._checked.work), plans)
-        await self._worker.initialise()
         for slot, source in self._checked.inputs:
             await self._fill(slot, source.address, source.size_bytes, "input")
         await self._feed(self._checked.job.first_step, first=True)
@@ -288,6 +287,13 @@ class Execution:
         if not job.first_step < self._done_to <= end:
             raise ProviderError(f"the worker stopped at step {self._done_to}")
         return await self._finish()
+
+    async def try_out(self, steps: int) -> None:
+        """Run ``steps`` steps, or fewer where the work stops, and keep nothing. Raises JobError,
+        ProviderError."""
+        async for event in self._worker.run(self._checked.job.first_step, steps, 0):
+            if isinstance(event, Paused) and not event.ended:
+                await self._feed(event.step)
 
     async def _pause(self, event: Paused, checkpoints: Checkpoints) -> None:
         self._done_to = event.step

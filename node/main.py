@@ -2,9 +2,9 @@
 
 Start: the home is locked, keys are read, SQLite recovers, the zygote warms up, HTTP and
 libp2p listen, unfinished jobs are taken up, the sheet is published. Stop, on Ctrl-C or SIGTERM:
-bids are refused, asks withdrawn, leases handed over (``handing_over.py``), conversations ended,
-helpers ended; a second Ctrl-C ends it at once. A node that was killed finds all of it in its
-journal.
+bids are refused, asks withdrawn, leases handed over (``handing_over.py``), sessions of this node's
+user ended and paid for, conversations ended, helpers ended; a second Ctrl-C ends it at once. A node
+that was killed finds all of it in its journal.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ async def _end_with_delegation(account: Delegated, stop: trio.Event) -> None:
 
 
 async def _give_back(daemon: Daemon) -> None:
-    """Sell no more, and let buyers have what was computed for them."""
+    """Sell no more, let buyers have what was computed for them, and sign for what others did."""
     leases = f"leases under way: {daemon.seller.busy}"
     _log.info("stopping; %s; Ctrl-C again ends at once", leases)
 
@@ -142,6 +142,7 @@ async def _give_back(daemon: Daemon) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(withdraw)
             nursery.start_soon(daemon.seller.stop)
+            nursery.start_soon(daemon.sessions.stop)
             await daemon.session_sales.stop()
 
 
@@ -278,7 +279,6 @@ def _assemble(
     runs = Runs(journal)
     buyer = Buyer(
         identity=identity,
-        class_id=workers.class_id,
         store=store,
         dialer=dialer,
         sheets=sheets,
@@ -286,6 +286,8 @@ def _assemble(
         ledger_book=ledger_book,
         letters=Letters(journal, dialer, nursery, time.time_ns),
         franchise=franchise,
+        workers=workers,
+        memory_bytes=settings.resolved_memory_bytes(),
         nursery=nursery,
         now_ns=time.time_ns,
     )
@@ -344,8 +346,8 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     daemon.dialer.handle(BLOB_PROTOCOL, blobs.handle)
     daemon.dialer.handle(JOB_PROTOCOL, daemon.seller.handle)
     daemon.dialer.handle(SESSION_PROTOCOL, daemon.session_sales.handle)
-    daemon.dialer.handle(sheets_module.PROTOCOL, daemon.sheets.answer)
-    daemon.dialer.handle(tape_module.PROTOCOL, daemon.tape.answer)
+    daemon.dialer.handle(sheets_module.PROTOCOL, daemon.sheets.comparisons.answer)
+    daemon.dialer.handle(tape_module.PROTOCOL, daemon.tape.comparisons.answer)
     daemon.dialer.handle(PAYMENT_PROTOCOL, daemon.money.handle)
     daemon.dialer.handle(QUOTE_PROTOCOL, daemon.buyer.wishes.handle)
     sink, source = trio.open_memory_channel[tuple[str, bytes]](MAX_GOSSIP_WAITING)
@@ -362,8 +364,8 @@ async def _serve(daemon: Daemon, nursery: trio.Nursery) -> None:
     def met(peer: str) -> None:
         connected = (each.addresses for each in daemon.network.peers() if each.peer == peer)
         daemon.sheets.met(peer, next(connected, ()))
-        nursery.start_soon(survive, daemon.sheets.on_connect, peer)
-        nursery.start_soon(survive, daemon.tape.on_connect, peer)
+        nursery.start_soon(survive, daemon.sheets.comparisons.compare_quietly, peer)
+        nursery.start_soon(survive, daemon.tape.comparisons.compare_quietly, peer)
 
     daemon.network.on_connect(met)
     nursery.start_soon(daemon.sheets.run)

@@ -39,6 +39,7 @@ from p2pflop.job.spec import (
     ROLE_STEP,
     BlobSource,
     ClassDescriptor,
+    InitSource,
     Job,
     MemberSource,
     NoSource,
@@ -275,7 +276,6 @@ class MemoryNode:
         host.on_connect(letters.met)
         self.buyer = Buyer(
             identity=self.identity,
-            class_id=self.workers.class_id,
             store=self.store,
             dialer=_TamperedDialer(dialer, self),
             sheets=self.sheets,
@@ -283,6 +283,8 @@ class MemoryNode:
             ledger_book=self.ledger_book,
             letters=letters,
             franchise=franchise,
+            workers=self.workers,
+            memory_bytes=self.settings.resolved_memory_bytes(),
             nursery=nursery,
             now_ns=now_ns,
         )
@@ -327,8 +329,8 @@ class MemoryNode:
 
         dialer.handle(BLOB_PROTOCOL, BlobServer(self.store, authorise).handle)
         dialer.handle(JOB_PROTOCOL, self._answer_job)
-        dialer.handle(sheets_module.PROTOCOL, self.sheets.answer)
-        dialer.handle(tape_module.PROTOCOL, self.tape.answer)
+        dialer.handle(sheets_module.PROTOCOL, self.sheets.comparisons.answer)
+        dialer.handle(tape_module.PROTOCOL, self.tape.comparisons.answer)
         dialer.handle(PAYMENT_PROTOCOL, self.money.handle)
         dialer.handle(QUOTE_PROTOCOL, self.buyer.wishes.handle)
 
@@ -366,7 +368,7 @@ class MemoryNode:
 
         def met(peer: str) -> None:
             self.sheets.met(peer, ())
-            nursery.start_soon(survive, self.sheets.on_connect, peer)
+            nursery.start_soon(survive, self.sheets.comparisons.compare_quietly, peer)
 
         self.host.on_connect(met)
         self.host.on_disconnect(self.sheets.left)
@@ -471,8 +473,11 @@ def sample_file(
     members: bool = False,
     stop_every: int = 0,
     collects: bool = False,
+    born: bool = False,
 ) -> bytes:
     """A job file with a state, an input, a traced scalar and a last output.
+
+    If it is ``born``, state and input come of an init graph, not of blobs.
 
     With ``stop_every`` that is a traced flag to stop by, which memory's workers do the first time
     that it is looked at.
@@ -502,7 +507,13 @@ def sample_file(
     blobs = [BlobSource(address_of(data), len(data)) for data in sample_data(floats)]
     collection = sample_collection(floats)
     entries = [MemberSource(address_of(collection), len(collection), entry) for entry in (0, 1)]
-    sources: Sequence[BlobSource | MemberSource] = entries if members else blobs
+    sources: Sequence[BlobSource | MemberSource | InitSource] = entries if members else blobs
+    iota = Node(Op.IOTA, (int(Dtype.INT32), floats))
+    birth = encode_graph(
+        Graph((), (iota, Node(Op.CAST, (int(Dtype.FLOAT32),), (0,))), (Output(1), Output(1)))
+    )
+    if born:
+        sources = [InitSource(graph_hash(birth), output) for output in (0, 1)]
     kept = MODE_TRACE if stop_every else MODE_COLLECT if collects else MODE_LAST
     work = Work(
         version=1,
@@ -515,6 +526,7 @@ def sample_file(
         seed=seed,
         stop=Stop(0, 1, stop_every) if stop_every else None,
     )
-    body = JobBody(Job(work_id(work), first_step, steps), encode(work), (graph,))
+    graphs = (graph, birth) if born else (graph,)
+    body = JobBody(Job(work_id(work), first_step, steps), encode(work), graphs)
     labels = Labels("sample", ("weights", "data", "step"), ("train",), (("loss", "last"),))
     return encode_file(JobFile(1, body, labels))

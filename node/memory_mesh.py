@@ -28,7 +28,8 @@ from p2pflop.market.exchange import Exchange, proofs_hash, read
 from p2pflop.market.relay import COMPARE_SOON_S, PASS_ON_S, OpenedSheet, Relay
 from p2pflop.market.samples import NOW_NS, ask, party
 from p2pflop.market.sheets import OpenSheet, open_sheet
-from p2pflop.node.sheets import EXPIRE_S, SILENCE_S
+from p2pflop.node.comparing import SILENCE_S
+from p2pflop.node.sheets import EXPIRE_S
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import DEFAULT_NETWORK
 
@@ -365,7 +366,7 @@ class MeshPeer:
     def listen(self, other: MeshPeer, session: int, frames: list[bytes], opening: bool) -> None:
         """A turn of a comparison has come."""
         key = (other.number, session)
-        if opening and self.relay.may_compare(other.name, self.now_ns()):
+        if opening and self.relay.gate.may_compare(other.name, self.now_ns()):
             self._sessions[key] = Exchange(self.relay, other.name, dialling=False)
         exchange = self._sessions.get(key)
         if exchange is None:

@@ -23,6 +23,7 @@ from p2pflop.job.spec import (
     InitSource,
     Work,
     class_id,
+    graphs_of,
     is_due,
     stands_still,
 )
@@ -141,7 +142,11 @@ class MemoryWorkerPool:
         await trio.lowlevel.checkpoint()
 
     async def lower(
-        self, graph: bytes, progress: Callable[[int, int], None] | None = None
+        self,
+        graph: bytes,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        account: bytes | None = None,  # noqa: ARG002
     ) -> bytes:
         """A plan that only says which graph it is of. A graph of no bytes does not lower."""
         await trio.lowlevel.checkpoint()
@@ -159,7 +164,11 @@ class MemoryWorkerPool:
                 progress(1, 1)
         return _plan_of(address)
 
-    def plan_at_hand(self, graph: bytes) -> bytes | None:
+    def plan_at_hand(
+        self,
+        graph: bytes,
+        account: bytes | None = None,  # noqa: ARG002
+    ) -> bytes | None:
         """The plan of a graph that was lowered before."""
         address = graph_hash(graph)
         if address not in self._plans:
@@ -224,6 +233,11 @@ class MemoryWorker(SessionHolder[MemorySession]):
         """See ``Worker``."""
         return self._pool.failure is None
 
+    @property
+    def held(self) -> frozenset[bytes]:
+        """See ``Worker``."""
+        return frozenset() if self._work is None else graphs_of(self._work)
+
     async def load(self, work: bytes, plans: Mapping[bytes, bytes]) -> None:
         """See ``Worker``."""
         await self._answer()
@@ -235,6 +249,7 @@ class MemoryWorker(SessionHolder[MemorySession]):
             self._loaded = self._make(decoded, plans)
         except ProtocolError as error:
             raise ProviderError(error.message) from error
+        self._loaded.initialise()
         self._work = decoded
 
     async def write(self, slot: int, offset_bytes: int, data: bytes) -> None:
@@ -243,11 +258,6 @@ class MemoryWorker(SessionHolder[MemorySession]):
         if offset_bytes < 0 or offset_bytes + len(data) > len(self._session.read(slot)):
             raise ValueError(f"{len(data)} bytes at {offset_bytes} do not fit slot {slot}")
         self._session.write(slot, offset_bytes, data)
-
-    async def initialise(self) -> None:
-        """See ``Worker``."""
-        await self._answer()
-        self._session.initialise()
 
     async def run(
         self, first_step: int, steps: int, pause_every: int = 0

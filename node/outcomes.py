@@ -82,6 +82,11 @@ def what_is_left(run: Run, knows: Callable[[int], bool], class_id: str = "") -> 
     )
 
 
+def fault_told(error: JobError) -> str:
+    """What is told of a job's own fault, and what to do about it."""
+    return f"{error.message}. {error.hint}" if error.hint else error.message
+
+
 def reason_told(failure: Exception) -> str:
     """What a buyer is told of a failure here: nothing of this machine's folders."""
     if isinstance(failure, StoreFullError):

@@ -45,8 +45,8 @@ class PlanCache:
         """The plan of ``key``, or None."""
         plan = self.recent(key)
         if plan is None:
-            async with self._disk:
-                plan = await trio.to_thread.run_sync(self._read, key)
+            # No wait for what is being written: a file is there whole, or not.
+            plan = await trio.to_thread.run_sync(self._read, key)
             if plan is not None:
                 self._remember(key, plan)
         return plan

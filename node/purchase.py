@@ -10,17 +10,15 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 import trio
 
 from p2pflop.errors import (
-    BlobNotFoundError,
     P2PFlopError,
     ProtocolError,
     ProviderError,
     StoreError,
-    VerificationError,
     first_error,
 )
 from p2pflop.job.buying import buyer as buyer_lifecycle
@@ -30,25 +28,21 @@ from p2pflop.job.events import (
     Blame,
     Cancel,
     Event,
-    Fetched,
     Finish,
     Lost,
     Ranked,
     Received,
-    Refuted,
     Send,
     State,
-    Unreachable,
-    Verified,
+    Tried,
 )
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.naming import output_names
 from p2pflop.job.patience import stall_ns
 from p2pflop.job.results import result_hash
-from p2pflop.job.spec import Result
 from p2pflop.keys import peer_id
 from p2pflop.market.ranking import no_deal
-from p2pflop.market.records import ZERO_HASH, Bid, Receipt
+from p2pflop.market.records import Bid, Receipt
 from p2pflop.node import messages as m
 from p2pflop.node.bidding import Bidding
 from p2pflop.node.conversation import Conversation
@@ -61,16 +55,14 @@ from p2pflop.node.letters import FAREWELL_S, JOB_PROTOCOL, leave_word
 from p2pflop.node.orders import Order, describe_ranking
 from p2pflop.node.outcomes import describe_result, error_of
 from p2pflop.node.printable import printable
-from p2pflop.node.returning import BOUND, LAST_VERIFY_S, OPEN_S, UNCONFIRMED, Returns
+from p2pflop.node.returning import BOUND, OPEN_S, UNCONFIRMED, Returns
 from p2pflop.node.runs import Last, Run
-from p2pflop.node.stretches import RESULT_ROW, Stretches, last_state, owed_nusd
+from p2pflop.node.stretches import RESULT_ROW, Stretches, owed_nusd
+from p2pflop.node.verifying import Verifier
 from p2pflop.wire import Sealed, reopen
 
 if TYPE_CHECKING:
     from p2pflop.node.buy import Buyer
-
-RETRY_S: Final = 1.0
-MAX_RETRY_S: Final = 15.0
 
 _log = logging.getLogger(__name__)
 
@@ -85,17 +77,12 @@ class Purchase:
         self._bidding = Bidding(buyer, run.id, order, run.rows)
         self._conversation: Conversation | None = None
         self._returns = Returns()
-        self._goods: Goods | None = None
-        self._interval: Result | None = None
-        self._gone = ""
         self._lent_to = b""
         self._lent: list[bytes] = []
         self._acknowledged = False
         self._booked = b""
         self._last: Last | None = None
         self._failure: P2PFlopError | None = None
-        self._to_verify = trio.Event()
-        self._looked = trio.Event()
         self._names = output_names(order.file.labels)
         self._nursery: trio.Nursery
         desk, patience_ns = self._bidding.desk(), stall_ns(order.checked)
@@ -103,6 +90,7 @@ class Purchase:
             desk, order.deadline_ns, rests=order.rests, stall_ns=patience_ns
         )
         self._driver = Driver(self._lifecycle, run.rows, self, buyer.now_ns)
+        self._verifier = Verifier(buyer, run, self._lifecycle, self._driver, self._fail)
 
     async def run(self, *, resume: bool = False) -> None:
         """Buy, until the end. Raises what the run is to fail with; a result is told here."""
@@ -126,7 +114,7 @@ class Purchase:
             await self._driver.start()
         self._nursery.start_soon(self._watch_cancel)
         self._nursery.start_soon(self._driver.run_timers)
-        self._nursery.start_soon(self._verify)
+        self._nursery.start_soon(self._verifier.run)
         if self._lifecycle.state is State.RANKING:
             await self._rank()
         await self._driver.over.wait()
@@ -145,7 +133,7 @@ class Purchase:
         receipt = reopen(Receipt, countersigned, self._buyer.identity.network).record
         node = self._bid().record.provider
         account = self._bidding.account_of(node)
-        goods = self._goods
+        goods = self._verifier.goods
         if account is None or goods is None:
             raise StoreError("the journal does not tell the provider's account")
         ending, staged = None, goods.staged
@@ -184,10 +172,10 @@ class Purchase:
         if edge == Edge.FILL:
             self._fix_class()
             self._stretches.fix_limit(self._bid().record.quote_nusd)
-        elif edge == Edge.COUNTERSIGN and self._interval is not None:
-            self._stretches.add(self._interval)
-        elif edge in (Edge.NEXT, Edge.WAIT, Edge.RESUBMIT):
-            self._leave(edge)
+        elif edge == Edge.COUNTERSIGN and self._verifier.part is not None:
+            self._stretches.add(self._verifier.part)
+        elif edge in (Edge.NEXT, Edge.WAIT, Edge.RESUBMIT, Edge.DOUBT):
+            self._leave()
 
     def _fix_class(self) -> None:
         class_id = self._bid().record.class_id
@@ -197,13 +185,16 @@ class Purchase:
     def start(self, task: str) -> None:
         """See Hands."""
         if task == "verify":
-            self._to_verify.set()
-        elif task in ("wait", "rest"):
+            self._verifier.look()
+        elif task in ("wait", "rest", "check"):
             self._note_failure()
             if self._conversation is not None:
                 self._conversation.finish()
                 self._conversation = None
-            self._bidding.wait(self)
+            if task == "check":
+                self._nursery.start_soon(self._try_out, self._lifecycle.side.attempt)
+            else:
+                self._bidding.wait(self)
             if self._lifecycle.side.rounds:
                 self._nursery.start_soon(self._tell_loss, "")
             self._nursery.start_soon(self._tell_state)
@@ -254,6 +245,13 @@ class Purchase:
         if self._failure is not None and not ranking.deals:
             self._failure = reason
 
+    async def _try_out(self, attempt: int) -> None:
+        """Others say that the job faults: see what it does here."""
+        order = self._stretches.begin(self._stretches.done_to, self._owed_nusd())
+        await self._buyer.need(self._run.id, order)
+        trial, reason = await self._buyer.try_out(order)
+        await self._driver.on(Tried(attempt, trial, reason))
+
     def _bid(self) -> Sealed[Bid]:
         return reopen(Bid, self._lifecycle.side.bid, self._buyer.identity.network)
 
@@ -288,14 +286,15 @@ class Purchase:
         self._buyer.take_back(self._lent, self._lent_to)
         self._lent, self._lent_to = [], b""
 
-    def _leave(self, edge: str) -> None:
+    def _leave(self) -> None:
         """Somebody else is to go on: what is due to the last one is sent to it all the same."""
         if not self._lent_to:
             return
         side, peer = self._lifecycle.side, peer_id(self._lent_to)
-        told_to = 0 if self._goods is None else self._goods.leave()
+        goods = self._verifier.goods
+        told_to = 0 if goods is None else goods.leave()
         self._stretches.lose(peer, side.outcome()[0], told_to)
-        if edge == Edge.RESUBMIT and side.was_paid:
+        if side.was_paid:
             letter = self._run.rows.add_letter(peer, side.delivered[-1], len(side.delivered))
             spoken = None if self._conversation is None else self._conversation.over
             self._buyer.nursery.start_soon(survive, self._buyer.letters.deliver, letter, spoken)
@@ -312,8 +311,9 @@ class Purchase:
             self._conversation = None
         buyer, order = self._buyer, self._stretches.now
         self._note_failure()
-        self._returns, self._gone = Returns(), ""
-        self._goods = Goods(order.checked, buyer.store, buyer.dialer, self._peer, self._moved)
+        self._returns = Returns()
+        goods = Goods(order.checked, buyer.store, buyer.dialer, self._peer, self._moved)
+        self._verifier.begin(goods)
         await self._tell_loss(self._peer)
         self._say(m.Offer(bid, order.body))
 
@@ -392,8 +392,7 @@ class Purchase:
             if self._lifecycle.state is State.BIDDING:
                 await self._tell_rejected(f"lost: {why}")
             elif self._lifecycle.state is State.VERIFYING:
-                self._gone = why
-                self._to_verify.set()
+                self._verifier.lose(why)
             await self._driver.hear(Lost(why))
 
     async def _hear(self, message: m.Message, conversation: Conversation) -> None:
@@ -412,7 +411,7 @@ class Purchase:
             case m.Filled(wire) | m.Committed(wire) | m.Receipted(wire):
                 return await self._driver.hear(Received(wire))
             case m.Abandoned(wire):
-                await self._verify_the_last()
+                await self._verifier.verify_the_last()
                 return await self._driver.hear(Received(wire))
             case m.Refused(wire):
                 return await self._hear_refusal(wire)
@@ -429,9 +428,10 @@ class Purchase:
     async def _hear_refusal(self, wire: bytes) -> str:
         if self._lifecycle.state is State.BIDDING:
             with suppress(ProtocolError):
-                reason = self._lifecycle.side.desk.check_reject(wire, self._lifecycle.side.bid)
+                bid = self._lifecycle.side.bid
+                reason = self._lifecycle.side.desk.check_reject(wire, bid)
                 self._run.rows.add(REJECT_ROW, wire)
-                self._bidding.refused(reason)
+                self._bidding.refused(self._bid().record, reason, wire)
                 await self._tell_rejected(reason)
         return await self._driver.hear(Received(wire))
 
@@ -440,7 +440,7 @@ class Purchase:
         await self._buyer.runs.emit(self._run, "rejected", provider=self._peer, reason=reason)
 
     async def _hear_work(self, message: m.Message) -> str:
-        goods = self._goods
+        goods = self._verifier.goods
         if self._lifecycle.ended:
             return ""
         if goods is None or self._lifecycle.state in UNCONFIRMED:
@@ -478,71 +478,6 @@ class Purchase:
             await runs.emit(run, "rows", rows=rows)
         await runs.emit(run, "progress", step=message.last_step + 1, steps=run.end_step)
 
-    # Delivery
-
-    async def _verify(self) -> None:
-        """Verify what is billed as it comes; what cannot be fetched yet is tried again."""
-        while True:
-            await self._to_verify.wait()
-            self._to_verify = trio.Event()
-            wait_s = RETRY_S
-            while not await self._verify_waiting(first=wait_s == RETRY_S):
-                self._looked.set()
-                if self._gone:
-                    await self._driver.on(Unreachable(self._gone))
-                with trio.move_on_after(wait_s):
-                    await self._to_verify.wait()
-                self._to_verify = trio.Event()
-                wait_s = min(2 * wait_s, MAX_RETRY_S)
-            self._looked.set()
-
-    def _moved(self) -> None:
-        self._nursery.start_soon(self._driver.hear, Fetched())
-
-    async def _verify_the_last(self) -> None:
-        """A checkpoint that came before the provider gave up is not to be lost."""
-        with trio.move_on_after(LAST_VERIFY_S):
-            while self._lifecycle.side.unsigned and not self._lifecycle.ended:
-                self._looked = trio.Event()
-                await self._looked.wait()
-
-    async def _verify_waiting(self, *, first: bool) -> bool:
-        """Fetch and check what the receipts that wait are about, oldest first. False: not all."""
-        goods = self._goods
-        for number, wire in sorted(self._lifecycle.side.unsigned.items()):
-            receipt = reopen(Receipt, wire, self._buyer.identity.network).record
-            if goods is None or self._lifecycle.ended:
-                return True
-            try:
-                part = await goods.check(receipt, self._bid().record.class_id)
-            except (ProtocolError, VerificationError) as error:
-                await self._driver.on(Refuted(printable(error.message), wire))
-                return True
-            except (ProviderError, BlobNotFoundError) as error:
-                if first:
-                    _log.info("job %s: delivery not fetched yet: %s", self._run.id, error)
-                return False
-            except StoreError as error:
-                message = f"what was delivered cannot be kept: {error.message}"
-                self._failure = type(error)(message, hint=error.hint)
-                await self._driver.on(Cancel("the buyer's disk failed, or is full"))
-                return True
-            if self._run.over:
-                return True
-            if self._lifecycle.side.unsigned.get(number) != wire:
-                continue  # it was of a provider that was given up meanwhile
-            self._run.rows.add_state(last_state(part))
-            if receipt.result == ZERO_HASH:
-                root = receipt.root_to.hex()
-                fields: dict[str, Any] = {"step": receipt.to_step, "state_root": root}
-                await self._buyer.runs.emit(self._run, "checkpoint", **fields)
-            fields = {"number": number, "amount_nusd": receipt.amount_nusd, "provider": goods.peer}
-            await self._buyer.runs.emit(self._run, "receipt", to_step=receipt.to_step, **fields)
-            self._interval = part
-            await self._driver.on(Verified(number, wire))
-            self._interval = None
-        return True
-
     def _owed_nusd(self) -> int:
         """What all stretches so far have cost."""
         return owed_nusd(self._lifecycle.side, self._buyer.identity.network)
@@ -558,6 +493,12 @@ class Purchase:
         told = describe_result(self._stretches.whole, result, cost_nusd)
         return self._buyer.runs.last(self._run, "result", provider=self._peer, **told)
 
+    def _moved(self) -> None:
+        self._nursery.start_soon(self._verifier.moved)
+
+    def _fail(self, error: P2PFlopError) -> None:
+        self._failure = error
+
     # Beginning again, and the end
 
     async def _resume(self) -> None:
@@ -565,7 +506,8 @@ class Purchase:
         rows = buyer.runs.rows(self._run.id)
         result = self._stretches.recall(rows)
         checked = self._stretches.now.checked
-        goods = self._goods = Goods(checked, buyer.store, buyer.dialer, on_moved=self._moved)
+        goods = Goods(checked, buyer.store, buyer.dialer, on_moved=self._moved)
+        self._verifier.begin(goods)
         if result:
             goods.recall_result(result)
         self._bidding.recall(rows, self._stretches.now)

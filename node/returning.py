@@ -14,7 +14,7 @@ import trio
 
 from p2pflop.job.events import State
 
-UNCONFIRMED: Final = frozenset({State.RANKING, State.WAITING, State.BIDDING})
+UNCONFIRMED: Final = frozenset({State.RANKING, State.WAITING, State.CHECKING, State.BIDDING})
 BOUND: Final = frozenset({State.CONFIRMING, State.RUNNING, State.VERIFYING})
 """When a provider is bound by a confirm."""
 

@@ -9,72 +9,54 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 import trio
 
 from p2pflop.dht.database import Operation
 from p2pflop.errors import (
-    JobError,
     P2PFlopError,
     ProtocolError,
     StoreError,
     first_error,
 )
-from p2pflop.job.buying import MAX_UNSIGNED_RECEIPTS
 from p2pflop.job.events import (
     Alive,
     Blame,
     Checkpointed,
-    Done,
     Event,
-    Fault,
     Finish,
     Lost,
-    Ready,
     Received,
     Reveal,
     Send,
     State,
-    Withdraw,
 )
 from p2pflop.job.file import CheckedJob, JobBody
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.selling import provider as provider_lifecycle
-from p2pflop.job.spec import BlobSource
 from p2pflop.keys import peer_id
 from p2pflop.market.desk import ProviderDesk
 from p2pflop.market.fills import SALT_BYTES
 from p2pflop.market.receipts import begun_nusd
-from p2pflop.market.records import Bid, Receipt, checkpoint_seconds
+from p2pflop.market.records import Bid, Receipt
 from p2pflop.node import messages as m
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.driver import Driver
 from p2pflop.node.execute import (
-    Checkpoints,
-    Execution,
     Outcome,
     inline_blobs,
-    is_too_dear,
-    lower_all,
-    worker_limits,
 )
-from p2pflop.node.feeding import Feeds
 from p2pflop.node.goods import check_inline
 from p2pflop.node.journal import JobRows, Row, Unpaid
+from p2pflop.node.labour import Labour
 from p2pflop.node.outcomes import reason_told
 from p2pflop.node.sale_rows import Delivery, SaleRow, named
-from p2pflop.node.supply import Supply
-from p2pflop.node.window import COUNTERSIGN_WITHIN_S, Window, window_of
-from p2pflop.node.worker_types import Rows
 from p2pflop.wire import Sealed, decode, encode, reopen
 
 if TYPE_CHECKING:
     from p2pflop.node.sell import Seller
-
-MAX_FAULT_CHARS: Final = 200
-WORKER_THREADS: Final = 1
 
 _log = logging.getLogger(__name__)
 
@@ -100,25 +82,17 @@ class Sale:
         self.price_nusd: int | None = None
         self._had_ended = bool(rows.head.end_state)
         self._seller = seller
-        self._body = body
-        self._checked = checked
+        self._labour = Labour(self, seller, body, checked)
         self._conversation: Conversation | None = None
         self._checkpoints: dict[int, m.Checkpoint] = {}
-        self._at_hand: dict[bytes, bytes] = {}
-        self._done_to = bid.record.job.first_step
         self._delivery: Delivery | None = None
         self._booked = b""
-        self._window: Window | None = None
-        self._execution: Execution | None = None
-        self._working = trio.CancelScope()
-        self._may_run = trio.Event()
-        self._confirm_kept = trio.Event()
         self._tasks, self._due = trio.open_memory_channel[str](16)
         desk = ProviderDesk(
             identity.node,
             checked.work,
             delegation=identity.delegation(seller.now_ns()),
-            sheet=self._newest_sheet,
+            sheet=lambda: seller.sheets.newest_wire,
             network=identity.network,
         )
         deadline_ns = bid.record.terms.deadline_ns
@@ -138,12 +112,12 @@ class Sale:
     @property
     def is_standing(self) -> bool:
         """Whether its worker waits for the buyer to countersign."""
-        return self._window is not None and self._window.is_standing
+        return self._labour.is_standing
 
     @property
     def shown_to(self) -> int:
         """The step before which the buyer was told all rows."""
-        return self._done_to
+        return self._labour.done_to
 
     @property
     def signed_nusd(self) -> int:
@@ -161,7 +135,7 @@ class Sale:
                 nursery.cancel_scope.cancel()
         except* Exception as group:  # noqa: BLE001 - one sale's bug must not end the node
             failure = first_error(group)
-            self._log_fault(failure)
+            self._labour.log_fault(failure)
         finally:
             failure = self.driver.failure or failure
             if failure is not None:
@@ -176,11 +150,11 @@ class Sale:
     @property
     def waits_for(self) -> str:
         """What a node that is to stop waits for, in words: nothing once all is handed over."""
-        execution, state = self._execution, self.state
+        state = self.state
         if self.over or self.driver.failure is not None:
             return ""
-        if state is State.RUNNING and execution is not None:
-            if not execution.has_left:
+        if state is State.RUNNING:
+            if self._labour.runs_on:
                 return "the running step and its checkpoint"
             return "the buyer to verify the checkpoint" if self._lifecycle.side.unsigned else ""
         delivered = state in (State.COMMITTED, State.RECEIPTED)
@@ -188,10 +162,7 @@ class Sale:
 
     def leave(self) -> None:
         """Compute no further than the current step."""
-        if self._execution is not None:
-            self._execution.leave()
-        if self._window is not None:
-            self._window.wake()
+        self._labour.leave()
 
     async def tell(self, event: Event) -> None:
         """Tell the lifecycle of something that happened here."""
@@ -215,9 +186,9 @@ class Sale:
         await self.driver.resume(rows)
         self._bind()
         if self._delivery is not None and not self.over:
-            await self._hold(named(self._delivery.result))
+            await self.hold(named(self._delivery.result))
         for told in self._checkpoints.values():
-            await self._hold(named(told.interval))
+            await self.hold(named(told.interval))
 
     async def attend(self, conversation: Conversation, first: m.Message) -> None:
         """Talk with the buyer over this stream, from now on the only one."""
@@ -262,19 +233,23 @@ class Sale:
     async def _hear(self, message: m.Message) -> None:
         match message:
             case m.Confirmed(wire, blobs):
-                check_inline("the confirm", blobs, {source.address for source in self._inputs()})
-                self._at_hand |= dict(blobs)
+                check_inline(
+                    "the confirm", blobs, {source.address for source in self._labour.inputs()}
+                )
+                self._labour.at_hand |= dict(blobs)
                 await self._told(Received(wire))
             case m.Abandoned(wire):
                 await self._told(Received(wire))
             case m.Countersigned(wire):
                 await self._told(Received(wire))
+                # What ends it while this is booked tells so itself.
+                ended = self._lifecycle.ended
                 if self._lifecycle.side.countersigned == wire:
-                    if self._window is not None:
-                        self._window.note_signed(self.signed_nusd)
+                    if self._labour.window is not None:
+                        self._labour.window.note_signed(self.signed_nusd)
                     await self.write()
                     await self._forget_checkpoints(wire)
-                if self._lifecycle.ended:
+                if ended:
                     if self._lifecycle.side.countersigned == wire:
                         self._say(m.Settled())
                     self._finish_talk()
@@ -325,12 +300,16 @@ class Sale:
         match action.kind:
             case "fill":
                 self._say(m.Filled(wire))
+                if self._labour.is_light:
+                    self._tasks.send_nowait("prepare")
             case "reject":
                 self._say(m.Refused(wire))
                 self._finish_talk()
             case "commit":
+                self._labour.note_kept()
                 self._say(m.Committed(wire))
             case "receipt":
+                self._labour.note_kept()
                 await self._send_receipt(wire, action.salt)
             case "abandon":
                 self._say(m.Abandoned(wire))
@@ -346,13 +325,16 @@ class Sale:
     def start(self, task: str) -> None:
         """See Hands."""
         if task == "run":
-            self._may_run.set()
-        else:
-            self._tasks.send_nowait(task)
+            self._labour.let_run()
+            return
+        if task == "prepare":
+            self._say(m.Heartbeat())
+            self._labour.note_confirm()
+        self._tasks.send_nowait(task)
 
     def stop(self) -> None:
         """See Hands."""
-        self._working.cancel()
+        self._labour.stop()
 
     async def finish(self, action: Finish) -> None:
         """See Hands."""
@@ -378,134 +360,23 @@ class Sale:
     async def _run_tasks(self) -> None:
         async for task in self._due:
             if task == "prepare":
-                await self._work()
+                await self._labour.do()
             elif task == "reveal" and self._lifecycle.state is State.COMMITTED:
                 await self.driver.on(Reveal())  # a restart found the commit without its receipt
 
-    # Work
+    @property
+    def unsigned(self) -> int:
+        """How many receipts the buyer has not countersigned yet."""
+        return len(self._lifecycle.side.unsigned)
 
-    async def _work(self) -> None:
-        """Prepare, run and commit; whatever goes wrong is told to the lifecycle."""
-        self._say(m.Heartbeat())
-        with self._working:
-            try:
-                await self._compute()
-            except* JobError as group:
-                error = first_error(group)
-                hint = f". {error.hint}" if error.hint else ""
-                await self._fault(error.message + hint, job_fault=True)
-            except* Exception as group:  # noqa: BLE001 - likewise
-                failure = first_error(group)
-                self._log_fault(failure)
-                await self._fault(reason_told(failure), job_fault=False)
-        self._seller.allocator.free(self)
-
-    def _log_fault(self, error: Exception) -> None:
-        known = isinstance(error, P2PFlopError | OSError)
-        _log.error("sale %s: %s", self.rows.head.job[:12], error, exc_info=None if known else error)
-
-    async def _fault(self, reason: str, *, job_fault: bool) -> None:
-        await self.driver.on(Fault(reason[:MAX_FAULT_CHARS], job_fault))
-
-    async def _compute(self) -> None:
-        seller, checked = self._seller, self._checked
-        lease_ns = max(0, self.bid.record.terms.deadline_ns - seller.now_ns())
-        limits = worker_limits(checked, lease_ns, WORKER_THREADS)
-        plans: dict[bytes, bytes] = {}
-        supply = self._supply()
-        feeds = Feeds(checked, seller.store, supply.bring, self._hold)
-
-        async def bring() -> None:
-            self._checked = await supply.resolve(checked)
-            await supply.fetch_all(self._inputs(), self._at_hand, self._tell_fetching)
-            await feeds.open()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_confirm)
-            async with trio.open_nursery() as bringing:
-                bringing.start_soon(bring)
-                plans = await lower_all(seller.workers, self._body.graphs, self._tell_lowering)
-            if is_too_dear(seller.workers, checked, plans):
-                await self.driver.on(Withdraw("cost: it computes over four times what was metered"))
-                return
-            if checked.feeds:
-                nursery.start_soon(feeds.run)
-            async with seller.warm.lease(self.account, limits) as worker:
-                execution = self._execution = Execution(
-                    self._checked,
-                    seller.workers.class_id,
-                    seller.store,
-                    worker,
-                    feeds=feeds,
-                    owner=self._owner,
-                    at_hand=self._at_hand,
-                    hold=self._hold,
-                )
-                await execution.load(plans)
-                await self.driver.on(Ready())
-                await self._may_run.wait()
-                outcome = await execution.run(self._checkpoint_plan(), self._tell_rows)
-            nursery.cancel_scope.cancel()
-        if outcome is None:
-            return
+    def keep_result(self, outcome: Outcome) -> bytes:
+        """Have the last delivery journalled with the next flush; the salt of its commit."""
         self._delivery = Delivery(encode(outcome.result), inline_blobs(outcome.kept))
         self.rows.add(SaleRow.RESULT, msgspec.msgpack.encode(self._delivery))
-        salt = secrets.token_bytes(SALT_BYTES)
-        done = Done(outcome.done_to, outcome.result.state_root, outcome.hash, salt)
-        await self.driver.on(done, Reveal())
+        return secrets.token_bytes(SALT_BYTES)
 
-    def _supply(self) -> Supply:
-        return Supply(
-            self._seller.store,
-            self._seller.dialer,
-            peer_id(self.bid.signer),
-            self._owner,
-            self._hold,
-        )
-
-    async def _tell_fetching(self, done_bytes: int, total_bytes: int) -> None:
-        self._offer(m.Fetching(done_bytes, total_bytes))
-
-    async def _tell_lowering(self, done: int, total: int) -> None:
-        self._offer(m.Lowering(done, total))
-
-    async def _keep_confirm(self) -> None:
-        await self.rows.flush()
-        self._confirm_kept.set()
-
-    async def _tell_rows(self, rows: Rows) -> None:
-        # Else a restart would not know of the confirm, and the buyer be told the rows twice.
-        if not self._confirm_kept.is_set():
-            await self._confirm_kept.wait()
-        self._done_to = rows.last_step + 1
-        self._offer(m.Rows(rows.first_step, rows.last_step, rows.values))
-
-    def _checkpoint_plan(self) -> Checkpoints:
-        bid = self.bid.record
-        limit_nusd = self._seller.allocator.window_nusd(self.account)
-        self._window = window_of(bid, self._checked.work, limit_nusd, self._give_up_unsigned)
-        return Checkpoints(
-            bid.terms.checkpoint_steps,
-            checkpoint_seconds(bid),
-            self._wants_checkpoint,
-            self._keep_checkpoint,
-            self._window,
-        )
-
-    async def _give_up_unsigned(self) -> None:
-        seconds = COUNTERSIGN_WITHIN_S
-        reason = f"nothing was countersigned for {seconds:.0f} s, and the window is full"
-        await self.driver.on(Withdraw(reason, Blame.BUYER))
-
-    def _wants_checkpoint(self, late: bool) -> bool:
-        """A buyer that lags behind is billed for more with a later one.
-
-        One that is not in the quote is not in the disk reserved either: one such at a time.
-        """
-        unsigned = len(self._lifecycle.side.unsigned)
-        return unsigned == 0 if late else unsigned < MAX_UNSIGNED_RECEIPTS
-
-    async def _keep_checkpoint(self, outcome: Outcome) -> None:
+    async def keep_checkpoint(self, outcome: Outcome) -> None:
+        """Tell the lifecycle of one, and have it journalled."""
         step, interval = outcome.done_to, encode(outcome.result)
         checkpoint = m.Checkpoint(step, interval, inline_blobs(outcome.kept))
         self._checkpoints[step] = checkpoint
@@ -518,7 +389,7 @@ class Sale:
         kept = self._checkpoints.items()
         past = [told for step, told in kept if step <= receipt.to_step]
         self._checkpoints = {step: told for step, told in kept if step > receipt.to_step}
-        needed = {source.address for source in self._inputs()}
+        needed = {source.address for source in self._labour.inputs()}
         needed |= {
             address for told in self._checkpoints.values() for address in named(told.interval)
         }
@@ -526,16 +397,14 @@ class Sale:
         if self._delivery is None:  # else the result may name them too
             await self._seller.blobs.drop(self.bid.id, of_past - needed)
 
-    def _inputs(self) -> list[BlobSource]:
-        """Each input once."""
-        return list({source.address: source for _, source in self._checked.inputs}.values())
-
     @property
-    def _owner(self) -> bytes:
+    def owner(self) -> bytes:
+        """Whose the blobs of this sale are in the store; nothing for the node's own account."""
         own = self.account == self._seller.identity.account.public_key
         return b"" if own else self.account
 
-    async def _hold(self, addresses: Sequence[bytes]) -> None:
+    async def hold(self, addresses: Sequence[bytes]) -> None:
+        """Keep these in the store for as long as the sale needs them."""
         await self._seller.blobs.hold(self.bid.id, addresses)
 
     # Talk
@@ -558,9 +427,9 @@ class Sale:
         if blame is Blame.PROVIDER or not self._lifecycle.side.confirm:
             return billed_nusd
         bid = self.bid.record
-        is_stepping = self._may_run.is_set() and self._delivery is None and not self.is_standing
-        steps = min(bid.job.steps, self._done_to - bid.job.first_step + is_stepping)
-        return max(billed_nusd, begun_nusd(bid, self._checked.work, steps))
+        is_stepping = self._labour.may_run and self._delivery is None and not self.is_standing
+        steps = min(bid.job.steps, self._labour.done_to - bid.job.first_step + is_stepping)
+        return max(billed_nusd, begun_nusd(bid, self._labour.checked.work, steps))
 
     def _amount_nusd(self, receipt: bytes) -> int:
         """What a receipt, or none, bills."""
@@ -573,15 +442,12 @@ class Sale:
         if fill:
             self.rows.add_fill(self._seller.bind_fill(fill, self))
 
-    def _newest_sheet(self) -> bytes:
-        newest = self._seller.sheets.newest
-        return b"" if newest is None else newest.sealed.wire
-
     def _say(self, message: m.Message) -> None:
         if self._conversation is not None:
             self._conversation.tell(message)
 
-    def _offer(self, message: m.Message) -> None:
+    def offer(self, message: m.Message) -> None:
+        """Tell the buyer, if it listens, what it can do without."""
         if self._conversation is not None:
             self._conversation.offer(message)
 

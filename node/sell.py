@@ -290,9 +290,8 @@ class Seller:
         return sale
 
     def _refuse(self, bid_id: bytes, reason: str) -> bytes:
-        newest = self.sheets.newest
-        wire = b"" if newest is None else newest.sealed.wire
-        reject = make_reject(self.identity.node, bid_id, reason, wire, self.identity.network)
+        identity, newest = self.identity, self.sheets.newest_wire
+        reject = make_reject(identity.node, bid_id, reason, newest, identity.network)
         _log.info("bid %s refused: %s", bid_id.hex()[:12], reason)
         self._refusals[bid_id] = reject.wire
         if len(self._refusals) > MAX_REFUSALS_REMEMBERED:

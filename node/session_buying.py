@@ -5,6 +5,10 @@ a command it takes a snapshot and gives the lease back. When the provider dies, 
 or the lease's quote is used up, the next one begins with the snapshot and the log since: equal
 commands give equal bytes in the class, so the script sees nothing but a note. A Read that was
 answered in part is asked again, and what the script has of it already is left out.
+
+A script that is stopped in the middle of an answer (Ctrl-Z) is not the provider's fault: the rest
+of what comes is dropped, the lease given back in order, and once the script reads again the next
+lease answers from there.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from p2pflop.job.commands import (
     Data,
     Define,
     Failed,
+    Hold,
     Note,
     Open,
     Ran,
@@ -44,7 +49,7 @@ from p2pflop.job.commands import (
     Run,
 )
 from p2pflop.job.session import Mark, SessionTable
-from p2pflop.node.session_lease import CommandFault, QuoteUsedUp
+from p2pflop.node.session_lease import CommandFault, Outstanding, QuoteUsedUp
 from p2pflop.node.session_local import LocalLease
 from p2pflop.node.session_log import SessionLog
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
@@ -112,7 +117,8 @@ class Session:
         self._waiting_bytes: dict[int, int] = {}
         self._places: list[tuple[int, int]] = []
         self._active_at = trio.current_time()
-        self._closing = self._gone = False
+        self._closing = self._gone = self._unread = False
+        self._stopped: P2PFlopError | None = None
         self._news = trio.Event()
         self.story = SessionStory(buyer.base.runs, self)
 
@@ -120,20 +126,35 @@ class Session:
         """It is not to begin at all."""
         self._refusal = why
 
+    def stop(self, why: P2PFlopError) -> None:
+        """Give the lease back in order, and tell the script."""
+        self._stopped, self._gone = why, True
+        self._wake()
+
     def again(self) -> Mark:
         """What a new provider has to do before it is where the script is."""
         table, begun = self.table, self.log.snapshot
         return Mark(
             count=1,
+            lowered_nodes=table.lowered_nodes,
             flop=table.flop - begun.mark.flop,
             touched_bytes=table.touched_bytes - begun.mark.touched_bytes,
             moved_bytes=max(0, table.moved_bytes - begun.mark.moved_bytes) + begun.loaded_bytes,
         )
 
+    def outstanding(self) -> Outstanding:
+        """For the next lease."""
+        return Outstanding(SessionTable(self.wish.memory_bytes), self.on_ran, self._wake)
+
     @property
     def is_gone(self) -> bool:
         """Whether the script is."""
         return self._gone
+
+    @property
+    def left_nusd(self) -> int:
+        """What it may still cost."""
+        return self.wish.cap_nusd - self.spent_nusd
 
     @property
     def spent_nusd(self) -> int:
@@ -153,11 +174,9 @@ class Session:
                     nursery.cancel_scope.cancel()
             except* P2PFlopError as group:
                 failure = first_error(group)
-            if self.is_cancelled:
-                failure = None
-            self._say_last(failure)
+            self._say_last(self._stopped or failure)
             self.outbox.close()
-            await self.story.end(failure)
+            await self.story.end(self._stopped or failure)
             telling.cancel_scope.deadline = trio.current_time() + FAREWELL_S
         await self._buyer.forget(self, self.log.snapshot.ours())
 
@@ -182,10 +201,8 @@ class Session:
     async def _heed_cancel(self) -> None:
         """Its user has had enough of it: what was obeyed is paid, and that is all."""
         await self.story.run.cancel_requested.wait()
-        self.is_cancelled = self._gone = self._closing = True
-        self._wake()
-        await trio.sleep(FAREWELL_S)
-        raise ProviderError(CANCELLED)
+        self.is_cancelled = True
+        self.stop(ProviderError(CANCELLED, hint="Start the script again."))
 
     async def _take(self, batch: Batch) -> None:
         if batch.first != self.table.count:
@@ -200,6 +217,8 @@ class Session:
             raise ProtocolError("the script sends more than the window lets through")
         for command in batch.commands:
             graph = None
+            if isinstance(command, Hold):
+                raise ProtocolError("a script does not pay for the time that its lease stands")
             if isinstance(command, Define):
                 graph = await self._buyer.open_graph(command.graph)
             try:
@@ -216,12 +235,11 @@ class Session:
             await self.outbox.run()
         except P2PFlopError as error:
             _log.debug("a script is gone: %s", error)
+            self.outbox.close()
             self._gone = self._closing = True
             self._wake()
 
     def _say_last(self, failure: P2PFlopError | None) -> None:
-        if self.is_cancelled:
-            self.outbox.put(Failed(NOBODY, False, CANCELLED, "Start the script again."))
         if failure is not None:
             number = failure.number if isinstance(failure, CommandFault) else NOBODY
             is_job = isinstance(failure, JobError | CommandFault)
@@ -263,7 +281,10 @@ class Session:
 
     async def _has_work(self) -> bool:
         """Wait for a command; False once the script is done."""
-        while self._answered_up() and not self._closing:
+        if self._unread:
+            await self.outbox.wait_room()
+            self._unread = False
+        while self._answered_up() and not self._closing and not self._gone:
             await self._news.wait()
         return not self._gone and not self._answered_up()
 
@@ -309,6 +330,11 @@ class Session:
                     with trio.move_on_after(FAREWELL_S):
                         await lease.close()
                     return
+                if self._unread:
+                    await lease.close()
+                    return
+                await lease.hold()
+                await lease.flush(self._next)
                 if self._next < self.table.count:
                     await self._feed_all(lease)
                 elif self.log.is_long:
@@ -354,7 +380,7 @@ class Session:
 
     async def _feed_all(self, lease: AnyLease) -> None:
         """All that there is, in batches; what was obeyed before ends with a batch."""
-        while self._next < self.table.count:
+        while self._next < self.table.count and not self._gone and not self._unread:
             number, command = self._next, self.log.command(self._next)
             if not isinstance(command, Read) or number >= self._answered_to:
                 theirs = lease.outstanding.table.count
@@ -416,6 +442,9 @@ class Session:
             taken.kept[buffer] = keeper.kept
         taken.missing = {}
         await self._buyer.blobs.hold(self.id, taken.ours())
+        if self._unread:  # a Read that the log has is yet to be answered
+            await self._buyer.forget(self, taken.ours() - self.log.snapshot.ours())
+            return
         await self._buyer.forget(self, self.log.finish(taken))
         self._since, self._base = table.count, table.mark()
         self._wake()
@@ -436,7 +465,7 @@ class Session:
         """A batch of the lease is obeyed: all commands before ``upto`` are."""
         self.totals.busy_ns += ran.busy_ns
         self.log.busy_ns += ran.busy_ns
-        if upto <= self.ran_to:
+        if upto <= self.ran_to or self._unread:
             return
         self.ran_to, self._active_at = upto, trio.current_time()
         for count in [count for count in self._waiting_bytes if count <= upto]:
@@ -447,14 +476,16 @@ class Session:
     async def answer(self, number: int, at: int, data: bytes, *, last: bool) -> None:
         """``data`` is the answer to Read ``number`` from byte ``at`` on; the script gets what it
         lacks of it."""
-        if number < self._answered_to:
+        if number < self._answered_to or self._unread:
             return
         fresh = data[max(0, self._partial_bytes - at) :]
+        if (fresh or last) and not await self.outbox.put_data(Data(number, fresh, last)):
+            self._unread = True
+            self._wake()
+            return
         self._partial_bytes = max(self._partial_bytes, at + len(data))
         if last:
             self._answered_to, self._partial_bytes = number + 1, 0
-        if fresh or last:
-            await self.outbox.put_data(Data(number, fresh, last))
 
     def _wake(self) -> None:
         self._news.set()

@@ -26,6 +26,7 @@ from p2pflop.job.commands import (
     Read,
     Write,
 )
+from p2pflop.job.patience import session_stall_ns
 from p2pflop.job.session import Mark, OpenGraph, SessionTable
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
 from p2pflop.units import MIB, NS_PER_S
@@ -46,6 +47,10 @@ class Answer(Protocol):
 
     async def take(self, data: bytes, *, last: bool) -> None:
         """The next of them."""
+
+
+def nothing() -> None:
+    """What is called where nobody wants to know."""
 
 
 OnRan = Callable[[int, Ran], Awaitable[None]]
@@ -73,6 +78,8 @@ class Outstanding:
 
     table: SessionTable
     on_ran: OnRan
+    on_stood: Callable[[], None] = nothing
+    busy_ns: int = 0
     obeyed: Mark = field(default_factory=Mark)
     sent_to: Mark = field(default_factory=Mark)
     marks: dict[int, Mark] = field(default_factory=dict)
@@ -91,9 +98,13 @@ class Outstanding:
         return len(self._gathered) >= BATCH_COMMANDS or self._gathered_bytes >= BATCH_BYTES
 
     @property
-    def under_way(self) -> bool:
-        """Whether anything was sent that is not obeyed."""
-        return bool(self._sent)
+    def stalled(self) -> bool:
+        """Whether the batch that is due has been so for longer than it may take."""
+        if not self._sent:
+            return False
+        due = self._sent[0]
+        patience_ns = session_stall_ns(self.obeyed, due.mark, due.size_bytes)
+        return trio.current_time() - self.moved_at > patience_ns / NS_PER_S
 
     def add(self, command: AnyCommand, graph: OpenGraph | None, answer: Answer | None) -> None:
         """Gather a command that fits. Raises JobError."""
@@ -148,7 +159,9 @@ class Outstanding:
         # No longer than it can have been: long work has this end take snapshots, which it pays for.
         ran_at, self.ran_at = self.ran_at, self.moved_at
         possible_ns = int((self.ran_at - ran_at) * NS_PER_S)
-        await self.on_ran(sent.upto, replace(said, busy_ns=min(said.busy_ns, possible_ns)))
+        ran = replace(said, busy_ns=min(said.busy_ns, possible_ns))
+        self.busy_ns += ran.busy_ns
+        await self.on_ran(sent.upto, ran)
 
     async def _take_data(self, sent: _Sent, data: Data) -> None:
         if not sent.reads or sent.reads[0].number != data.number:
@@ -191,8 +204,11 @@ class Lease(Protocol):
     ) -> None:
         """Gather a command. Raises QuoteUsedUp."""
 
+    async def hold(self) -> None:
+        """Gather what pays for the time that the lease has stood. Raises QuoteUsedUp."""
+
     async def flush(self, upto: int) -> None:
-        """Send what gathers; ``upto`` is told when it is obeyed."""
+        """Send what gathers, with a Hold that is due; ``upto`` is told when it is obeyed."""
 
     async def close(self) -> None:
         """End it in order: everything is obeyed and paid for."""

@@ -15,7 +15,7 @@ from p2pflop.job.commands import AnyCommand, Load
 from p2pflop.job.session import OpenGraph
 from p2pflop.node.execute import MAX_STEP_SECONDS, WORKER_SLACK_BYTES
 from p2pflop.node.session_lease import Answer, CommandFault, Outstanding
-from p2pflop.node.session_work import SessionWork
+from p2pflop.node.session_work import OWN_ACCOUNT, SessionWork
 from p2pflop.node.worker_types import SessionWorker, WorkerLimits, Workers
 
 CPU_SECONDS: Final = 7 * 24 * 3600
@@ -43,6 +43,7 @@ class LocalLease:
             self,
             self.outstanding.take,
             self.memory_bytes,
+            OWN_ACCOUNT,
         )
 
     async def bring(self, load: Load) -> None:
@@ -60,6 +61,9 @@ class LocalLease:
         """See Lease."""
         await trio.lowlevel.checkpoint()
         self.outstanding.add(command, graph, answer)
+
+    async def hold(self) -> None:
+        """See Lease: its own user's sandbox stands for nothing."""
 
     async def flush(self, upto: int) -> None:
         """See Lease."""

@@ -8,6 +8,8 @@
     Confirmed(confirm)               ->     within 2 s
     Batch(commands)*                 ->     within the window, without waiting
                                      <-     Data* as Reads are obeyed, Ran once a Batch is
+                                     <-     Stood(seconds) where there is nothing to do; a Hold in
+                                            a Batch pays for it
                                      <-     Receipted(receipt) now and then, one at a time
     Countersigned(receipt)           ->     if this end's table says the same
     Close                            ->
@@ -42,7 +44,7 @@ from p2pflop.node.messages import (
     Settled,
 )
 from p2pflop.units import MIB
-from p2pflop.wire import Record, Text
+from p2pflop.wire import U32, Record, Text
 
 SESSION_PROTOCOL: Final = "/p2pflop/session/1"
 PART_BYTES: Final = MIB
@@ -63,6 +65,13 @@ class Leaving(Record, frozen=True, tag=16):
     reason: Text
 
 
+class Stood(Record, frozen=True, tag=18):
+    """So many seconds of the lease, in all, the provider had nothing to compute or to lower: those
+    that every lease pays for left out."""
+
+    seconds: U32
+
+
 class Part(Record, frozen=True, tag=17):
     """The next bytes of one long message; ``last`` ends it."""
 
@@ -78,6 +87,7 @@ SessionMessage = (
     | Batch
     | Ran
     | Data
+    | Stood
     | Receipted
     | Countersigned
     | Close

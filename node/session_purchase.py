@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -19,22 +19,29 @@ import trio
 
 from p2pflop.dht.database import Operation
 from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError, StoreError, first_error
-from p2pflop.job.commands import AnyCommand, Close, Data, Failed, Ran
+from p2pflop.job.commands import AnyCommand, Close, Data, Failed, Hold, Ran
 from p2pflop.job.session import OpenGraph
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import check_fill, check_reject, make_confirm
 from p2pflop.market.receipts import countersign
 from p2pflop.market.records import Bid, Fill, Receipt, Reject, Rejected
-from p2pflop.market.sessions import check_session_receipt, full_nusd
+from p2pflop.market.sessions import FIRST_HELD_SECONDS, check_session_receipt, full_nusd
 from p2pflop.node import messages as m
 from p2pflop.node.guard import survive
 from p2pflop.node.journal import Head, JobRows, Letter
 from p2pflop.node.letters import SESSION_PREFIX
 from p2pflop.node.printable import printable
 from p2pflop.node.session_lease import Answer, CommandFault, HandedOver, Outstanding, QuoteUsedUp
-from p2pflop.node.session_messages import SESSION_PROTOCOL, Leaving, SessionMessage, Wanted
+from p2pflop.node.session_messages import (
+    SESSION_PROTOCOL,
+    Leaving,
+    SessionMessage,
+    Stood,
+    Wanted,
+)
 from p2pflop.node.session_state import SESSION_BUYER, LeaseState
 from p2pflop.node.session_talk import SessionTalk
+from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed
 
 if TYPE_CHECKING:
@@ -43,9 +50,9 @@ if TYPE_CHECKING:
 FILL_S: Final = 5.0
 CLOSE_S: Final = 10.0
 """For the closing receipt, once all is obeyed."""
-PROGRESS_S: Final = 660.0
-"""A provider that obeys nothing for so long has lost the lease; one run may take 600 s."""
 LAST_WORD_S: Final = 1.0
+STOOD_SLACK_S: Final = 1.0
+"""Between the clocks of both ends, over the time that a lease can have stood."""
 MAX_WAITING_RECEIPTS: Final = 4
 
 _log = logging.getLogger(__name__)
@@ -75,6 +82,8 @@ class RemoteLease:
     _receipts: trio.MemorySendChannel[bytes] = field(init=False)
     _to_sign: trio.MemoryReceiveChannel[bytes] = field(init=False)
     _last: Receipt | None = None
+    _stood_seconds: int = 0
+    _begun_at: float = field(default_factory=trio.current_time)
     _failure: P2PFlopError | None = None
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     _settled: trio.Event = field(default_factory=trio.Event)
@@ -102,12 +111,20 @@ class RemoteLease:
     ) -> None:
         """See Lease."""
         bid, outstanding = self.bid.record, self.outstanding
-        if full_nusd(bid, outstanding.table.foresee(command)) > bid.quote_nusd:
+        if full_nusd(bid, outstanding.table.foresee(command, graph)) > bid.quote_nusd:
             raise QuoteUsedUp
         outstanding.add(command, graph, answer)
 
+    async def hold(self) -> None:
+        """See Lease."""
+        seconds = self._stood_seconds - self.outstanding.table.held_seconds
+        if seconds > 0:
+            await self.obey(Hold(seconds))
+
     async def flush(self, upto: int) -> None:
         """See Lease."""
+        with suppress(QuoteUsedUp):
+            await self.hold()
         batch = await self.outstanding.next_batch(upto)
         if batch is None:
             return
@@ -157,15 +174,15 @@ class RemoteLease:
     async def _watch(self) -> None:
         while True:
             await trio.sleep(1)
-            outstanding = self.outstanding
-            stalled_s = trio.current_time() - outstanding.moved_at
-            if outstanding.under_way and stalled_s > PROGRESS_S:
-                raise ProviderError(f"{self.peer} obeyed nothing for {PROGRESS_S:.0f} s")
+            if self.outstanding.stalled:
+                raise ProviderError(f"{self.peer} obeys nothing")
 
     async def _hear(self, message: SessionMessage) -> None:
         match message:
             case Ran() | Data():
                 await self.outstanding.take(message)
+            case Stood(seconds):
+                self._stand(seconds)
             case m.Receipted(wire):
                 try:
                     self._receipts.send_nowait(wire)
@@ -179,6 +196,14 @@ class RemoteLease:
                 self._settled.set()
             case _:
                 raise ProtocolError("a provider does not send that", peer=self.peer)
+
+    def _stand(self, seconds: int) -> None:
+        """The provider had nothing to do for so long, if that can be. Raises ProtocolError."""
+        idle_s = trio.current_time() - self._begun_at - self.outstanding.busy_ns / NS_PER_S
+        if FIRST_HELD_SECONDS + seconds > idle_s + STOOD_SLACK_S:
+            raise ProtocolError(f"the lease cannot have stood for {seconds} s", peer=self.peer)
+        self._stood_seconds = max(seconds, self._stood_seconds)
+        self.outstanding.on_stood()
 
     async def _sign_all(self) -> None:
         async for wire in self._to_sign:
@@ -254,6 +279,9 @@ async def open_lease(
                     reject = check_reject(wire, bid, network)
                     if isinstance(reject, Rejected):
                         raise ProtocolError(reject.reason, peer=peer)
+                    base.sheets.learn(
+                        reject.record.sheet, bid.record.provider, bid.record.sheet_number
+                    )
                     return reject
                 case _:
                     raise ProtocolError("a bid is answered by a fill or a reject", peer=peer)

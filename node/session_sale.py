@@ -1,12 +1,17 @@
 """One lease of a session, on the provider's side: fill, work, receipts, end.
 
-The buyer says how the lease ends: with Close it has setup and minimum charge to pay. Whatever else
+The buyer says how the lease ends: with Close it has the minimum charge to pay. Whatever else
 ends it (the deadline, silence, this node's user, a command that faults) leaves it at what was
 metered. In each case what is obeyed is billed once more, and the buyer has ``SIGN_S`` to sign.
+
+A slot is held for money: beyond the first seconds, which every lease pays for, the buyer is told
+after each ``STOOD_S`` in which there was nothing to do, and has ``HOLD_WITHIN_S`` for the Hold that
+pays for them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, cast
@@ -22,12 +27,12 @@ from p2pflop.errors import (
     StoreError,
     first_error,
 )
-from p2pflop.job.commands import Batch, Close, Data, Failed, Ran
+from p2pflop.job.commands import Batch, Close, Data, Failed, Hold, Ran
 from p2pflop.job.session import Mark, OpenGraph
 from p2pflop.market.fills import OpenBid, check_confirm, make_fill
 from p2pflop.market.receipts import check_countersigned
 from p2pflop.market.records import Bid, Fill, Receipt, Rejected
-from p2pflop.market.sessions import due_receipt, metered_nusd
+from p2pflop.market.sessions import FIRST_HELD_SECONDS, due_receipt, metered_nusd
 from p2pflop.node import messages as m
 from p2pflop.node.execute import (
     HOUR_NS,
@@ -38,10 +43,10 @@ from p2pflop.node.execute import (
 from p2pflop.node.journal import Head, JobRows, Unpaid
 from p2pflop.node.service import Json
 from p2pflop.node.session_loads import LeaseLoads
-from p2pflop.node.session_messages import Leaving, SessionMessage
+from p2pflop.node.session_messages import Leaving, SessionMessage, Stood
 from p2pflop.node.session_state import SESSION_PROVIDER, LeaseState
 from p2pflop.node.session_talk import SessionTalk
-from p2pflop.node.session_work import SessionWork
+from p2pflop.node.session_work import OWN_ACCOUNT, SessionWork
 from p2pflop.node.worker_types import SessionWorker, WorkerLimits
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed, seal
@@ -57,6 +62,9 @@ SIGN_WITHIN_S: Final = 60.0
 """A buyer that lets the worker stand for so long with the window full loses the lease."""
 IDLE_S: Final = 60.0
 """Without a command; a buyer gives its lease back long before."""
+STOOD_S: Final = 5
+HOLD_WITHIN_S: Final = 20.0
+"""On a slow line a Hold may come behind what is large."""
 FINISH_S: Final = 10.0
 """For what the worker has begun, when the lease ends by this side's will."""
 LOOK_S: Final = 0.25
@@ -91,6 +99,7 @@ class SessionSale:
     _unsigned: Receipt | None = None
     _last: Receipt | None = None
     _signed_nusd: int = 0
+    _unheld_seconds: int = 0
     _end: _End | None = None
     _working: trio.CancelScope = field(default_factory=trio.CancelScope)
     _news: trio.Event = field(default_factory=trio.Event)
@@ -118,6 +127,7 @@ class SessionSale:
             loads,
             self._report,
             memory_bytes,
+            OWN_ACCOUNT if self.is_own else self.account,
             refuses_dear=not self.is_own,
         )
 
@@ -208,6 +218,7 @@ class SessionSale:
                 nursery.start_soon(self._talk.run, self._hear)
                 nursery.start_soon(self._bill)
                 nursery.start_soon(self._watch)
+                nursery.start_soon(self._count_idle)
                 await self._compute()
                 await self._settle()
                 nursery.cancel_scope.cancel()
@@ -287,6 +298,22 @@ class SessionSale:
                 await self._news.wait()
         self._working.cancel()
 
+    async def _count_idle(self) -> None:
+        """Have the buyer pay for the time that the lease stands."""
+        table = self.work.table
+        while self._end is None:
+            await trio.sleep(LOOK_S)
+            seconds = int(self.work.idle.idle_s) - FIRST_HELD_SECONDS
+            if seconds - table.held_seconds < STOOD_S:
+                continue
+            await self._talk.say(Stood(seconds))
+            with trio.move_on_after(HOLD_WITHIN_S) as waiting:
+                while table.held_seconds < seconds:
+                    await self._news.wait()
+            if waiting.cancelled_caught:
+                self._unheld_seconds = seconds - table.held_seconds
+                self.leave(f"{seconds} s in which it stood are not paid")
+
     def _finish(self, end: _End) -> None:
         if self._end is None:
             self._end = end
@@ -301,7 +328,6 @@ class SessionSale:
     async def _hear(self, message: SessionMessage) -> None:
         match message:
             case Batch() if not self.work.is_finishing:
-                self._heard_at = trio.current_time()
                 if self._end is None:
                     await self._take(message)
             case m.Countersigned(wire):
@@ -312,10 +338,15 @@ class SessionSale:
                 raise ProtocolError("a buyer does not send that", peer=self._talk.peer)
 
     async def _take(self, batch: Batch) -> None:
+        holds = sum(isinstance(command, Hold) for command in batch.commands)
+        if holds < len(batch.commands):
+            self._heard_at = trio.current_time()
         try:
             await self.work.take(batch)
         except JobError as error:
             self._finish(_End(error.message, self.work.table.count))
+        if holds:
+            self._wake()
 
     # Money
 
@@ -375,6 +406,14 @@ class SessionSale:
         else:
             await self._talk.say(Leaving(end.reason[:MAX_FAULT_CHARS]))
 
+    def _shown(self) -> Mark:
+        """What is obeyed, and the time for which there is no Hold."""
+        done, seconds = self.work.done, self._unheld_seconds
+        if not seconds:
+            return done
+        count, held_seconds = max(1, done.count), done.held_seconds + seconds
+        return dataclasses.replace(done, count=count, held_seconds=held_seconds)
+
     async def _wait_signed(self) -> None:
         while self._unsigned is not None:
             await self._news.wait()
@@ -387,7 +426,7 @@ class SessionSale:
     async def _close(self) -> None:
         base = self.seller.base
         base.allocator.free(self)
-        shown_nusd = max(0, metered_nusd(self.bid.record, self.work.done) - self._signed_nusd)
+        shown_nusd = max(0, metered_nusd(self.bid.record, self._shown()) - self._signed_nusd)
         unpaid = Unpaid(self.account, base.now_ns(), shown_nusd)
         if base.allocator.note_unpaid(unpaid):
             self._rows.add_unpaid(unpaid)

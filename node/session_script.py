@@ -20,6 +20,9 @@ from p2pflop.units import MIB
 MAX_OUTBOX_BYTES: Final = 8 * MIB
 FRAME_BYTES: Final = 64
 """What a frame counts beside the data in it."""
+UNREAD_S: Final = 10.0
+"""A script that reads nothing for so long while there is much to read has been stopped; whoever
+brings more is not to wait for it."""
 MAX_KERNELS: Final = 2**32 - 1
 
 
@@ -55,11 +58,19 @@ class Outbox:
             self._bytes += _size(frame)
         self._wake()
 
-    async def put_data(self, data: Data) -> None:
-        """Likewise, once there is room."""
-        while self._bytes >= MAX_OUTBOX_BYTES:
-            await self._news.wait()
+    async def put_data(self, data: Data) -> bool:
+        """Likewise, once there is room; False if there was none within ``UNREAD_S``."""
+        with trio.move_on_after(UNREAD_S) as waiting:
+            await self.wait_room()
+        if waiting.cancelled_caught:
+            return False
         self.put(data)
+        return True
+
+    async def wait_room(self) -> None:
+        """Return once there is room, or nobody reads any more."""
+        while self._bytes >= MAX_OUTBOX_BYTES and not self._closed:
+            await self._news.wait()
 
     def close(self) -> None:
         """Nothing more will come."""

@@ -125,10 +125,8 @@ class SessionSeller:
         if isinstance(decided, SessionSale):
             await decided.serve(talk)
             return
-        newest = base.sheets.newest
-        sheet = b"" if newest is None else newest.sealed.wire
-        network = base.identity.network
-        reject = make_reject(base.identity.node, bid.id, decided.reason, sheet, network)
+        node, network = base.identity.node, base.identity.network
+        reject = make_reject(node, bid.id, decided.reason, base.sheets.newest_wire, network)
         _log.info("session %s refused: %s", bid.id.hex()[:12], decided.reason)
         await talk.say(m.Refused(reject.wire))
         await talk.part()

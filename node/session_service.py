@@ -27,16 +27,18 @@ from p2pflop.errors import (
 from p2pflop.ids import HASH_BYTES
 from p2pflop.job.commands import Leased, Open
 from p2pflop.job.meter import METER_ID
-from p2pflop.job.session import Mark, OpenGraph, SessionTable
+from p2pflop.job.session import Mark, OpenGraph
 from p2pflop.kernels.classes import chosen_family, name_of
 from p2pflop.keys import peer_id
-from p2pflop.market.ranking import Deal, Miss, MissReason, Need, Policy, total_nusd
+from p2pflop.market.fills import SUPERSEDED
+from p2pflop.market.ranking import Deal, Miss, MissReason, Need, Policy
 from p2pflop.market.records import Ask, Bid, Terms, session_prices
-from p2pflop.market.sessions import make_session_bid, rank_session
+from p2pflop.market.sessions import expected_nusd, make_session_bid, rank_session
 from p2pflop.market.views import BookView
 from p2pflop.node.buy import ANY_CLASS, Buyer
 from p2pflop.node.execute import WORKER_BASE_BYTES
 from p2pflop.node.guard import survive
+from p2pflop.node.handing_over import HAND_OVER_S
 from p2pflop.node.journal import SESSION, JobRows, Journal
 from p2pflop.node.lease_blobs import LeaseBlobs
 from p2pflop.node.orders import Ranking
@@ -45,13 +47,13 @@ from p2pflop.node.service import Json
 from p2pflop.node.session_buying import AnyLease, Session
 from p2pflop.node.session_graphs import Graphs
 from p2pflop.node.session_hints import no_lease, refused_everywhere, unknown_class
-from p2pflop.node.session_lease import CommandFault, HandedOver, Outstanding
+from p2pflop.node.session_lease import CommandFault, HandedOver
 from p2pflop.node.session_local import LocalLease
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
 from p2pflop.node.session_purchase import RemoteLease, open_lease
 from p2pflop.node.session_script import ScriptLine
 from p2pflop.node.session_state import SESSION_BUYER, lease_state
-from p2pflop.node.session_story import run_id
+from p2pflop.node.session_story import SessionLook, run_id
 from p2pflop.node.worker_types import Workers
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed
@@ -86,6 +88,8 @@ class SessionBuyer:
     graphs: Graphs
     blobs: LeaseBlobs
     _sessions: dict[bytes, Session] = field(default_factory=dict)
+    _stopping: bool = False
+    _ended: trio.Event = field(default_factory=trio.Event)
 
     async def serve(self, line: ScriptLine) -> None:
         """One script, from its Open to the end. Raises ConfigError, ProtocolError, and
@@ -96,7 +100,9 @@ class SessionBuyer:
         if not isinstance(wish, Open):
             raise ProtocolError("a session begins with an Open")
         session = Session(self, secrets.token_bytes(HASH_BYTES), line, wish)
-        if len(self._sessions) >= MAX_SESSIONS:
+        if self._stopping:
+            session.refuse(_shutting_down())
+        elif len(self._sessions) >= MAX_SESSIONS:
             hint = "Wait for one to end, or end it."
             session.refuse(ConfigError(f"{MAX_SESSIONS} sessions are under way", hint=hint))
         else:
@@ -106,6 +112,17 @@ class SessionBuyer:
         finally:
             self._sessions.pop(session.id, None)
             self.blobs.let_go(session.id)
+            self._ended.set()
+            self._ended = trio.Event()
+
+    async def stop(self) -> None:
+        """End every session, its lease in order and paid, within ``HAND_OVER_S``."""
+        self._stopping = True
+        for session in self._sessions.values():
+            session.stop(_shutting_down())
+        with trio.move_on_after(HAND_OVER_S):
+            while self._sessions:
+                await self._ended.wait()
 
     def cards(self) -> list[Json]:
         """Sessions under way, oldest first, as ``NodeService.jobs`` has them, up to date."""
@@ -194,28 +211,35 @@ class SessionBuyer:
         note = experience.note_failure if is_failure else experience.note_handed_over
         note(lease.account, self.base.now_ns())
 
-    async def _try_all(self, session: Session, classes: frozenset[bytes]) -> RemoteLease | _NoLease:
+    async def _try_all(
+        self,
+        session: Session,
+        classes: frozenset[bytes],
+        tried: frozenset[bytes] = frozenset(),
+        shown: frozenset[bytes] = frozenset(),
+        reason: str = "",
+    ) -> RemoteLease | _NoLease:
         """Bid to one provider after the other, best first; why there is no lease, if so. Raises
-        StoreError."""
-        again = session.again()
-        left_nusd = session.wish.cap_nusd - session.spent_nusd
-        terms = self._terms(session, again.moved_bytes)
-        ranking = self._look(session, classes, again, terms, left_nusd)
+        StoreError.
+
+        Of the nodes that were ``tried``, the last of which refused for ``reason``, none is asked
+        again, but once each that showed a newer sheet (``shown``), where that is ranked.
+        """
+        again, left_nusd = session.again(), session.left_nusd
+        ranking = self._look(session, classes, again, left_nusd)
         why = None if ranking.deals else no_lease(ranking.ranked, session.wish, left_nusd)
-        told = "" if why is None else why.message
-        await session.story.looked(ranking, classes, again, terms, left_nusd, told)
+        look = SessionLook(ranking, classes, again, self._terms(session), left_nusd)
+        await session.story.looked(look, "" if why is None else why.message, continues=bool(shown))
         if why is not None:
             is_final = any(miss.reason is MissReason.BUDGET for miss in ranking.misses)
             return _NoLease(why, is_final)
-        reason = ""
         for deal in ranking.deals:
-            bid = self._bid(session, ranking, deal, self._quote(session, deal.ask, left_nusd))
-            outstanding = Outstanding(
-                SessionTable(session.wish.memory_bytes), on_ran=session.on_ran
-            )
+            if deal.node in tried:
+                continue
+            bid = self._bid(session, ranking, deal, self._quote(session, deal.ask, again))
             reject = None
             try:
-                answer = await open_lease(self, bid, deal.account, outstanding)
+                answer = await open_lease(self, bid, deal.account, session.outstanding())
             except (ProviderError, ProtocolError, VerificationError) as error:
                 self.base.experience.note_failure(deal.account, self.base.now_ns())
                 reason = printable(error)
@@ -226,20 +250,19 @@ class SessionBuyer:
                     return answer
                 reject, reason = answer, printable(answer.record.reason)
             await session.story.refused(bid, reject, reason)
+            if reason == SUPERSEDED and deal.node not in shown:
+                return await self._try_all(session, classes, tried, shown | {deal.node}, reason)
+            tried |= {deal.node}
         return _NoLease(refused_everywhere(reason, session.wish))
 
     def _look(
-        self,
-        session: Session,
-        classes: frozenset[bytes],
-        again: Mark,
-        terms: Terms,
-        left_nusd: int,
+        self, session: Session, classes: frozenset[bytes], again: Mark, left_nusd: int
     ) -> Ranking:
         """One look at the book, for what is to be done ``again`` and more."""
         admits = self.base.franchise.admits
 
         def ranked(view: BookView, nonce: bytes, policy: Policy) -> list[Deal | Miss]:
+            terms = self._terms(session)
             need = Need(
                 class_ids=classes or frozenset(view.by_price),
                 flop=again.flop,
@@ -250,20 +273,20 @@ class SessionBuyer:
                 max_nusd=left_nusd,
                 nonce=nonce,
             )
-            return rank_session(view.sheets, need, policy, view.at_ns, admits)
+            return rank_session(view.sheets, need, again, policy, view.at_ns, admits)
 
         return self.base.look(ranked, excluded=tuple(session.faulted))
 
-    def _quote(self, session: Session, ask: Ask, left_nusd: int) -> int:
+    def _quote(self, session: Session, ask: Ask, again: Mark) -> int:
         """What the next lease may bill on ``ask``."""
-        again = session.again()
-        needed_nusd = total_nusd(ask, again.flop, again.touched_bytes, again.moved_bytes)
-        return min(left_nusd, max(SLICE_NUSD, session.spent_nusd, AHEAD * needed_nusd))
+        needed_nusd = expected_nusd(ask, self._terms(session).memory_bytes, again)
+        return min(session.left_nusd, max(SLICE_NUSD, session.spent_nusd, AHEAD * needed_nusd))
 
-    def _terms(self, session: Session, moved_bytes: int) -> Terms:
+    def _terms(self, session: Session) -> Terms:
+        memory_bytes = session.wish.memory_bytes
         return Terms(
-            memory_bytes=session.wish.memory_bytes + WORKER_BASE_BYTES,
-            moved_bytes=moved_bytes,
+            memory_bytes=memory_bytes + WORKER_BASE_BYTES,
+            moved_bytes=memory_bytes,
             checkpoint_steps=0,
             deadline_ns=self.base.now_ns() + LEASE_S * NS_PER_S,
         )
@@ -275,7 +298,7 @@ class SessionBuyer:
             deal,
             session_id=session.id,
             meter_id=METER_ID,
-            terms=self._terms(session, session.wish.memory_bytes),
+            terms=self._terms(session),
             quote_nusd=quote_nusd,
             nonce=looked.nonce,
             now_ns=now_ns,
@@ -287,7 +310,7 @@ class SessionBuyer:
 
     def _local(self, session: Session) -> LocalLease:
         memory_bytes = session.wish.memory_bytes
-        outstanding = Outstanding(SessionTable(memory_bytes), on_ran=session.on_ran)
+        outstanding = session.outstanding()
         return LocalLease(self.workers, self.base.store, self.open_graph, memory_bytes, outstanding)
 
     async def _tell(self, session: Session, lease: AnyLease) -> AnyLease:
@@ -349,6 +372,10 @@ class SessionBuyer:
             run = runs.get(head.job)
             run.card["cost_nusd"] = max(run.card["cost_nusd"], owed_nusd[run.id])
             await runs.fail(run, ProviderError("the node of the session has ended"))
+
+
+def _shutting_down() -> ProviderError:
+    return ProviderError("the node is shutting down", hint="Start it again.")
 
 
 def _device(class_name: str) -> str:

@@ -5,12 +5,15 @@ graphs that it defines are lowered, the blobs that it loads are fetched. ``run``
 which may be several batches behind, and compares its answers with what was asked: it is hostile
 native code, so number, size and order of what it says are counted here. Who pays, and who is told,
 is not known here: a lease that is sold and a session in its own user's node do the same.
+
+``idle`` counts the time in which neither the worker nor the lowerer has anything to do: it waits
+for commands then, for blobs, or for somebody to take what was read.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -20,15 +23,18 @@ from msgspec.structs import replace
 from p2pflop.dht.blobs import Store
 from p2pflop.dht.manifest import chunk_count
 from p2pflop.errors import ProtocolError, ProviderError
-from p2pflop.job.commands import AnyCommand, Batch, Data, Define, Load, Ran, Read
+from p2pflop.job.commands import AnyCommand, Batch, Data, Define, Hold, Load, Ran, Read
 from p2pflop.job.meter import MAX_LINE_VALUE
 from p2pflop.job.session import Mark, OpenGraph, SessionTable
 from p2pflop.node.execute import is_dear
+from p2pflop.node.idle_clock import IdleClock
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
 from p2pflop.node.worker_types import SessionWorker, Workers
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import encode
 
+OWN_ACCOUNT: Final = b""
+"""The user of this node, as an account whose graphs are lowered."""
 MAX_LOWERING: Final = 2
 MAX_FETCHING: Final = 2
 MAX_KERNELS: Final = 2**32 - 1
@@ -96,6 +102,7 @@ class SessionWork:
         blobs: Blobs,
         report: Report,
         memory_bytes: int,
+        account: bytes,
         *,
         refuses_dear: bool = False,
     ) -> None:
@@ -113,8 +120,10 @@ class SessionWork:
         self._loads, self._to_bring = trio.open_memory_channel[_Later](WINDOW_COMMANDS)
         self._under_way: deque[_Taken] = deque()
         self._asked: deque[_Asked] = deque()
+        self._account = account
         self._refuses_dear = refuses_dear
         self.is_finishing = False
+        self.idle = IdleClock()
         self._reported = 0
         self._worker: SessionWorker | None = None
         self._ran = Ran(0, 0, 0, 0, 0)
@@ -164,6 +173,7 @@ class SessionWork:
         ProviderError, StoreError, and what ``bring`` and ``report`` raise."""
         self._worker = worker
         await worker.open_session()
+        self.idle = IdleClock()
         async with trio.open_nursery() as nursery:
             for _ in range(MAX_LOWERING):
                 nursery.start_soon(self._lower_all)
@@ -181,8 +191,12 @@ class SessionWork:
         async for later in self._to_lower:
             if isinstance(later.command, Define):
                 graph = later.command.graph
-                plan = self._workers.plan_at_hand(graph)
-                later.plan = await self._workers.lower(graph) if plan is None else plan
+                self.idle.begin()
+                plan = self._workers.plan_at_hand(graph, self._account)
+                if plan is None:
+                    plan = await self._workers.lower(graph, account=self._account)
+                later.plan = plan
+                self.idle.end()
                 lowered_flop = self._workers.flop_of(later.plan)
                 if self._refuses_dear and is_dear(lowered_flop, later.flop):
                     raise ProviderError("cost: a graph computes over four times what was metered")
@@ -200,14 +214,14 @@ class SessionWork:
         asked = _Asked([], deque(), ends=False)
         for place, command in enumerate(taken.batch.commands):
             number = taken.batch.first + place
-            if not isinstance(command, Define | Load):
+            if not isinstance(command, Define | Load | Hold):
                 group.append(command)
                 asked.numbers.append(number)
                 if isinstance(command, Read):
                     asked.reads.append([number, command.size_bytes])
                 continue
             later = taken.later.get(place)
-            if later is None:
+            if later is None or isinstance(command, Hold):
                 continue
             await later.done.wait()
             if isinstance(command, Define):
@@ -215,18 +229,25 @@ class SessionWork:
                 later.plan = b""
                 continue
             if group:
-                self._asked.append(asked)
-                await worker.obey(group)
+                await self._ask(worker, asked, group)
                 group, asked = [], _Asked([], deque(), ends=False)
             await self._put(worker, command)
-        self._asked.append(_Asked(asked.numbers, asked.reads, ends=True))
-        await worker.obey(group)
+        await self._ask(worker, _Asked(asked.numbers, asked.reads, ends=True), group)
+
+    async def _ask(
+        self, worker: SessionWorker, asked: _Asked, commands: Sequence[AnyCommand]
+    ) -> None:
+        self._asked.append(asked)
+        self.idle.begin()
+        await worker.obey(commands)
 
     async def _put(self, worker: SessionWorker, load: Load) -> None:
         at = load.offset_bytes
         for index in range(chunk_count(load.size_bytes)):
+            self.idle.begin()
             data = await self._store.read_chunk(load.address, index)
             await worker.put(load.buffer, at, data)
+            self.idle.end()
             at += len(data)
         await self._blobs.used(load)
 
@@ -241,6 +262,7 @@ class SessionWork:
             if asked.reads:
                 raise ProviderError("the worker left a Read unanswered")
             self._asked.popleft()
+            self.idle.end()
             self._reported += len(asked.numbers)
             self._add(report)
             if asked.ends:
@@ -258,7 +280,9 @@ class SessionWork:
             asked.reads.popleft()
         elif not data.data:
             raise ProviderError("the worker sends nothing, and more of it")
+        self.idle.end()
         await self._report(Data(read[0], data.data, data.last))
+        self.idle.begin()
 
     def _add(self, ran: Ran) -> None:
         before = self._ran

@@ -24,12 +24,15 @@ from typing import Any, Final, Protocol
 import trio
 
 from p2pflop.dht.planes import Dialer, Stream
-from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.errors import ProviderError
+from p2pflop.keys import peer_id
 from p2pflop.market.book import Book
 from p2pflop.market.exchange import Exchange, Message, read
+from p2pflop.market.gate import Outcome
 from p2pflop.market.records import Ask, Sheet, Wish
-from p2pflop.market.relay import PASS_ON_S, Outcome, Relay
+from p2pflop.market.relay import PASS_ON_S, Relay
 from p2pflop.market.sheets import OpenSheet, make_sheet
+from p2pflop.node.comparing import Comparisons, hear
 from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.printable import printable
@@ -40,10 +43,6 @@ PROTOCOL: Final = "/p2pflop/sheets/2"
 TOPIC: Final = "/p2pflop/sheets/1"
 REISSUE_S: Final = 900.0
 EXPIRE_S: Final = 10.0
-EXCHANGE_S: Final = 20.0
-SILENCE_S: Final = 4.0
-"""Longer than a book's signatures take: a stalled stream must not hold up the next comparison."""
-CLOSE_S: Final = 2.0
 MAX_TOLD_OF_WITHDRAWAL: Final = 16
 HONOURED_SHEETS: Final = 8
 """Own sheets on which bids that were under way are still taken: some seconds' worth, as wishes come
@@ -95,8 +94,16 @@ class SheetService:
         self._gossip = gossip
         self._last_number = book.last_number(identity.node.public_key)
         self._own: dict[int, OpenSheet] = {}
-        self._answering: set[str] = set()
-        self._comparing: set[str] = set()
+        self.comparisons = Comparisons(
+            "books",
+            PROTOCOL,
+            host,
+            self.relay.gate,
+            now_ns,
+            dial=lambda stream: self._converse(stream, dialling=True),
+            reply=lambda stream: self._converse(stream, dialling=False),
+            most=MAX_EXCHANGES,
+        )
 
     @property
     def selling(self) -> bool:
@@ -107,6 +114,11 @@ class SheetService:
     def newest(self) -> OpenSheet | None:
         """The node's own newest sheet."""
         return self._own.get(self._last_number)
+
+    @property
+    def newest_wire(self) -> bytes:
+        """Its envelope, to be shown with a refusal; empty if there is none."""
+        return b"" if self.newest is None else self.newest.sealed.wire
 
     def wish(self, wishes: Callable[[int], Sequence[Wish]]) -> None:
         """Take the wishes on each new sheet from ``wishes(until_ns)``."""
@@ -153,7 +165,7 @@ class SheetService:
         await self.issue()
         async with trio.open_nursery() as nursery:
             for peer in self._host.peers()[:MAX_TOLD_OF_WITHDRAWAL]:
-                nursery.start_soon(survive, self._compare_quietly, peer.peer)
+                nursery.start_soon(survive, self.comparisons.compare_quietly, peer.peer)
 
     async def issue(self) -> OpenSheet:
         """Sign a new sheet, put it into the book and gossip it."""
@@ -193,6 +205,14 @@ class SheetService:
             self._tell_news()
         return verdict.outcome.is_passed_on
 
+    def learn(self, wire: bytes, node: bytes, than: int) -> bool:
+        """Take the sheet that ``node`` showed with a refusal, as any that comes by gossip; whether
+        the book has one of that node now whose number is above ``than``."""
+        if wire:
+            self.take(wire, peer_id(node))
+        known = self.book.get(node, self._now_ns())
+        return known is not None and known.sheet.number > than
+
     def met(self, peer: str, addresses: Sequence[str]) -> None:
         """A peer has connected from one of ``addresses``."""
         self.relay.connected(peer, subnet_of(addresses))
@@ -207,47 +227,15 @@ class SheetService:
             for task in (self._reissue, self._expire, self._mend):
                 nursery.start_soon(keep_going, task)
 
-    async def compare(self, peer: str) -> int:
-        """Make both books whole, as the dialler; how much was new here.
-
-        Raises ProviderError, ProtocolError.
-        """
-        with trio.move_on_after(EXCHANGE_S):
-            stream = await self._host.open(peer, PROTOCOL)
-            try:
-                return await self._converse(stream, dialling=True)
-            finally:
-                with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
-                    await stream.aclose()
-        raise _too_slow(peer)
-
-    async def answer(self, stream: Stream) -> None:
-        """The listener's side of ``compare``. Raises ProviderError, ProtocolError."""
-        peer = stream.peer
-        is_busy = peer in self._answering or len(self._answering) >= MAX_EXCHANGES
-        if is_busy or not self.relay.may_compare(peer, self._now_ns()):
-            raise ProviderError("too many comparisons of books")
-        self._answering.add(peer)
-        try:
-            with trio.move_on_after(EXCHANGE_S):
-                await self._converse(stream, dialling=False)
-                return
-        finally:
-            self._answering.discard(peer)
-        raise _too_slow(peer)
-
     async def _converse(self, stream: Stream, *, dialling: bool) -> int:
         exchange = Exchange(self.relay, stream.peer, dialling=dialling)
         try:
             for frame in exchange.start(self._now_ns()):
                 await stream.send(frame)
             while not exchange.done:
-                message = await self._read(exchange.expects, await _hear(stream))
+                message = await self._read(exchange.expects, await hear(stream))
                 for frame in exchange.receive(message, self._now_ns()):
                     await stream.send(frame)
-        except ProtocolError:
-            self.relay.fault(stream.peer, self._now_ns())
-            raise
         finally:
             if exchange.news:
                 self._tell_news()
@@ -290,22 +278,7 @@ class SheetService:
                 for wire in self.relay.to_pass_on(self._now_ns()):
                     await self._publish(wire)
                 for peer in self.relay.due(self._now_ns()):
-                    nursery.start_soon(survive, self._compare_quietly, peer)
-
-    async def _compare_quietly(self, peer: str) -> None:
-        if peer in self._comparing or self.relay.is_shunned(peer, self._now_ns()):
-            return
-        self._comparing.add(peer)
-        try:
-            await self.compare(peer)
-        except (ProviderError, ProtocolError) as error:
-            _log.info("books not compared with %s: %s", peer, printable(error))
-        finally:
-            self._comparing.discard(peer)
-
-    async def on_connect(self, peer: str) -> None:
-        """Compare books with a peer that is new here; never raises for what the peer does."""
-        await self._compare_quietly(peer)
+                    nursery.start_soon(survive, self.comparisons.compare_quietly, peer)
 
 
 def subnet_of(addresses: Sequence[str]) -> str:
@@ -317,13 +290,3 @@ def subnet_of(addresses: Sequence[str]) -> str:
                 prefix = 24 if protocol == "ip4" else 48
                 return str(ip_network(f"{host}/{prefix}", strict=False))
     return ""
-
-
-async def _hear(stream: Stream) -> bytes:
-    with trio.move_on_after(SILENCE_S):
-        return await stream.receive()
-    raise ProviderError(f"{stream.peer} said nothing for {SILENCE_S:.0f} s while comparing books")
-
-
-def _too_slow(peer: str) -> ProviderError:
-    return ProviderError(f"{peer} took over {EXCHANGE_S:.0f} s to compare books")

@@ -47,7 +47,9 @@ LIMIT_ROW: Final = "limit"
 UNSTATED_LIMIT_TIMES: Final = 4
 LEAST_UNSTATED_LIMIT_NUSD: Final = NUSD_PER_USD // 100
 """A cent."""
-BROKEN_OFF: Final = frozenset(LIFE_ROW + edge for edge in (Edge.NEXT, Edge.WAIT, Edge.RESUBMIT))
+BROKEN_OFF: Final = frozenset(
+    LIFE_ROW + edge for edge in (Edge.NEXT, Edge.WAIT, Edge.RESUBMIT, Edge.DOUBT)
+)
 
 
 @dataclass(frozen=True, slots=True)

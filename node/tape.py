@@ -16,7 +16,7 @@ from typing import Final
 import trio
 
 from p2pflop.dht.planes import Stream
-from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.errors import ProviderError
 from p2pflop.market.records import Rejected
 from p2pflop.market.relay import Relay
 from p2pflop.market.tape import (
@@ -35,6 +35,7 @@ from p2pflop.market.tape_relay import (
     parcels_for,
     read_parcel,
 )
+from p2pflop.node.comparing import Comparisons, hear
 from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.printable import printable
@@ -46,9 +47,6 @@ TOPIC: Final = "/p2pflop/trades/1"
 TELL_S: Final = 1.0
 MAX_UNTOLD: Final = MAX_TRADES_AN_ACCOUNT
 """Settled and not told yet: no tape would take more of one account in an hour."""
-EXCHANGE_S: Final = 20.0
-SILENCE_S: Final = 4.0
-CLOSE_S: Final = 2.0
 MAX_EXCHANGES: Final = 8
 """Answered at once, one of each peer: each may cost a tape's worth of bytes."""
 MAX_LIVE_TRADES: Final = 1_024
@@ -74,8 +72,16 @@ class TapeService:
         self._host = host
         self._now_ns = now_ns
         self._untold, self._due = trio.open_memory_channel[bytes](MAX_UNTOLD)
-        self._answering: set[str] = set()
-        self._comparing: set[str] = set()
+        self.comparisons = Comparisons(
+            "tapes",
+            PROTOCOL,
+            host,
+            self.relay.gate,
+            now_ns,
+            dial=self._pull,
+            reply=self._give,
+            most=MAX_EXCHANGES,
+        )
         self._live: deque[tuple[int, OpenTrade]] = deque(maxlen=MAX_LIVE_TRADES)
         # In milliseconds of the day: over restarts it rises, and nobody's "after" is of the future.
         self._seq = now_ns() // 10**6
@@ -150,61 +156,22 @@ class TapeService:
             for task in (self._publish_in_turn, self._compare_in_turn):
                 nursery.start_soon(keep_going, task)
 
-    async def compare(self, peer: str) -> int:
-        """Pull from ``peer`` what this tape lacks; how much was new.
-
-        Raises ProviderError, ProtocolError.
-        """
-        with trio.move_on_after(EXCHANGE_S):
-            stream = await self._host.open(peer, PROTOCOL)
-            try:
-                return await self._pull(stream)
-            finally:
-                with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
-                    await stream.aclose()
-        raise _too_slow(peer)
-
-    async def answer(self, stream: Stream) -> None:
-        """The listener's side of ``compare``. Raises ProviderError, ProtocolError."""
-        peer = stream.peer
-        is_busy = peer in self._answering or len(self._answering) >= MAX_EXCHANGES
-        if is_busy or not self.relay.may_compare(peer, self._now_ns()):
-            raise ProviderError("too many comparisons of tapes")
-        self._answering.add(peer)
-        try:
-            with trio.move_on_after(EXCHANGE_S):
-                await self._give(stream)
-                return
-        except ProtocolError:
-            self.relay.peers.fault(peer, self._now_ns())
-            raise
-        finally:
-            self._answering.discard(peer)
-        raise _too_slow(peer)
-
-    async def on_connect(self, peer: str) -> None:
-        """Compare tapes with a peer that is new here; never raises for what the peer does."""
-        await self._compare_quietly(peer)
-
     async def _pull(self, stream: Stream) -> int:
         pull = Pull(self.relay, stream.peer)
         try:
             await stream.send(pull.outline(self._now_ns()))
-            await stream.send(pull.want(await _hear(stream), self._now_ns()))
+            await stream.send(pull.want(await hear(stream), self._now_ns()))
             while not pull.done:
-                frame, network = await _hear(stream), self._identity.network
+                frame, network = await hear(stream), self._identity.network
                 parcel = await trio.to_thread.run_sync(read_parcel, frame, network)
                 pull.receive(parcel, self._now_ns())
-        except ProtocolError:
-            self.relay.peers.fault(stream.peer, self._now_ns())
-            raise
         finally:
             self._note(pull.new)
         return len(pull.new)
 
     async def _give(self, stream: Stream) -> None:
-        await stream.send(listing_for(self.tape, await _hear(stream), self._now_ns()))
-        for frame in parcels_for(self.tape, await _hear(stream), self._now_ns()):
+        await stream.send(listing_for(self.tape, await hear(stream), self._now_ns()))
+        for frame in parcels_for(self.tape, await hear(stream), self._now_ns()):
             await stream.send(frame)
 
     async def _publish_in_turn(self) -> None:
@@ -221,18 +188,7 @@ class TapeService:
                 await trio.sleep(COMPARE_TAPES_S)
                 self.tape.expire(self._now_ns())
                 for peer in self.relay.peers.sample(1, self._now_ns()):
-                    nursery.start_soon(survive, self._compare_quietly, peer)
-
-    async def _compare_quietly(self, peer: str) -> None:
-        if peer in self._comparing or self.relay.peers.is_shunned(peer, self._now_ns()):
-            return
-        self._comparing.add(peer)
-        try:
-            await self.compare(peer)
-        except (ProviderError, ProtocolError) as error:
-            _log.info("tapes not compared with %s: %s", peer, printable(error))
-        finally:
-            self._comparing.discard(peer)
+                    nursery.start_soon(survive, self.comparisons.compare_quietly, peer)
 
     def _note(self, trades: Iterable[OpenTrade]) -> None:
         """These are new on the tape."""
@@ -254,13 +210,3 @@ class TapeService:
             "gflop": record.gflop_rounded,
             "hour_ns": record.hour * HOUR_NS,
         }
-
-
-async def _hear(stream: Stream) -> bytes:
-    with trio.move_on_after(SILENCE_S):
-        return await stream.receive()
-    raise ProviderError(f"{stream.peer} said nothing for {SILENCE_S:.0f} s while comparing tapes")
-
-
-def _too_slow(peer: str) -> ProviderError:
-    return ProviderError(f"{peer} took over {EXCHANGE_S:.0f} s to compare tapes")

@@ -8,7 +8,7 @@ process is seen by nobody else. A lingering worker gives way as soon as anybody 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -56,6 +56,11 @@ class WarmWorkers:
             await self._keep(account, lease)
         else:
             await _end(lease)
+
+    def lingers(self, account: bytes, graphs: Set[bytes]) -> bool:
+        """Whether a worker of that account lingers that has the plans of ``graphs`` ready."""
+        lease = self._lingering.get(account)
+        return lease is not None and lease.worker.alive and graphs <= lease.worker.held
 
     async def _take(self, account: bytes, limits: WorkerLimits) -> _Lease:
         lease = self._lingering.pop(account, None)

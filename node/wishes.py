@@ -21,7 +21,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Final, TypeVar
+from typing import Final
 
 import trio
 from msgspec.structs import replace
@@ -29,7 +29,7 @@ from msgspec.structs import replace
 from p2pflop.dht.planes import Stream
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.market.ranking import Policy, Quoted, best
-from p2pflop.market.rates import Rates
+from p2pflop.market.rates import Rates, remember
 from p2pflop.market.records import NONCE_BYTES, ZERO_HASH, Rejected, Wish
 from p2pflop.market.wishes import (
     MAX_SIZE,
@@ -74,7 +74,6 @@ MAX_SPENT: Final = 1_024
 DISTRUST_NS: Final = 600 * NS_PER_S
 MAX_DISTRUSTED: Final = 1_024
 
-V = TypeVar("V")
 
 _log = logging.getLogger(__name__)
 
@@ -196,10 +195,10 @@ class Wishes:
             for key, quote in list(resting.quotes.items()):
                 if resting.ticket(quote) == shown:
                     del resting.quotes[key]
-                    _remember(self._spent, key, None, MAX_SPENT)
+                    remember(self._spent, key, None, MAX_SPENT)
                     if not kept:
                         until_ns = self._now_ns() + DISTRUST_NS
-                        _remember(self._distrusted, quote.sheet.account, until_ns, MAX_DISTRUSTED)
+                        remember(self._distrusted, quote.sheet.account, until_ns, MAX_DISTRUSTED)
 
     async def handle(self, stream: Stream) -> None:
         """Answer one quote. Raises ProtocolError, ProviderError for what the peer did."""
@@ -346,9 +345,3 @@ class Wishes:
 
 def _lives(quote: OpenQuote, now_ns: int) -> bool:
     return quote.ask.valid_until_ns > now_ns
-
-
-def _remember(kept: OrderedDict[bytes, V], key: bytes, value: V, limit: int) -> None:
-    kept[key] = value
-    if len(kept) > limit:
-        kept.popitem(last=False)

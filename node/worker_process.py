@@ -18,7 +18,7 @@ import trio
 from p2pflop.errors import JobError, P2PFlopError, ProtocolError, ProviderError
 from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
-from p2pflop.job.spec import Work
+from p2pflop.job.spec import Work, graphs_of
 from p2pflop.kernels import frames
 from p2pflop.kernels.frames import PART_BYTES, worker_report
 from p2pflop.kernels.worker import ROWS_INTERVAL_SECONDS
@@ -46,6 +46,7 @@ class ProcessWorker(SessionHolder[ProcessSession]):
         self._limits = limits
         self._kill = kill
         self._work: Work | None = None
+        self._held: frozenset[bytes] = frozenset()
         self._failure: P2PFlopError | None = None
         self._busy = ""
         self._running = False
@@ -64,16 +65,23 @@ class ProcessWorker(SessionHolder[ProcessSession]):
         failed = self._failure or (self._begun and self._begun.failure)
         return failed is None and not self._child.ended.is_set()
 
+    @property
+    def held(self) -> frozenset[bytes]:
+        """See ``Worker``."""
+        return self._held
+
     async def load(self, work: bytes, plans: Mapping[bytes, bytes]) -> None:
         """See ``Worker``."""
         decoded = decode(Work, work)
-        async with self._exchange("loading", self._limits.step_seconds + ANSWER_SECONDS):
-            await self._child.pipe.send(frames.Load(work, len(plans)))
-            for graph, plan in plans.items():
+        fresh = {graph: plan for graph, plan in plans.items() if graph not in self._held}
+        async with self._exchange("initialising", self._limits.step_seconds + ANSWER_SECONDS):
+            await self._child.pipe.send(frames.Load(work, len(fresh)))
+            for graph, plan in fresh.items():
                 await self._child.pipe.send(frames.LoadPlan(graph))
                 await self._child.pipe.send_parts(plan)
+            await self._child.pipe.send(frames.Initialise())
             await self._done()
-        self._work = decoded
+        self._work, self._held = decoded, graphs_of(decoded)
 
     async def write(self, slot: int, offset_bytes: int, data: bytes) -> None:
         """See ``Worker``. Raises ValueError if the data does not fit the slot."""
@@ -83,12 +91,6 @@ class ProcessWorker(SessionHolder[ProcessSession]):
             chunk = data[start : start + PART_BYTES]
             async with self._exchange("writing", ANSWER_SECONDS):
                 await self._child.pipe.send(frames.Write(slot, offset_bytes + start, chunk))
-
-    async def initialise(self) -> None:
-        """See ``Worker``."""
-        async with self._exchange("initialising", self._limits.step_seconds + ANSWER_SECONDS):
-            await self._child.pipe.send(frames.Initialise())
-            await self._done()
 
     async def run(
         self, first_step: int, steps: int, pause_every: int = 0

@@ -23,6 +23,7 @@ from p2pflop.job.commands import (
     Bind,
     Data,
     Define,
+    Hold,
     Load,
     Ran,
     Read,
@@ -206,11 +207,11 @@ def again(error: P2PFlopError) -> P2PFlopError:
 
 
 def _messages(commands: Sequence[AnyCommand]) -> Iterator[frames.Obey]:
-    """Commands in frames that are not too large. Raises ValueError for a Define or Load."""
+    """Commands in frames that are not too large. Raises ValueError for what no worker obeys."""
     some: list[SessionCommand] = []
     room = PART_BYTES
     for command in commands:
-        if isinstance(command, Define | Load):
+        if isinstance(command, Define | Load | Hold):
             raise ValueError("a worker takes plans and data by ``define`` and ``put``")
         size_bytes = _COMMAND_BYTES
         if isinstance(command, Write):

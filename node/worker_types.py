@@ -73,14 +73,15 @@ class Worker(Protocol):
     def alive(self) -> bool:
         """Whether it may still be used."""
 
+    @property
+    def held(self) -> frozenset[bytes]:
+        """The graphs whose plans it has ready: those of the work that was loaded last."""
+
     async def load(self, work: bytes, plans: Mapping[bytes, bytes]) -> None:
         """Load an encoded Work and the plan of each of its graphs, by graph hash."""
 
     async def write(self, slot: int, offset_bytes: int, data: bytes) -> None:
         """Put ``data`` into a slot. Errors in it show at the next answer."""
-
-    async def initialise(self) -> None:
-        """Set the seed and run the init graphs. A resumed job writes its state after this."""
 
     def run(self, first_step: int, steps: int, pause_every: int = 0) -> AsyncIterator[WorkerEvent]:
         """Run steps. Rows come at least every 50 ms or once a step, whichever is longer.
@@ -165,12 +166,17 @@ class Workers(Protocol):
         """End every worker and helper process."""
 
     async def lower(
-        self, graph: bytes, progress: Callable[[int, int], None] | None = None
+        self,
+        graph: bytes,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        account: bytes | None = None,
     ) -> bytes:
         """The plan of an encoded graph, from the cache if it is there. Raises JobError,
-        ProviderError. ``progress(done, total)`` counts kernels."""
+        ProviderError. ``progress(done, total)`` counts kernels. Small graphs of one ``account``
+        may be lowered one after the other in one process; their plans are for it alone."""
 
-    def plan_at_hand(self, graph: bytes) -> bytes | None:
+    def plan_at_hand(self, graph: bytes, account: bytes | None = None) -> bytes | None:
         """The plan of an encoded graph, if it is in memory."""
 
     def flop_of(self, plan: bytes) -> int:

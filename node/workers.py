@@ -19,39 +19,26 @@ from typing import Final
 
 import trio
 
-from p2pflop.errors import ConfigError, JobError, P2PFlopError, ProtocolError, ProviderError
+from p2pflop.errors import ConfigError, JobError, P2PFlopError, ProviderError
 from p2pflop.ids import content_hash
 from p2pflop.job.graph import graph_hash
 from p2pflop.job.spec import ClassDescriptor, class_id
 from p2pflop.kernels import classes
 from p2pflop.kernels.engine import DEFAULT_ENGINE
-from p2pflop.kernels.frames import (
-    LOWERER,
-    MAX_GRAPH_BYTES,
-    WORKER,
-    Fault,
-    Lower,
-    Part,
-    Progress,
-    lowerer_report,
-)
-from p2pflop.kernels.plan import MAX_PLAN_BYTES, decode_plan
-from p2pflop.node.crew import Child, Crew, fault_error
-from p2pflop.node.pipes import EndOfPipe
+from p2pflop.kernels.frames import MAX_GRAPH_BYTES, WORKER
+from p2pflop.kernels.plan import decode_plan
+from p2pflop.node.crew import Crew
+from p2pflop.node.lowerers import Lowerers, Lowering, is_shared
 from p2pflop.node.plans import PlanCache
 from p2pflop.node.worker_process import ProcessWorker
 from p2pflop.node.worker_types import PoolStatistics, WorkerLimits
-from p2pflop.units import GIB, MIB
+from p2pflop.units import MIB
 
 MAX_WORKERS: Final = 64
 MAX_LOWERINGS: Final = 256
 MAX_LOWERERS: Final = 8  # each takes a compile server too, see compiler.MAX_SERVERS
 MAX_CRASHES: Final = 3
 CRASH_WINDOW_SECONDS: Final = 60.0
-LOWER_SECONDS: Final = 900.0
-LOWER_CPU_SECONDS: Final = 600
-LOWER_MEMORY_BYTES: Final = 4 * GIB
-MAX_PROGRESS_FRAMES: Final = 65_536
 _KEEP_VARIABLES: Final = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 
 
@@ -76,7 +63,8 @@ class WorkerPool:
         self._variables = variables or {}
         self._crew: Crew | None = None
         self._descriptor: ClassDescriptor | None = None
-        self._lowerings: dict[bytes, _Lowering] = {}
+        self._lowerers = Lowerers(self._ready_crew)
+        self._lowerings: dict[bytes, Lowering] = {}
         self._nursery: trio.Nursery | None = None
         self._changed = trio.Event()
         self._workers = 0
@@ -152,21 +140,25 @@ class WorkerPool:
         )
 
     async def lower(
-        self, graph: bytes, progress: Callable[[int, int], None] | None = None
+        self,
+        graph: bytes,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        account: bytes | None = None,
     ) -> bytes:
-        """The plan of an encoded graph; callers for one graph share one lowerer.
-
-        Raises JobError, ProviderError.
-        """
+        """See ``Workers``. Callers for one graph share one lowerer. Raises JobError,
+        ProviderError."""
         if len(graph) > MAX_GRAPH_BYTES:
             raise JobError(f"graph of {len(graph)} bytes is over the limit of {MAX_GRAPH_BYTES}")
-        key = self._plan_key(graph, await self._ready_crew())
+        keys = self._plan_keys(graph, await self._ready_crew(), account)
+        key = keys[-1]
         lowering = self._lowerings.get(key)
         if lowering is None:
-            plan = await self._plans.get(key)
-            if plan is not None:
-                self._reused += 1
-                return plan
+            for known in keys:
+                plan = await self._plans.get(known)
+                if plan is not None:
+                    self._reused += 1
+                    return plan
             # Another caller may have begun while the disk was looked at.
             lowering = self._lowerings.get(key)
         if lowering is None:
@@ -174,19 +166,20 @@ class WorkerPool:
                 raise ProviderError(f"{MAX_LOWERINGS} graphs are waiting to be lowered")
             if self._nursery is None:
                 raise ProviderError("the pool is closed")
-            lowering = self._lowerings[key] = _Lowering(key, graph)
-            self._nursery.start_soon(self._lower, lowering)
+            lowering = self._lowerings[key] = Lowering(key, graph, account)
+            self._nursery.start_soon(self._lower, lowering, self._nursery)
         try:
             return await lowering.wait(progress)
         finally:
             if lowering.abandoned and self._lowerings.get(key) is lowering:
                 del self._lowerings[key]  # the next caller must not join what is being ended
 
-    def plan_at_hand(self, graph: bytes) -> bytes | None:
+    def plan_at_hand(self, graph: bytes, account: bytes | None = None) -> bytes | None:
         """See ``Workers``."""
         if self._crew is None or not self._crew.ready.is_set():
             return None
-        plan = self._plans.recent(self._plan_key(graph, self._crew))
+        keys = self._plan_keys(graph, self._crew, account)
+        plan = next(filter(None, map(self._plans.recent, keys)), None)
         self._reused += plan is not None
         return plan
 
@@ -208,8 +201,12 @@ class WorkerPool:
         finally:
             self._workers -= 1
 
-    def _plan_key(self, graph: bytes, crew: Crew) -> bytes:
-        return content_hash(graph_hash(graph) + self.class_id + crew.started.version.encode())
+    def _plan_keys(self, graph: bytes, crew: Crew, account: bytes | None) -> list[bytes]:
+        """Where its plan may be; where it is put is the last."""
+        key = content_hash(graph_hash(graph) + self.class_id + crew.started.version.encode())
+        if account is None or is_shared(graph, account):
+            return [key]
+        return [key, content_hash(key + account)]
 
     async def _ready_crew(self) -> Crew:
         """The crew, once it is warm. Raises ProviderError if there will be none."""
@@ -295,88 +292,19 @@ class WorkerPool:
             **self._variables,
         }
 
-    async def _lower(self, lowering: _Lowering) -> None:
+    async def _lower(self, lowering: Lowering, nursery: trio.Nursery) -> None:
         try:
             with lowering.scope:
                 async with self._slots:
-                    plan = await self._run_lowerer(lowering)
+                    plan = await self._lowerers.lower(lowering, nursery)
                     self._lowered += 1
                     lowering.plan = plan
-                    await self._plans.put(lowering.key, plan)
         except P2PFlopError as error:
             lowering.error = error
         finally:
             if self._lowerings.get(lowering.key) is lowering:
                 del self._lowerings[lowering.key]
             lowering.done.set()
-
-    async def _run_lowerer(self, lowering: _Lowering) -> bytes:
-        crew = await self._ready_crew()
-        async with crew.child(LOWERER, LOWER_MEMORY_BYTES, LOWER_CPU_SECONDS) as child:
-            try:
-                with trio.fail_after(LOWER_SECONDS):
-                    await child.pipe.send(Lower())
-                    await child.pipe.send_parts(lowering.graph)
-                    return await _receive_plan(child, lowering)
-            except trio.TooSlowError as error:
-                raise JobError(f"lowering took longer than {LOWER_SECONDS:.0f} s") from error
-            except EndOfPipe as error:
-                raise await child.cause_of_death("lowerer") from error
-            except ProtocolError as error:
-                message = f"the lowerer broke the protocol: {error.message}"
-                raise ProviderError(message) from error
-
-
-class _Lowering:
-    """A graph being lowered, and everybody who waits for it."""
-
-    def __init__(self, key: bytes, graph: bytes) -> None:
-        self.key = key
-        self.graph = graph
-        self.scope = trio.CancelScope()
-        self.done = trio.Event()
-        self.plan: bytes | None = None
-        self.error: P2PFlopError | None = None
-        self._listeners: list[Callable[[int, int], None] | None] = []
-
-    @property
-    def abandoned(self) -> bool:
-        return self.scope.cancel_called
-
-    def tell(self, done: int, total: int) -> None:
-        for listener in self._listeners:
-            if listener is not None:
-                listener(done, total)
-
-    async def wait(self, progress: Callable[[int, int], None] | None) -> bytes:
-        self._listeners.append(progress)
-        try:
-            await self.done.wait()
-        finally:
-            self._listeners.remove(progress)
-            if not self._listeners and not self.done.is_set():
-                self.scope.cancel()
-        if self.plan is not None:
-            return self.plan
-        error = self.error or ProviderError("the lowering was broken off")
-        raise type(error)(error.message, hint=error.hint)
-
-
-async def _receive_plan(child: Child, lowering: _Lowering) -> bytes:
-    plan = bytearray()
-    for _ in range(MAX_PROGRESS_FRAMES):
-        report = await child.pipe.receive(lowerer_report)
-        match report:
-            case Progress():
-                lowering.tell(report.done, report.total)
-            case Fault():
-                raise fault_error(report)
-            case Part():
-                plan += report.data
-                if len(plan) > MAX_PLAN_BYTES:
-                    raise JobError(f"the plan is over the limit of {MAX_PLAN_BYTES} bytes")
-                if report.last:
-                    return bytes(plan)
-            case _:
-                raise ProtocolError(f"{type(report).__name__} instead of a plan")
-    raise ProtocolError(f"more than {MAX_PROGRESS_FRAMES} frames")
+        if lowering.plan is not None:  # whoever wants it does not wait for the disk
+            with trio.CancelScope(shield=True):
+                await self._plans.put(lowering.key, lowering.plan)

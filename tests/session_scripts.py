@@ -97,10 +97,12 @@ class Script:
     sent: int = 0
     ran_to: int = 0
     gone: bool = False
+    stopped: bool = False
 
     def __post_init__(self) -> None:
         self._put, self._take = trio.open_memory_channel[ScriptFrame](10_000)
         self._news = trio.Event()
+        self._continued = trio.Event()
         self._partial = b""
 
     async def receive(self) -> ScriptFrame | None:
@@ -113,6 +115,8 @@ class Script:
     async def send(self, frame: NodeFrame) -> None:
         """See ScriptLine."""
         await trio.lowlevel.checkpoint()
+        while self.stopped and not self.gone:
+            await self._continued.wait()
         if self.gone:
             raise ProviderError("the script is gone")
         self.frames.append(frame)
@@ -140,7 +144,17 @@ class Script:
     def leave(self) -> None:
         """Be gone, without a word."""
         self.gone = True
+        self._continued.set()
         self._put.close()
+
+    def stop(self) -> None:
+        """Read nothing, as a script at Ctrl-Z."""
+        self.stopped, self._continued = True, trio.Event()
+
+    def go_on(self) -> None:
+        """Read again."""
+        self.stopped = False
+        self._continued.set()
 
     async def read(self, buffer: int, size_bytes: int) -> bytes:
         """The bytes of a buffer."""
@@ -160,6 +174,10 @@ class Script:
         """Return once there is a lease, or will be none."""
         while not self.of(Leased) and not self.of(Failed):
             await self._news.wait()
+
+    async def heard(self) -> None:
+        """Return once the node says anything more."""
+        await self._news.wait()
 
     async def until_note(self) -> None:
         """Return once the person was told something."""

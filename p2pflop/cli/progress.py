@@ -23,6 +23,7 @@ from rich.text import Text
 
 from p2pflop.cli import sessions
 from p2pflop.cli.output import Flags, avoided_line, clean, print_json, short, table_lines
+from p2pflop.job.events import State
 from p2pflop.market.credit import job_risk
 from p2pflop.runs import Run, check_event
 from p2pflop.units import MAX_NUSD, NS_PER_S, format_duration, format_usd
@@ -173,6 +174,12 @@ class RunView:
         if event.get("at_ns", self._begun_ns) >= self._begun_ns:
             self._bar.update(self._task, description="waiting", completed=int(event["from_step"]))
 
+    def _on_state(self, event: Mapping[str, Any]) -> None:
+        if event["state"] == State.CHECKING:
+            self._say("so they say: trying the job out here, up to the next checkpoint")
+        elif event["state"] == sessions.IDLE:
+            self._say("idle: the lease is given back until the script goes on")
+
     def _on_fetching(self, event: Mapping[str, Any]) -> None:
         done, total = int(event["done_bytes"]), int(event["total_bytes"])
         self._progress("provider fetches", done, total, "bytes")
@@ -211,10 +218,6 @@ class RunView:
         fields += [(name, _number(value, 6)) for name, value in self._values.items()]
         for name, value in fields:
             self._say(f"{name}  {value}")
-
-    def _on_state(self, event: Mapping[str, Any]) -> None:
-        if event["state"] == "idle":
-            self._say("idle: the lease is given back until the script goes on")
 
     def _on_closed(self, event: Mapping[str, Any]) -> None:
         self._bar.stop()

@@ -6,6 +6,7 @@ import csv
 import io
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -109,12 +110,11 @@ def approve_command(flags: Flags, account: str, yes: bool) -> None:
       p2pflop registry approve 3b6a27bcceb6
     """
 
-    async def work(office: Office) -> dict[str, Any]:
-        found = _asked(office, account, "Enrol this account?", yes=yes)
+    async def approve(office: Office, found: bytes) -> dict[str, Any]:
         await office.approve(found)
-        return _standing(office, found)
+        return {}
 
-    _tell(flags, run_office(flags, work))
+    _decide(flags, account, "Enrol this account?", approve, yes=yes)
 
 
 @click.command("refuse")
@@ -132,12 +132,11 @@ def refuse_command(flags: Flags, account: str, reason: str, yes: bool) -> None:
     """
     from p2pflop.franchise.records import RefusalReason
 
-    async def work(office: Office) -> dict[str, Any]:
-        found = _asked(office, account, f"Refuse this account ({reason})?", yes=yes)
+    async def refuse(office: Office, found: bytes) -> dict[str, Any]:
         await office.refuse(found, RefusalReason[reason.upper()])
-        return {"account": found.hex(), "state": "refused"}
+        return {"state": "refused"}
 
-    _tell(flags, run_office(flags, work))
+    _decide(flags, account, f"Refuse this account ({reason})?", refuse, yes=yes)
 
 
 @click.command("erase")
@@ -247,14 +246,12 @@ def paid_command(flags: Flags, account: str, usd: str, reference: str, yes: bool
     """
     amount_nusd = parse_usd(usd)
 
-    async def work(office: Office) -> dict[str, Any]:
-        found = _asked(
-            office, account, f"Has {format_usd(amount_nusd)} come from this account?", yes=yes
-        )
+    async def receive(office: Office, found: bytes) -> dict[str, Any]:
         is_new, issued = await office.receive(found, amount_nusd, reference)
-        return _standing(office, found) | {"booked": is_new, "attested": _serial(issued)}
+        return {"booked": is_new, "attested": _serial(issued)}
 
-    _tell(flags, run_office(flags, work))
+    question = f"Has {format_usd(amount_nusd)} come from this account?"
+    _decide(flags, account, question, receive, yes=yes)
 
 
 @click.command("returned")
@@ -334,12 +331,11 @@ def revoke_command(flags: Flags, account: str, reason: str, yes: bool) -> None:
     """
     from p2pflop.franchise.records import RevocationReason
 
-    async def work(office: Office) -> dict[str, Any]:
-        found = _asked(office, account, f"Revoke this account ({reason})?", yes=yes)
+    async def revoke(office: Office, found: bytes) -> dict[str, Any]:
         await office.revoke(found, RevocationReason[reason.upper()])
-        return _standing(office, found)
+        return {}
 
-    _tell(flags, run_office(flags, work))
+    _decide(flags, account, f"Revoke this account ({reason})?", revoke, yes=yes)
 
 
 @click.command("list")
@@ -498,6 +494,25 @@ def _asked(office: Office, text: str, question: str, *, yes: bool) -> bytes:
         say(f"place    {told.place}")
     confirm(question, yes=yes)
     return account
+
+
+def _decide(
+    flags: Flags,
+    account: str,
+    question: str,
+    decide: Callable[[Office, bytes], Awaitable[dict[str, Any]]],
+    *,
+    yes: bool,
+) -> None:
+    """Decide about an account once the operator agrees; tell how it stands then, and what more
+    ``decide`` says."""
+
+    async def work(office: Office) -> dict[str, Any]:
+        found = _asked(office, account, question, yes=yes)
+        more = await decide(office, found)
+        return _standing(office, found) | more
+
+    _tell(flags, run_office(flags, work))
 
 
 def _standing(office: Office, account: bytes) -> dict[str, Any]:

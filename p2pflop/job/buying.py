@@ -25,6 +25,8 @@ from p2pflop.job.events import (
     Start,
     State,
     Timer,
+    Trial,
+    Tried,
     Unreachable,
     Verified,
 )
@@ -45,8 +47,12 @@ from p2pflop.units import NS_PER_S
 MAX_ATTEMPTS: Final = 64
 MAX_UNSIGNED_RECEIPTS: Final = 64
 JOB_FAULT_PREFIX: Final = "job: "
-ONE_OPINION: Final = " (so one account says; there is no other to ask)"
-STRANGERS: Final = " (so {} accounts say, of which none has ever delivered here)"
+ONE_OPINION: Final = " (so account {} says, and there is no other to ask; {})"
+STRANGERS: Final = " (so say {}, of which none has ever delivered here; {})"
+HOW_TO_CHECK: Final = "job.run_local() in Python shows whether it is true"
+FAULTS_HERE: Final = " (it does so in this node's own sandbox, too)"
+PASSES_HERE: Final = " (it does not in this node's own sandbox)"
+ACCOUNT_DIGITS: Final = 12
 MAX_STRANGERS: Final = 8
 """So many accounts that have never delivered anything are believed that a job is at fault."""
 GAVE_BACK: Final = "the provider gave the lease back: "
@@ -68,7 +74,8 @@ BUYER_EDGES: Final[Mapping[str, tuple[Edge, ...]]] = {
     "again": (Edge.AGAIN, Edge.QUIET),
     "commit": (Edge.COMMIT, Edge.REPEAT),
     "receipt": (Edge.RECEIPT, Edge.LAST_RECEIPT, Edge.REPEAT),
-    "abandon": (Edge.NEXT, Edge.RESUBMIT, Edge.GIVEN_UP, Edge.QUIET),
+    "abandon": (Edge.NEXT, Edge.RESUBMIT, Edge.DOUBT, Edge.GIVEN_UP, Edge.QUIET),
+    "tried": (Edge.CHECKED, Edge.JOB_FAULT, Edge.QUIET),
     "fault": (Edge.NEXT, Edge.RESUBMIT, Edge.JOB_FAULT, Edge.QUIET),
     "lost": (Edge.NEXT, Edge.RESUBMIT, Edge.LOST, Edge.QUIET),
     "alive": (Edge.STARTED, Edge.ALIVE, Edge.WORKED, Edge.QUIET),
@@ -77,7 +84,7 @@ BUYER_EDGES: Final[Mapping[str, tuple[Edge, ...]]] = {
     "fetched": (Edge.WORKED, Edge.QUIET),
     "unreachable": (Edge.RESUBMIT, Edge.LOST, Edge.QUIET),
     "cancel": (Edge.CANCEL, Edge.QUIET),
-    "timer": (Edge.NEXT, Edge.SILENT, Edge.AGAIN),
+    "timer": (Edge.NEXT, Edge.SILENT, Edge.AGAIN, Edge.CHECKED),
     "deadline": (Edge.DEADLINE,),
 }
 
@@ -107,6 +114,10 @@ class BuyerDesk(Protocol):
 
     def knows(self, account: bytes) -> bool:
         """Whether it has ever delivered to the buyer: to become known costs more than a key."""
+        ...
+
+    def may_try(self, bid: bytes) -> bool:
+        """Whether the job of a bid can be run in the buyer's own sandbox, in the bid's class."""
         ...
 
     def check_commit(self, wire: bytes, fill: bytes) -> None: ...
@@ -158,6 +169,7 @@ class Buying:
         self.attempt = 0
         self.rounds = 0
         self.faulted_by: set[bytes] = set()
+        self.trial = Trial.NONE
         self.bid = b""
         self.fill = b""
         self.confirm = b""
@@ -193,7 +205,9 @@ class Buying:
         match edge, parts:
             case Edge.RANKED, (bid,):
                 self.bid = bid
-            case ((Edge.NEXT | Edge.WAIT | Edge.RESUBMIT), (reason, bid, _)):
+            case Edge.CHECKED, (trial,):
+                self._note_trial(Trial(trial.decode()))
+            case ((Edge.NEXT | Edge.WAIT | Edge.RESUBMIT | Edge.DOUBT), (reason, bid, _)):
                 self._leave(reason.decode(), bid, edge is Edge.RESUBMIT)
             case Edge.FILL, (fill, confirm):
                 self.fill, self.confirm = fill, confirm
@@ -201,11 +215,8 @@ class Buying:
             case Edge.COMMIT, (commit,):
                 self.commit = commit
             case ((Edge.RECEIPT | Edge.LAST_RECEIPT), (receipt, number, salt)):
-                self._accepted = int.from_bytes(number, "big")
-                self.receipt = self.unsigned[self._accepted] = receipt
-                self.salt = salt
-                if edge is Edge.LAST_RECEIPT:
-                    self.last_number = self._accepted
+                self._note_receipt(receipt, int.from_bytes(number, "big"), salt)
+                self.last_number = self._accepted if edge is Edge.LAST_RECEIPT else 0
             case ((Edge.COUNTERSIGN | Edge.VERIFIED), (countersigned, number)):
                 self.countersigned = countersigned
                 signed = int.from_bytes(number, "big")
@@ -220,6 +231,15 @@ class Buying:
             case _:
                 raise ValueError(f"{edge} with {len(parts)} parts")
 
+    def _note_receipt(self, receipt: bytes, number: int, salt: bytes) -> None:
+        self._accepted, self.salt = number, salt
+        self.receipt = self.unsigned[number] = receipt
+
+    def _note_trial(self, trial: Trial) -> None:
+        self.trial = trial
+        if trial is Trial.PASSES:
+            self.faulted_by = set()
+
     @property
     def was_handed_over(self) -> bool:
         """Whether the latest provider had to stop, and brought what it had computed first."""
@@ -230,7 +250,7 @@ class Buying:
         self.was_paid = bool(self.countersigned)
         if self.was_paid:
             self.delivered.append(self.countersigned)
-            self.stalled, self.faulted_by = 0, set()
+            self.stalled, self.faulted_by, self.trial = 0, set(), Trial.NONE
         self.attempt += 1
         if reason.startswith(GAVE_BACK + JOB_FAULT_PREFIX):
             self.faulted_by.add(self.desk.account_of(self.bid))
@@ -270,6 +290,8 @@ class Buying:
         """See ``Side``. In RANKING the driver ranks again."""
         if state is State.WAITING:
             return [Start("rest" if self.rests else "wait")]
+        if state is State.CHECKING:
+            return [Start("check")]
         if state is State.BIDDING:
             return [Send("bid", self.bid)]
         if state in (State.CONFIRMING, State.RUNNING, State.VERIFYING):
@@ -337,15 +359,24 @@ class Buying:
         return self._start_over(reason, state, now_ns, Edge.GIVEN_UP, fence=False)
 
     def _on_job_fault(self, reason: str, now_ns: int) -> Move:
-        """A provider says that the job itself is to blame: believed of the buyer's own account,
-        when a second account says so and one of the two is no stranger, when many strangers do, or
-        when there is no other to ask, not even one that has no room now. If its other nodes come
-        next, ranking anew finds others first: it is avoided."""
+        """A provider says that the job itself is to blame: believed of the buyer's own account, and
+        of a second account, or where there is no other to ask, if the buyer's own sandbox says so.
+        Where that cannot say it, one of two accounts must be no stranger, or many must agree, or
+        there must be nobody else, not even one that has no room now. If its other nodes come next,
+        ranking anew finds others first: it is avoided."""
         account = self.desk.account_of(self.bid)
         accusers = self.faulted_by | {account}
-        strangers = "" if any(map(self.desk.knows, accusers)) else STRANGERS.format(len(accusers))
-        is_believed = (len(accusers) > 1 and not strangers) or len(accusers) >= MAX_STRANGERS
-        if is_believed or self.desk.is_own(self.bid):
+        if self.desk.is_own(self.bid):
+            return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
+        trial = Trial.NONE if self.countersigned else self.trial
+        if trial is Trial.PASSES:
+            reason += PASSES_HERE
+            return self._start_over(reason, State.RUNNING, now_ns, Edge.GIVEN_UP, fence=False)
+        may_try = trial is Trial.NONE and self.desk.may_try(self.bid)
+        if may_try and len(accusers) > 1:
+            return self._doubt(reason)
+        strangers = "" if any(map(self.desk.knows, accusers)) else _doubted(STRANGERS, accusers)
+        if (len(accusers) > 1 and not strangers) or len(accusers) >= MAX_STRANGERS:
             return self._end(Edge.JOB_FAULT, reason + strangers, Blame.JOB, fence=False)
         bid = self._next_bid(now_ns)
         is_same = bid is not None and self.desk.account_of(bid) == account
@@ -355,8 +386,20 @@ class Buying:
             return self._go_to(bid, reason, fence=False)
         if self._busy or self.rests:
             return self._wait(reason, fence=False)
-        doubt = ONE_OPINION if len(accusers) == 1 else strangers
+        if may_try:
+            return self._doubt(reason)
+        doubt = _doubted(ONE_OPINION, accusers) if len(accusers) == 1 else strangers
         return self._end(Edge.JOB_FAULT, reason + doubt, Blame.JOB, fence=False)
+
+    def _doubt(self, reason: str) -> Move:
+        return Move(Edge.DOUBT, (reason.encode(), b"", b""), [Start("check")])
+
+    def _on_tried(self, trial: Trial, reason: str) -> Move:
+        """The buyer's own sandbox has spoken, or could not."""
+        if trial is Trial.FAULTS:
+            reason = GAVE_BACK + JOB_FAULT_PREFIX + reason + FAULTS_HERE
+            return self._end(Edge.JOB_FAULT, reason, Blame.JOB, fence=False)
+        return Move(Edge.CHECKED, (trial.encode(),), [Start("rank")])
 
     def _start_over(
         self, reason: str, state: State, now_ns: int, edge: Edge, *, fence: bool = True
@@ -390,7 +433,7 @@ class Buying:
                     return Move(Edge.STARTED)
                 alive = Edge.WORKED if worked and not self.unsigned else Edge.ALIVE
                 return Move(alive if state is State.RUNNING else Edge.QUIET)
-            case _ if state in (State.RANKING, State.WAITING, State.VERIFYING):
+            case _ if state in (State.RANKING, State.WAITING, State.CHECKING, State.VERIFYING):
                 # No stream is needed yet, or all that is needed can come over another one.
                 return Move(Edge.QUIET)
             case Lost(reason):
@@ -405,6 +448,8 @@ class Buying:
             return self._end(Edge.SILENT, "no deal was found in time", Blame.MARKET)
         if state is State.WAITING:
             return Move(Edge.AGAIN, (), [Start("rank")])
+        if state is State.CHECKING:
+            return self._on_tried(Trial.UNKNOWN, "")
         limit, did = BUYER_LIMITS[state], "was silent"
         if name == DELIVERY.name:
             limit, did = DELIVERY, "handed over nothing more of what it billed"
@@ -419,12 +464,7 @@ class Buying:
     def _on_own(self, event: Event, state: State, now_ns: int) -> Move:
         match event:
             case Ranked(reason):
-                bid = self.desk.bid(self.attempt, now_ns)
-                if bid is None and (self._has_filled or self.rests):
-                    return self._wait(reason, fence=False)
-                if bid is None:
-                    return self._end(Edge.NO_DEAL, reason, Blame.MARKET)
-                return Move(Edge.RANKED, (bid,), [Send("bid", bid)])
+                return self._on_ranked(reason, now_ns)
             case Again() if state is State.WAITING:
                 return Move(Edge.AGAIN, (), [Start("rank")])
             case Verified(number, wire) if self.unsigned.get(number) == wire:
@@ -436,10 +476,20 @@ class Buying:
             case Unreachable(reason) if state is State.VERIFYING:
                 reason = f"the provider was lost: {reason}"
                 return self._start_over(reason, state, now_ns, Edge.LOST)
+            case Tried() if state is State.CHECKING and event.attempt == self.attempt:
+                return self._on_tried(event.trial, event.reason)
             case Cancel(reason):
                 return self._cancel(reason)
             case _:
                 return Move(Edge.QUIET)
+
+    def _on_ranked(self, reason: str, now_ns: int) -> Move:
+        bid = self.desk.bid(self.attempt, now_ns)
+        if bid is not None:
+            return Move(Edge.RANKED, (bid,), [Send("bid", bid)])
+        if self._has_filled or self.rests:
+            return self._wait(reason, fence=False)
+        return self._end(Edge.NO_DEAL, reason, Blame.MARKET)
 
     def _cancel(self, reason: str) -> Move:
         """What is owed then is signed by this side alone."""
@@ -505,6 +555,12 @@ class Buying:
         if self.abandon:
             return [Send("abandon", self.abandon)]
         return [Send("countersign", self.countersigned)] if self.countersigned else []
+
+
+def _doubted(text: str, accounts: set[bytes]) -> str:
+    """Whose word it is, and how to see whether it is true."""
+    names = ", ".join(account.hex()[:ACCOUNT_DIGITS] for account in sorted(accounts))
+    return text.format(names, HOW_TO_CHECK)
 
 
 def buyer(

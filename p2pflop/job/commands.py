@@ -106,7 +106,16 @@ class Read(Command, frozen=True, tag=8):
     size_bytes: U63
 
 
-AnyCommand = Allocate | Free | Write | Load | Define | Bind | Run | Copy | Read
+class Hold(Command, frozen=True, tag=9):
+    """Nothing: the lease stood for ``seconds`` without anything to do, and this is paid for.
+
+    The buyer's node says it, never a script: what is built anew elsewhere has stood for no time.
+    """
+
+    seconds: U32
+
+
+AnyCommand = Allocate | Free | Write | Load | Define | Bind | Run | Copy | Read | Hold
 
 
 class Frame(Record, frozen=True):

@@ -18,6 +18,7 @@ class State(StrEnum):
     WAITING = "waiting"
     BIDDING = "bidding"
     CONFIRMING = "confirming"
+    CHECKING = "checking"
     VERIFYING = "verifying"
     OFFERED = "offered"
     LEASED = "leased"
@@ -124,6 +125,27 @@ class Unreachable:
     reason: str
 
 
+class Trial(StrEnum):
+    """How a job fared in the buyer's own sandbox, from its newest checkpoint to the next."""
+
+    NONE = ""
+    FAULTS = "faults"
+    PASSES = "passes"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """Buyer: the job was run here, because others say that it faults; ``reason`` is what it did.
+
+    ``attempt`` is that after which it was begun: an older one tells nothing of a newer doubt.
+    """
+
+    attempt: int
+    trial: Trial
+    reason: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Cancel:
     """Buyer: the user wants no more of it."""
@@ -191,6 +213,7 @@ Event = (
     | Refuted
     | Fetched
     | Unreachable
+    | Tried
     | Cancel
     | Grant
     | Deny
@@ -224,8 +247,8 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Begin ``prepare``, ``run`` or ``reveal`` (provider), or ``verify``, ``wait``, ``rest`` or
-    ``rank``. To rest is to wait for a quote, too, and begins once it is on disk."""
+    """Begin ``prepare``, ``run`` or ``reveal`` (provider), or ``verify``, ``wait``, ``rest``,
+    ``check`` or ``rank``. To rest is to wait for a quote, too, and begins once it is on disk."""
 
     task: str
 

@@ -19,6 +19,8 @@ more rarely, until its deadline. A buyer whose provider is lost takes ``RESUBMIT
 and buys what is not delivered yet, as another stretch of the same work; the first time at once,
 then, as long as nothing more is delivered, after ever longer waits, and ``MAX_STALLED`` times at
 most. From its first fill on it waits, too, where no ask fits; one that rests does from the start.
+Before it believes others that the job itself is at fault, it takes ``DOUBT`` where it can: the job
+is run in its own sandbox up to the next checkpoint, and that decides.
 
 Repeating is harmless: the same bid gets the same fill, the same confirm or receipt the same answer,
 in end states too. What a buyer has countersigned is owed, so a provider takes that in after its end
@@ -88,6 +90,8 @@ class Edge(StrEnum):
     NEXT = "next"
     WAIT = "wait"
     RESUBMIT = "resubmit"
+    DOUBT = "doubt"
+    CHECKED = "checked"
     AGAIN = "again"
     EXHAUSTED = "exhausted"
     FILL = "fill"
@@ -159,6 +163,13 @@ BUYER: Final[Table] = {
         Edge.CANCEL: State.CANCELLED,
         Edge.QUIET: State.WAITING,
     },
+    State.CHECKING: {
+        Edge.CHECKED: State.RANKING,
+        Edge.JOB_FAULT: State.FAILED,
+        Edge.DEADLINE: State.FAILED,
+        Edge.CANCEL: State.CANCELLED,
+        Edge.QUIET: State.CHECKING,
+    },
     State.CONFIRMING: {
         Edge.STARTED: State.RUNNING,
         Edge.COMMIT: State.RUNNING,
@@ -166,6 +177,7 @@ BUYER: Final[Table] = {
         Edge.NEXT: State.BIDDING,
         Edge.WAIT: State.WAITING,
         Edge.RESUBMIT: State.WAITING,
+        Edge.DOUBT: State.CHECKING,
         Edge.LOST: State.FAILED,
         Edge.SILENT: State.FAILED,
         Edge.GIVEN_UP: State.FAILED,
@@ -183,6 +195,7 @@ BUYER: Final[Table] = {
         Edge.NEXT: State.BIDDING,
         Edge.WAIT: State.WAITING,
         Edge.RESUBMIT: State.WAITING,
+        Edge.DOUBT: State.CHECKING,
         Edge.REFUTED: State.FAILED,
         Edge.LOST: State.FAILED,
         Edge.SILENT: State.FAILED,
@@ -295,6 +308,7 @@ BUYER_LIMITS: Final[Mapping[State, Limit]] = {
     State.RANKING: Limit("ranking", 60 * NS_PER_S),
     State.BIDDING: Limit("answer", 10 * NS_PER_S),
     State.WAITING: Limit("again", MAX_WAIT_NS),
+    State.CHECKING: Limit("check", 180 * NS_PER_S),
     State.CONFIRMING: Limit("start", 10 * NS_PER_S),
     State.RUNNING: Limit("provider silence", 30 * NS_PER_S),
     State.VERIFYING: DELIVERY,
@@ -313,6 +327,7 @@ UNTIL_DEADLINE: Final = frozenset(
         State.RANKING,
         State.BIDDING,
         State.WAITING,
+        State.CHECKING,
         State.CONFIRMING,
         State.RUNNING,
         State.OFFERED,

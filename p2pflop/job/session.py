@@ -20,6 +20,7 @@ from p2pflop.job.commands import (
     Copy,
     Define,
     Free,
+    Hold,
     Load,
     Place,
     Read,
@@ -47,6 +48,7 @@ class OpenGraph:
 
     hash: bytes
     encoded: bytes
+    nodes: int
     cost: Cost
     sizes_bytes: tuple[int, ...]
     written: tuple[bool, ...]
@@ -66,7 +68,7 @@ def open_graph(data: bytes, limits: Limits = DEFAULT_LIMITS) -> OpenGraph:
     cost = meter(checked)
     if max(cost.flop, cost.touched_bytes) > MAX_LINE_VALUE:
         raise JobError(f"a run of the graph costs {cost.flop} FLOP, more than can be billed")
-    return OpenGraph(graph_hash(data), data, cost, *_params(graph))
+    return OpenGraph(graph_hash(data), data, len(graph.nodes), cost, *_params(graph))
 
 
 def _params(graph: Graph) -> tuple[tuple[int, ...], tuple[bool, ...]]:
@@ -85,13 +87,18 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What the first ``count`` commands add up to, and the hash chain over them."""
+    """What the first ``count`` commands add up to, and the hash chain over them.
+
+    ``lowered_nodes`` are those of all graphs that are defined, ``held_seconds`` what Holds say.
+    """
 
     count: int = 0
     chain: bytes = bytes(HASH_BYTES)
     flop: int = 0
     touched_bytes: int = 0
     moved_bytes: int = 0
+    lowered_nodes: int = 0
+    held_seconds: int = 0
 
 
 @dataclass(slots=True)
@@ -107,6 +114,8 @@ class SessionTable:
     flop: int = 0
     touched_bytes: int = 0
     moved_bytes: int = 0
+    lowered_nodes: int = 0
+    held_seconds: int = 0
     held_bytes: int = 0
     buffers: dict[int, int] = field(default_factory=dict)
     changed: dict[int, int] = field(default_factory=dict)
@@ -121,12 +130,8 @@ class SessionTable:
         match command:
             case Run(binding):
                 self._run(binding)
-            case Write(buffer, offset_bytes, data):
-                self._change(buffer, offset_bytes, len(data))
-                self.moved_bytes += len(data)
-            case Load(buffer, offset_bytes, _, size_bytes):
-                self._change(buffer, offset_bytes, size_bytes)
-                self.moved_bytes += size_bytes
+            case Write() | Load():
+                self._fill(command)
             case Read(buffer, offset_bytes, size_bytes):
                 self._check(buffer, offset_bytes, size_bytes)
                 self.moved_bytes += size_bytes
@@ -140,17 +145,27 @@ class SessionTable:
                 self._bind(binding, name, places)
             case Define():
                 self._define(command, graph)
+            case Hold(seconds):
+                self.held_seconds += seconds
         self.count += 1
         self.chain = content_hash(self.chain + encode(command))
 
     def mark(self) -> Mark:
         """What the commands so far add up to."""
-        return Mark(self.count, self.chain, self.flop, self.touched_bytes, self.moved_bytes)
+        return Mark(
+            self.count,
+            self.chain,
+            self.flop,
+            self.touched_bytes,
+            self.moved_bytes,
+            self.lowered_nodes,
+            self.held_seconds,
+        )
 
-    def foresee(self, command: AnyCommand) -> Mark:
+    def foresee(self, command: AnyCommand, graph: OpenGraph | None = None) -> Mark:
         """What the commands would add up to with one more, if it is not refused; its place in the
         chain left out."""
-        flop = touched_bytes = moved_bytes = 0
+        flop = touched_bytes = moved_bytes = lowered_nodes = held_seconds = 0
         match command:
             case Run(binding) if binding in self.bindings:
                 cost = self.bindings[binding].graph.cost
@@ -161,12 +176,18 @@ class SessionTable:
                 moved_bytes = command.size_bytes
             case Copy():
                 touched_bytes = 2 * command.size_bytes
+            case Define() if graph is not None and graph.hash not in self.graphs:
+                lowered_nodes = graph.nodes
+            case Hold():
+                held_seconds = command.seconds
         return Mark(
             self.count + 1,
             self.chain,
             self.flop + flop,
             self.touched_bytes + touched_bytes,
             self.moved_bytes + moved_bytes,
+            self.lowered_nodes + lowered_nodes,
+            self.held_seconds + held_seconds,
         )
 
     def _allocate(self, buffer: int, size_bytes: int) -> None:
@@ -198,6 +219,7 @@ class SessionTable:
         if self._graph_bytes + len(command.graph) > MAX_SESSION_GRAPH_BYTES:
             raise JobError(f"graphs of over {MAX_SESSION_GRAPH_BYTES} bytes")
         self.graphs[graph.hash] = graph
+        self.lowered_nodes += graph.nodes
         self._graph_bytes += len(command.graph)
 
     def _bind(self, number: int, name: bytes, places: Sequence[Place]) -> None:
@@ -248,9 +270,11 @@ class SessionTable:
         self.changed[target] = self.count
         self.touched_bytes += 2 * size
 
-    def _change(self, buffer: int, offset_bytes: int, size_bytes: int) -> None:
-        self._check(buffer, offset_bytes, size_bytes)
-        self.changed[buffer] = self.count
+    def _fill(self, command: Write | Load) -> None:
+        size_bytes = len(command.data) if isinstance(command, Write) else command.size_bytes
+        self._check(command.buffer, command.offset_bytes, size_bytes)
+        self.changed[command.buffer] = self.count
+        self.moved_bytes += size_bytes
 
     def _check(self, buffer: int, offset_bytes: int, size_bytes: int) -> None:
         if offset_bytes + size_bytes > self._size(buffer):

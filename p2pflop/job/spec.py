@@ -255,6 +255,13 @@ def collected(work: Work, step: int) -> list[tuple[int, int]]:
     ]
 
 
+def graphs_of(work: Work) -> frozenset[bytes]:
+    """The hashes of all graphs that ``work`` runs, once or at each step."""
+    sources = (param.source for param in work.params)
+    born = {source.graph for source in sources if isinstance(source, InitSource)}
+    return frozenset(born | {phase.graph for phase in work.phases})
+
+
 def ever_stands_still(work: Work) -> bool:
     """Whether there is any step before which a run stands still."""
     collects = any(MODE_COLLECT in phase.modes for phase in work.phases)

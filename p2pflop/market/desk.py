@@ -55,7 +55,8 @@ class BuyerDesk:
 
     ``bid_on(attempt, now_ns)`` gives the sealed bid for the deal to try next, or None;
     ``account_of(node)`` the account whose sheet offers for that node, or None if it has none;
-    ``own_account`` is the buyer's; ``knows`` tells which accounts have delivered to it before.
+    ``own_account`` is the buyer's; ``knows`` tells which accounts have delivered to it before, and
+    ``may_try`` of which bids the job can be run in its own sandbox.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class BuyerDesk:
         account_of: Callable[[bytes], bytes | None],
         own_account: bytes,
         knows: Callable[[bytes], bool],
+        may_try: Callable[[Bid], bool],
         network: str = DEFAULT_NETWORK,
     ) -> None:
         self._key = key
         self._work = work
         self._knows = knows
+        self._may_try = may_try
         self._bid_on = bid_on
         self._account_of = account_of
         self._own_account = own_account
@@ -112,6 +115,10 @@ class BuyerDesk:
     def knows(self, account: bytes) -> bool:
         """See the protocol."""
         return self._knows(account)
+
+    def may_try(self, bid: bytes) -> bool:
+        """See the protocol."""
+        return self._may_try(self._records.get(Bid, bid).record)
 
     def check_commit(self, wire: bytes, fill: bytes) -> None:
         """See the protocol."""

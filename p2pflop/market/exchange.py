@@ -32,7 +32,8 @@ import msgspec
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.ids import content_hash
 from p2pflop.market.book import MAX_PROOFS, MAX_SHEETS
-from p2pflop.market.relay import MAX_SHEET_WIRE_BYTES, OpenedSheet, Opener, Outcome, Relay
+from p2pflop.market.gate import Outcome
+from p2pflop.market.relay import MAX_SHEET_WIRE_BYTES, OpenedSheet, Opener, Relay
 from p2pflop.market.sheets import open_sheet
 from p2pflop.market.views import BUCKET_HASH_BYTES, BUCKETS, BookView
 from p2pflop.units import KIB, MIB

@@ -48,6 +48,7 @@ from p2pflop.units import MAX_NUSD, NS_PER_S
 from p2pflop.wire import DEFAULT_NETWORK, Ext, Sealed, SignedRecord, reopen, seal
 
 MAX_BID_AGE_NS: Final = 60 * NS_PER_S
+SUPERSEDED: Final = "sheet is superseded"
 ASK_EXPIRED: Final = str(MissReason.EXPIRED)
 SALT_BYTES: Final = 32
 
@@ -190,7 +191,7 @@ def open_bid(
 
 def _on_sheet(bid: Bid, sheet: Sheet | None) -> Ask | Rejected:
     if sheet is None:
-        return Rejected("sheet is superseded")
+        return Rejected(SUPERSEDED)
     ask = next((ask for ask in sheet.asks if ask.number == bid.ask), None)
     return Rejected("the sheet has no such ask") if ask is None else ask
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Final
+from collections.abc import Hashable
+from typing import Final, TypeVar
 
 MAX_BUCKETS: Final = 4096
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 
 class Rates:
@@ -27,9 +31,8 @@ class Rates:
         tokens, since = self._buckets.pop(key, (float(self._burst), now_s))
         tokens = min(float(self._burst), tokens + (now_s - since) * self._per_s)
         allowed = tokens >= 1
-        self._buckets[key] = (tokens - 1 if allowed else tokens, now_s)
-        if len(self._buckets) > MAX_BUCKETS:
-            self._buckets.popitem(last=False)
+        left = tokens - 1 if allowed else tokens
+        remember(self._buckets, key, (left, now_s), MAX_BUCKETS)
         return allowed
 
     def left(self, key: str, now_s: float) -> float:
@@ -40,3 +43,10 @@ class Rates:
     def wait_s(self, key: str, now_s: float) -> float:
         """How long until ``allow`` would say yes."""
         return max(0.0, (1 - self.left(key, now_s)) / self._per_s)
+
+
+def remember(kept: OrderedDict[K, V], key: K, value: V, most: int) -> None:
+    """Keep ``value``; of more than ``most`` the oldest is forgotten."""
+    kept[key] = value
+    if len(kept) > most:
+        kept.popitem(last=False)

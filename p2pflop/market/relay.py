@@ -6,15 +6,13 @@ libp2p, and in the simulation, over a virtual network.
 **Gossip.** ``take`` looks at a sheet in this order, cheapest first, and passes on only what changed
 the book, or proved an equivocation:
 
-1. whether the forwarder is shunned for its faults;
-2. the size, and whether these bytes were judged before;
-3. what the forwarder and its subnet may still cost this node: a check of signatures each;
-4. signatures and rules. Every honest forwarder has checked them, and they do not depend on the
+1. what ``gate`` looks at: the forwarder's faults and quotas, the size, what was judged before;
+2. signatures and rules. Every honest forwarder has checked them, and they do not depend on the
    clock: what is wrong here is the forwarder's **fault**. It may have ``MAX_FAULTS``, and one is
    forgiven every ``FORGIVEN_S``; beyond them it is shunned;
-5. the clock, which may differ by ``CLOCK_TOLERANCE_NS``;
-6. the book;
-7. what the account may still gossip: beyond it the sheet is passed on **later**.
+3. the clock, which may differ by ``CLOCK_TOLERANCE_NS``;
+4. the book;
+5. what the account may still gossip: beyond it the sheet is passed on **later**.
 
 What is refused for a forwarder's quota, the clock or want of space is not remembered: another
 forwarder may bring it, and comparing will.
@@ -34,13 +32,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final
 
-from p2pflop.ids import content_hash
 from p2pflop.market.book import Book, Equivocation
-from p2pflop.market.rates import Rates
+from p2pflop.market.gate import Gate, Outcome, Verdict
+from p2pflop.market.rates import Rates, remember
 from p2pflop.market.records import MAX_SHEET_BYTES, Rejected
 from p2pflop.market.sheets import OpenSheet, check_clock, open_sheet
 from p2pflop.units import NS_PER_S
@@ -81,34 +77,6 @@ Opener = Callable[[bytes, str], OpenedSheet]
 """``open_sheet``, or what gives the same."""
 
 
-class Outcome(StrEnum):
-    """What became of a sheet that a peer brought."""
-
-    NEW = "new"
-    PROOF = "proof of an equivocation"
-    KNOWN = "known already"
-    SHUNNED = "its forwarder has brought too much that is wrong"
-    FORWARDER = "over the forwarder's quota"
-    SUBNET = "over the quota of the forwarder's subnet"
-    BAD = "not a valid sheet"
-    CLOCK = "not for now"
-    LATER = "held back by the account's quota"
-    BOOK = "refused by the book"
-
-    @property
-    def is_passed_on(self) -> bool:
-        """Whether neighbours should have it too."""
-        return self in (Outcome.NEW, Outcome.PROOF)
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """An outcome, and of a refusal the reason in words."""
-
-    outcome: Outcome
-    reason: str = ""
-
-
 class Relay:
     """The sheets of a node's neighbours on their way into ``book`` and on.
 
@@ -129,12 +97,16 @@ class Relay:
         self.counts: Counter[Outcome] = Counter()
         self._random = random
         self._subnets: dict[str, str] = {}
-        self._forwarders = Rates(FORWARDER_PER_S, FORWARDER_BURST)
-        self._subnet_rates = Rates(SUBNET_PER_S, SUBNET_BURST)
+        self.gate = Gate(
+            self,
+            forwarders=Rates(FORWARDER_PER_S, FORWARDER_BURST),
+            subnets=Rates(SUBNET_PER_S, SUBNET_BURST),
+            answered=Rates(ANSWERED_PER_S, ANSWERED_BURST),
+            max_bytes=MAX_SHEET_WIRE_BYTES,
+            max_seen=MAX_SEEN,
+        )
         self._accounts = Rates(ACCOUNT_PER_S, ACCOUNT_BURST)
         self._faults = Rates(1 / FORGIVEN_S, MAX_FAULTS)
-        self._answered = Rates(ANSWERED_PER_S, ANSWERED_BURST)
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._turned_away: OrderedDict[tuple[bytes, str], int] = OrderedDict()
         self._compare_at_ns = 0
         self._passed_on = Rates(PASSED_ON_PER_S, PASSED_ON_BURST)
@@ -202,11 +174,6 @@ class Relay:
         """Whether nothing from ``peer`` is looked at."""
         return self.score(peer, now_ns) < 1
 
-    def may_compare(self, peer: str, now_ns: int) -> bool:
-        """Whether to answer ``peer``, which begins a comparison; if so, it is counted."""
-        allowed = self._answered.allow(peer, now_ns / NS_PER_S)
-        return allowed and not self.is_shunned(peer, now_ns)
-
     def due(self, now_ns: int) -> tuple[str, ...]:
         """With whom to compare now: nobody, most of the time. Ask every ``COMPARE_SOON_S``."""
         if now_ns < self._compare_at_ns:
@@ -248,17 +215,9 @@ class Relay:
         self._compare_at_ns = min(self._compare_at_ns, soon_ns)
 
     def _take(self, wire: bytes, forwarder: str, now_ns: int) -> Verdict:
-        if self.is_shunned(forwarder, now_ns):
-            return Verdict(Outcome.SHUNNED)
-        if len(wire) > MAX_SHEET_WIRE_BYTES:
-            self.fault(forwarder, now_ns)
-            return Verdict(Outcome.BAD, f"{len(wire)} bytes are over the limit of a sheet")
-        key = content_hash(wire)
-        if key in self._seen:
-            return Verdict(Outcome.KNOWN)
-        over = self._over_quota(forwarder, now_ns)
-        if over is not None:
-            return Verdict(over)
+        refusal = self.gate.refusal(wire, forwarder, now_ns)
+        if refusal is not None:
+            return refusal
         opened = self.opener(wire, self.network)
         if isinstance(opened, OpenSheet):
             early = check_clock(opened, now_ns)
@@ -268,9 +227,7 @@ class Relay:
         if isinstance(opened, OpenSheet):
             verdict = self._may_gossip(verdict, opened, now_ns)
         if verdict.outcome is not Outcome.BOOK:
-            self._seen[key] = None
-            if len(self._seen) > MAX_SEEN:
-                self._seen.popitem(last=False)
+            self.gate.judged(wire)
         return verdict
 
     def _may_gossip(self, verdict: Verdict, sheet: OpenSheet, now_ns: int) -> Verdict:
@@ -285,17 +242,7 @@ class Relay:
         return Verdict(Outcome.LATER)
 
     def _pass_on_later(self, node: bytes, at_ns: int) -> None:
-        self._later[node] = at_ns
-        if len(self._later) > MAX_LATER:
-            self._later.popitem(last=False)
-
-    def _over_quota(self, forwarder: str, now_ns: int) -> Outcome | None:
-        now_s = now_ns / NS_PER_S
-        if not self._forwarders.allow(forwarder, now_s):
-            return Outcome.FORWARDER
-        if not self._subnet_rates.allow(self.subnet(forwarder), now_s):
-            return Outcome.SUBNET
-        return None
+        remember(self._later, node, at_ns, MAX_LATER)
 
     def _enter(self, opened: OpenedSheet, source: str, now_ns: int) -> Verdict:
         if isinstance(opened, Rejected):
@@ -314,6 +261,5 @@ class Relay:
         return Verdict(Outcome.NEW if outcome.changed else Outcome.KNOWN)
 
     def _turn_away(self, sheet: OpenSheet, source: str, now_ns: int) -> None:
-        self._turned_away[sheet.sealed.id, source] = now_ns + TURNED_AWAY_NS
-        if len(self._turned_away) > MAX_TURNED_AWAY:
-            self._turned_away.popitem(last=False)
+        until_ns = now_ns + TURNED_AWAY_NS
+        remember(self._turned_away, (sheet.sealed.id, source), until_ns, MAX_TURNED_AWAY)

@@ -151,8 +151,11 @@ def book(*sheets: OpenSheet, now_ns: int = NOW_NS) -> Book:
     return made
 
 
-def buyer_desk(buyer: Party, found: list[Deal], known: Container[bytes] = frozenset()) -> BuyerDesk:
-    """A desk that tries ``found`` in order; the accounts ``known`` have delivered before."""
+def buyer_desk(
+    buyer: Party, found: list[Deal], known: Container[bytes] = frozenset(), *, tries: bool = False
+) -> BuyerDesk:
+    """A desk that tries ``found`` in order; the accounts ``known`` have delivered before. If it
+    ``tries``, the buyer's own sandbox can run what it buys."""
     accounts = {deal.node: deal.account for deal in found}
     return BuyerDesk(
         buyer.node,
@@ -163,6 +166,7 @@ def buyer_desk(buyer: Party, found: list[Deal], known: Container[bytes] = frozen
         account_of=accounts.get,
         own_account=buyer.account.public_key,
         knows=known.__contains__,
+        may_try=lambda _: tries,
     )
 
 

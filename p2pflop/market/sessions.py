@@ -7,11 +7,17 @@ of a work that is the session's own random id.
 
 Receipts are numbered and cumulative as those of jobs are. ``from_step`` and ``to_step`` count
 commands, ``root_from`` and ``root_to`` are the hash chain over them (``job.session``), and the
-amount is what they add up to by the ask's prices, as in a quote::
+amount is what they add up to by the ask's prices, as in a quote, from the first command on::
 
-    amount = ceil(price x max(flop, flop_per_byte x touched_bytes) / 10^15)
-             + ceil(moved_bytes x byte_price / 10^9)
-    closing amount = max(min_charge, setup + amount), nothing before the first command
+    work = max(flop, flop_per_byte x touched_bytes)
+           + LOWERING_FLOP_PER_NODE x lowered_nodes
+           + max(1, flop_per_byte) x memory_bytes x (5 + held_seconds)
+    amount = setup + ceil(price x work / 10^15) + ceil(moved_bytes x byte_price / 10^9)
+    closing amount = max(min_charge, amount)
+
+So who has graphs lowered and runs none, or has the memory stand idle, pays for that: what the bid
+reserves counts as touched once a second, in the first five seconds of each lease whatever it does,
+later for as long as Holds say.
 
 The closing receipt, which names the chain as its result, is made out where the buyer's own will
 ends the lease. A provider that leaves has what was countersigned. Neither is ever above the quote.
@@ -42,6 +48,7 @@ from p2pflop.market.ranking import (
 from p2pflop.market.records import (
     SESSION_EXT,
     ZERO_HASH,
+    Ask,
     Bid,
     Fill,
     Receipt,
@@ -64,18 +71,28 @@ NOMINAL_TOUCHED_BYTES: Final = 10**12
 NOMINAL_MOVED_BYTES: Final = 10**9
 """What asks are ranked by for a session, of which nobody knows what it will cost."""
 
+LOWERING_FLOP_PER_NODE: Final = 25_000_000
+"""What a node of a graph that is defined counts: lowering takes 5 ms of a core for it, in which
+the core does so many FLOP for others."""
+HELD_FLOP_PER_BYTE: Final = 1
+"""What a reserved byte counts for each second in which the lease stands, where the ask has no price
+for touched bytes."""
+FIRST_HELD_SECONDS: Final = 5
+"""What every lease is held for: a slot is not to be had for less."""
+
 
 def rank_session(
     sheets: Iterable[OpenSheet],
     need: Need,
+    again: Mark,
     policy: Policy,
     now_ns: int,
     is_attested: IsAttested = nobody,
 ) -> list[Deal | Miss]:
     """Every ask for a lease of a session: deals by what a nominal session costs, then the others.
 
-    ``need`` is what has to be done again before the session can go on; an ask that asks more than
-    ``max_nusd`` for it is over the budget.
+    An ask on which what has to be done ``again``, before the session can go on, costs more than the
+    need's ``max_nusd`` is over the budget.
     """
     nominal = replace(
         need,
@@ -87,7 +104,7 @@ def rank_session(
     within: list[Deal | Miss] = []
     over: list[Deal | Miss] = []
     for entry in rank(sheets, nominal, policy, now_ns, is_attested):
-        due_nusd = total_nusd(entry.ask, need.flop, need.touched_bytes, need.moved_bytes)
+        due_nusd = expected_nusd(entry.ask, need.memory_bytes, again)
         if isinstance(entry, Deal) and due_nusd > need.max_nusd:
             over.append(Miss(entry.sheet, entry.ask, MissReason.BUDGET, due_nusd, need))
         else:
@@ -166,37 +183,59 @@ def check_session_bid(
             "a session's lease begins with command 0",
         ),
         (bid.quote_nusd > MAX_NUSD, f"a quote of {bid.quote_nusd} nusd"),
-        (full_nusd(bid, Mark(count=1)) > bid.quote_nusd, "the quote does not cover setup"),
+        (
+            full_nusd(bid, Mark(count=1)) > bid.quote_nusd,
+            "the quote does not cover a lease's least",
+        ),
     )
     return next((Rejected(reason) for holds, reason in reasons if holds), found)
 
 
 def metered_nusd(bid: Bid, mark: Mark) -> int:
-    """What the commands up to ``mark`` come to, by the prices that the bid names."""
+    """What the commands up to ``mark`` come to by the prices that the bid names, and setup."""
     prices = session_prices(bid)
     if prices is None:
         raise ValueError("a bid for a job")
+    if not mark.count:
+        return 0
+    setup_nusd, _ = fixed_charges(bid)
     flop = max(mark.flop, prices.flop_per_byte * mark.touched_bytes)
+    flop += _aside_flop(prices.flop_per_byte, bid.terms.memory_bytes, mark)
     compute_nusd = -(-prices.price_nusd * flop // FLOP_PER_PFLOP)
-    return compute_nusd - (-prices.byte_price_nusd * mark.moved_bytes // BYTES_PER_GB)
+    moved_nusd = -(-prices.byte_price_nusd * mark.moved_bytes // BYTES_PER_GB)
+    return setup_nusd + compute_nusd + moved_nusd
+
+
+def _aside_flop(flop_per_byte: int, memory_bytes: int, mark: Mark) -> int:
+    """What a lease counts beside its runs."""
+    seconds = FIRST_HELD_SECONDS + mark.held_seconds
+    held_flop = max(HELD_FLOP_PER_BYTE, flop_per_byte) * memory_bytes * seconds
+    return held_flop + LOWERING_FLOP_PER_NODE * mark.lowered_nodes
+
+
+def expected_nusd(ask: Ask, memory_bytes: int, mark: Mark) -> int:
+    """What a lease on ``ask`` of so much memory comes to that does what ``mark`` adds up to."""
+    work = max(mark.flop, ask.flop_per_byte * mark.touched_bytes)
+    work += _aside_flop(ask.flop_per_byte, memory_bytes, mark)
+    return total_nusd(ask, work, 0, mark.moved_bytes)
 
 
 def full_nusd(bid: Bid, mark: Mark) -> int:
-    """What a lease that the buyer ends after ``mark`` comes to, setup and minimum charge included.
+    """What a lease that the buyer ends after ``mark`` comes to: not less than the minimum charge.
 
     A buyer sends no command with which this is over the quote.
     """
     if not mark.count:
         return 0
-    setup_nusd, min_charge_nusd = fixed_charges(bid)
-    return max(min_charge_nusd, setup_nusd + metered_nusd(bid, mark))
+    _, min_charge_nusd = fixed_charges(bid)
+    return max(min_charge_nusd, metered_nusd(bid, mark))
 
 
 def due_receipt(
     fill: bytes, bid: Bid, previous: Receipt | None, mark: Mark, *, closing: bool
 ) -> Receipt:
     """The receipt after ``previous`` under the fill of that id, up to ``mark``: what both sides
-    must find. ``closing`` has setup and minimum charge, and ends the lease."""
+    must find. ``closing`` has the minimum charge, and ends the lease."""
     amount_nusd = (full_nusd if closing else metered_nusd)(bid, mark)
     return Receipt(
         version=1,

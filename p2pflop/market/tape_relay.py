@@ -3,11 +3,10 @@
 Sans-IO, as ``relay``, whose neighbours, subnets and faults it shares: who is shunned for bad sheets
 is shunned here, and the other way round.
 
-**Gossip.** A trade is looked at in the order of a sheet: is the forwarder shunned, the size, were
-these bytes judged before, the forwarder's quota and its subnet's, signatures and rules (wrong ones
-are the forwarder's fault), the hour, the account's quota, the tape. It is passed on if it is new on
-the tape. Gossip takes trades of the last ``GOSSIPED_HOURS``; older ones are replays, or come by
-comparing.
+**Gossip.** A trade is looked at in the order of a sheet: what ``gate`` looks at, signatures and
+rules (wrong ones are the forwarder's fault), the hour, the account's quota, the tape. It is passed
+on if it is new on the tape. Gossip takes trades of the last ``GOSSIPED_HOURS``; older ones are
+replays, or come by comparing.
 
 **Comparing.** A node pulls what it lacks, in one stream with strict turns::
 
@@ -27,14 +26,14 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated, ClassVar, Final
 
 import msgspec
 
 from p2pflop.errors import ProtocolError
 from p2pflop.ids import content_hash
-from p2pflop.market.rates import Rates
+from p2pflop.market.gate import Gate, Outcome, Verdict
+from p2pflop.market.rates import Rates, remember
 from p2pflop.market.records import MAX_TRADE_BYTES, Rejected
 from p2pflop.market.relay import Relay
 from p2pflop.market.tape import (
@@ -123,34 +122,6 @@ class TapeParcel(Record, frozen=True):
 OpenedTrade = OpenTrade | Rejected
 
 
-class Outcome(StrEnum):
-    """What became of a trade that a peer brought."""
-
-    NEW = "new"
-    KNOWN = "known already"
-    SHUNNED = "its forwarder has brought too much that is wrong"
-    FORWARDER = "over the forwarder's quota"
-    SUBNET = "over the quota of the forwarder's subnet"
-    BAD = "not a valid trade"
-    CLOCK = "not for now"
-    ACCOUNT = "over the account's quota"
-    TAPE = "refused by the tape"
-
-    @property
-    def is_passed_on(self) -> bool:
-        """Whether neighbours should have it too."""
-        return self is Outcome.NEW
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """An outcome, of a refusal the reason in words, and a trade that is new."""
-
-    outcome: Outcome
-    reason: str = ""
-    trade: OpenTrade | None = None
-
-
 class TapeRelay:
     """The trades of a node's neighbours on their way onto ``tape`` and on. ``peers`` knows them."""
 
@@ -158,11 +129,15 @@ class TapeRelay:
         self.tape = tape
         self.peers = peers
         self.counts: Counter[Outcome] = Counter()
-        self._forwarders = Rates(FORWARDER_PER_S, FORWARDER_BURST)
-        self._subnets = Rates(SUBNET_PER_S, SUBNET_BURST)
+        self.gate = Gate(
+            peers,
+            forwarders=Rates(FORWARDER_PER_S, FORWARDER_BURST),
+            subnets=Rates(SUBNET_PER_S, SUBNET_BURST),
+            answered=Rates(ANSWERED_PER_S, ANSWERED_BURST),
+            max_bytes=MAX_TRADE_WIRE_BYTES,
+            max_seen=MAX_SEEN,
+        )
         self._accounts = Rates(ACCOUNT_PER_S, ACCOUNT_BURST)
-        self._answered = Rates(ANSWERED_PER_S, ANSWERED_BURST)
-        self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._turned_away: OrderedDict[bytes, None] = OrderedDict()
 
     def take(self, wire: bytes, forwarder: str, now_ns: int) -> Verdict:
@@ -184,36 +159,19 @@ class TapeRelay:
         """
         return short_id not in self._turned_away
 
-    def may_compare(self, peer: str, now_ns: int) -> bool:
-        """Whether to answer ``peer``, which begins a comparison; if so, it is counted."""
-        allowed = self._answered.allow(peer, now_ns / NS_PER_S)
-        return allowed and not self.peers.is_shunned(peer, now_ns)
-
     def _take(self, wire: bytes, forwarder: str, now_ns: int) -> Verdict:
-        if self.peers.is_shunned(forwarder, now_ns):
-            return Verdict(Outcome.SHUNNED)
-        if len(wire) > MAX_TRADE_WIRE_BYTES:
-            self.peers.fault(forwarder, now_ns)
-            return Verdict(Outcome.BAD, f"{len(wire)} bytes are over the limit of a trade")
-        key = content_hash(wire)
-        if key in self._seen:
-            return Verdict(Outcome.KNOWN)
-        now_s = now_ns / NS_PER_S
-        if not self._forwarders.allow(forwarder, now_s):
-            return Verdict(Outcome.FORWARDER)
-        if not self._subnets.allow(self.peers.subnet(forwarder), now_s):
-            return Verdict(Outcome.SUBNET)
+        refusal = self.gate.refusal(wire, forwarder, now_ns)
+        if refusal is not None:
+            return refusal
         opened = open_trade(wire, self.peers.network)
         if isinstance(opened, OpenTrade):
             wrong = check_hour(opened, now_ns, GOSSIPED_HOURS)
             if wrong is not None:
                 return Verdict(Outcome.CLOCK, wrong.reason)
-            if not self._accounts.allow(opened.account.hex(), now_s):
+            if not self._accounts.allow(opened.account.hex(), now_ns / NS_PER_S):
                 return Verdict(Outcome.ACCOUNT)
         verdict = self._enter(opened, forwarder, now_ns)
-        self._seen[key] = None
-        if len(self._seen) > MAX_SEEN:
-            self._seen.popitem(last=False)
+        self.gate.judged(wire)
         return verdict
 
     def _enter(self, opened: OpenedTrade, source: str, now_ns: int) -> Verdict:
@@ -225,9 +183,8 @@ class TapeRelay:
         if isinstance(added, Rejected):
             if opened.trade.hour > hour_of(now_ns):
                 return Verdict(Outcome.CLOCK, added.reason)  # its time may come
-            self._turned_away[opened.sealed.id[:SHORT_ID_BYTES]] = None
-            if len(self._turned_away) > MAX_TURNED_AWAY:
-                self._turned_away.popitem(last=False)
+            short_id = opened.sealed.id[:SHORT_ID_BYTES]
+            remember(self._turned_away, short_id, None, MAX_TURNED_AWAY)
             return Verdict(Outcome.TAPE if wrong is None else Outcome.CLOCK, added.reason)
         return Verdict(Outcome.NEW, trade=opened) if added else Verdict(Outcome.KNOWN)
 

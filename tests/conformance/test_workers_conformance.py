@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from p2pflop.errors import JobError, ProviderError
 from p2pflop.ids import content_hash
@@ -56,7 +57,6 @@ async def pool(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
 async def load(pool: Workers, worker: Worker, work: Work = WORK) -> None:
     plan = await pool.lower(GRAPH)
     await worker.load(encode(work), {graph_hash(GRAPH): plan})
-    await worker.initialise()
 
 
 async def collect(events: AsyncIterator[WorkerEvent]) -> list[WorkerEvent]:
@@ -260,6 +260,19 @@ async def test_a_missing_plan_is_not_the_jobs_fault(pool: Workers) -> None:
     async with pool.worker(LIMITS) as worker:
         with pytest.raises(ProviderError, match="no plan"):
             await worker.load(encode(WORK), {})
+
+
+async def test_a_worker_begins_each_work_anew_whatever_it_ran_before(pool: Workers) -> None:
+    other = b"another graph"
+    born = WorkParam(int(Dtype.UINT8), (2,), ROLE_STATE, InitSource(graph_hash(other), 0))
+    plans = {graph_hash(graph): await pool.lower(graph) for graph in (GRAPH, other)}
+    works = [WORK, replace(WORK, seed=7), replace(WORK, params=(STATE, born), seed=3), WORK]
+    async with pool.worker(LIMITS) as worker:
+        for work in works:
+            await worker.load(encode(work), plans)
+            assert await collect(worker.run(0, 3))
+            assert await read(worker.read(0)) == b"\3" * 3
+            assert await read(worker.read(1)) == bytes([work.seed + 3]) * 2
 
 
 async def test_a_work_too_large_for_its_memory_is_a_job_error(pool: Workers) -> None:

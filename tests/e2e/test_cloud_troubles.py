@@ -42,7 +42,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     start: StartNode = next(starting)
     (folder / "seller").mkdir()
     (folder / "seller" / "config.toml").write_text('credit = "0.04"\n')
-    seller, alone = start("seller", "--ask", "900000"), start("alone")
+    seller, alone = start("seller", "--ask", "50"), start("alone")
     buyer = start("buyer", "--connect", seller.addresses()[0])
     wait_for_asks(buyer, 1, wait_until)
     yield {"alone": alone.home, "buyer": buyer.home}

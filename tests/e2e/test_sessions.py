@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
-from p2pflop.job.commands import Failed
+from p2pflop.job.commands import Allocate, Closed, Data, Failed, Leased, Note, Read, Write
+from p2pflop.market.sessions import FIRST_HELD_SECONDS
+from p2pflop.node.execute import WORKER_BASE_BYTES
+from p2pflop.node.session_sale import STOOD_S
+from p2pflop.units import MIB
 from tests.e2e.test_first_light import wait_for_asks
 from tests.session_client import FrameClient
 from tests.session_scripts import FLOATS, beginning, opening, steps
@@ -41,7 +45,7 @@ def balances(node: Any) -> list[int]:
 def test_a_session_runs_at_a_provider_and_both_ledgers_say_what_it_cost(
     start_node: StartNode, wait_until: Any
 ) -> None:
-    seller = start_node("seller", "--ask", "900000")
+    seller = start_node("seller", "--ask", "50")
     buyer = start_node("buyer", "--connect", seller.addresses()[0])
     wait_for_asks(buyer, 1, wait_until)
     client = open_client(buyer)
@@ -67,7 +71,7 @@ def test_a_provider_killed_in_the_middle_changes_no_byte(
     address = buyer.addresses()[0]
     sellers = {}
     for number in range(kills + 1):
-        ask = str(400_000 * (number + 1))
+        ask = str(40 * (number + 1))
         node = start_node(f"seller-{number}", "--ask", ask, "--connect", address)
         sellers[node.get("/v1/status")["account"]] = node
     wait_for_asks(buyer, kills + 1, wait_until)
@@ -90,7 +94,7 @@ def test_a_provider_killed_in_the_middle_changes_no_byte(
 
 
 def test_a_script_that_is_killed_frees_the_lease(start_node: StartNode, wait_until: Any) -> None:
-    seller = start_node("seller", "--ask", "900000")
+    seller = start_node("seller", "--ask", "50")
     buyer = start_node("buyer", "--connect", seller.addresses()[0])
     wait_for_asks(buyer, 1, wait_until)
     client = open_client(buyer)
@@ -105,7 +109,7 @@ def test_a_script_that_is_killed_frees_the_lease(start_node: StartNode, wait_unt
 def test_a_buyers_node_killed_in_the_middle_loses_and_doubles_nothing(
     start_node: StartNode, wait_until: Any
 ) -> None:
-    seller = start_node("seller", "--ask", "900000")
+    seller = start_node("seller", "--ask", "50")
     buyer = start_node("buyer", "--connect", seller.addresses()[0])
     wait_for_asks(buyer, 1, wait_until)
     client = open_client(buyer)
@@ -119,6 +123,111 @@ def test_a_buyers_node_killed_in_the_middle_loses_and_doubles_nothing(
     wait_until(lambda: seller.get("/v1/status")["leases"] == 0, 10)
     buyer = start_node("buyer", "--connect", seller.addresses()[0])
     wait_until(lambda: balances(seller) == balances(buyer) != [], 15)
+
+
+def test_a_lease_that_next_to_nothing_runs_on_is_paid_for_by_the_second(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    usd_per_pflop = 50
+    seller = start_node("seller", "--ask", str(usd_per_pflop))
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    wait_for_asks(buyer, 1, wait_until)
+    client = open_client(buyer)
+    client.leased()
+    client.give(beginning())
+    began = time.monotonic()
+    while time.monotonic() - began < FIRST_HELD_SECONDS + STOOD_S + 2:
+        client.give(steps(1))
+        client.obeyed()
+        time.sleep(0.5)
+    closed = client.close()
+    memory_bytes = opening().memory_bytes + WORKER_BASE_BYTES
+    nusd_per_s = usd_per_pflop * memory_bytes * 1e9 / 1e15
+    assert closed.cost_nusd >= (FIRST_HELD_SECONDS + STOOD_S) * nusd_per_s
+    wait_until(lambda: balances(seller) == balances(buyer) == [closed.cost_nusd])
+
+
+def heard(client: FrameClient) -> list[Failed]:
+    """All that the node still says, to its last word; of it what has failed."""
+    while not isinstance(client.hear(), Closed):
+        pass
+    return [frame for frame in client.frames if isinstance(frame, Failed)]
+
+
+def test_a_buyers_node_that_is_stopped_signs_for_all_that_was_done(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    seller = start_node("seller", "--ask", "50")
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    wait_for_asks(buyer, 1, wait_until)
+    client = open_client(buyer)
+    client.leased()
+    client.give([*beginning(), *steps(3)])
+    client.obeyed()
+    client.give(steps(2000))
+    began = time.monotonic()
+    assert buyer.stop() == 0
+    assert time.monotonic() - began < 10
+    [failed] = heard(client)
+    assert "shutting down" in failed.text
+    wait_until(lambda: seller.get("/v1/status")["leases"] == 0, 3)
+    earned = balances(seller)
+    assert earned > [0]
+    assert not seller.get("/v1/sales")["sales"]
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    assert balances(buyer) == earned
+
+
+def test_a_provider_that_is_stopped_is_paid_and_the_session_goes_on_within_seconds(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    buyer = start_node("buyer")
+    address = buyer.addresses()[0]
+    first = start_node("first", "--ask", "40", "--connect", address)
+    second = start_node("second", "--ask", "50", "--connect", address)
+    wait_for_asks(buyer, 2, wait_until)
+    client = open_client(buyer, wait_s=30)
+    assert client.leased().provider == first.get("/v1/status")["account"]
+    client.give([*beginning(), *steps(500)])
+    client.obeyed()
+    client.give(steps(2000))
+    first.process.terminate()
+    began = time.monotonic()
+    client.give(steps(500))
+    assert client.read(0, SIZE) == expected(3000)
+    assert time.monotonic() - began < 20
+    assert first.process.wait(20) == 0
+    leases = [frame.provider for frame in client.frames if isinstance(frame, Leased)]
+    assert leases[1:] == [second.get("/v1/status")["account"]]
+    notes = [frame.text for frame in client.frames if isinstance(frame, Note)]
+    assert "shutting down" in notes[0]
+    client.close()
+    first = start_node("first", "--connect", address)
+    wait_until(lambda: sorted(balances(first) + balances(second)) == balances(buyer))
+    assert all(balances(first))
+
+
+def test_a_script_that_reads_nothing_for_a_while_blames_nobody(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    seller = start_node("seller", "--ask", "50")
+    buyer = start_node("buyer", "--connect", seller.addresses()[0])
+    wait_for_asks(buyer, 1, wait_until)
+    client = open_client(buyer, memory_bytes=48 * MIB)
+    client.leased()
+    size = 32 * MIB
+    number = client.give([Allocate(0, size), Write(0, size - 4, b"last"), Read(0, 0, size)])
+    wait_until(lambda: seller.get("/v1/status")["leases"] == 0, 40)
+    data = bytearray()
+    while len(data) < size:
+        frame = client.hear()
+        assert not isinstance(frame, Failed | Note), frame
+        if isinstance(frame, Data):
+            assert frame.number == number
+            data += frame.data
+    assert data == bytes(size - 4) + b"last"
+    closed = client.close()
+    wait_until(lambda: balances(seller) == balances(buyer) == [closed.cost_nusd])
 
 
 def test_an_embedded_node_runs_a_session_by_itself(start_node: StartNode) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import trio
 
+from p2pflop.job.buying import FAULTS_HERE
 from p2pflop.node import execute
 from p2pflop.node.memory_host import MemoryNetwork
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_data, sample_file
@@ -86,5 +87,6 @@ async def test_a_fault_names_itself_and_the_last_checkpoint(
         end = await buy(buyer, getattr(script, deed), checkpoint_steps=CHECKPOINT_STEPS)
         assert (end["kind"], end["error"]) == ("failed", "JobError")
         assert re.search("^the job failed: .*" + FAULTS[deed], end["message"])
+        assert end["message"].endswith(FAULTS_HERE), "it was tried out in the buyer's sandbox"
         assert "The checkpoint after step 2 is here: job.resume(2)" in end["hint"]
         assert (await buy(buyer, script.HONEST))["kind"] == "result", "the provider lives on"

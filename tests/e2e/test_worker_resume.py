@@ -79,7 +79,6 @@ class Runner:
     async def _run(self, worker: ProcessWorker, start: Progress) -> Progress:
         self.newest = start
         await worker.load(encode(self.checked.work), self.plans)
-        await worker.initialise()
         for slot, source in self.checked.inputs:
             await worker.write(slot, 0, self.job.inputs[source.address])
         for slot, data in start.state.items():

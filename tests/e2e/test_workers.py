@@ -30,7 +30,7 @@ from p2pflop.job.graph import (
 from p2pflop.job.spec import MODE_TRACE, ROLE_STATE, NoSource, Phase, Work, WorkParam
 from p2pflop.kernels import classes
 from p2pflop.kernels.frames import MAX_GRAPH_BYTES
-from p2pflop.node import workers
+from p2pflop.node import lowerers, workers
 from p2pflop.node.plans import PlanCache
 from p2pflop.node.worker_process import ProcessWorker
 from p2pflop.node.worker_types import Paused, Rows, WorkerEvent, WorkerLimits
@@ -78,7 +78,6 @@ async def pool(tmp_path: Path) -> AsyncIterator[WorkerPool]:
 async def load(pool: WorkerPool, worker: ProcessWorker, work: Work) -> None:
     plan = await pool.lower(GRAPH)
     await worker.load(encode(work), {graph_hash(GRAPH): plan})
-    await worker.initialise()
 
 
 async def run(pool: WorkerPool, deed: int, limits: WorkerLimits = LIMITS) -> list[WorkerEvent]:
@@ -332,25 +331,25 @@ class TestLimits:
             await pool.lower(b"x" * (MAX_GRAPH_BYTES + 1))
 
     async def test_plan(self, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workers, "MAX_PLAN_BYTES", len(b"plan of 12"))
+        monkeypatch.setattr(lowerers, "MAX_PLAN_BYTES", len(b"plan of 12"))
         assert await pool.lower(b"12") == b"plan of 12"
         with pytest.raises(JobError, match="over the limit"):
             await pool.lower(b"123")
 
     async def test_lowering_time(self, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workers, "LOWER_SECONDS", 0.2)
+        monkeypatch.setattr(lowerers, "LOWER_SECONDS", 0.2)
         with pytest.raises(JobError, match="took longer"):
             await pool.lower(b"spin")
         assert await pool.lower(GRAPH)
 
     async def test_lowering_memory(self, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workers, "LOWER_MEMORY_BYTES", 16 * MIB)
+        monkeypatch.setattr(lowerers, "LOWER_MEMORY_BYTES", 16 * MIB)
         with pytest.raises(JobError, match="memory"):
             await pool.lower(b"eat")
         assert await pool.lower(GRAPH)
 
     async def test_progress(self, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workers, "MAX_PROGRESS_FRAMES", 2)
+        monkeypatch.setattr(lowerers, "MAX_PROGRESS_FRAMES", 2)
         with pytest.raises(ProviderError, match="more than 2 frames"):
             await pool.lower(b"chatter")
 
@@ -567,7 +566,6 @@ class TestWithTinygrad:
             assert told[-1][0] == told[-1][1] > 0
             async with pool.worker(LIMITS) as worker:
                 await worker.load(work, {graph_hash(graph): plan})
-                await worker.initialise()
                 await worker.write(1, 0, struct.pack("<64f", *range(64)))
                 events = [event async for event in worker.run(0, 3)]
                 data = b"".join([chunk async for chunk in worker.read(0)])

@@ -177,11 +177,34 @@ class ScriptedWorkspace(DigestWorkspace):
         return data[:-1] if self._deed == WRONG_SIZE else data
 
 
+def _misbehave(graph: bytes) -> None:
+    if graph == b"fail":
+        raise JobError("told to fail")
+    if graph == b"die":
+        ctypes.string_at(0)
+    if graph == b"babble":
+        _frame(Ready())
+    if graph == b"spin":
+        _spin()
+    if graph == b"eat":
+        _eat(2**40)
+    if graph == b"chatter":
+        for done in range(10):
+            _frame(Progress(done, 10))
+    if graph.startswith(b"slow"):
+        time.sleep(0.3)
+
+
 class ScriptedEngine:
-    """Lowers ``b"fail"`` to a JobError, dies of ``b"die"``, is slow with ``b"slow..."``."""
+    """Lowers ``b"fail"`` to a JobError, dies of ``b"die"``, is slow with ``b"slow..."``.
+
+    The plan of ``b"who..."`` is its process; after ``b"turn"`` every other plan is ``b"evil"``, and
+    after ``b"sick"`` every other graph fails.
+    """
 
     def __init__(self) -> None:
         self._compiler: Compiler | None = None
+        self._mood = b""
 
     def use_compiler(self, client: Compiler) -> None:
         self._compiler = client
@@ -197,26 +220,21 @@ class ScriptedEngine:
         return "scripted"
 
     def lower(self, graph: bytes, progress: Callable[[int, int], None]) -> bytes:
-        if graph == b"fail":
-            raise JobError("told to fail")
-        if graph == b"die":
-            ctypes.string_at(0)
-        if graph == b"babble":
-            _frame(Ready())
-        if graph == b"spin":
-            _spin()
-        if graph == b"eat":
-            _eat(2**40)
-        if graph == b"chatter":
-            for done in range(10):
-                _frame(Progress(done, 10))
-        if graph.startswith(b"slow"):
-            time.sleep(0.3)
+        if graph.startswith(b"who") or self._mood:
+            return self._answer_in_mood()
+        if graph in (b"turn", b"sick"):
+            self._mood = graph
+        _misbehave(graph)
         progress(1, 2)
         if graph.startswith(b"C:") and self._compiler is not None:
             return self._compiler.compile(graph[2:].decode())
         progress(2, 2)
         return PLAN_OF + graph
+
+    def _answer_in_mood(self) -> bytes:
+        if self._mood == b"sick":
+            raise JobError("still sick")
+        return b"evil" if self._mood else str(os.getpid()).encode()
 
     def session(self, work: Work, plans: Mapping[bytes, bytes]) -> ScriptedSession:
         return ScriptedSession(work, plans)

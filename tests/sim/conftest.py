@@ -18,6 +18,7 @@ from trio.testing import MockClock
 
 from p2pflop.dht.database import Database
 from p2pflop.errors import StoreError
+from p2pflop.market import sessions
 from p2pflop.market.ledger import Kind
 from p2pflop.node.journal import PROVIDER
 from p2pflop.node.memory_host import MemoryNetwork
@@ -160,6 +161,14 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Database, "write", write)
     monkeypatch.setattr(trio.to_thread, "run_sync", run_here)
     monkeypatch.setattr("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True)
+
+
+@pytest.fixture(autouse=True)
+def _runs_alone_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the prices of these markets, where each FLOP is seen, what else a lease of a session bills
+    would be all that is: a test that is about it sets it."""
+    monkeypatch.setattr(sessions, "LOWERING_FLOP_PER_NODE", 0)
+    monkeypatch.setattr(sessions, "HELD_FLOP_PER_BYTE", 0)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 import p2pflop as pf
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import JobError, StoreFullError
-from p2pflop.job.buying import ONE_OPINION
+from p2pflop.job.buying import HOW_TO_CHECK, ONE_OPINION
 from p2pflop.job.collection import numbered
 from p2pflop.job.file import JobFile, decode_file, encode_file
 from p2pflop.job.spec import ROLE_FEED, FeedSource, Work, WorkParam, work_id
@@ -81,10 +81,12 @@ async def test_after_a_fault_a_run_goes_on_from_its_last_checkpoint(
     FaultsOnce.faulted = False
     provider = await market.provider(session=FaultsOnce)
     buyer = await market.buyer()
+    buyer.workers.broken = True  # else it would see that the job does not fault
     file = sample_file(STEPS)
     end = await buy(market, buyer, file)
     assert end["error"] == "JobError"
-    assert end["message"] == "the job failed: the job's code faulted (SIGSEGV)" + ONE_OPINION
+    doubt = ONE_OPINION.format(provider.account.hex()[:12], HOW_TO_CHECK)
+    assert end["message"] == "the job failed: the job's code faulted (SIGSEGV)" + doubt
     assert GOOD.search(end["hint"])
     rest = encode_file(pf.Job(decode_file(file)).resume(2).file)
     end = await buy(market, buyer, rest)
@@ -144,6 +146,7 @@ async def test_a_job_fault_is_believed_of_two_accounts_of_which_one_is_known(
     for name in ("one", "two"):
         await market.provider(name, price_nusd=2 * PRICE_NUSD, session=Blames)
     buyer = await market.buyer()
+    buyer.workers.broken = True
     assert (await buy(market, buyer, sample_file(STEPS, seed=1)))["kind"] == "result"
     BlamesLater.done = True
     run_id = await buyer.submit(sample_file(STEPS))

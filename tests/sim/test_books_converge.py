@@ -11,7 +11,8 @@ from collections import Counter
 
 import pytest
 
-from p2pflop.market.relay import MAX_FAULTS, Outcome
+from p2pflop.market.gate import Outcome
+from p2pflop.market.relay import MAX_FAULTS
 from p2pflop.node.memory_mesh import Mesh, MeshPeer, MeshSettings
 from p2pflop.node.memory_villains import KINDS, Villain, run_ordeal
 

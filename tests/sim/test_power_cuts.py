@@ -43,10 +43,13 @@ class Purchase:
     steps: int
     checkpoint_steps: int
     floats: int
+    light: bool = False
+    """Begun before it is confirmed."""
 
 
 SMALL = Purchase(steps=12, checkpoint_steps=4, floats=4)
 LARGE = Purchase(steps=3, checkpoint_steps=1, floats=70_000)
+LIGHT = Purchase(steps=12, checkpoint_steps=4, floats=4, light=True)
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,12 @@ async def buy(market: Market, purchase: Purchase, cut: Cut | None = None) -> tup
     """One purchase with a power cut; the writes of buyer and provider, and how it ended."""
     provider = await market.provider(session=QuickSession)
     buyer = await market.buyer(floats=purchase.floats)
+    if purchase.light:
+        provider.seller.warm.lingers = lambda *_: True  # type: ignore[method-assign]
     victim = {"buyer": buyer, "provider": provider}[cut.victim] if cut else buyer
 
     async def submit() -> None:
-        file = sample_file(purchase.steps, floats=purchase.floats)
+        file = sample_file(purchase.steps, floats=purchase.floats, born=purchase.light)
         await buyer.submit(file, checkpoint_steps=purchase.checkpoint_steps)
 
     if cut is not None:
@@ -122,6 +127,8 @@ async def check_goods(buyer: MemoryNode, run_id: str) -> None:
     [
         pytest.param(SMALL, SHORT_S, id="small-short"),
         pytest.param(SMALL, LONG_S, id="small-long", marks=pytest.mark.slow),
+        pytest.param(LIGHT, SHORT_S, id="light-short"),
+        pytest.param(LIGHT, LONG_S, id="light-long", marks=pytest.mark.slow),
         pytest.param(LARGE, SHORT_S, id="large-short"),
         pytest.param(LARGE, LONG_S, id="large-long", marks=pytest.mark.slow),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 import trio
@@ -13,9 +13,10 @@ from p2pflop.dht.manifest import address_of
 from p2pflop.errors import ConfigError, ProviderError
 from p2pflop.job.buying import MAX_STALLED
 from p2pflop.job.events import State
+from p2pflop.job.file import CheckedJob, decode_file, open_job
 from p2pflop.market.fills import MAX_BID_AGE_NS
+from p2pflop.node import labour, sell
 from p2pflop.node import messages as m
-from p2pflop.node import sell
 from p2pflop.node.execute import MIN_DEAR_FLOP
 from p2pflop.node.journal import PROVIDER
 from p2pflop.node.letters import DELIVER_WITHIN_NS, JOB_PROTOCOL
@@ -466,6 +467,52 @@ async def test_warm_workers_never_cross_accounts(market: Market, autojump_clock:
     assert len(leased) == 5
     assert all(len(accounts) == 1 for accounts in users.values())
     assert len(users) < len(leased), "one lingered"
+
+
+class Noting(CountingSession):
+    """Notes the steps that it runs."""
+
+    steps: ClassVar[list[int]] = []
+
+    def step(self, number: int) -> None:
+        self.steps.append(number)
+        super().step(number)
+
+
+def largest_cost(file: bytes) -> int:
+    checked = open_job(decode_file(file).body)
+    assert isinstance(checked, CheckedJob)
+    return max(checked.cost.flop, checked.cost.touched_bytes)
+
+
+@pytest.mark.parametrize("is_light", [True, False])
+async def test_only_next_to_nothing_is_computed_before_the_confirm(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch, is_light: bool
+) -> None:
+    provider, buyer = await market.provider(session=Noting), await market.buyer()
+    job = sample_file(4, born=True)
+    monkeypatch.setattr(labour, "LIGHT_FLOP", largest_cost(job) - (not is_light))
+    first = await market.end_of(buyer, await buyer.submit(job))
+    again = await market.end_of(buyer, await buyer.submit(job, fresh=True))
+    assert again["hash"] == first["hash"]
+    assert again["cost_nusd"] == first["cost_nusd"]
+    await trio.sleep(1)
+    owed = market.debts(buyer, provider)
+
+    Noting.steps.clear()
+    _, heard = tapped(buyer)
+    buyer.tamper_sent = lambda frame: (
+        [] if isinstance(m.decode_message(frame, "peer"), m.Confirmed) else [frame]
+    )
+    end = await market.end_of(buyer, await buyer.submit(job, fresh=True))
+    assert end["kind"] == "failed"
+    assert set(heard.kinds()) <= {"Filled", "Heartbeat", "Abandoned", "Refused"}, "nothing leaves"
+    assert set(Noting.steps) == ({0, 1, 2, 3} if is_light else set())
+    await market.settle_down()
+    assert market.debts(buyer, provider) == owed
+    assert provider.seller.allocator._lapses
+    assert provider.seller.busy == 0
+    market.check()
 
 
 async def test_what_is_withdrawn_at_shutdown_is_told(

@@ -25,10 +25,10 @@ async def begin(buyer: MemoryNode, script: Script, **wish: object) -> None:
     await script.begun()
 
 
-async def reference(market: Market, runs: int) -> bytes:
+async def reference(market: Market, runs: int, price_nusd: int = PRICE_NUSD) -> bytes:
     """What a session of so many runs gives, on a market of its own."""
     other = market.another()
-    await other.provider()
+    await other.provider(price_nusd=price_nusd)
     buyer = await other.buyer()
     script = Script()
     await begin(buyer, script)

@@ -11,10 +11,12 @@ import trio
 from msgspec.structs import replace
 
 from p2pflop.errors import ProviderError
+from p2pflop.job import patience
 from p2pflop.job.commands import Batch, Close, Data, Failed, Free, Ran, Read
+from p2pflop.job.patience import LEAST_WORK_PER_S, MIN_SESSION_STALL_NS
 from p2pflop.market.records import Receipt
 from p2pflop.node import messages as m
-from p2pflop.node import session_buying, session_purchase, session_sale
+from p2pflop.node import session_buying, session_sale
 from p2pflop.node.execute import MIN_DEAR_FLOP
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode
 from p2pflop.node.session_messages import WINDOW_COMMANDS, Leaving, SessionMessage
@@ -168,21 +170,36 @@ async def test_a_fault_that_two_accounts_find_is_the_scripts(
 
 
 async def test_a_provider_that_never_obeys_loses_the_lease(
-    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+    market: Market, autojump_clock: object
 ) -> None:
-    monkeypatch.setattr(session_purchase, "PROGRESS_S", 20)
     villain = await market.provider("villain")
     await market.provider("honest", price_nusd=2 * PRICE_NUSD)
     buyer = await market.buyer()
     script = Script()
     await begin(buyer, script)
     villain.tamper_answered_sent = tampered(
-        lambda message: [] if isinstance(message, Ran | Data) else [message]
+        lambda message: [] if isinstance(message, Ran | Data | m.Receipted) else [message]
     )
     script.give([*beginning(), *steps(1)])
-    with trio.fail_after(25):
+    with trio.fail_after(35):
         await script.obeyed()
     assert len(script.leases) == 2
+    assert "obeys nothing" in script.notes[0]
+
+
+async def test_one_that_is_slow_with_much_is_waited_for(
+    market: Market, autojump_clock: object
+) -> None:
+    provider = await market.provider(price_nusd=10**9)
+    floats, runs = 2**20, 250
+    provider.workers.step_s = 12 * floats / LEAST_WORK_PER_S  # touched bytes
+    buyer, script = await market.buyer(), Script()
+    await begin(buyer, script)
+    script.give([*beginning(floats), *steps(runs)])
+    began_at = trio.current_time()
+    await script.obeyed()
+    assert NS_PER_S * (trio.current_time() - began_at) > MIN_SESSION_STALL_NS
+    assert len(script.leases) == 1
 
 
 async def hostile(market: Market) -> tuple[MemoryNode, MemoryNode, Script]:
@@ -272,12 +289,13 @@ async def test_more_than_the_window_lets_through_is_cut_off(
 
 
 async def test_a_buyer_that_never_countersigns_is_paused_and_loses_the_lease(
-    market: Market, autojump_clock: object
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provider = await market.provider(window_nusd=20 * FLOATS, credit_nusd=10**9)
     buyer = await market.buyer()
     script = Script()
     await begin(buyer, script)
+    monkeypatch.setattr(patience, "MIN_SESSION_STALL_NS", 600 * NS_PER_S)  # it waits for nobody
     buyer.tamper_sent = tampered(only(m.Countersigned, lambda _: []))
     script.give(beginning())
     for _ in range(50):

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from p2pflop.dht.planes import Stream
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.keys import PrivateKey
+from p2pflop.market.gate import Outcome
 from p2pflop.market.relay import MAX_FAULTS
 from p2pflop.market.samples import CLASS_ID, Party
 from p2pflop.market.sheets import make_delegation
@@ -32,14 +33,14 @@ from p2pflop.market.tape_relay import (
     ANSWERED_BURST,
     COMPARE_TAPES_S,
     GOSSIPED_HOURS,
-    Outcome,
     TapeListing,
     TapeParcel,
 )
 from p2pflop.node import tape as tape_module
+from p2pflop.node.comparing import SILENCE_S
 from p2pflop.node.market_view import countersigned
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, now_ns, sample_file
-from p2pflop.node.tape import MAX_EXCHANGES, SILENCE_S, TELL_S
+from p2pflop.node.tape import MAX_EXCHANGES, TELL_S
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import encode
 
@@ -144,10 +145,10 @@ async def test_who_comes_late_pulls_what_was_told_before(
     late = await market.node("late")
     await connected(buyer, late)
     assert tape_of(late) == []
-    await late.tape.on_connect(buyer.peer)
+    await late.tape.comparisons.compare_quietly(buyer.peer)
     assert tape_of(late) == tape_of(provider)
     assert len(tape_of(late)) == 3
-    assert await late.tape.compare(buyer.peer) == 0
+    assert await late.tape.comparisons.compare(buyer.peer) == 0
 
 
 async def test_what_gossip_lost_is_pulled_in_turn(market: Market, autojump_clock: object) -> None:
@@ -268,7 +269,7 @@ async def test_a_forger_is_shunned_and_a_flood_is_bounded(
     assert honest.sheets.relay.is_shunned(liar.peer, now_ns())
     assert honest.tape.relay.counts[Outcome.SHUNNED] == 1
     with pytest.raises(ProviderError):
-        await liar.tape.compare(honest.peer)
+        await liar.tape.comparisons.compare(honest.peer)
 
 
 async def test_replays_of_old_hours_do_not_come_by_gossip(
@@ -305,7 +306,7 @@ async def test_lies_while_comparing_are_the_liars_fault(
     ):
         answer_with(liar, *frames)
         with pytest.raises(ProtocolError):
-            await honest.tape.compare(liar.peer)
+            await honest.tape.comparisons.compare(liar.peer)
         left = honest.sheets.relay.score(liar.peer, now_ns())
         assert left == MAX_FAULTS - number - 1
     assert tape_of(honest) == []
@@ -317,7 +318,7 @@ async def test_a_peer_that_stalls_is_given_up(market: Market, autojump_clock: ob
     answer_with(silent)
     started_s = trio.current_time()
     with pytest.raises(ProviderError, match="said nothing"):
-        await honest.tape.compare(silent.peer)
+        await honest.tape.comparisons.compare(silent.peer)
     assert trio.current_time() - started_s <= SILENCE_S + 1
 
 
@@ -327,13 +328,13 @@ async def test_comparisons_are_counted_by_peer_and_in_all(
     greedy, honest = await market.node("greedy"), await market.node("honest")
     await connected(greedy, honest)
     for _ in range(ANSWERED_BURST):
-        await greedy.tape.compare(honest.peer)
+        await greedy.tape.comparisons.compare(honest.peer)
     with pytest.raises(ProviderError, match="too many comparisons"):
-        await greedy.tape.compare(honest.peer)
-    honest.tape._answering |= {f"peer {number}" for number in range(MAX_EXCHANGES)}
+        await greedy.tape.comparisons.compare(honest.peer)
+    honest.tape.comparisons._answering |= {f"peer {number}" for number in range(MAX_EXCHANGES)}
     other = await market.node("another")
     with pytest.raises(ProviderError, match="too many comparisons"):
-        await other.tape.compare(honest.peer)
+        await other.tape.comparisons.compare(honest.peer)
 
 
 async def test_an_honest_clock_that_is_ahead_is_no_fault(
@@ -342,7 +343,7 @@ async def test_an_honest_clock_that_is_ahead_is_no_fault(
     ahead, honest = await market.node("ahead"), await market.node("honest")
     await connected(ahead, honest)
     ahead.kept_tape.add(own_trade(ahead, hours_ago=-1), now_ns() + HOUR_NS)
-    assert await honest.tape.compare(ahead.peer) == 0
+    assert await honest.tape.comparisons.compare(ahead.peer) == 0
     assert honest.sheets.relay.score(ahead.peer, now_ns()) == MAX_FAULTS
     await trio.sleep(HOUR_NS / NS_PER_S)
     assert tape_of(honest) == tape_of(ahead)

@@ -10,12 +10,12 @@ from functools import cache
 
 import pytest
 
+from p2pflop.market.gate import Outcome
 from p2pflop.market.relay import MAX_FAULTS, Relay
 from p2pflop.market.samples import CLASS_ID, NOW_NS, book, party
 from p2pflop.market.tape import MAX_TRADES_AN_ACCOUNT, OpenTrade, Tape, last_price, make_trade
 from p2pflop.market.tape_relay import (
     COMPARE_TAPES_S,
-    Outcome,
     Pull,
     TapeRelay,
     listing_for,

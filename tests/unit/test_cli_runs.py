@@ -120,6 +120,12 @@ def test_after_a_resubmission_the_steps_go_on_and_name_the_new_provider() -> Non
     assert f"step 4/9 at {OTHER_PEER} loss 2.25" in lines
 
 
+def test_it_is_said_when_a_job_is_tried_out_here() -> None:
+    told = shown([("state", {"state": "running"}), ("state", {"state": "checking"})])
+    assert "trying the job out here" in told
+    assert len(told.splitlines()) == 1
+
+
 def test_watch_begins_with_what_is_known() -> None:
     console = Console(file=(sheet := io.StringIO()), width=200)
     card = {"id": "ab" * 6, "state": "running", "provider": PEER}

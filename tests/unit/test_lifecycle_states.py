@@ -46,6 +46,8 @@ from p2pflop.job.events import (
     Start,
     State,
     Timer,
+    Trial,
+    Tried,
     Verified,
     Withdraw,
 )
@@ -118,12 +120,17 @@ def verified(life: Lifecycle[Buying], number: int) -> Verified:
 def pair(until: State, **charges: int) -> Pair:
     """``until`` is the buyer's or the provider's state at which to stop."""
     seller = party(1)
-    made = buyer(buyer_desk(SHOPPER, deals(seller.sheet(ask(**charges)))), DEADLINE_NS)
+    desk = buyer_desk(SHOPPER, deals(seller.sheet(ask(**charges))), tries=until is State.CHECKING)
+    made = buyer(desk, DEADLINE_NS)
     made.start(NOW_NS)
     made.on(Ranked(), NOW_NS)
     sale = provider(provider_desk(seller), made.side.bid, DEADLINE_NS)
     sale.start(NOW_NS)
     both = Pair(made, sale, seller)
+    if until is State.CHECKING:
+        both.to_provider(both.to_buyer(sale.on(Grant(), NOW_NS)))
+        both.to_buyer(sale.on(Fault("it faulted", job_fault=True), NOW_NS))
+        return both
     if until is State.WAITING:
         both.to_buyer(sale.on(Deny(BUSY_PREFIX + "full"), NOW_NS))
         return both
@@ -501,6 +508,8 @@ ALL_EVENTS: list[Event] = [
     Ranked(),
     Verified(1, b""),
     Refuted("x", b""),
+    Tried(1, Trial.FAULTS, "x"),
+    Tried(1, Trial.PASSES),
     Cancel(),
     Grant(),
     Deny("x"),

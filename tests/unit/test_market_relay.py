@@ -6,6 +6,7 @@ import pytest
 
 from p2pflop.market import relay as relay_module
 from p2pflop.market.book import MAX_SHEETS_PER_ACCOUNT, Book
+from p2pflop.market.gate import Outcome
 from p2pflop.market.records import MAX_SHEET_LIFETIME_NS
 from p2pflop.market.relay import (
     ACCOUNT_BURST,
@@ -20,7 +21,6 @@ from p2pflop.market.relay import (
     OVERTAKEN_S,
     PASSED_ON_BURST,
     SUBNET_BURST,
-    Outcome,
     Relay,
 )
 from p2pflop.market.samples import NOW_NS, ask, book, party
@@ -69,7 +69,7 @@ def test_what_is_wrong_is_its_forwarders_fault_until_it_is_shunned(relay: Relay)
         assert take(relay, b"junk %d" % number) is Outcome.BAD
     assert relay.is_shunned("peer", NOW_NS)
     assert take(relay, wire()) is Outcome.SHUNNED
-    assert not relay.may_compare("peer", NOW_NS)
+    assert not relay.gate.may_compare("peer", NOW_NS)
     assert take(relay, wire(), "another") is Outcome.NEW
     later_ns = NOW_NS + int(FORGIVEN_S * NS_PER_S)
     assert take(relay, wire(node=2), "peer", later_ns) is Outcome.NEW
@@ -133,16 +133,17 @@ def test_what_one_peer_may_not_bring_another_may() -> None:
     assert take(relay, wires[2], "another") is Outcome.NEW
 
 
-def test_memory_is_bounded(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MAX_SEEN", "MAX_TURNED_AWAY", "MAX_NEIGHBOURS", "MAX_LATER"):
         monkeypatch.setattr(relay_module, name, 3)
+    relay = Relay(book(), lambda: 0.5)
     for number in range(1, 9):
         take(relay, wire(node=number))
         relay.connected(f"peer {number}", "")
         sheet = party(number).sheet(lifetime_ns=1)
         assert relay.enter(sheet, "peer", NOW_NS + 1).outcome is Outcome.CLOCK
         assert relay.enter(party(100 + number).sheet(), "peer", NOW_NS).outcome is Outcome.NEW
-    kept = relay._seen, relay._turned_away, relay.neighbours, relay._later
+    kept = relay.gate, relay._turned_away, relay.neighbours, relay._later
     assert [len(each) for each in kept] == [3] * 4
 
 

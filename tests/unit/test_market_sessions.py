@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace as replace_mark
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from p2pflop.market.samples import (
     METER_ID,
     NOW_NS,
     ROOT,
+    TERMS,
     ask,
     bid,
     deals,
@@ -23,10 +25,13 @@ from p2pflop.market.samples import (
     session_bid,
 )
 from p2pflop.market.sessions import (
+    FIRST_HELD_SECONDS,
+    LOWERING_FLOP_PER_NODE,
     MAX_LEASE_COMMANDS,
     check_session_bid,
     check_session_receipt,
     due_receipt,
+    expected_nusd,
     full_nusd,
     metered_nusd,
 )
@@ -63,8 +68,9 @@ def changed(**fields: Any) -> Sealed[Bid]:
     return seal(replace(session_bid(BUYER, DEAL).record, **fields), BUYER.node)
 
 
-def filled() -> tuple[Sealed[Bid], Sealed[Fill]]:
-    made = session_bid(BUYER, DEAL)
+def filled(memory_bytes: int = 0) -> tuple[Sealed[Bid], Sealed[Fill]]:
+    """Without memory, what a lease is held for counts nothing."""
+    made = session_bid(BUYER, DEAL, terms=replace(TERMS, memory_bytes=memory_bytes))
     return made, make_fill(SELLER.node, made, now_ns=NOW_NS, delegation=SELLER.delegation)
 
 
@@ -93,7 +99,7 @@ def test_a_bid_for_a_session_is_taken_and_names_the_prices() -> None:
         ({"root_from": ROOT}, "command 0"),
         ({"meter_id": "another"}, "meter"),
         ({"quote_nusd": 2**62 + 1}, "a quote of"),
-        ({"quote_nusd": 1999}, "does not cover setup"),
+        ({"quote_nusd": 1999}, "a lease's least"),
         ({"ext": session_bid(BUYER, DEAL).record.ext[:1]}, "bid for a job"),
         ({"ext": (*session_bid(BUYER, DEAL).record.ext[:1], (5, bytes(24)))}, "name the prices"),
         ({"ext": (*session_bid(BUYER, DEAL).record.ext[:1], (5, b""))}, "name the prices"),
@@ -119,10 +125,39 @@ def test_neither_kind_of_bid_passes_for_the_other() -> None:
 def test_amounts_follow_from_the_prices() -> None:
     made, _ = filled()
     assert metered_nusd(made.record, Mark()) == full_nusd(made.record, Mark()) == 0
-    assert metered_nusd(made.record, MARKS[3]) == 5000 + 1000
-    assert full_nusd(made.record, MARKS[3]) == 700 + 6000
-    assert metered_nusd(made.record, MARKS[5]) == 10_000 + 2000  # touched bytes count more here
+    assert metered_nusd(made.record, MARKS[3]) == 700 + 5000 + 1000
+    assert full_nusd(made.record, MARKS[3]) == 6700
+    assert metered_nusd(made.record, MARKS[5]) == 700 + 10_000 + 2000  # bytes count more here
+    assert metered_nusd(made.record, Mark(1)) == 700
     assert full_nusd(made.record, Mark(1)) == 2000
+
+
+def test_lowering_counts_beside_what_runs() -> None:
+    made, _ = filled()
+    before, nodes = MARKS[5], 4000
+    after = replace_mark(before, lowered_nodes=nodes)
+    assert metered_nusd(made.record, after) - metered_nusd(made.record, before) == 5000
+    assert nodes * LOWERING_FLOP_PER_NODE == 10**11
+
+
+@pytest.mark.parametrize(("flop_per_byte", "nusd_per_gb"), [(0, 50), (1, 50), (2, 100)])
+def test_reserved_memory_counts_as_touched_once_a_second(
+    flop_per_byte: int, nusd_per_gb: int
+) -> None:
+    sheet = SELLER.sheet(ask(**{**PRICES, "flop_per_byte": flop_per_byte}))
+    terms = replace(TERMS, memory_bytes=10**9)
+    made = session_bid(BUYER, deals(sheet)[0], terms=terms).record
+    amounts = [metered_nusd(made, Mark(1, held_seconds=held)) for held in (0, 1, 60)]
+    first = 700 + FIRST_HELD_SECONDS * nusd_per_gb
+    assert amounts == [first, first + nusd_per_gb, first + 60 * nusd_per_gb]
+    assert metered_nusd(made, Mark(0)) == 0
+
+
+@pytest.mark.parametrize("mark", [*MARKS.values(), Mark(1, lowered_nodes=9, held_seconds=7)])
+def test_what_is_expected_of_a_lease_is_what_it_comes_to(mark: Mark) -> None:
+    made, _ = filled(10**9)
+    expected = expected_nusd(DEAL.ask, 10**9, mark)
+    assert expected == full_nusd(made.record, mark)
 
 
 def test_receipts_are_cumulative_and_the_closing_one_is_the_last() -> None:
@@ -131,6 +166,7 @@ def test_receipts_are_cumulative_and_the_closing_one_is_the_last() -> None:
     assert isinstance(check_session_receipt(told(first), fill, made.record, None, MARKS), Sealed)
     last = due_receipt(fill.id, made.record, first, MARKS[5], closing=True)
     assert (last.number, last.from_step, last.to_step, last.amount_nusd) == (2, 3, 5, 12_700)
+    assert first.amount_nusd == 6700, "setup is due from the first receipt on"
     assert isinstance(check_session_receipt(told(last), fill, made.record, first, MARKS), Sealed)
     after = check_session_receipt(told(last), fill, made.record, last, MARKS)
     assert after == Rejected("receipt comes after the last one")
@@ -141,13 +177,13 @@ def test_receipts_are_cumulative_and_the_closing_one_is_the_last() -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"amount_nusd": 6001}, "should be 6000 nusd, not 6001"),
+        ({"amount_nusd": 6701}, "should be 6700 nusd, not 6701"),
         ({"number": 2}, "should be"),
         ({"root_to": CHAINS[2]}, "should be"),
         ({"from_step": 1}, "should be"),
         ({"to_step": 4}, "not just obeyed"),
         ({"fill": ROOT}, "should be"),
-        ({"result": CHAINS[0]}, "should be 6700"),
+        ({"result": CHAINS[1]}, "should be"),
     ],
 )
 def test_what_a_receipt_may_not_say(fields: dict[str, Any], reason: str) -> None:

@@ -9,6 +9,7 @@ from p2pflop.errors import ProtocolError
 from p2pflop.ids import content_hash
 from p2pflop.market import tape as tape_module
 from p2pflop.market import tape_relay as relay_module
+from p2pflop.market.gate import Outcome
 from p2pflop.market.relay import MAX_FAULTS, Relay
 from p2pflop.market.samples import CLASS_ID, NOW_NS, Party, book, party
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
@@ -32,7 +33,6 @@ from p2pflop.market.tape_relay import (
     SHORT_ID_BYTES,
     SUBNET_BURST,
     HourHash,
-    Outcome,
     Pull,
     TapeListing,
     TapeOutline,
@@ -100,7 +100,7 @@ def test_what_is_wrong_is_its_forwarders_fault_for_sheets_too(relay: TapeRelay) 
         assert take(relay, b"junk %d" % number) is Outcome.BAD
     assert relay.peers.is_shunned("peer", NOW_NS)
     assert take(relay, trade()) is Outcome.SHUNNED
-    assert not relay.may_compare("peer", NOW_NS)
+    assert not relay.gate.may_compare("peer", NOW_NS)
     assert take(relay, trade(), "another") is Outcome.NEW
 
 
@@ -157,13 +157,13 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(8):
         take(relay, trade(1, party(number)))
         relay.enter(trade(number, hours_ago=KEPT_HOURS), "peer", NOW_NS)
-    assert len(relay._seen) == len(relay._turned_away) == 3
+    assert len(relay.gate) == len(relay._turned_away) == 3
 
 
 def test_comparisons_that_one_peer_begins_are_counted(relay: TapeRelay) -> None:
-    answers = [relay.may_compare("peer", NOW_NS) for _ in range(ANSWERED_BURST + 1)]
+    answers = [relay.gate.may_compare("peer", NOW_NS) for _ in range(ANSWERED_BURST + 1)]
     assert answers == [True] * ANSWERED_BURST + [False]
-    assert relay.may_compare("another", NOW_NS)
+    assert relay.gate.may_compare("another", NOW_NS)
 
 
 # Comparing

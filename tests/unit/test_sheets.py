@@ -56,8 +56,8 @@ def streams() -> tuple[MemoryStream, MemoryStream]:
 
 async def compare(left: SheetService, right: SheetService, far_end: Stream) -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(left.compare, "right")
-        nursery.start_soon(right.answer, far_end)
+        nursery.start_soon(left.comparisons.compare, "right")
+        nursery.start_soon(right.comparisons.answer, far_end)
 
 
 async def test_books_of_several_pages_become_the_same(
@@ -91,7 +91,7 @@ async def test_listings_without_end_are_a_fault(
                 await theirs.send(page)
 
         with pytest.raises(ProtocolError, match="too many"):
-            await left.compare("right")
+            await left.comparisons.compare("right")
     assert left.relay.score("right", NOW_NS) == MAX_FAULTS - 1
 
 
@@ -108,7 +108,7 @@ async def test_what_nobody_asked_for_is_a_fault(streams: tuple[MemoryStream, Mem
             await theirs.send(encode(Parcel((party(1).sheet().sealed.wire,), (), last=True)))
 
         with pytest.raises(ProtocolError, match="nobody asked"):
-            await left.compare("right")
+            await left.comparisons.compare("right")
     assert len(left.book) == 0
 
 
@@ -120,9 +120,9 @@ async def test_who_brings_too_many_strangers_is_not_heard_to_the_end(
     for number in range(30):
         right.book.apply(party(number).sheet(ask()), NOW_NS)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(survive, right.answer, streams[1])
+        nursery.start_soon(survive, right.comparisons.answer, streams[1])
         with pytest.raises(ProviderError, match="room"):
-            await left.compare("right")
+            await left.comparisons.compare("right")
     assert len(left.book) == 3
     assert left.relay.score("right", NOW_NS) == MAX_FAULTS, "that is nobody's fault"
 
@@ -131,10 +131,10 @@ async def test_one_peer_begins_a_bounded_number_of_comparisons(
     streams: tuple[MemoryStream, MemoryStream],
 ) -> None:
     left = service("left", streams[0])
-    begun = [left.relay.may_compare("right", NOW_NS) for _ in range(ANSWERED_BURST + 1)]
+    begun = [left.relay.gate.may_compare("right", NOW_NS) for _ in range(ANSWERED_BURST + 1)]
     assert begun == [True] * ANSWERED_BURST + [False]
     with pytest.raises(ProviderError, match="too many"):
-        await left.answer(streams[0])
+        await left.comparisons.answer(streams[0])
 
 
 async def test_a_restarted_node_goes_on_with_higher_numbers(
