@@ -15,6 +15,7 @@ from p2pflop.market.evidence import (
     MAX_CLASSES,
     MAX_LOOKS,
     MAX_SHEETS,
+    Again,
     Attempt,
     Avoided,
     Evidence,
@@ -83,7 +84,7 @@ class _Looked:
     attested: bytes = b""
     wanted: tuple[Wanted, ...] = ()
     avoided: tuple[Avoided, ...] = ()
-    session: tuple[Wanted, ...] = ()
+    session: tuple[Again, ...] = ()
     tried: list[_Tried] = field(default_factory=list)
 
 
@@ -95,7 +96,7 @@ def keep_look(
     *,
     continues: bool,
     wanted: Wanted | None = None,
-    session: Wanted | None = None,
+    session: Again | None = None,
 ) -> None:
     """Add a look to the rows of its run: the sheets of a large book as far as the best go.
 
@@ -148,7 +149,7 @@ def evidence_of(
         elif row.kind == AVOIDED_ROW and looks:
             looks[-1].avoided = msgspec.msgpack.decode(row.body, type=tuple[Avoided, ...])
         elif row.kind == SESSION_ROW and looks:
-            looks[-1].session = (decode(Wanted, row.body),)
+            looks[-1].session = (decode(Again, row.body),)
         elif looks:
             _take(row, looks)
     return Evidence(
@@ -194,6 +195,9 @@ def _take(row: Row, looks: Sequence[_Looked]) -> None:
         attempt = decode(Attempt, row.body)
         looks[-1].tried.append(_Tried(attempt.bid, attempt.fill, attempt.reject, attempt.reason))
     last = next((looked.tried[-1] for looked in reversed(looks) if looked.tried), None)
+    if row.kind == ATTEMPT_ROW:
+        attempt = decode(Attempt, row.body)
+        looks[-1].tried.append(_Tried(attempt.bid, attempt.fill, attempt.reject, attempt.reason))
     if row.kind == LOST_ROW and last is not None:
         last.reason = last.reason or row.body.decode()
     if row.kind == REJECT_ROW and last is not None:

@@ -152,6 +152,11 @@ class Session:
         return self._gone
 
     @property
+    def left_nusd(self) -> int:
+        """What it may still cost."""
+        return self.wish.cap_nusd - self.spent_nusd
+
+    @property
     def spent_nusd(self) -> int:
         """What is owed for it so far."""
         return self.totals.cost_nusd + (0 if self.lease is None else self.lease.owed_nusd)
@@ -169,12 +174,9 @@ class Session:
                     nursery.cancel_scope.cancel()
             except* P2PFlopError as group:
                 failure = first_error(group)
-            if self.is_cancelled:
-                failure = None
-            failure = self._stopped or failure
-            self._say_last(failure)
+            self._say_last(self._stopped or failure)
             self.outbox.close()
-            await self.story.end(failure)
+            await self.story.end(self._stopped or failure)
             telling.cancel_scope.deadline = trio.current_time() + FAREWELL_S
         await self._buyer.forget(self, self.log.snapshot.ours())
 
@@ -199,10 +201,8 @@ class Session:
     async def _heed_cancel(self) -> None:
         """Its user has had enough of it: what was obeyed is paid, and that is all."""
         await self.story.run.cancel_requested.wait()
-        self.is_cancelled = self._gone = self._closing = True
-        self._wake()
-        await trio.sleep(FAREWELL_S)
-        raise ProviderError(CANCELLED)
+        self.is_cancelled = True
+        self.stop(ProviderError(CANCELLED, hint="Start the script again."))
 
     async def _take(self, batch: Batch) -> None:
         if batch.first != self.table.count:
@@ -240,8 +240,6 @@ class Session:
             self._wake()
 
     def _say_last(self, failure: P2PFlopError | None) -> None:
-        if self.is_cancelled:
-            self.outbox.put(Failed(NOBODY, False, CANCELLED, "Start the script again."))
         if failure is not None:
             number = failure.number if isinstance(failure, CommandFault) else NOBODY
             is_job = isinstance(failure, JobError | CommandFault)

@@ -18,11 +18,11 @@ from p2pflop.job.meter import MAX_LINE_VALUE
 from p2pflop.units import MIB
 
 MAX_OUTBOX_BYTES: Final = 8 * MIB
+FRAME_BYTES: Final = 64
+"""What a frame counts beside the data in it."""
 UNREAD_S: Final = 10.0
 """A script that reads nothing for so long while there is much to read has been stopped; whoever
 brings more is not to wait for it."""
-FRAME_BYTES: Final = 64
-"""What a frame counts beside the data in it."""
 MAX_KERNELS: Final = 2**32 - 1
 
 

@@ -37,12 +37,7 @@ from p2pflop.keys import peer_id
 from p2pflop.market.fills import SUPERSEDED
 from p2pflop.market.ranking import Deal, Miss, MissReason, Need, Policy
 from p2pflop.market.records import Ask, Bid, Terms, session_prices
-from p2pflop.market.sessions import (
-    expected_nusd,
-    lowering_counted,
-    make_session_bid,
-    rank_session,
-)
+from p2pflop.market.sessions import expected_nusd, make_session_bid, rank_session
 from p2pflop.market.views import BookView
 from p2pflop.node.buy import ANY_CLASS, Buyer
 from p2pflop.node.execute import WORKER_BASE_BYTES
@@ -62,7 +57,7 @@ from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
 from p2pflop.node.session_purchase import RemoteLease, open_lease
 from p2pflop.node.session_script import ScriptLine
 from p2pflop.node.session_state import SESSION_BUYER, lease_state
-from p2pflop.node.session_story import run_id
+from p2pflop.node.session_story import SessionLook, run_id
 from p2pflop.node.worker_types import Workers
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed
@@ -227,31 +222,28 @@ class SessionBuyer:
         classes: frozenset[bytes],
         tried: frozenset[bytes] = frozenset(),
         shown: Mapping[bytes, int] = NONE_SHOWN,
+        reason: str = "",
     ) -> RemoteLease | _NoLease:
         """Bid to one provider after the other, best first; why there is no lease, if so. Raises
         StoreError.
 
-        Of the nodes that were ``tried`` none is asked again, but once each that showed a newer
-        sheet and is no dearer by it than the deal that it refused (``shown``).
+        Of the nodes that were ``tried``, the last of which refused for ``reason``, none is asked
+        again, but once each that showed a newer sheet and is no dearer by it than the deal that it
+        refused (``shown``).
         """
-        again = lowering_counted(session.again())
-        left_nusd = session.wish.cap_nusd - session.spent_nusd
-        terms = self._terms(session, again.moved_bytes)
-        ranking = self._look(session, classes, again, terms, left_nusd)
+        again, left_nusd = session.again(), session.left_nusd
+        ranking = self._look(session, classes, again, left_nusd)
         why = None if ranking.deals else no_lease(ranking.ranked, session.wish, left_nusd)
-        told, continues = "" if why is None else why.message, bool(tried or shown)
-        await session.story.looked(
-            ranking, classes, again, terms, left_nusd, told, continues=continues
-        )
+        look = SessionLook(ranking, classes, again, self._terms(session), left_nusd)
+        await session.story.looked(look, "" if why is None else why.message, continues=bool(shown))
         if why is not None:
             is_final = any(miss.reason is MissReason.BUDGET for miss in ranking.misses)
             return _NoLease(why, is_final)
-        reason = ""
         for deal in ranking.deals:
             dearer = deal.total_nusd > shown.get(deal.node, deal.total_nusd)
             if deal.node in tried or dearer:
                 continue
-            bid = self._bid(session, ranking, deal, self._quote(session, deal.ask, left_nusd))
+            bid = self._bid(session, ranking, deal, self._quote(session, deal.ask, again))
             reject = None
             try:
                 more = partial(self._more, session, deal)
@@ -266,24 +258,20 @@ class SessionBuyer:
                     return answer
                 reject, reason = answer, printable(answer.record.reason)
             await session.story.refused(bid, reject, reason)
-            if reject is not None and reject.record.reason == SUPERSEDED and deal.node not in shown:
+            if reason == SUPERSEDED and deal.node not in shown:
                 newer = {**shown, deal.node: deal.total_nusd}
-                return await self._try_all(session, classes, tried, newer)
+                return await self._try_all(session, classes, tried, newer, reason)
             tried |= {deal.node}
         return _NoLease(refused_everywhere(reason, session.wish))
 
     def _look(
-        self,
-        session: Session,
-        classes: frozenset[bytes],
-        again: Mark,
-        terms: Terms,
-        left_nusd: int,
+        self, session: Session, classes: frozenset[bytes], again: Mark, left_nusd: int
     ) -> Ranking:
         """One look at the book, for what is to be done ``again`` and more."""
         admits = self.base.franchise.admits
 
         def ranked(view: BookView, nonce: bytes, policy: Policy) -> list[Deal | Miss]:
+            terms = self._terms(session)
             need = Need(
                 class_ids=classes or frozenset(view.by_price),
                 flop=again.flop,
@@ -294,31 +282,30 @@ class SessionBuyer:
                 max_nusd=left_nusd,
                 nonce=nonce,
             )
-            return rank_session(view.sheets, need, policy, view.at_ns, admits)
+            return rank_session(view.sheets, need, again, policy, view.at_ns, admits)
 
         return self.base.look(ranked, excluded=tuple(session.faulted))
 
-    def _quote(self, session: Session, ask: Ask, left_nusd: int) -> int:
+    def _quote(self, session: Session, ask: Ask, again: Mark) -> int:
         """What the next lease may bill on ``ask``."""
-        memory_bytes = session.wish.memory_bytes + WORKER_BASE_BYTES
-        needed_nusd = expected_nusd(ask, memory_bytes, session.again())
-        return min(left_nusd, max(SLICE_NUSD, session.spent_nusd, AHEAD * needed_nusd))
+        needed_nusd = expected_nusd(ask, self._terms(session).memory_bytes, again)
+        return min(session.left_nusd, max(SLICE_NUSD, session.spent_nusd, AHEAD * needed_nusd))
 
     def _more(self, session: Session, deal: Deal, bid: Bid) -> int:
         """What a lease on ``deal`` may come to in place of its quote, unless another provider is
         cheaper by now."""
         left_nusd = session.wish.cap_nusd - session.totals.cost_nusd
-        classes, terms = frozenset({session.class_id}), self._terms(session, 0)
-        again = self._look(session, classes, Mark(), terms, left_nusd).deals
+        again = self._look(session, frozenset({session.class_id}), Mark(), left_nusd).deals
         best_nusd = min((each.total_nusd for each in again), default=deal.total_nusd)
         if best_nusd < deal.total_nusd - deal.ask.setup_nusd:
             return 0
         return min(left_nusd, AHEAD * bid.quote_nusd)
 
-    def _terms(self, session: Session, moved_bytes: int) -> Terms:
+    def _terms(self, session: Session) -> Terms:
+        memory_bytes = session.wish.memory_bytes
         return Terms(
-            memory_bytes=session.wish.memory_bytes + WORKER_BASE_BYTES,
-            moved_bytes=moved_bytes,
+            memory_bytes=memory_bytes + WORKER_BASE_BYTES,
+            moved_bytes=memory_bytes,
             checkpoint_steps=0,
             deadline_ns=self.base.now_ns() + LEASE_S * NS_PER_S,
         )
@@ -330,7 +317,7 @@ class SessionBuyer:
             deal,
             session_id=session.id,
             meter_id=METER_ID,
-            terms=self._terms(session, session.wish.memory_bytes),
+            terms=self._terms(session),
             quote_nusd=quote_nusd,
             nonce=looked.nonce,
             now_ns=now_ns,

@@ -7,13 +7,14 @@ with the bids that followed, so that anybody can rank them again (``market.evide
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from p2pflop.errors import P2PFlopError, StoreError
 from p2pflop.job.session import Mark
 from p2pflop.keys import peer_id
-from p2pflop.market.evidence import MAX_LOOKS, Attempt, Wanted
-from p2pflop.market.records import Bid, CostLine, Fill, Receipt, Reject, Terms
+from p2pflop.market.evidence import MAX_LOOKS, Again, Attempt
+from p2pflop.market.records import Bid, Fill, Receipt, Reject, Terms
 from p2pflop.node.evidence import ATTEMPT_ROW, LOOK_ROWS, LOST_ROW, MAX_REASON_CHARS, keep_look
 from p2pflop.node.journal import SESSION
 from p2pflop.node.orders import Ranking
@@ -26,6 +27,17 @@ if TYPE_CHECKING:
     from p2pflop.node.session_buying import Session
 
 MAX_TITLE_CHARS: Final = 80
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLook:
+    """One look at the book: for what is to be done again, for ``left_nusd`` at most."""
+
+    ranking: Ranking
+    classes: frozenset[bytes]
+    again: Mark
+    terms: Terms
+    left_nusd: int
 
 
 class SessionStory:
@@ -69,19 +81,10 @@ class SessionStory:
         if self.run.card["state"] != state:
             await self._runs.emit(self.run, "state", state=state)
 
-    async def looked(
-        self,
-        ranking: Ranking,
-        classes: frozenset[bytes],
-        again: Mark,
-        terms: Terms,
-        left_nusd: int,
-        why: str,
-        *,
-        continues: bool = False,
-    ) -> None:
+    async def looked(self, look: SessionLook, why: str, *, continues: bool) -> None:
         """A look at the book. ``why`` there is no deal, if so: it is kept once, however often the
-        session looks again meanwhile. Raises StoreError."""
+        session looks again meanwhile. ``continues``: who was asked after the one before is not
+        asked again. Raises StoreError."""
         if why and why == self._last_why:
             return
         self._last_why = why
@@ -90,9 +93,24 @@ class SessionStory:
             self.run.rows.forget(*LOOK_ROWS)
             await self.run.rows.flush()
         self._looks += 1
-        first = CostLine(self._session.id, again.flop, again.touched_bytes, 1)
-        wanted = Wanted(ranking.nonce, (first,), terms)
-        keep_look(self.run.rows, ranking, classes, left_nusd, continues=continues, session=wanted)
+        again = look.again
+        session = Again(
+            look.ranking.nonce,
+            again.flop,
+            again.touched_bytes,
+            again.moved_bytes,
+            again.lowered_nodes,
+            again.held_seconds,
+            look.terms,
+        )
+        keep_look(
+            self.run.rows,
+            look.ranking,
+            look.classes,
+            look.left_nusd,
+            continues=continues,
+            session=session,
+        )
 
     async def refused(self, bid: Sealed[Bid], reject: Sealed[Reject] | None, reason: str) -> None:
         """Nothing came of a bid."""
@@ -137,7 +155,7 @@ class SessionStory:
     async def end(self, failure: P2PFlopError | None) -> None:
         """The script is done, or ``failure`` has ended it. Never raises."""
         card = self.refresh()
-        if failure is not None:
+        if failure is not None and not self._session.is_cancelled:
             await self._runs.fail(self.run, failure)
             return
         names = ("cost_nusd", "flop", "moved_bytes", "busy_ns")

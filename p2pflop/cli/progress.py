@@ -186,7 +186,7 @@ class RunView:
     def _on_state(self, event: Mapping[str, Any]) -> None:
         if event["state"] == State.CHECKING:
             self._say("so they say: trying the job out here, up to the next checkpoint")
-        elif event["state"] == "idle":  # of a session
+        elif event["state"] == sessions.IDLE:
             self._say("idle: the lease is given back until the script goes on")
 
     def _on_fetching(self, event: Mapping[str, Any]) -> None:

@@ -4,10 +4,13 @@ steps that are known beforehand."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from p2pflop.cli.output import clean, local_time, short
 from p2pflop.units import format_bytes, format_duration, format_flop, format_usd
+
+IDLE: Final = "idle"
+"""The state of one whose lease is given back for a while."""
 
 
 def is_session(card: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from typing import Annotated, ClassVar, Final, Literal
 import msgspec
 
 from p2pflop.errors import ProtocolError, VerificationError
+from p2pflop.job.session import Mark
 from p2pflop.market.book import IsAttested
 from p2pflop.market.fills import SUPERSEDED
 from p2pflop.market.ranking import (
@@ -78,6 +79,18 @@ class Wanted(Record, frozen=True):
     terms: Terms
 
 
+class Again(Record, frozen=True):
+    """What a session has to do again on its next lease, before it can go on (``session.Mark``)."""
+
+    nonce: Nonce
+    flop: U63
+    touched_bytes: U63
+    moved_bytes: U63
+    lowered_nodes: U63
+    held_seconds: U63
+    terms: Terms
+
+
 class Avoided(Record, frozen=True):
     """An account that the policy excludes until then, because it failed so often in a row."""
 
@@ -92,7 +105,7 @@ class Look(Record, frozen=True):
     ``continues``: who was asked after the look before is not asked again, unless it showed a newer
     sheet with its refusal. ``attested``: the accounts among these that the buyer held to be so, if
     its policy is to deal with no others. ``wanted``: of a look that led to no bid, nothing or one.
-    ``avoided`` is the buyer's own word. ``session``: of a look for a lease of a session, what had
+    ``avoided`` is the buyer's own word. ``session``: of a look for a lease of a session, what has
     to be done again first, for ``max_nusd`` at most; asks are ranked by ``sessions.rank_session``.
     """
 
@@ -107,7 +120,7 @@ class Look(Record, frozen=True):
     attempts: Annotated[tuple[Attempt, ...], msgspec.Meta(max_length=MAX_ATTEMPTS)]
     wanted: Annotated[tuple[Wanted, ...], msgspec.Meta(max_length=1)] = ()
     avoided: Annotated[tuple[Avoided, ...], msgspec.Meta(max_length=MAX_POLICY_ACCOUNTS)] = ()
-    session: Annotated[tuple[Wanted, ...], msgspec.Meta(max_length=1)] = ()
+    session: Annotated[tuple[Again, ...], msgspec.Meta(max_length=1)] = ()
 
 
 class Evidence(Record, frozen=True):
@@ -197,7 +210,8 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
     opened = [_open_attempt(attempt, network) for attempt in look.attempts]
     quoted = _quoted(view, [bid for bid in opened if bid is not None], network)
     first: list[Deal | Miss] = []
-    for wanted in look.wanted or look.session:
+    unbid: list[Wanted | Again] = [*look.wanted, *look.session]
+    for wanted in unbid:
         first = _rank(look, view, wanted, is_attested)
     bids: list[Replayed] = []
     for number, (attempt, bid) in enumerate(zip(look.attempts, opened, strict=True)):
@@ -267,26 +281,35 @@ def _is_bait(attempt: Attempt, ask: Ask, bid: Bid, network: str) -> bool:
 def _rank(
     look: Look,
     view: BookView,
-    bid: Bid | Wanted,
+    bid: Bid | Wanted | Again,
     is_attested: IsAttested,
     quoted: Sequence[Quoted] = (),
 ) -> list[Deal | Miss]:
-    if look.session:
-        need = _need(look, view, bid, look.session[0])
-        return rank_session(view.sheets, need, look.policy, look.at_ns, is_attested)
-    need = _need(look, view, bid, bid)
+    """The book for what ``bid`` says, and a session's for what it has to do again."""
+    for again in look.session:
+        mark = Mark(
+            count=1,
+            flop=again.flop,
+            touched_bytes=again.touched_bytes,
+            moved_bytes=again.moved_bytes,
+            lowered_nodes=again.lowered_nodes,
+            held_seconds=again.held_seconds,
+        )
+        need = _need(look, view, bid, (mark.flop, mark.touched_bytes))
+        return rank_session(view.sheets, need, mark, look.policy, look.at_ns, is_attested)
+    costs = () if isinstance(bid, Again) else bid.costs
+    need = _need(look, view, bid, sum_costs(costs))
     return rank(view.sheets, need, look.policy, look.at_ns, is_attested, quoted)
 
 
-def _need(look: Look, view: BookView, bid: Bid | Wanted, work: Bid | Wanted) -> Need:
-    """What ``bid`` is for, where ``work`` is to be done."""
-    flop, touched_bytes = sum_costs(work.costs)
+def _need(look: Look, view: BookView, bid: Bid | Wanted | Again, work: tuple[int, int]) -> Need:
+    """``work`` is in FLOP and touched bytes."""
     every = {ask.class_id for sheet in view.sheets for ask in sheet.sheet.asks}
     return Need(
         class_ids=frozenset(look.class_ids or every),
-        flop=flop,
-        touched_bytes=touched_bytes,
-        moved_bytes=work.terms.moved_bytes,
+        flop=work[0],
+        touched_bytes=work[1],
+        moved_bytes=bid.terms.moved_bytes,
         memory_bytes=bid.terms.memory_bytes,
         deadline_ns=bid.terms.deadline_ns,
         max_nusd=look.max_nusd,

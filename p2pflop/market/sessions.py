@@ -84,15 +84,15 @@ FIRST_HELD_SECONDS: Final = 5
 def rank_session(
     sheets: Iterable[OpenSheet],
     need: Need,
+    again: Mark,
     policy: Policy,
     now_ns: int,
     is_attested: IsAttested = nobody,
 ) -> list[Deal | Miss]:
     """Every ask for a lease of a session: deals by what a nominal session costs, then the others.
 
-    ``need`` is what has to be done again before the session can go on, its lowering counted as
-    FLOP; an ask that asks more than
-    ``max_nusd`` for it is over the budget.
+    An ask on which what has to be done ``again``, before the session can go on, costs more than the
+    need's ``max_nusd`` is over the budget.
     """
     nominal = replace(
         need,
@@ -101,11 +101,10 @@ def rank_session(
         moved_bytes=NOMINAL_MOVED_BYTES,
         max_nusd=MAX_NUSD,
     )
-    due = Mark(flop=need.flop, touched_bytes=need.touched_bytes, moved_bytes=need.moved_bytes)
     within: list[Deal | Miss] = []
     over: list[Deal | Miss] = []
     for entry in rank(sheets, nominal, policy, now_ns, is_attested):
-        due_nusd = expected_nusd(entry.ask, need.memory_bytes, due)
+        due_nusd = expected_nusd(entry.ask, need.memory_bytes, again)
         if isinstance(entry, Deal) and due_nusd > need.max_nusd:
             over.append(Miss(entry.sheet, entry.ask, MissReason.BUDGET, due_nusd, need))
         else:
@@ -219,12 +218,6 @@ def expected_nusd(ask: Ask, memory_bytes: int, mark: Mark) -> int:
     work = max(mark.flop, ask.flop_per_byte * mark.touched_bytes)
     work += _aside_flop(ask.flop_per_byte, memory_bytes, mark)
     return total_nusd(ask, work, 0, mark.moved_bytes)
-
-
-def lowering_counted(mark: Mark) -> Mark:
-    """``mark`` with what its graphs count for being lowered among its FLOP."""
-    flop = mark.flop + LOWERING_FLOP_PER_NODE * mark.lowered_nodes
-    return replace(mark, flop=flop, lowered_nodes=0)
 
 
 def full_nusd(bid: Bid, mark: Mark) -> int:
