@@ -191,9 +191,6 @@ def _take(row: Row, looks: Sequence[_Looked]) -> None:
 
     Why the last one came to nothing is told with what follows, which may be in another look.
     """
-    if row.kind == ATTEMPT_ROW and looks:
-        attempt = decode(Attempt, row.body)
-        looks[-1].tried.append(_Tried(attempt.bid, attempt.fill, attempt.reject, attempt.reason))
     last = next((looked.tried[-1] for looked in reversed(looks) if looked.tried), None)
     if row.kind == ATTEMPT_ROW:
         attempt = decode(Attempt, row.body)
