@@ -286,3 +286,30 @@ async def test_a_lease_is_not_to_be_had_for_less_than_its_first_seconds(
     await market.settle_down()
     market.check()
     assert market.debts(buyer, provider)[0] >= 4 * FIRST_S * NUSD_PER_S
+
+
+async def test_fresh_accounts_that_pay_for_nothing_hold_a_slot_for_the_pool_at_most(
+    market: Market, autojump_clock: object
+) -> None:
+    limit_nusd, pool_nusd = int(20 * NUSD_PER_S), int(60 * NUSD_PER_S)
+    provider = await market.provider(price_nusd=FLOP_PRICE_NUSD, credit_nusd=pool_nusd)
+    held = 0
+    while True:
+        buyer, script = await market.buyer(f"fresh-{held}"), Script()
+        buyer.tamper_heard = tampered(only(Stood, lambda _: []))
+        buyer.tamper_sent = tampered(only(m.Countersigned, lambda _: []))
+        await begin(buyer, script, cap_nusd=limit_nusd)
+        if script.of(Failed):
+            break
+        held += 1
+        script.give(beginning())
+        await trickle(script, int(UNPAID_S))
+        script.leave()
+        await trio.sleep(5)
+        assert provider.seller.busy == 0
+    [failed] = script.of(Failed)
+    assert isinstance(failed, Failed)
+    assert "credit" in failed.text
+    shown_nusd = sum(provider.seller.allocator._pending(provider.seller.now_ns()).values())
+    assert held > 2
+    assert held * FIRST_S * NUSD_PER_S <= shown_nusd <= pool_nusd
