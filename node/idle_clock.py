@@ -11,6 +11,7 @@ import trio
 class IdleClock:
     """Counts from when it is made. What ``begin`` begins, ``end`` ends; several may be at work."""
 
+    begun_at: float = field(default_factory=trio.current_time)
     _at_work: int = 0
     _counted_s: float = 0.0
     _since: float = field(default_factory=trio.current_time)
@@ -21,6 +22,11 @@ class IdleClock:
         if self._at_work:
             return self._counted_s
         return self._counted_s + trio.current_time() - self._since
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds so far in which something was."""
+        return trio.current_time() - self.begun_at - self.idle_s
 
     def begin(self) -> None:
         """Something is at work from now on."""

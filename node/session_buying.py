@@ -57,6 +57,7 @@ from p2pflop.node.session_purchase import RemoteLease
 from p2pflop.node.session_script import Outbox, ScriptLine
 from p2pflop.node.session_snapshots import Keeper
 from p2pflop.node.session_story import SessionStory
+from p2pflop.node.session_work import PLACES_AT_ONCE
 from p2pflop.wire import encode
 
 if TYPE_CHECKING:
@@ -215,8 +216,13 @@ class Session:
             or sum(self._waiting_bytes.values()) > WINDOW_SLACK * WINDOW_BYTES
         ):
             raise ProtocolError("the script sends more than the window lets through")
+        places = 0
         for command in batch.commands:
             graph = None
+            places += self.table.places(command)
+            if places > PLACES_AT_ONCE:
+                places = 0
+                await trio.lowlevel.checkpoint()
             if isinstance(command, Hold):
                 raise ProtocolError("a script does not pay for the time that its lease stands")
             if isinstance(command, Define):

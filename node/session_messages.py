@@ -68,8 +68,8 @@ class Leaving(Record, frozen=True, tag=16):
 
 
 class Stood(Record, frozen=True, tag=18):
-    """So many seconds of the lease, in all, the provider had nothing to compute or to lower: those
-    that every lease pays for left out."""
+    """So many seconds of the lease, in all, the provider had nothing to compute or to lower, or
+    what counts next to nothing: those that every lease pays for left out."""
 
     seconds: U32
 

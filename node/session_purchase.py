@@ -26,7 +26,12 @@ from p2pflop.keys import peer_id
 from p2pflop.market.fills import check_fill, check_reject, make_confirm
 from p2pflop.market.receipts import countersign
 from p2pflop.market.records import Bid, Fill, Receipt, Reject, Rejected
-from p2pflop.market.sessions import FIRST_HELD_SECONDS, check_session_receipt, full_nusd
+from p2pflop.market.sessions import (
+    FIRST_HELD_SECONDS,
+    check_session_receipt,
+    full_nusd,
+    worked_s,
+)
 from p2pflop.node import messages as m
 from p2pflop.node.guard import survive
 from p2pflop.node.journal import Head, JobRows, Letter
@@ -236,7 +241,9 @@ class RemoteLease:
 
     def _stand(self, seconds: int) -> None:
         """The provider had nothing to do for so long, if that can be. Raises ProtocolError."""
-        idle_s = trio.current_time() - self._begun_at - self.outstanding.busy_ns / NS_PER_S
+        busy_s = self.outstanding.busy_ns / NS_PER_S
+        paid_s = min(busy_s, worked_s(self._terms, self.outstanding.obeyed))
+        idle_s = trio.current_time() - self._begun_at - paid_s
         if FIRST_HELD_SECONDS + seconds > idle_s + STOOD_SLACK_S:
             raise ProtocolError(f"the lease cannot have stood for {seconds} s", peer=self.peer)
         self._stood_seconds = max(seconds, self._stood_seconds)

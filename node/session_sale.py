@@ -37,7 +37,13 @@ from p2pflop.job.session import Mark, OpenGraph
 from p2pflop.market.fills import OpenBid, check_confirm, make_fill
 from p2pflop.market.receipts import check_countersigned
 from p2pflop.market.records import Bid, Fill, Receipt, Rejected
-from p2pflop.market.sessions import FIRST_HELD_SECONDS, due_receipt, full_nusd, metered_nusd
+from p2pflop.market.sessions import (
+    FIRST_HELD_SECONDS,
+    due_receipt,
+    full_nusd,
+    metered_nusd,
+    worked_s,
+)
 from p2pflop.node import messages as m
 from p2pflop.node.execute import (
     HOUR_NS,
@@ -319,7 +325,7 @@ class SessionSale:
         table = self.work.table
         while self._end is None:
             await trio.sleep(LOOK_S)
-            seconds = int(self.work.idle.idle_s) - FIRST_HELD_SECONDS
+            seconds = int(self._stood_s()) - FIRST_HELD_SECONDS
             if seconds - table.held_seconds < STOOD_S:
                 continue
             await self._talk.say(Stood(seconds))
@@ -329,6 +335,11 @@ class SessionSale:
             if waiting.cancelled_caught:
                 self._unheld_seconds = seconds - table.held_seconds
                 self._finish(_End(f"{seconds} s in which it stood are not paid"))
+
+    def _stood_s(self) -> float:
+        """How long there was nothing to do, or what was done counted next to nothing."""
+        idle = self.work.idle
+        return idle.idle_s + max(0.0, idle.busy_s - worked_s(self._terms, self.work.fed))
 
     def _finish(self, end: _End) -> None:
         if self._end is None:

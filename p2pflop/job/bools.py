@@ -7,6 +7,7 @@ as bools is looked at before it runs, once after whatever else could have change
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from p2pflop.errors import JobError
@@ -34,6 +35,10 @@ class BoolPlaces:
     def __init__(self) -> None:
         self._known: dict[int, set[tuple[int, int]]] = {}
 
+    def __bool__(self) -> bool:
+        """Whether any place is known."""
+        return bool(self._known)
+
     def due(self, binding: Binding) -> tuple[Check, ...]:
         """What is to be looked at before a run of ``binding``."""
         graph = binding.graph
@@ -47,10 +52,10 @@ class BoolPlaces:
             if is_bool and size_bytes and (at, size_bytes) not in self._known.get(buffer, ())
         )
 
-    def ran(self, binding: Binding) -> None:
-        """``binding`` ran, after what was due."""
+    def ran(self, binding: Binding, due: Sequence[Check]) -> None:
+        """``binding`` ran, after what was ``due``."""
         graph = binding.graph
-        for check in self.due(binding):
+        for check in due:
             known = self._known.setdefault(check.buffer, set())
             if len(known) >= MAX_KNOWN_PLACES:
                 known.clear()

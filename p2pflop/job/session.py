@@ -320,8 +320,10 @@ class SessionTable:
         cost = binding.graph.cost_of(values)
         self.flop += cost.flop
         self.touched_bytes += cost.touched_bytes
-        self.touched_bytes += sum(check.size_bytes for check in self._bools.due(binding))
-        self._bools.ran(binding)
+        if binding.graph.has_bools or self._bools:
+            due = self._bools.due(binding)
+            self.touched_bytes += sum(check.size_bytes for check in due)
+            self._bools.ran(binding, due)
         for (buffer, _), written in zip(binding.places, binding.graph.written, strict=True):
             if written:
                 self.changed[buffer] = self.count

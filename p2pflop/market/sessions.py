@@ -17,7 +17,8 @@ amount is what they add up to by the ask's prices, as in a quote, from the first
 
 So who has graphs lowered and runs none, or has the memory stand idle, pays for that: what the bid
 reserves counts as touched once a second, in the first five seconds of each lease whatever it does,
-later for as long as Holds say.
+later for as long as Holds say: while the worker waits for commands, and while what it computes
+counts next to nothing, see ``worked_s``.
 
 The closing receipt, which names the chain as its result, is made out where the buyer's own will
 ends the lease. A provider that leaves has what was countersigned. Neither is ever above the quote.
@@ -30,6 +31,7 @@ from dataclasses import replace
 from typing import Final
 
 from p2pflop.errors import ProtocolError, VerificationError
+from p2pflop.job.patience import LEAST_WORK_PER_S
 from p2pflop.job.session import Mark
 from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey
@@ -77,6 +79,9 @@ the core does so many FLOP for others."""
 HELD_FLOP_PER_BYTE: Final = 1
 """What a reserved byte counts for each second in which the lease stands, where the ask has no price
 for touched bytes."""
+LEAST_FLOP_PER_S: Final = LEAST_WORK_PER_S
+"""A lease whose worker does not count so many FLOP while it computes stands as well: a graph that
+only copies counts none, where bytes have no price."""
 FIRST_HELD_SECONDS: Final = 5
 """What every lease is held for: a slot is not to be had for less."""
 
@@ -204,6 +209,15 @@ def metered_nusd(bid: Bid, mark: Mark) -> int:
     compute_nusd = -(-prices.price_nusd * flop // FLOP_PER_PFLOP)
     moved_nusd = -(-prices.byte_price_nusd * mark.moved_bytes // BYTES_PER_GB)
     return setup_nusd + compute_nusd + moved_nusd
+
+
+def worked_s(bid: Bid, mark: Mark) -> float:
+    """How many seconds of computing and lowering what ``mark`` adds up to pays for by itself, by
+    the prices that the bid names."""
+    prices = session_prices(bid)
+    flop_per_byte = 0 if prices is None else prices.flop_per_byte
+    flop = max(mark.flop, flop_per_byte * mark.touched_bytes)
+    return (flop + LOWERING_FLOP_PER_NODE * mark.lowered_nodes) / LEAST_FLOP_PER_S
 
 
 def _aside_flop(flop_per_byte: int, memory_bytes: int, mark: Mark) -> int:

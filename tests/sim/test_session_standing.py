@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import pytest
 import trio
+from msgspec.structs import replace
 
-from p2pflop.job.commands import Batch, Failed, Hold
+from p2pflop.job.commands import Batch, Failed, Hold, Ran
 from p2pflop.market import sessions
 from p2pflop.node import messages as m
 from p2pflop.node import session_buying, session_sale
 from p2pflop.node.execute import WORKER_BASE_BYTES
 from p2pflop.node.session_messages import SessionMessage, Stood
 from p2pflop.units import MIB
-from tests.session_scripts import Script, beginning, decoded, opening, steps
+from tests.session_scripts import FLOATS, Script, beginning, decoded, opening, steps
 from tests.sim.test_session_memory import SIZE, begin, reference
 from tests.sim.test_session_villains import only, tampered
 
@@ -62,8 +63,9 @@ async def test_who_runs_next_to_nothing_pays_for_the_memory_that_stands(
 
 
 async def test_a_lease_that_computes_pays_for_nothing_else(
-    market: Market, autojump_clock: object
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sessions, "LEAST_FLOP_PER_S", FLOATS)
     provider = await market.provider(price_nusd=FLOP_PRICE_NUSD)
     provider.workers.step_s = 0.4
     buyer, script = await market.buyer(), Script()
@@ -74,6 +76,43 @@ async def test_a_lease_that_computes_pays_for_nothing_else(
     await script.close()
     await market.settle_down()
     assert market.debts(buyer, provider)[0] < (FIRST_S + 2) * NUSD_PER_S
+
+
+async def test_a_lease_whose_runs_count_next_to_nothing_stands(
+    market: Market, autojump_clock: object
+) -> None:
+    provider = await market.provider(price_nusd=FLOP_PRICE_NUSD)
+    provider.workers.step_s = 0.4
+    buyer, script = await market.buyer(), Script()
+    await begin(buyer, script)
+    script.give(beginning())
+    for _ in range(10):
+        script.give(steps(10))
+    await script.obeyed()
+    await script.close()
+    assert len(script.leases) == 1
+    assert not script.notes, script.notes[0]
+    await market.settle_down()
+    market.check()
+    assert market.debts(buyer, provider)[0] > 34 * NUSD_PER_S
+
+
+async def test_a_provider_that_hides_its_work_is_paid_for_no_more_than_the_time(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "LEAST_FLOP_PER_S", FLOATS)
+    villain = await market.provider("villain", price_nusd=FLOP_PRICE_NUSD)
+    villain.workers.step_s = 0.4
+    buyer, script = await market.buyer(), Script()
+    await begin(buyer, script)
+    began_at = trio.current_time()
+    villain.tamper_answered_sent = tampered(only(Ran, lambda ran: [replace(ran, busy_ns=0)]))
+    script.give([*beginning(), *steps(50)])
+    await script.obeyed()
+    await script.close()
+    await market.settle_down()
+    seconds = trio.current_time() - began_at
+    assert market.debts(buyer, villain)[0] <= (FIRST_S + seconds) * NUSD_PER_S
 
 
 async def test_time_that_stood_at_a_provider_that_died_is_not_paid_again(
@@ -247,3 +286,30 @@ async def test_a_lease_is_not_to_be_had_for_less_than_its_first_seconds(
     await market.settle_down()
     market.check()
     assert market.debts(buyer, provider)[0] >= 4 * FIRST_S * NUSD_PER_S
+
+
+async def test_fresh_accounts_that_pay_for_nothing_hold_a_slot_for_the_pool_at_most(
+    market: Market, autojump_clock: object
+) -> None:
+    limit_nusd, pool_nusd = int(20 * NUSD_PER_S), int(60 * NUSD_PER_S)
+    provider = await market.provider(price_nusd=FLOP_PRICE_NUSD, credit_nusd=pool_nusd)
+    held = 0
+    while True:
+        buyer, script = await market.buyer(f"fresh-{held}"), Script()
+        buyer.tamper_heard = tampered(only(Stood, lambda _: []))
+        buyer.tamper_sent = tampered(only(m.Countersigned, lambda _: []))
+        await begin(buyer, script, cap_nusd=limit_nusd)
+        if script.of(Failed):
+            break
+        held += 1
+        script.give(beginning())
+        await trickle(script, int(UNPAID_S))
+        script.leave()
+        await trio.sleep(5)
+        assert provider.seller.busy == 0
+    [failed] = script.of(Failed)
+    assert isinstance(failed, Failed)
+    assert "credit" in failed.text
+    shown_nusd = sum(provider.seller.allocator._pending(provider.seller.now_ns()).values())
+    assert held > 2
+    assert held * FIRST_S * NUSD_PER_S <= shown_nusd <= pool_nusd

@@ -26,6 +26,7 @@ from p2pflop.market.samples import (
 )
 from p2pflop.market.sessions import (
     FIRST_HELD_SECONDS,
+    LEAST_FLOP_PER_S,
     LOWERING_FLOP_PER_NODE,
     MAX_LEASE_COMMANDS,
     check_session_bid,
@@ -34,6 +35,7 @@ from p2pflop.market.sessions import (
     expected_nusd,
     full_nusd,
     metered_nusd,
+    worked_s,
 )
 from p2pflop.wire import Sealed, seal
 
@@ -158,6 +160,16 @@ def test_what_is_expected_of_a_lease_is_what_it_comes_to(mark: Mark) -> None:
     made, _ = filled(10**9)
     expected = expected_nusd(DEAL.ask, 10**9, mark)
     assert expected == full_nusd(made.record, mark)
+
+
+def test_what_is_worked_pays_for_its_time_by_the_prices() -> None:
+    made, _ = filled()
+    mark = Mark(1, flop=10**9, touched_bytes=10**9)
+    assert worked_s(made.record, mark) == 2 * 10**9 / LEAST_FLOP_PER_S  # of a byte: two FLOP
+    nodes = replace_mark(Mark(1), lowered_nodes=4)
+    assert worked_s(made.record, nodes) == 4 * LOWERING_FLOP_PER_NODE / LEAST_FLOP_PER_S == 1
+    free = session_bid(BUYER, deals(SELLER.sheet(ask(**{**PRICES, "flop_per_byte": 0})))[0])
+    assert worked_s(free.record, Mark(1, touched_bytes=10**12)) == 0
 
 
 def test_receipts_are_cumulative_and_the_closing_one_is_the_last() -> None:
