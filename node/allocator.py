@@ -119,6 +119,10 @@ class Allocator:
         """This node says on an ask that it is so fast, or has been in a lease."""
         self.flop_per_s = max(self.flop_per_s, flop_per_s)
 
+    def note_settled(self, account: bytes) -> None:
+        """A job was bought and paid for: what lapsed before, say by a cancel, is forgiven."""
+        self._lapses.pop(account, None)
+
     def note_unpaid(self, unpaid: Unpaid) -> bool:
         """Work that was begun and never countersigned; whether that counts."""
         counts = unpaid.amount_nusd > 0 and unpaid.account != self.own_account

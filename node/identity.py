@@ -22,6 +22,7 @@ class Identity:
     node: PrivateKey
     network: str
     _delegation: bytes = b""
+    _from_ns: int = field(default=0)
     _renew_at_ns: int = field(default=0)
 
     @property
@@ -30,16 +31,16 @@ class Identity:
         return peer_id(self.node.public_key)
 
     def delegation(self, now_ns: int) -> bytes:
-        """An envelope that covers at least the next ``RENEW_NS``; of a box, what is left."""
+        """An envelope that covers at least the next ``RENEW_NS``; of a box, what is left.
+
+        ``now_ns`` may be a moment in the past, of something that is told late.
+        """
         if isinstance(self.account, Delegated):
             return self.account.wire
-        if now_ns >= self._renew_at_ns:
+        if not self._from_ns <= now_ns < self._renew_at_ns:
+            self._from_ns, self._renew_at_ns = now_ns - 2 * CLOCK_TOLERANCE_NS, now_ns + RENEW_NS
+            until_ns = now_ns + DELEGATION_NS
             self._delegation = make_delegation(
-                self.account,
-                self.node.public_key,
-                now_ns - 2 * CLOCK_TOLERANCE_NS,
-                now_ns + DELEGATION_NS,
-                self.network,
+                self.account, self.node.public_key, self._from_ns, until_ns, self.network
             )
-            self._renew_at_ns = now_ns + RENEW_NS
         return self._delegation

@@ -359,10 +359,12 @@ class Sale:
         self.rows.forget(*kinds)
         await self.write()
         if action.state is State.SETTLED and not self._had_ended:
+            self._seller.allocator.note_settled(self.account)
             self._seller.tell_trade(self)
         if not self.over and action.state is not State.SETTLED:
             self._finish_talk()  # what is signed is acknowledged first
-        _log.info("sale %s: %s %s", self.rows.head.job[:12], action.state, action.reason)
+        why = f": {action.reason}" if action.reason else ""
+        _log.info("sale %s: %s%s", self.rows.head.job[:12], action.state, why)
 
     async def _run_tasks(self) -> None:
         async for task in self._due:

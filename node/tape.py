@@ -103,16 +103,20 @@ class TapeService:
             return
         now_ns = self._now_ns()
         settled_ns = now_ns if at_ns is None else at_ns
-        trade = make_trade(
-            self._identity.node,
-            fill_id=fill_id,
-            class_id=class_id,
-            price_nusd=price_nusd,
-            flop=flop,
-            now_ns=settled_ns,
-            delegation=self._identity.delegation(settled_ns),
-            network=self._identity.network,
-        )
+        try:
+            trade = make_trade(
+                self._identity.node,
+                fill_id=fill_id,
+                class_id=class_id,
+                price_nusd=price_nusd,
+                flop=flop,
+                now_ns=settled_ns,
+                delegation=self._identity.delegation(settled_ns),
+                network=self._identity.network,
+            )
+        except ValueError as error:  # of a box whose delegation is newer than the sale, or ends
+            _log.info("a trade of this node is not told: %s", error)
+            return
         added = self.tape.add(trade, now_ns)
         if isinstance(added, Rejected):
             _log.debug("a trade of this node is not told: %s", added.reason)

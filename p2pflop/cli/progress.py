@@ -239,8 +239,12 @@ class RunView:
 def resubmitted_line(event: Mapping[str, Any]) -> str:
     """That a provider is lost, and where the run goes on."""
     reason, start = clean(event["reason"]), int(event["from_step"])
-    is_gone = reason.startswith(("the provider was lost", "the provider was silent"))
-    lost = f"provider {short(event['provider'])} {'vanished' if is_gone else 'failed'}"
+    did = "failed"
+    if reason.startswith(("the provider was lost", "the provider was silent")):
+        did = "vanished"
+    elif reason.startswith("the provider gave the lease back: pre-empted: "):
+        did = "left"
+    lost = f"provider {short(event['provider'])} {did}"
     goes_on = f"going on from step {start} at provider {short(event['next'])}"
     waits = f"waiting for an ask that fits, to go on from step {start}"
     return f"{lost} at step {int(event['step'])} ({reason}); {goes_on if event['next'] else waits}"

@@ -38,6 +38,7 @@ from p2pflop.market.tape_relay import (
 )
 from p2pflop.node import tape as tape_module
 from p2pflop.node.comparing import SILENCE_S
+from p2pflop.node.identity import Identity
 from p2pflop.node.market_view import countersigned
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, now_ns, sample_file
 from p2pflop.node.tape import MAX_EXCHANGES, TELL_S
@@ -194,6 +195,40 @@ async def test_a_trade_that_a_crash_lost_is_told_after_it_and_once(
         assert tape_of(provider) == tape_of(buyer) == [trade]
         assert trade.trade.price_nusd == PRICE_NUSD
         provider.kept_tape = Tape(bytes(32))  # the crash takes the file as well
+
+
+async def test_a_restart_in_the_next_hour_tells_what_was_lost_before_it(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new process delegates anew, and from then on: that does not cover the hour before."""
+    provider, buyer = await market.provider(), await market.buyer()
+    with monkeypatch.context() as patched:
+        patched.setattr(provider.tape, "settled", lambda **_: None)
+        await buy(market, buyer)
+    await provider.kill()
+    hour = hour_of(now_ns())
+    await trio.sleep(3600 + 120)
+    old = provider.identity
+    provider.identity = Identity(old.account, old.node, old.network)
+    provider.identity.delegation(now_ns())
+    await market.restart(provider)
+    [trade] = tape_of(provider)
+    assert trade.trade.hour == hour
+
+
+async def test_a_trade_that_no_delegation_covers_is_not_told_and_harms_nothing(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    late_ns = now_ns() + 2 * 3600 * NS_PER_S
+    late = make_delegation(
+        PrivateKey(bytes(32)), provider.identity.node.public_key, late_ns, 2 * late_ns, "main"
+    )
+    monkeypatch.setattr(Identity, "delegation", lambda *_: late)
+    provider.tape.settled(
+        fill_id=b"fill", class_id=CLASS_ID, price_nusd=10**6, flop=10**9, buyer=buyer.account
+    )
+    assert tape_of(provider) == []
 
 
 async def test_what_settled_before_the_hours_of_gossip_is_not_told_again(

@@ -129,6 +129,17 @@ def test_who_lets_fills_lapse_waits_longer_each_time() -> None:
     assert made.objection(open_bid(3, OWN.account.public_key), now_ns) == ""
 
 
+def test_a_settled_job_forgives_fills_that_lapsed() -> None:
+    """Whoever cancels much and buys much is no squatter."""
+    made, account = allocator(), content_hash(b"account 1")
+    for _ in range(12):
+        made.note_lapse(account, NOW_NS)
+    made.note_settled(account)
+    assert made.objection(open_bid(1), NOW_NS) == ""
+    made.note_lapse(account, NOW_NS)
+    assert made.objection(open_bid(1), NOW_NS + FIRST_LAPSE_NS) == ""
+
+
 def test_a_slot_is_given_once() -> None:
     made = allocator(slots=2)
     made.take(taken(1))

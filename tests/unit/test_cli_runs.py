@@ -100,6 +100,21 @@ def test_what_comes_round_after_round_is_told_once() -> None:
     assert shown([*rounds, ("ranked", dearer)]).count("PROVIDER") == 2
 
 
+@pytest.mark.parametrize(
+    ("reason", "did"),
+    [
+        ("the provider was lost: nobody answers", "vanished"),
+        ("the provider was silent for 30 s", "vanished"),
+        ("the provider gave the lease back: pre-empted: it is shutting down", "left"),
+        ("the provider gave the lease back: cost: too dear", "failed"),
+        ("wrong delivery: no such blob", "failed"),
+    ],
+)
+def test_a_resubmission_says_what_the_provider_did(reason: str, did: str) -> None:
+    event = {"provider": PEER, "reason": reason, "step": 3, "from_step": 2, "next": OTHER_PEER}
+    assert f"{did} at step 3 ({reason}); going on from step 2" in shown([("resubmitted", event)])
+
+
 def test_after_a_resubmission_the_steps_go_on_and_name_the_new_provider() -> None:
     lost = {"provider": PEER, "reason": "the provider was lost: x", "step": 3, "from_step": 2}
     lines = shown(
