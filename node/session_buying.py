@@ -49,7 +49,7 @@ from p2pflop.job.commands import (
     Run,
 )
 from p2pflop.job.session import Mark, SessionTable
-from p2pflop.node.session_lease import CommandFault, Outstanding, QuoteUsedUp
+from p2pflop.node.session_lease import CommandFault, Outstanding, QuoteUsedUp, StuckError
 from p2pflop.node.session_local import LocalLease
 from p2pflop.node.session_log import SessionLog
 from p2pflop.node.session_messages import WINDOW_BYTES, WINDOW_COMMANDS
@@ -247,7 +247,7 @@ class Session:
 
     def _say_last(self, failure: P2PFlopError | None) -> None:
         if failure is not None:
-            number = failure.number if isinstance(failure, CommandFault) else NOBODY
+            number = failure.number if isinstance(failure, CommandFault | StuckError) else NOBODY
             is_job = isinstance(failure, JobError | CommandFault)
             text, hint = failure.message[:MAX_SCRIPT_TEXT], failure.hint[:MAX_SCRIPT_TEXT]
             self.outbox.put(Failed(number, is_job, text, hint))
@@ -275,7 +275,7 @@ class Session:
                 continue
             fruitless = fruitless + 1 if self.ran_to == before else 0
             if fruitless > MAX_FRUITLESS:
-                raise failure
+                raise StuckError(self.ran_to, fruitless, failure)
             if fruitless > 1:
                 await trio.sleep(min(MAX_PAUSE_S, 2.0 ** (fruitless - 2)))
             _log.info("session %s: %s", self.id.hex()[:12], failure)

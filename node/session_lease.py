@@ -15,7 +15,7 @@ from typing import Final, Protocol
 import trio
 from msgspec.structs import replace
 
-from p2pflop.errors import ProtocolError, ProviderError
+from p2pflop.errors import P2PFlopError, ProtocolError, ProviderError
 from p2pflop.job.commands import (
     MAX_BATCH_COMMANDS,
     AnyCommand,
@@ -223,4 +223,15 @@ class CommandFault(ProviderError):
 
     def __init__(self, number: int, message: str, hint: str = "") -> None:
         super().__init__(message, hint=hint)
+        self.number = number
+
+
+class StuckError(ProviderError):
+    """Lease after lease ends before a command of the script, its ``number``, is obeyed."""
+
+    def __init__(self, number: int, leases: int, last: P2PFlopError) -> None:
+        super().__init__(
+            f"{leases} leases in a row got no further; the last one: {last.message}",
+            hint=last.hint or "If it is this line each time, realize what it computes in parts.",
+        )
         self.number = number

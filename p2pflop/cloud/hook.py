@@ -13,8 +13,10 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import os
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Final
 
@@ -69,6 +71,7 @@ class _Passing(importlib.abc.Loader):
         """See importlib. Raises ConfigError for another version of tinygrad."""
         check_version()
         os.environ.setdefault("DEV", DEVICE)
+        _find_compiler()
         self._loader.exec_module(module)
         importlib.import_module("p2pflop.cloud.realizing").install()
 
@@ -85,6 +88,7 @@ def install() -> None:
     if _PACKAGE in sys.modules:
         check_version()
         _make_default()
+        _find_compiler()
         importlib.import_module("p2pflop.cloud.realizing").install()
 
 
@@ -101,6 +105,14 @@ def check_version() -> None:
             f"CLOUD=1 needs tinygrad {TINYGRAD_VERSION}, and {version} is installed",
             hint=f"Run pip install tinygrad=={TINYGRAD_VERSION}, or run without CLOUD.",
         )
+
+
+def _find_compiler() -> None:
+    """What a script writes to a file passes tinygrad's own CPU device, which runs ``clang``: that
+    of this environment, where it is not on PATH because the environment is not activated."""
+    beside = Path(sys.executable).with_name("clang")
+    if "CC" not in os.environ and shutil.which("clang") is None and beside.is_file():
+        os.environ["CC"] = str(beside)
 
 
 def _make_default() -> None:

@@ -7,6 +7,7 @@ import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tinygrad.engine.jit
@@ -19,6 +20,7 @@ from p2pflop.cloud import hook, realizing
 from p2pflop.cloud.hook import TINYGRAD_VERSION, check_version
 from p2pflop.errors import ConfigError
 
+CLANG = str(Path(sys.executable).with_name("clang"))
 CHANGED = "tinygrad has changed: see p2pflop/cloud/realizing.py"
 
 
@@ -103,6 +105,9 @@ def test_it_can_be_installed_again() -> None:
         ("import tinygrad, p2pflop.cloud; print(tinygrad.Device.DEFAULT)", {}, "CLOUD"),
         ("import tinygrad; print(tinygrad.Device.DEFAULT)", {"CLOUD": "1", "DEV": "CPU"}, "CPU"),
         ("import tinygrad; print(tinygrad.Device.DEFAULT)", {"CLOUD": "0", "DEV": "CPU"}, "CPU"),
+        ("import tinygrad, os; print(os.environ['CC'])", {"CLOUD": "1", "PATH": ""}, CLANG),
+        ("import tinygrad, os; print(os.environ.get('CC'))", {"PATH": "", "DEV": "CPU"}, "None"),
+        ("import tinygrad, os; print(os.environ['CC'])", {"CLOUD": "1", "CC": "mine"}, "mine"),
         (
             "import p2pflop.cloud, tinygrad; from tinygrad.runtime.ops_cloud import CloudDevice",
             {},
@@ -110,8 +115,8 @@ def test_it_can_be_installed_again() -> None:
         ),
     ],
 )
-def test_the_default_device(code: str, variables: dict[str, str], told: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "DEV"}
+def test_what_a_script_begins_with(code: str, variables: dict[str, str], told: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("DEV", "CC")}
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=environment | variables,
