@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from p2pflop.client import Client
+from p2pflop.market.evidence import Evidence, replay
+from p2pflop.wire import decode
 from tests.e2e.conftest import StartNode, start_node, wait_until
 from tests.e2e.test_first_light import wait_for_asks
 
@@ -124,6 +126,28 @@ def test_ctrl_c_in_a_read_back_ends_a_script_that_does_not_catch_it(
     assert "moved, $" in err.splitlines()[-1]
     with Client(homes["buyer"]) as client:
         wait_until(lambda: client.status()["sessions"] == [])
+
+
+def test_a_session_is_listed_and_its_cancel_ends_the_script(
+    homes: dict[str, Path], tmp_path: Path
+) -> None:
+    forever = "while True: x = (x + 1).contiguous(); x.tolist(); print('read', flush=True)"
+    process = start_script(tmp_path / "forever.py", homes["buyer"], BEGIN + forever)
+    assert process.stdout is not None
+    while process.stdout.readline() != "read\n":
+        assert process.poll() is None
+    with Client(homes["buyer"]) as client:
+        [card] = [job for job in client.jobs() if not job["end_state"]]
+        assert (card["kind"], card["title"]) == ("session", "forever.py")
+        assert (card["state"], card["max_nusd"]) == ("leased", 30_000_000)
+        client.cancel(card["id"])
+        _, err = process.communicate(timeout=END_S)
+        assert process.returncode == 1
+        assert "the session was cancelled with 'p2pflop cancel'" in err
+        wait_until(lambda: client.job(card["id"])["state"] == "cancelled")
+        [look] = replay(decode(Evidence, client.evidence(card["id"])))
+    assert look.is_right
+    assert look.bids[-1].filled
 
 
 @pytest.mark.parametrize("end", ["", "raise SystemExit(7)", "raise ValueError('mine')"])
