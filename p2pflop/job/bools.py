@@ -46,26 +46,38 @@ class BoolPlaces:
             return ()
         return tuple(
             Check(buffer, at, size_bytes)
-            for (buffer, at), size_bytes, is_bool in zip(
-                binding.places, graph.sizes_bytes, graph.bools, strict=True
+            for (buffer, at), size_bytes, is_bool, is_read in zip(
+                binding.places, graph.sizes_bytes, graph.bools, graph.reads, strict=True
             )
-            if is_bool and size_bytes and (at, size_bytes) not in self._known.get(buffer, ())
+            if is_bool
+            and is_read
+            and size_bytes
+            and (at, size_bytes) not in self._known.get(buffer, ())
         )
 
     def ran(self, binding: Binding, due: Sequence[Check]) -> None:
         """``binding`` ran, after what was ``due``."""
         graph = binding.graph
         for check in due:
-            known = self._known.setdefault(check.buffer, set())
-            if len(known) >= MAX_KNOWN_PLACES:
-                known.clear()
-            known.add((check.offset_bytes, check.size_bytes))
-        if self._known:
-            for (buffer, _), written, is_bool in zip(
-                binding.places, graph.written, graph.bools, strict=True
-            ):
-                if written and not is_bool:
-                    self.changed(buffer)
+            self._know(check.buffer, (check.offset_bytes, check.size_bytes))
+        if not (self._known or graph.has_bools):
+            return
+        params = list(
+            zip(binding.places, graph.sizes_bytes, graph.bools, graph.written, strict=True)
+        )
+        for (buffer, at), size_bytes, is_bool, is_written in params:
+            if is_written and is_bool:
+                self._know(buffer, (at, size_bytes))
+        # Last, as places may overlap.
+        for (buffer, _), _, is_bool, is_written in params:
+            if is_written and not is_bool:
+                self.changed(buffer)
+
+    def _know(self, buffer: int, place: tuple[int, int]) -> None:
+        known = self._known.setdefault(buffer, set())
+        if len(known) >= MAX_KNOWN_PLACES:
+            known.clear()
+        known.add(place)
 
     def changed(self, buffer: int) -> None:
         """Any bytes may be in ``buffer``."""

@@ -29,7 +29,7 @@ from p2pflop.job.commands import (
     Run,
     Write,
 )
-from p2pflop.job.graph import Dtype, Graph, decode_graph, graph_hash
+from p2pflop.job.graph import Dtype, Graph, Op, decode_graph, graph_hash
 from p2pflop.job.limits import DEFAULT_LIMITS, Limits
 from p2pflop.job.meter import MAX_LINE_VALUE, Cost, meter
 from p2pflop.job.shapes import stored_bytes
@@ -72,6 +72,7 @@ class OpenGraph:
     written: tuple[bool, ...]
     bools: tuple[bool, ...]
     has_bools: bool
+    reads: tuple[bool, ...]
     ranges: tuple[Range, ...] = ()
     low: Cost | None = None
 
@@ -110,6 +111,7 @@ def open_graph(data: bytes, limits: Limits = DEFAULT_LIMITS) -> OpenGraph:
         written=_written(graph),
         bools=bools,
         has_bools=any(bools),
+        reads=_read(graph),
         ranges=ranges,
         low=low,
     )
@@ -119,6 +121,16 @@ def _accepted(found: CheckedT | Refusal) -> CheckedT:
     if isinstance(found, Refusal):
         raise JobError(f"the graph is not valid: {found.reason}")
     return found
+
+
+def _read(graph: Graph) -> tuple[bool, ...]:
+    """Of each param, whether what is in it matters; not of one that is but assigned to, in whole."""
+    used = {output.node for output in graph.outputs}
+    for node in graph.nodes:
+        is_whole = node.op is Op.ASSIGN and node.refs[0] == node.refs[1]
+        used.update(node.refs[2:] if is_whole else node.refs)
+    slots = {graph.nodes[ref].attrs[0] for ref in used if graph.nodes[ref].op is Op.PARAM}
+    return tuple(param.slot in slots for param in graph.params)
 
 
 def _written(graph: Graph) -> tuple[bool, ...]:
