@@ -120,7 +120,7 @@ class Allocator:
         self.flop_per_s = max(self.flop_per_s, flop_per_s)
 
     def note_settled(self, account: bytes) -> None:
-        """A job was bought and paid for: what lapsed before, say by a cancel, is forgiven."""
+        """A job or lease was paid for: what lapsed before, say by a cancel, is forgiven."""
         self._lapses.pop(account, None)
 
     def note_unpaid(self, unpaid: Unpaid) -> bool:

@@ -475,12 +475,15 @@ class SessionSale:
         unpaid = Unpaid(self.account, base.now_ns(), shown_nusd)
         if base.allocator.note_unpaid(unpaid):
             self._rows.add_unpaid(unpaid)
-        settled = self._end is not None and self._unsigned is None
+        end = self._end
+        settled = end is not None and self._unsigned is None
+        if settled and end is not None and end.closing and self._signed_nusd:
+            base.allocator.note_settled(self.account)
         try:
             await self._save(self._state, end_state="settled" if settled else "failed")
         except StoreError as error:
             _log.error("session %s: %s", self.bid.id.hex()[:12], error)
         self.seller.release(self)
-        reason = "" if self._end is None else self._end.reason
+        reason = "" if end is None else end.reason
         _log.info("session %s is over: %s", self.bid.id.hex()[:12], reason)
         self.ended.set()

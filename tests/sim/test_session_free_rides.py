@@ -98,6 +98,14 @@ async def test_a_lease_in_which_nothing_is_obeyed_costs_its_buyer_a_pause(
     await trio.sleep(30)
     assert provider.seller.busy == 0
     assert buyer.account in provider.seller.allocator._lapses
+    buyer.tamper_sent = tampered(lambda message: [message])
+    honest = Script()
+    await begin(buyer, honest)
+    honest.give([*beginning(), *steps(1)])
+    await honest.close()
+    await market.settle_down()
+    assert market.debts(buyer, provider) == (FLOATS, FLOATS)
+    assert not provider.seller.allocator._lapses, "what was paid makes up for it"
 
 
 async def test_a_provider_that_shuts_down_counts_nothing_that_it_broke_off(
