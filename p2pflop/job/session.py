@@ -124,7 +124,7 @@ def _accepted(found: CheckedT | Refusal) -> CheckedT:
 
 
 def _read(graph: Graph) -> tuple[bool, ...]:
-    """Of each param, whether what is in it matters; not of one that is but assigned to, in whole."""
+    """Of each param, whether what is in it matters; not of one that is but assigned to in whole."""
     used = {output.node for output in graph.outputs}
     for node in graph.nodes:
         is_whole = node.op is Op.ASSIGN and node.refs[0] == node.refs[1]
