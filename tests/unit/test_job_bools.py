@@ -103,7 +103,7 @@ def test_what_may_have_changed_is_looked_at_again(
 
 
 def test_what_a_graph_of_bools_has_assigned_needs_no_look(book: Book) -> None:
-    back = [bound(0, BOOLS, (1, 0), (0, 0)), Run(0)]
+    back: list[AnyCommand] = [bound(0, BOOLS, (1, 0), (0, 0)), Run(0)]
     assert book.take(back) == []
     assert book.take([Write(0, 0, b"\2"), *back]) == [Check(0, 0, SIZE)]
 
