@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from p2pflop.node.session_sell import SessionSeller
 
 CONFIRM_S: Final = 2.0
+GIVEN_BACK_S: Final = 3.0
+"""A lease that is given back so soon costs its buyer no pause, whatever was obeyed."""
 RECEIPT_S: Final = 5.0
 SIGN_S: Final = 5.0
 """For the last receipt of a lease."""
@@ -197,18 +199,24 @@ class SessionSale:
     async def serve(self, talk: SessionTalk) -> None:
         """From the fill to the end. Raises ProviderError, ProtocolError for what the peer did."""
         self._talk = talk
-        confirmed = False
+        confirmed, began = False, trio.current_time()
         try:
             confirmed = await self._is_confirmed()
             if confirmed:
+                began = trio.current_time()
                 await self._live()
         finally:
-            end = self._end
-            if not confirmed or not (self.work.done.count or (end is not None and end.ours)):
+            if not confirmed or self._was_for_nothing(trio.current_time() - began):
                 self.seller.base.allocator.note_lapse(self.account, self.seller.base.now_ns())
             with trio.CancelScope(shield=True):
                 await self._close(confirmed=confirmed)
         await talk.part()
+
+    def _was_for_nothing(self, lasted_s: float) -> bool:
+        """Whether its buyer kept a place from others, and had nothing obeyed in it. A script that
+        fails at its first line gives it back at once."""
+        ours = self._end is not None and self._end.ours
+        return not (self.work.done.count or ours or lasted_s < GIVEN_BACK_S)
 
     async def _is_confirmed(self) -> bool:
         base, network = self.seller.base, self.seller.base.identity.network

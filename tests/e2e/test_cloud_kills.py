@@ -56,7 +56,7 @@ class Market:
         said = [process.stdout.readline() for _ in range(1 + after_line)]
         time.sleep(delay_s)
         [card] = self.buyer.get("/v1/status")["sessions"]
-        victim = self.accounts.index(card["provider"])
+        victim = self.accounts.index(card["account"])
         self.sellers[victim].kill()
         said += process.stdout.readlines()
         assert process.wait(60) == 0, said

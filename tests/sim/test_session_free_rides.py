@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 
 from p2pflop.errors import JobError
-from p2pflop.job.commands import Batch, Failed, Place
-from p2pflop.job.session import OpenGraph
+from p2pflop.job.commands import Batch, Failed
 from p2pflop.node import session_sale
 from p2pflop.node.memory_market import MemoryNode
 from p2pflop.node.memory_sessions import DigestWorkspace
@@ -20,7 +19,6 @@ from tests.sim.test_session_villains import once_after, only, tampered
 if TYPE_CHECKING:
     from tests.sim.conftest import Market
 
-Places = tuple[Place, ...]
 LONG_S = session_sale.FINISH_S + 2
 
 
@@ -54,10 +52,10 @@ async def test_a_fault_at_the_end_of_a_batch_loses_credit_for_all_of_it(
     await begin(buyer, script)
     run = DigestWorkspace.run
 
-    def fault_at_the_fifth(space: DigestWorkspace, graph: OpenGraph, places: Places) -> None:
+    def fault_at_the_fifth(space: DigestWorkspace, *graph_and_places: Any) -> None:
         if space.kernels == 4:
             raise JobError("the job's code faulted")
-        run(space, graph, places)
+        run(space, *graph_and_places)
 
     monkeypatch.setattr(DigestWorkspace, "run", fault_at_the_fifth)
     script.give([*beginning(), *steps(5)])
@@ -93,6 +91,7 @@ async def test_a_lease_in_which_nothing_is_obeyed_costs_its_buyer_a_pause(
     provider, buyer, script = await market.provider(), await market.buyer(), Script()
     buyer.tamper_sent = tampered(only(Batch, lambda _: []))
     await begin(buyer, script)
+    await trio.sleep(session_sale.GIVEN_BACK_S)
     assert not provider.seller.allocator._lapses
     script.leave()
     await trio.sleep(30)
@@ -106,6 +105,19 @@ async def test_a_lease_in_which_nothing_is_obeyed_costs_its_buyer_a_pause(
     await market.settle_down()
     assert market.debts(buyer, provider) == (FLOATS, FLOATS)
     assert not provider.seller.allocator._lapses, "what was paid makes up for it"
+
+
+async def test_a_script_that_fails_at_once_costs_its_buyer_no_pause(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await market.provider(), await market.buyer()
+    for _ in range(3):
+        script = Script()
+        await begin(buyer, script)
+        await script.close()
+        await trio.sleep(1)
+        assert provider.seller.busy == 0
+    assert not provider.seller.allocator._lapses
 
 
 async def test_a_provider_that_shuts_down_counts_nothing_that_it_broke_off(

@@ -348,7 +348,7 @@ async def test_more_new_views_of_bools_than_one_batch_may_have_are_refused(
     await market.provider()
     buyer, script = await market.buyer(), Script()
     await begin(buyer, script)
-    again: list[AnyCommand] = [Write(0, 0, b"\1"), Run(0)]
+    again: list[AnyCommand] = [Write(1, 0, b"\1"), Run(0)]
     script.give([*masking(), *9 * again])
     await script.obeyed()
     script.give(11 * again)
