@@ -42,12 +42,18 @@ def balances(node: Any) -> list[int]:
     return sorted(abs(each["due_nusd"]) for each in node.get("/v1/ledger")["balances"])
 
 
-def test_a_session_runs_at_a_provider_and_both_ledgers_say_what_it_cost(
-    start_node: StartNode, wait_until: Any
-) -> None:
+def seller_and_buyer(start_node: StartNode, wait_until: Any) -> tuple[Any, Any]:
+    """Two nodes; the second has the ask of the first."""
     seller = start_node("seller", "--ask", "50")
     buyer = start_node("buyer", "--connect", seller.addresses()[0])
     wait_for_asks(buyer, 1, wait_until)
+    return seller, buyer
+
+
+def test_a_session_runs_at_a_provider_and_both_ledgers_say_what_it_cost(
+    start_node: StartNode, wait_until: Any
+) -> None:
+    seller, buyer = seller_and_buyer(start_node, wait_until)
     client = open_client(buyer)
     assert client.leased().provider == seller.get("/v1/status")["account"]
     client.give([*beginning(), *steps(3)])
@@ -94,9 +100,7 @@ def test_a_provider_killed_in_the_middle_changes_no_byte(
 
 
 def test_a_script_that_is_killed_frees_the_lease(start_node: StartNode, wait_until: Any) -> None:
-    seller = start_node("seller", "--ask", "50")
-    buyer = start_node("buyer", "--connect", seller.addresses()[0])
-    wait_for_asks(buyer, 1, wait_until)
+    seller, buyer = seller_and_buyer(start_node, wait_until)
     client = open_client(buyer)
     client.leased()
     client.give([*beginning(), *steps(3)])
@@ -109,9 +113,7 @@ def test_a_script_that_is_killed_frees_the_lease(start_node: StartNode, wait_unt
 def test_a_buyers_node_killed_in_the_middle_loses_and_doubles_nothing(
     start_node: StartNode, wait_until: Any
 ) -> None:
-    seller = start_node("seller", "--ask", "50")
-    buyer = start_node("buyer", "--connect", seller.addresses()[0])
-    wait_for_asks(buyer, 1, wait_until)
+    seller, buyer = seller_and_buyer(start_node, wait_until)
     client = open_client(buyer)
     client.leased()
     client.give([*beginning(), *steps(3)])
@@ -157,9 +159,7 @@ def heard(client: FrameClient) -> list[Failed]:
 def test_a_buyers_node_that_is_stopped_signs_for_all_that_was_done(
     start_node: StartNode, wait_until: Any
 ) -> None:
-    seller = start_node("seller", "--ask", "50")
-    buyer = start_node("buyer", "--connect", seller.addresses()[0])
-    wait_for_asks(buyer, 1, wait_until)
+    seller, buyer = seller_and_buyer(start_node, wait_until)
     client = open_client(buyer)
     client.leased()
     client.give([*beginning(), *steps(3)])
@@ -210,9 +210,7 @@ def test_a_provider_that_is_stopped_is_paid_and_the_session_goes_on_within_secon
 def test_a_script_that_reads_nothing_for_a_while_blames_nobody(
     start_node: StartNode, wait_until: Any
 ) -> None:
-    seller = start_node("seller", "--ask", "50")
-    buyer = start_node("buyer", "--connect", seller.addresses()[0])
-    wait_for_asks(buyer, 1, wait_until)
+    seller, buyer = seller_and_buyer(start_node, wait_until)
     client = open_client(buyer, memory_bytes=48 * MIB)
     client.leased()
     size = 32 * MIB
