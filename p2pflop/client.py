@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import json
 import secrets
-import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
-
-import httpx
 
 from p2pflop.dht.manifest import CHUNK_BYTES, ManifestBuilder, address_of
 from p2pflop.drafts import whole_file
@@ -31,21 +29,25 @@ from p2pflop.errors import (
     VerificationError,
 )
 from p2pflop.ids import HASH_BYTES
+from p2pflop.line import (
+    Answer,
+    Body,
+    HttpLine,
+    Line,
+    LineError,
+    NobodyThereError,
+    Params,
+    Request,
+    SilenceError,
+)
 from p2pflop.node.config import default_home
 from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions, check_run_id
 from p2pflop.replies import error_of, lines, not_a_node, raise_for, read, whole_bytes
 from p2pflop.uploads import Content, reader
 
-CONNECT_TIMEOUT_S: Final = 5.0
-REPLY_TIMEOUT_S: Final = 120.0
-MAX_IDLE: Final = 8
-"""Connections kept for the next request."""
 MAX_RECONNECTS: Final = 8
 FIRST_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 3.0
-
-Body = bytes | Callable[[], Iterator[bytes]]
-Params = Mapping[str, str | list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,8 @@ class BlobStat:
 class Client:
     """The node of one home, spoken to in blocking calls. Safe to keep; close it, or use ``with``.
 
-    ``home`` is ``P2PFLOP_HOME`` or the user's data folder unless given. ``transport`` replaces the
-    network in tests.
+    ``home`` is ``P2PFLOP_HOME`` or the user's data folder unless given. ``line`` makes what asks
+    the node of a note.
     """
 
     def __init__(
@@ -69,13 +71,13 @@ class Client:
         home: Path | str | None = None,
         *,
         start: bool = False,
-        transport: httpx.BaseTransport | None = None,
+        line: Callable[[NodeNote], Line] = HttpLine,
     ) -> None:
         self.home = Path(home).expanduser() if home is not None else default_home()
         self._start = start
-        self._transport = transport
+        self._make_line = line
         self._note: NodeNote | None = None
-        self._http: httpx.Client | None = None
+        self._line: Line | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -90,13 +92,13 @@ class Client:
 
     def another(self) -> Client:
         """A client of the same node, for another thread."""
-        return Client(self.home, start=self._start, transport=self._transport)
+        return Client(self.home, start=self._start, line=self._make_line)
 
     def close(self) -> None:
         """Close the connections. The next call opens new ones."""
-        if self._http is not None:
-            self._http.close()
-            self._http = None
+        if self._line is not None:
+            self._line.close()
+            self._line = None
 
     # What the node knows
 
@@ -141,7 +143,7 @@ class Client:
                     failures, after = 0, int(event["seq"])
                     yield event
                 reason = "it ended the connection"
-            except (httpx.TransportError, NodeUnreachableError) as error:
+            except (LineError, NodeUnreachableError) as error:
                 reason = str(error)
             failures += 1
             if failures > MAX_RECONNECTS:
@@ -303,12 +305,12 @@ class Client:
                     over = event["kind"] in LAST_EVENT_KINDS
                     yield event
                 if over:
-                    return  # the response is read to its end, so the connection serves again
+                    return  # the answer is read to its end, so the connection serves again
                 stream = None
                 if not asked or (deadline is not None and time.monotonic() >= deadline):
                     continue
                 reason = "it ended the connection"
-            except (httpx.TransportError, NodeUnreachableError) as error:
+            except (LineError, NodeUnreachableError) as error:
                 if over:
                     return
                 stream, reason = None, str(error)
@@ -325,10 +327,10 @@ class Client:
 
     def has(self, address: bytes) -> bool:
         """Whether the node itself keeps the blob."""
-        with self._exchange("HEAD", f"/blob/{address.hex()}") as response:
-            if response.status_code == httpx.codes.NOT_FOUND:
+        with self._exchange("HEAD", f"/blob/{address.hex()}") as answer:
+            if answer.status == HTTPStatus.NOT_FOUND:
                 return False
-            raise_for(response)
+            raise_for(answer)
             return True
 
     def blobs(self) -> list[BlobStat]:
@@ -361,9 +363,9 @@ class Client:
         has none of them.
         """
         wanted = {"range": f"bytes={start}-{stop - 1}"}
-        with self._exchange("GET", f"/blob/{address.hex()}", headers=wanted) as response:
-            size_bytes = whole_bytes(response, start)
-            return b"".join(self._pieces(response, address)), size_bytes
+        with self._exchange("GET", f"/blob/{address.hex()}", headers=wanted) as answer:
+            size_bytes = whole_bytes(answer, start)
+            return b"".join(self._pieces(answer, address)), size_bytes
 
     def download(
         self,
@@ -391,14 +393,14 @@ class Client:
     # The line to the node
 
     def _json(self, method: str, path: str, **extra: Any) -> Json:
-        with self._exchange(method, path, **extra) as response:
-            raise_for(response)
+        with self._exchange(method, path, **extra) as answer:
+            raise_for(answer)
             try:
-                reply = json.loads(read(response))
+                reply = json.loads(read(answer))
             except ValueError as error:
-                raise not_a_node(response) from error
+                raise not_a_node(answer) from error
         if not isinstance(reply, dict):
-            raise not_a_node(response)
+            raise not_a_node(answer)
         return reply
 
     def _pay(
@@ -417,21 +419,21 @@ class Client:
         return items
 
     def _octets(self, path: str) -> bytes:
-        with self._exchange("GET", path) as response:
-            raise_for(response)
-            return read(response)
+        with self._exchange("GET", path) as answer:
+            raise_for(answer)
+            return read(answer)
 
     def _blob_stream(self, address: bytes, timeout_s: float | None) -> Iterator[bytes]:
         params = {} if timeout_s is None else {"timeout_s": str(int(timeout_s))}
-        with self._exchange("GET", f"/blob/{address.hex()}", params=params) as response:
-            raise_for(response)
-            yield from self._pieces(response, address)
+        with self._exchange("GET", f"/blob/{address.hex()}", params=params) as answer:
+            raise_for(answer)
+            yield from self._pieces(answer, address)
 
     @staticmethod
-    def _pieces(response: httpx.Response, address: bytes) -> Iterator[bytes]:
+    def _pieces(answer: Answer, address: bytes) -> Iterator[bytes]:
         try:
-            yield from response.iter_raw(CHUNK_BYTES)
-        except httpx.TransportError as error:
+            yield from answer.pieces(CHUNK_BYTES)
+        except LineError as error:
             raise StoreError(
                 f"the download of {address.hex()} broke off: {error}",
                 hint="Try again; if it stays so, the node's log tells more.",
@@ -442,10 +444,10 @@ class Client:
         return self._event_stream("GET", _run_path(run_id, "/events"), params=params)
 
     def _event_stream(self, method: str, path: str, **extra: Any) -> Iterator[Json]:
-        with self._exchange(method, path, **extra) as response:
-            raise_for(response)
+        with self._exchange(method, path, **extra) as answer:
+            raise_for(answer)
             name, data = "", ""
-            for line in lines(response):
+            for line in lines(answer):
                 field, _, value = line.partition(": ")
                 if field == "event":
                     name = value
@@ -454,7 +456,7 @@ class Client:
                 elif not line and data:
                     event = json.loads(data)
                     if name == "error":
-                        raise error_of(event, response)
+                        raise error_of(event, answer)
                     yield event
                     name, data = "", ""
 
@@ -467,48 +469,41 @@ class Client:
         content: Body | None = None,
         params: Params | None = None,
         headers: dict[str, str] | None = None,
-    ) -> Iterator[httpx.Response]:
-        """One request, its response's body still to be read."""
-
-        def send(http: httpx.Client) -> httpx.Response:
-            body = content() if callable(content) else content
-            request = http.build_request(method, path, content=body, params=params, headers=headers)
-            return http.send(request, stream=True)
-
+    ) -> Iterator[Answer]:
+        """One request, its answer's body still to be read."""
+        request = Request(method, path, params or {}, headers or {}, content)
         refused = ""
-        response: httpx.Response | None = None
+        answer: Answer | None = None
         try:
-            response = send(self._line())
-        except httpx.TransportError as error:
-            if isinstance(error, httpx.ConnectError):
+            answer = self._to_node().ask(request)
+        except LineError as error:
+            if isinstance(error, NobodyThereError):
                 refused = str(error)
             # It may have been acted upon: only what changes nothing is asked again.
-            elif method not in ("GET", "HEAD") or isinstance(error, httpx.TimeoutException):
-                raise self._unreachable(f"{error or type(error).__name__}") from None
-        if response is None:
-            response = self._retry(self._line(refused=refused), send)
+            elif not request.may_be_repeated or isinstance(error, SilenceError):
+                raise self._unreachable(str(error)) from None
+        if answer is None:
+            answer = self._ask_again(self._to_node(refused=refused), request)
         try:
-            yield response
-        except httpx.TransportError as error:
+            yield answer
+        except LineError as error:
             raise self._unreachable(f"lost it in the middle of an answer: {error}") from None
         finally:
-            response.close()
+            answer.close()
 
-    def _retry(
-        self, http: httpx.Client, send: Callable[[httpx.Client], httpx.Response]
-    ) -> httpx.Response:
+    def _ask_again(self, line: Line, request: Request) -> Answer:
         try:
-            return send(http)
-        except httpx.TransportError as error:
-            raise self._unreachable(f"{error or type(error).__name__}") from None
+            return line.ask(request)
+        except LineError as error:
+            raise self._unreachable(str(error)) from None
 
-    def _line(self, *, refused: str = "") -> httpx.Client:
-        """The HTTP client for the node as its home tells; started if that is wanted.
+    def _to_node(self, *, refused: str = "") -> Line:
+        """The line to the node as its home tells; started if that is wanted.
 
         ``refused`` is why nobody answered where the home told before.
         """
-        if self._http is not None and not refused:
-            return self._http
+        if self._line is not None and not refused:
+            return self._line
         self.close()
         note = read_note(self.home)
         if note is None or not note.is_alive or (refused and note == self._note):
@@ -518,19 +513,8 @@ class Client:
                 raise self._unreachable(refused or "no node runs there")
             note = start_embedded(self.home)
         self._note = note
-        self._http = httpx.Client(
-            base_url=note.url,
-            headers={"authorization": f"Bearer {note.token}", "accept-encoding": "identity"},
-            # Plain HTTP to this machine: reading the system's certificates would take 30 ms.
-            verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-            timeout=httpx.Timeout(REPLY_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            # Events that nobody reads yet hold a connection each; the node bounds them.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE),
-            # No proxy from the environment: it is this machine, and the token is for it alone.
-            trust_env=False,
-            transport=self._transport,
-        )
-        return self._http
+        self._line = self._make_line(note)
+        return self._line
 
     def _unreachable(self, reason: str) -> NodeUnreachableError:
         return NodeUnreachableError(

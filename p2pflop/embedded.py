@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from p2pflop.errors import ConfigError, HomeLockedError, P2PFlopError, StoreFullError
 from p2pflop.replies import error_from
@@ -54,9 +55,10 @@ def read_note(home: Path) -> NodeNote | None:
         with (home / "node.json").open("rb") as file:
             note = json.loads(file.read(MAX_NOTE_BYTES))
         token = (home / "token").read_text("ascii").strip()
-        return NodeNote(
-            str(note["url"]), int(note["pid"]), bool(note.get("embedded", False)), token
-        )
+        url = str(note["url"])
+        if not (urlsplit(url).hostname and urlsplit(url).port):
+            raise ValueError(f"{url!r} is not where a node listens")
+        return NodeNote(url, int(note["pid"]), bool(note.get("embedded", False)), token)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -4,7 +4,7 @@ What a user's script calls (``pf.map``, ``Client``) blocks and has threads of it
 them is a **puppet**: a thread that runs only while the event loop stands still, up to where it
 would block; then it says what it waits for, and a task of the loop does that, in virtual time. So
 there is one order of everything, and a seed replays it. ``Lockstep`` stands in for the modules
-``threading`` and ``time``, ``AppTransport`` for the line to a node, whose API is the real one.
+``threading`` and ``time``, ``AppLine`` for the line to a node, whose API is the real one.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar, cast
 
-import httpx
 import trio
 
+from p2pflop.embedded import NodeNote
 from p2pflop.errors import StoreError
+from p2pflop.line import PIECE_BYTES, Answer, LineError, NobodyThereError, Request
 from p2pflop.node.api import create_app
 from p2pflop.node.daemon import Daemon
 from p2pflop.node.memory_market import EPOCH_NS, MemoryNode, PowerCutError
 from p2pflop.units import NS_PER_S
+from tests.lines import content_of
 
 T = TypeVar("T")
 STUCK_S: Final = 60.0
@@ -251,7 +253,7 @@ class LockstepLock(LockstepCondition):
         self.notify_all()
 
 
-class AppTransport(httpx.BaseTransport):
+class AppLine:
     """Requests of puppets to the API of ``node``; refused while it is down, broken off when it
     dies."""
 
@@ -259,36 +261,40 @@ class AppTransport(httpx.BaseTransport):
         self._lockstep = lockstep
         self._node = node
 
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """See httpx."""
-        content = b"".join(cast(httpx.SyncByteStream, request.stream))
-        exchange = self._lockstep.park(lambda: self._begin(request, content))
-        return httpx.Response(
-            exchange.status, headers=exchange.headers, stream=_Body(self._lockstep, exchange)
-        )
+    def __call__(self, _: NodeNote) -> AppLine:
+        """The line to the node of a note."""
+        return self
 
-    async def _begin(self, request: httpx.Request, content: bytes) -> _Exchange:
+    def ask(self, request: Request) -> Answer:
+        """See Line."""
+        exchange = self._lockstep.park(lambda: self._begin(request, content_of(request)))
+        return _AppAnswer(self._lockstep, exchange)
+
+    def close(self) -> None:
+        """See Line."""
+
+    async def _begin(self, request: Request, content: bytes) -> _Exchange:
         if self._node.down.is_set():
-            raise httpx.ConnectError("nobody listens there")
+            raise NobodyThereError("nobody listens there")
         exchange = _Exchange(self._node, request, content)
         self._lockstep.nursery.start_soon(exchange.run)
         await exchange.begun.wait()
         if not exchange.status:
-            raise httpx.ReadError("the node is gone")
+            raise LineError("the node is gone")
         return exchange
 
 
 class _Exchange:
     """One request, answered by the API's application."""
 
-    def __init__(self, node: MemoryNode, request: httpx.Request, content: bytes) -> None:
+    def __init__(self, node: MemoryNode, request: Request, content: bytes) -> None:
         self.begun = trio.Event()
+        self.request = request
         self.status = 0
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.headers: dict[str, str] = {}
         self.is_broken = True
         self.scope = trio.CancelScope()
         self._node = node
-        self._request = request
         self._content: bytes | None = content
         self._put, self._take = trio.open_memory_channel[bytes](math.inf)
 
@@ -308,12 +314,12 @@ class _Exchange:
             self.begun.set()
 
     async def next(self) -> bytes | None:
-        """Some of the body, or None at its end. Raises httpx.ReadError if it broke off."""
+        """Some of the body, or None at its end. Raises LineError if it broke off."""
         try:
             return await self._take.receive()
         except trio.EndOfChannel:
             if self.is_broken:
-                raise httpx.ReadError("the node is gone") from None
+                raise LineError("the node is gone") from None
             return None
 
     async def _watch(self, down: trio.Event) -> None:
@@ -321,18 +327,22 @@ class _Exchange:
         self.scope.cancel()
 
     def _asked(self) -> dict[str, Any]:
-        url = self._request.url
+        path, _, query = self.request.target.encode().partition(b"?")
+        headers = {"host": f"127.0.0.1:{PORT}", "authorization": f"Bearer {TOKEN}"}
+        headers |= self.request.headers
+        if self._content is not None:
+            headers["content-length"] = str(len(self._content))
         return {
             "type": "http",
             "asgi": {"version": "3.0"},
             "http_version": "1.1",
             "scheme": "http",
-            "method": self._request.method,
-            "path": url.path,
-            "raw_path": url.raw_path.partition(b"?")[0],
-            "query_string": url.query,
+            "method": self.request.method,
+            "path": path.decode(),
+            "raw_path": path,
+            "query_string": query,
             "root_path": "",
-            "headers": [(name.lower(), value) for name, value in self._request.headers.raw],
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
             "server": ("127.0.0.1", PORT),
             "client": ("127.0.0.1", 1),
         }
@@ -347,7 +357,8 @@ class _Exchange:
         if self._node.is_dying:
             await trio.sleep_forever()
         if message["type"] == "http.response.start":
-            self.status, self.headers = message["status"], list(message["headers"])
+            self.status = message["status"]
+            self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
             self.begun.set()
             return
         if body := message.get("body", b""):
@@ -356,14 +367,22 @@ class _Exchange:
         await trio.lowlevel.checkpoint()
 
 
-class _Body(httpx.SyncByteStream):
+class _AppAnswer:
+    url = f"http://127.0.0.1:{PORT}/"
+
     def __init__(self, lockstep: Lockstep, exchange: _Exchange) -> None:
+        self.request = exchange.request
+        self.status = exchange.status
         self._lockstep = lockstep
         self._exchange = exchange
 
-    def __iter__(self) -> Iterator[bytes]:
+    def header(self, name: str) -> str:
+        return self._exchange.headers.get(name, "")
+
+    def pieces(self, size_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
         while (part := self._lockstep.park(self._exchange.next)) is not None:
-            yield part
+            for start in range(0, len(part), size_bytes):
+                yield part[start : start + size_bytes]
 
     def close(self) -> None:
         if self._lockstep.puppet is None:

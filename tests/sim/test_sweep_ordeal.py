@@ -29,7 +29,7 @@ from p2pflop.node.memory_world import SELLING_VILLAINS, QuickSession, World, Wor
 from p2pflop.outcomes import Outcome
 from p2pflop.results import Result
 from p2pflop.units import NUSD_PER_USD
-from tests.lockstep import PORT, TOKEN, AppTransport, Lockstep
+from tests.lockstep import PORT, TOKEN, AppLine, Lockstep
 from tests.sim.test_packs_memory import RATE, START, job_file
 
 FIXED_SEED = 3
@@ -176,8 +176,8 @@ def shopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shopping:
 
             async def visit() -> None:
                 nonlocal shopper
-                transport = AppTransport(lockstep, world.buyers[0])
-                shopper = Shopper(Client(home, transport=transport), lockstep.sleep, cancel_if)
+                line = AppLine(lockstep, world.buyers[0])
+                shopper = Shopper(Client(home, line=line), lockstep.sleep, cancel_if)
                 await lockstep.run(shopper.shop)
 
             await world.run(visit)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 import p2pflop as pf
@@ -36,8 +38,10 @@ from p2pflop.errors import (
     StoreFullError,
     VerificationError,
 )
+from p2pflop.line import MAX_IDLE, Answer, HttpLine, LineError, Request
 from p2pflop.replies import error_from
 from p2pflop.runs import Row, Run
+from tests.lines import Canned, CannedLine, answering
 
 StartNode = Callable[..., Any]
 
@@ -46,13 +50,6 @@ ROWS = [
     ("rows", {"rows": [{"step": 0, "values": {"loss": 2.5}}]}),
     ("rows", {"rows": [{"step": 1, "values": {"loss": float("nan"), "acc": 0.5}}]}),
 ]
-
-
-def answering(status: int, content: bytes) -> httpx.MockTransport:
-    """A network on which every request gets this answer."""
-    return httpx.MockTransport(
-        lambda request: httpx.Response(status, stream=httpx.ByteStream(content))
-    )
 
 
 class TestImport:
@@ -117,7 +114,7 @@ class TestBlobs:
         assert list(tmp_path.glob("**/*out*")) == []
 
     def test_other_bytes_than_asked_for_are_refused(self, home: Path, tmp_path: Path) -> None:
-        client = Client(home, transport=answering(200, b"evil"))
+        client = Client(home, line=answering(200, b"evil"))
         with pytest.raises(VerificationError):
             client.get(bytes(32))
         with pytest.raises(VerificationError):
@@ -194,35 +191,42 @@ class TestErrors:
 
     def test_another_program_on_the_port_is_told(self, home: Path) -> None:
         for content in (b"<html>", b"[]", b"{}"):
-            client = Client(home, transport=answering(404, content))
+            client = Client(home, line=answering(404, content))
             with pytest.raises(ProtocolError, match="did not answer as a node"):
                 client.status()
 
     def test_the_token_goes_to_the_node_alone(self, home: Path, monkeypatch: Any) -> None:
         monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-        seen: list[str] = []
+        away = b"HTTP/1.1 307 \r\nlocation: http://127.0.0.1:9/\r\ncontent-length: 0\r\n\r\n"
+        heard: list[bytes] = []
 
-        def answer(request: httpx.Request) -> httpx.Response:
-            seen.append(f"{request.url.netloc.decode()} {request.headers['authorization']}")
-            headers = {"location": "http://evil.example/v1/status"}
-            return httpx.Response(307, headers=headers, stream=httpx.ByteStream(b""))
+        def listen() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                heard.append(connection.recv(10_000))
+                connection.sendall(away)
+                heard.append(connection.recv(10_000))
 
-        with pytest.raises(P2PFlopError):
-            Client(home, transport=httpx.MockTransport(answer)).status()
-        assert seen == ["127.0.0.1:9 Bearer t0ken"]
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            note = {"url": f"http://127.0.0.1:{listener.getsockname()[1]}", "pid": os.getpid()}
+            (home / "node.json").write_text(json.dumps(note))
+            thread = threading.Thread(target=listen)
+            thread.start()
+            with Client(home) as client, pytest.raises(P2PFlopError, match="HTTP 307"):
+                client.status()
+            thread.join()
+        assert heard[0].startswith(b"GET /v1/status HTTP/1.1\r\n")
+        assert b"authorization: Bearer t0ken\r\n" in heard[0]
+        assert heard[1] == b""
 
     def test_a_node_that_dies_in_the_middle_of_an_answer_is_one_that_is_gone(
         self, home: Path
     ) -> None:
-        class Broken(httpx.SyncByteStream):
-            def __iter__(self) -> Iterator[bytes]:
-                yield b"{"
-                raise httpx.ReadError("connection reset")
+        def broken() -> Iterator[bytes]:
+            yield b"{"
+            raise LineError("connection reset")
 
-        def answer(_: httpx.Request) -> httpx.Response:
-            return httpx.Response(200, stream=Broken())
-
-        client = Client(home, transport=httpx.MockTransport(answer))
+        client = Client(home, line=CannedLine(lambda request: Canned(request, 200, broken())))
         with pytest.raises(NodeUnreachableError, match="in the middle of an answer"):
             client.status()
         with pytest.raises(NodeUnreachableError, match="in the middle of an answer"):
@@ -230,7 +234,7 @@ class TestErrors:
 
     def test_replies_are_bounded(self, home: Path, monkeypatch: Any) -> None:
         monkeypatch.setattr("p2pflop.replies.MAX_REPLY_BYTES", 100)
-        client = Client(home, transport=answering(200, b" " * 101))
+        client = Client(home, line=answering(200, b" " * 101))
         with pytest.raises(ProtocolError, match="over 100 bytes"):
             client.status()
 
@@ -240,6 +244,20 @@ class TestErrors:
         assert not hasattr(error_from("ProviderError", "m", ""), "__notes__")
         error = error_from("os", "m", "h")
         assert (type(error), error.message, error.hint) == (P2PFlopError, "m", "h")
+
+
+@pytest.fixture
+def connections(monkeypatch: Any) -> list[socket.socket]:
+    """Those that clients have opened."""
+    opened: list[socket.socket] = []
+    create = socket.create_connection
+
+    def open_one(*given: Any) -> socket.socket:
+        opened.append(create(*given))
+        return opened[-1]
+
+    monkeypatch.setattr("p2pflop.line.socket.create_connection", open_one)
+    return opened
 
 
 class TestRun:
@@ -259,33 +277,28 @@ class TestRun:
             _ = rows[0].acc
 
     def test_a_run_followed_to_its_end_leaves_its_connection_to_the_next(
-        self, start_node: StartNode
+        self, start_node: StartNode, connections: list[socket.socket]
     ) -> None:
         start_node(script=[("cancelled", {})])
-        opened: list[str] = []
-
-        def trace(name: str, _: object) -> None:
-            if name == "connection.connect_tcp.started":
-                opened.append(name)
-
         with Client() as client:
             client.status()
-            assert client._http is not None
-            client._http.event_hooks["request"].append(
-                lambda request: request.extensions.update(trace=trace)
-            )
             for _ in range(3):
                 run_id = client.submit(b"job")
                 assert [event["kind"] for event in client.events(run_id)] == ["cancelled"]
-        assert not opened
+        assert len(connections) == 1
 
-    def test_a_submission_and_its_events_are_one_exchange(self, start_node: StartNode) -> None:
+    def test_a_submission_and_its_events_are_one_exchange(
+        self, start_node: StartNode, monkeypatch: Any
+    ) -> None:
         start_node(script=[("cancelled", {})])
-        with Client() as client:
-            client.status()
-            assert client._http is not None
-            asked: list[str] = []
-            client._http.event_hooks["request"].append(lambda request: asked.append(request.method))
+        asked: list[str] = []
+
+        class Watched(HttpLine):
+            def ask(self, request: Request) -> Answer:
+                asked.append(request.method)
+                return super().ask(request)
+
+        with Client(line=Watched) as client:
             run_id, events = client.submit_and_follow(b"job")
             assert [event["kind"] for event in events] == ["cancelled"]
             assert asked == ["POST"]
@@ -314,21 +327,20 @@ class TestRun:
 
     @pytest.mark.parametrize("read", [0, 1])
     def test_events_that_nobody_has_any_more_hold_no_connection(
-        self, start_node: StartNode, read: int
+        self, start_node: StartNode, connections: list[socket.socket], read: int
     ) -> None:
         start_node(script=ROWS)
         with Client() as client:
-            for _ in range(2 * client_module.MAX_IDLE):
+            for _ in range(2 * MAX_IDLE):
                 _, events = client.submit_and_follow(b"job")
                 for _ in range(read):
                     next(events)
                 del events
-                assert client._http is not None
-                pool = client._http._transport._pool  # type: ignore[attr-defined]
-                assert not pool.connections
+        assert len(connections) == 2 * MAX_IDLE
+        assert all(connection.fileno() == -1 for connection in connections)
 
     def test_a_program_that_brings_no_run_is_no_node(self, home: Path) -> None:
-        client = Client(transport=answering(200, b"hello"))
+        client = Client(line=answering(200, b"hello"))
         with pytest.raises(ProtocolError, match="did not tell which run"):
             client.submit_and_follow(b"job")
 

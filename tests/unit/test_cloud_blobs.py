@@ -13,7 +13,7 @@ import pytest
 from p2pflop.cloud.blobs import NodeBlobs
 from p2pflop.dht.manifest import address_of
 from p2pflop.embedded import NodeNote
-from p2pflop.errors import NodeUnreachableError, StoreFullError
+from p2pflop.errors import NodeUnreachableError, ProtocolError, StoreFullError
 
 DATA = memoryview(bytes(range(256)) * 1000)
 TOKEN = "secret"
@@ -93,7 +93,7 @@ def test_a_refusal_is_the_nodes_own_error(note: NodeNote) -> None:
     with pytest.raises(StoreFullError, match="the disk is full"):
         blobs.put(DATA)
     Node.refusal = (502, ["nonsense"])
-    with pytest.raises(NodeUnreachableError, match="HTTP 502"):
+    with pytest.raises(ProtocolError, match="HTTP 502"):
         blobs.put(DATA)
     blobs.leave()
 

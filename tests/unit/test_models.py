@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from p2pflop.dht.manifest import CHUNK_BYTES, address_of
 from p2pflop.errors import BlobNotFoundError, ConfigError, ProtocolError, StoreError
 from p2pflop.job.graph import Dtype
 from p2pflop.job.safetensors import format_header
+from tests.lines import answering
 
 StartNode = Callable[..., Any]
 
@@ -98,8 +98,6 @@ def test_ranges_of_blobs(start_node: StartNode) -> None:
 def test_answers_that_are_not_the_range_are_refused(
     home: Path, status: int, headers: dict[str, str]
 ) -> None:
-    def answer(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(status, headers=headers, stream=httpx.ByteStream(b"evil"))
-
+    client = Client(home, line=answering(status, b"evil", headers))
     with pytest.raises(ProtocolError, match="did not answer as a node does"):
-        Client(home, transport=httpx.MockTransport(answer)).read_range(bytes(32), 8, 12)
+        client.read_range(bytes(32), 8, 12)

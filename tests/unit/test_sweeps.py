@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from tinygrad import Tensor
 
@@ -18,8 +17,10 @@ from p2pflop import sdk, sweeps
 from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, MarketError, P2PFlopError
+from p2pflop.line import Request
 from p2pflop.outcomes import Costs, Outcome
 from p2pflop.sweep_plan import SweepPlan
+from tests.lines import Canned, CannedLine, content_of
 
 PRICE_NUSD = 100
 WAIT_S = 20.0
@@ -44,20 +45,19 @@ class ScriptedNode:
         self.most_under_way = 0
         self.changed = threading.Condition()
 
-    def answer(self, request: httpx.Request) -> httpx.Response:
-        method, path = request.method, request.url.path
-        content = request.read()
+    def answer(self, request: Request) -> Canned:
+        method, path = request.method, request.path
         if path.startswith("/blob"):
-            return self._blob(method, path, content)
+            return self._blob(request)
         if path == "/v1/quote":
-            return reply({"deals": [{"total_nusd": PRICE_NUSD}], "misses": []})
+            return reply(request, {"deals": [{"total_nusd": PRICE_NUSD}], "misses": []})
         if (method, path) == ("POST", "/v1/jobs"):
-            return self._submit(request, content)
+            return self._submit(request)
         run_id, _, part = path.removeprefix("/v1/jobs/").partition("/")
         if run_id not in self.files:
-            return error("ConfigError", f"there is no job {run_id}")
+            return error(request, "ConfigError", f"there is no job {run_id}")
         if part == "events":
-            return self._events(run_id)
+            return self._events(request, run_id)
         if part == "cancel":
             with self.changed:
                 self.ends.setdefault(run_id, "cancelled")
@@ -65,26 +65,29 @@ class ScriptedNode:
         settled = {"result": "settled"}
         end = settled.get(self.ends.get(run_id, ""), self.ends.get(run_id, ""))
         limit, cost = self.limits[run_id] or 0, {"cost_nusd": self.cost_nusd}
-        return reply({"end_state": end, "max_nusd": limit, **(cost if end == "settled" else {})})
+        return reply(
+            request, {"end_state": end, "max_nusd": limit, **(cost if end == "settled" else {})}
+        )
 
-    def _blob(self, method: str, path: str, content: bytes) -> httpx.Response:
-        if method == "PUT":
+    def _blob(self, request: Request) -> Canned:
+        if request.method == "PUT":
+            content = content_of(request)
             address = address_of(content)
             self.blobs[address] = content
             told = {"address": address.hex(), "size_bytes": len(content), "public": False}
-            return reply(told, 201)
-        data = self.blobs.get(bytes.fromhex(path.rpartition("/")[2]))
+            return reply(request, told, 201)
+        data = self.blobs.get(bytes.fromhex(request.path.rpartition("/")[2]))
         if data is None:
-            return error("BlobNotFoundError", "no such blob", 404)
-        stream = httpx.ByteStream(b"" if method == "HEAD" else data)
-        return httpx.Response(200, stream=stream)
+            return error(request, "BlobNotFoundError", "no such blob", 404)
+        return Canned(request, 200, [b"" if request.method == "HEAD" else data])
 
-    def _submit(self, request: httpx.Request, content: bytes) -> httpx.Response:
-        run_id, limit = request.url.params["id"], request.url.params.get("max_nusd")
+    def _submit(self, request: Request) -> Canned:
+        params = {name: str(value) for name, value in request.params.items()}
+        run_id, limit, content = params["id"], params.get("max_nusd"), content_of(request)
         with self.changed:
             if run_id not in self.files:
                 self.files[run_id] = content
-                self.resting[run_id] = request.url.params.get("rest") == "1"
+                self.resting[run_id] = params.get("rest") == "1"
                 self.limits[run_id] = None if limit is None else int(limit)
                 if limit is not None and int(limit) < PRICE_NUSD:
                     self.ends[run_id] = "too dear"
@@ -94,7 +97,7 @@ class ScriptedNode:
                 self.most_committed = max(self.most_committed, committed)
                 self.most_under_way = max(self.most_under_way, len(open_runs))
         opening = json.dumps({"id": run_id})
-        return self._events(run_id, f"data: {opening}\n\n".encode())
+        return self._events(request, run_id, f"data: {opening}\n\n".encode())
 
     def argument(self, run_id: str) -> float:
         """The number that a run was submitted with."""
@@ -110,7 +113,7 @@ class ScriptedNode:
         number: float = struct.unpack("<f", self.blobs[source.address])[0]
         return number
 
-    def _events(self, run_id: str, opening: bytes = b"") -> httpx.Response:
+    def _events(self, request: Request, run_id: str, opening: bytes = b"") -> Canned:
         number = self.argument(run_id)
         with self.changed:
             deed = self.ends.get(run_id) or self.deed(number)
@@ -129,7 +132,7 @@ class ScriptedNode:
                 self.changed.notify_all()
             yield sse({"seq": 2, **self._last(end)})
 
-        return httpx.Response(200, content=tell())
+        return Canned(request, 200, tell())
 
     def _last(self, end: str) -> dict[str, Any]:
         match end:
@@ -145,12 +148,12 @@ class ScriptedNode:
                 return {"kind": "failed", "hint": "", **told}
 
 
-def reply(fields: dict[str, Any], status: int = 200) -> httpx.Response:
-    return httpx.Response(status, stream=httpx.ByteStream(json.dumps(fields).encode()))
+def reply(request: Request, fields: dict[str, Any], status: int = 200) -> Canned:
+    return Canned(request, status, [json.dumps(fields).encode()])
 
 
-def error(kind: str, message: str, status: int = 400) -> httpx.Response:
-    return reply({"error": {"kind": kind, "message": message, "hint": ""}}, status)
+def error(request: Request, kind: str, message: str, status: int = 400) -> Canned:
+    return reply(request, {"error": {"kind": kind, "message": message, "hint": ""}}, status)
 
 
 def sse(event: dict[str, Any]) -> bytes:
@@ -170,7 +173,7 @@ def connect(tmp_path: Path) -> Callable[[ScriptedNode], Client]:
     note = {"url": "http://127.0.0.1:9", "pid": os.getpid(), "embedded": False}
     (tmp_path / "node.json").write_text(json.dumps(note))
     (tmp_path / "token").write_text("t0ken")
-    return lambda node: Client(tmp_path, transport=httpx.MockTransport(node.answer))
+    return lambda node: Client(tmp_path, line=CannedLine(node.answer))
 
 
 Connect = Callable[[ScriptedNode], Client]
