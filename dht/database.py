@@ -3,7 +3,8 @@
 With ``synchronous=FULL`` a commit waits for the disk, about a millisecond; doing it on the event
 loop would stop everything else, and doing it once a row would cap the rate at the disk's. So
 operations queue for one thread, which runs all that wait as one transaction, each in its own
-savepoint, and wakes their tasks only after the commit: what ``write`` returned is on disk.
+savepoint if there are several, and wakes their tasks only after the commit: what ``write`` returned
+is on disk.
 
 The reader runs on the event loop, for look-ups by key: WAL lets it read while the writer writes.
 """
@@ -47,7 +48,11 @@ class _Request(Generic[T]):
         """Return once it is on disk, or has failed; a cancellation waits too."""
         await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
 
-    def run(self, connection: sqlite3.Connection) -> None:
+    def run(self, connection: sqlite3.Connection, *, alone: bool) -> None:
+        """Do it. Beside others it is undone alone if it fails; ``alone``, so is the transaction."""
+        if alone:
+            self.result = self.operation(connection)
+            return
         connection.execute("SAVEPOINT operation")
         try:
             self.result = self.operation(connection)
@@ -160,9 +165,9 @@ class Database:
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             for request in requests:
-                request.run(self._connection)
+                request.run(self._connection, alone=len(requests) == 1)
             self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
+        except BaseException as error:  # noqa: BLE001 - raised in the tasks that wait
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             for request in requests:
