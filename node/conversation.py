@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -92,10 +93,9 @@ class Conversation:
             with self._scope:
                 try:
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._write)
+                        nursery.start_soon(self._read, on_message, nursery.cancel_scope)
                         nursery.start_soon(self._beat)
-                        await self._read(on_message)
-                        nursery.cancel_scope.cancel()
+                        await self._write()  # what waits leaves before anything else is done
                 except* P2PFlopError as group:
                     failure = first_error(group)
         finally:
@@ -111,24 +111,26 @@ class Conversation:
         if not self._why:
             self._why, self.at_fault = why, at_fault
 
-    async def _read(self, on_message: OnMessage) -> None:
-        while True:
-            try:
-                self._listens = True
-                frame = await self._stream.receive()
-                self._listens, self._heard = False, True
-                message = decode_message(frame, self.peer)
-            except EndOfStream:
-                self._end(f"{self.peer} ended the stream")
-                return
-            except ProviderError as error:
-                self._end(error.message)
-                return
-            except ProtocolError as error:
-                self._end(error.message, at_fault=True)
-                return
+    async def _read(self, on_message: OnMessage, scope: trio.CancelScope) -> None:
+        while (message := await self._next()) is not None:
             await self._pace()
             await on_message(message)
+        scope.cancel()
+
+    async def _next(self) -> Message | None:
+        """What the peer says next; None if nothing more comes, or nothing that makes sense."""
+        try:
+            self._listens = True
+            frame = await self._stream.receive()
+            self._listens, self._heard = False, True
+            return decode_message(frame, self.peer)
+        except EndOfStream:
+            self._end(f"{self.peer} ended the stream")
+        except ProviderError as error:
+            self._end(error.message)
+        except ProtocolError as error:
+            self._end(error.message, at_fault=True)
+        return None
 
     async def _pace(self) -> None:
         now = trio.current_time()
@@ -139,8 +141,11 @@ class Conversation:
             await trio.sleep(-self._tokens / READ_RATE)
 
     async def _write(self) -> None:
-        with trio.CancelScope() as sending:
-            async for message in self._waiting:
+        with trio.CancelScope() as sending, suppress(trio.EndOfChannel):
+            while True:
+                message = (
+                    self._waiting.receive_nowait() if self._waits else await self._waiting.receive()
+                )
                 frames = [encode_message(message)]
                 while self._waits and sum(map(len, frames)) < TOGETHER_BYTES:
                     frames.append(encode_message(self._waiting.receive_nowait()))

@@ -148,7 +148,7 @@ class Host:
         try:
             with trio.fail_after(NEGOTIATE_S):
                 known = {name for name in libp2p if name} | set(self._handlers)
-                protocol = await multistream.answer(stream, known)
+                protocol = await multistream.answer(stream, known, self._handlers)
         except (trio.TooSlowError, ProtocolError, ProviderError) as error:
             _log.debug("no protocol agreed with %s: %s", connection.peer, error)
             stream.reset()

@@ -1,8 +1,9 @@
 """multistream-select 1.0: how both ends of a new stream agree on its protocol.
 
 The one that opens proposes, the other echoes or answers ``na``. The proposal travels with the
-first bytes of the conversation, so a protocol that a connection is known to answer costs no round
-trip; the echo is then checked when the first answer is read.
+first bytes of the conversation, and the echo with the first answer, so a protocol that a connection
+is known to answer costs neither a round trip nor a packet; the echo is checked when that answer is
+read. Protocols of libp2p's own, which other implementations speak, get theirs at once.
 """
 
 from __future__ import annotations
@@ -56,11 +57,13 @@ async def _read_exactly(stream: MuxStream, size: int) -> bytes:
     return data
 
 
-async def answer(stream: MuxStream, known: Container[str]) -> str | None:
+async def answer(
+    stream: MuxStream, known: Container[str], own: Container[str] = frozenset()
+) -> str | None:
     """Agree, as the one who did not open ``stream``, on one of the ``known`` protocols.
 
-    None if another one was proposed, which the peer was then told. Raises ProtocolError or
-    ProviderError.
+    Who has gone on to speak one of our ``own`` does not wait for the echo. None if another one was
+    proposed, which the peer was then told. Raises ProtocolError or ProviderError.
     """
     if await _read_line(stream) != _VERSION:
         raise ProtocolError("the peer does not speak multistream-select")
@@ -70,7 +73,11 @@ async def answer(stream: MuxStream, known: Container[str]) -> str | None:
         greeting = b""
     proposed = await _read_line(stream)
     if proposed in known:
-        await stream.write(greeting + encode_line(proposed))
+        echo = greeting + encode_line(proposed)
+        if proposed in own and stream.buffered_bytes:
+            stream.write_soon(echo, before_waiting=False)
+        else:
+            await stream.write(echo)
         return proposed
     await stream.write(greeting + encode_line("na"))
     return None
@@ -83,12 +90,12 @@ class ProposedStream:
         self._stream = stream
         self._peer = peer
         self._protocol = protocol
-        self._unsent = self._proposal = encode_line(_VERSION) + encode_line(protocol)
+        self._proposal = encode_line(_VERSION) + encode_line(protocol)
         self._echo = b""
+        stream.write_soon(self._proposal, before_waiting=True)
 
     async def confirm(self) -> None:
         """Wait until the peer has agreed. Raises ProviderError if it does not."""
-        await self._propose(b"")
         while len(self._echo) < len(self._proposal):
             part = await self._stream.read(len(self._proposal) - len(self._echo))
             self._echo += part
@@ -96,19 +103,13 @@ class ProposedStream:
                 self._stream.reset()
                 raise ProviderError(f"{self._peer} does not answer {self._protocol}")
 
-    async def _propose(self, data: bytes) -> None:
-        unsent, self._unsent = self._unsent, b""
-        if unsent or data:
-            await self._stream.write(unsent + data)
-
     async def read(self, n: int) -> bytes:
         if len(self._echo) < len(self._proposal):
             await self.confirm()
         return await self._stream.read(n)
 
     async def write(self, data: bytes) -> None:
-        await self._propose(data)
+        await self._stream.write(data)
 
     async def close(self) -> None:
-        await self._propose(b"")
         await self._stream.close()

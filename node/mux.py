@@ -9,7 +9,7 @@ its buffers have no bound. How it gets by with little:
 - **Reading is one task**, which takes what the kernel has, opens all packets in it and wakes the
   streams that got something.
 - **Credit** goes back to a sender once half a window was read, so small messages cost no updates.
-- A stream's first frame carries SYN or ACK itself.
+- A stream's first frame carries SYN or ACK itself, and what agrees on its protocol.
 
 Nothing that a peer sends can make it use more than ``MAX_STREAMS`` windows of ``WINDOW_BYTES`` and
 ``MAX_QUEUED_BYTES`` of answers; who goes beyond its credit, or breaks the format, is cut off.
@@ -80,6 +80,7 @@ class MuxStream:
         self.received_bytes = 0
         self.finished_at: float | None = None
         self._flag = first_flag
+        self._soon, self._sends_before_waiting = b"", False
         self._buffer = bytearray()
         self._unreported_bytes = 0
         self._credit_bytes = WINDOW_BYTES  # what the peer may still send
@@ -107,6 +108,8 @@ class MuxStream:
                 raise StreamBroken("the stream is closed")
             if self._ended:
                 return b""
+            if self._sends_before_waiting:
+                self._send_soon()
             self._readable = trio.Event()
             await self._readable.wait()
         data = bytes(self._buffer[:n])
@@ -124,6 +127,7 @@ class MuxStream:
         Cancelled, it may have sent a part.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
+        data, self._soon = self._soon + data, b""
         position = 0
         while position < len(data):
             self._check_writable()
@@ -139,6 +143,17 @@ class MuxStream:
             self._send(DATA, size, data[position : position + size])
             position += size
 
+    def write_soon(self, data: bytes, *, before_waiting: bool) -> None:
+        """Begin with ``data``, little, in one packet with what is written first; by itself if
+        nothing is before the end, or, ``before_waiting``, before a read waits for the peer."""
+        self._soon, self._sends_before_waiting = data, before_waiting
+
+    def _send_soon(self) -> None:
+        if self._soon and not self._closed:
+            data, self._soon = self._soon, b""
+            self._window_bytes -= len(data)
+            self._send(DATA, len(data), data)
+
     def _check_writable(self) -> None:
         if self._fault:
             raise StreamBroken(self._fault)
@@ -153,6 +168,7 @@ class MuxStream:
     def close_write(self) -> None:
         """Finish sending; reading goes on."""
         if not self._closed and not self._fault:
+            self._send_soon()
             self._closed = True
             self._send(WINDOW_UPDATE, 0, flags=FIN)
             self._writable.set()

@@ -132,7 +132,7 @@ async def test_silent_streams_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -
         await until(lambda: victim.statistics().inbound_streams == 0)
         held = [await hoarder.open(victim.peer, PROTOCOL) for _ in range(30)]
         for stream in held:
-            await stream._transport._propose(b"")  # type: ignore[attr-defined]
+            await stream._transport.write(b"")  # type: ignore[attr-defined]
         await until(lambda: victim.statistics().inbound_streams == 30)
         await honest.connect(victim.addresses[0])
         for _ in range(5):

@@ -12,6 +12,7 @@ from p2pflop.node.mux import MuxStream
 
 NAME = "/p2pflop/main/job/1"
 GREETING = b"\x13/multistream/1.0.0\n"
+ECHO = GREETING + multistream.encode_line(NAME)
 
 
 def test_a_burst_then_a_rate() -> None:
@@ -45,6 +46,7 @@ class FakeStream:
     def __init__(self, incoming: bytes, step: int = 1000) -> None:
         self.incoming = incoming
         self.written = b""
+        self.soon = b""
         self.was_reset = False
         self._step = step
 
@@ -60,13 +62,18 @@ class FakeStream:
 
     async def write(self, data: bytes) -> None:
         await trio.lowlevel.checkpoint()
-        self.written += data
+        self.written += self.soon + data
+        self.soon = b""
+
+    def write_soon(self, data: bytes, *, before_waiting: bool) -> None:
+        self.soon = data
+        self.sends_before_waiting = before_waiting
 
     def reset(self) -> None:
         self.was_reset = True
 
     async def close(self) -> None:
-        await trio.lowlevel.checkpoint()
+        await self.write(b"")
 
 
 def as_stream(fake: FakeStream) -> MuxStream:
@@ -79,6 +86,16 @@ async def test_answering_a_known_protocol(step: int) -> None:
     assert await multistream.answer(as_stream(fake), {NAME}) == NAME
     assert fake.written == GREETING + multistream.encode_line(NAME)
     assert fake.incoming == b"data"
+
+
+@pytest.mark.parametrize(("data", "soon"), [(b"", b""), (b"data", ECHO)])
+async def test_who_speaks_on_gets_the_echo_with_the_first_answer(data: bytes, soon: bytes) -> None:
+    fake = FakeStream(GREETING + multistream.encode_line(NAME) + data)
+    assert await multistream.answer(as_stream(fake), {NAME}, {NAME}) == NAME
+    assert fake.soon == soon
+    await fake.write(b"answer")
+    assert fake.written == ECHO + b"answer"
+    assert not soon or not fake.sends_before_waiting
 
 
 async def test_answering_an_unknown_protocol() -> None:
@@ -125,6 +142,7 @@ async def test_a_proposal_travels_with_the_first_bytes(step: int) -> None:
     proposal = GREETING + multistream.encode_line(NAME)
     fake = FakeStream(proposal + b"answer", step)
     proposed = multistream.ProposedStream(as_stream(fake), "peer", NAME)
+    assert fake.sends_before_waiting
     await proposed.write(b"ask")
     assert fake.written == proposal + b"ask"
     got = b""

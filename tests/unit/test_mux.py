@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -121,6 +122,40 @@ async def test_bytes_arrive_in_order_and_end() -> None:
         assert await other.read(100) == b""
         await other.write(b"still open this way")
         assert await stream.read(100) == b"still open this way"
+
+
+class TestWritingSoon:
+    async def test_it_leaves_with_what_is_written_first(self, monkeypatch: Any) -> None:
+        async with joined() as (left, _, _):
+            sent: list[bytes] = []
+            monkeypatch.setattr(left.wire, "send", sent.append)
+            stream = left.open()
+            stream.write_soon(b"hello ", before_waiting=False)
+            assert not sent
+            await stream.write(b"world")
+            await stream.write(b"!")
+            assert [frame[HEADER.size :] for frame in sent] == [b"hello world", b"!"]
+
+    @pytest.mark.parametrize("before_waiting", [True, False])
+    async def test_before_a_read_that_waits(self, before_waiting: bool) -> None:
+        async with joined() as (left, _, streams):
+            stream = left.open()
+            stream.write_soon(b"hello", before_waiting=before_waiting)
+            with trio.move_on_after(0.05):
+                await stream.read(1)
+            await stream.close()
+            other = await streams.receive()
+            assert await other.read(100) == b"hello"
+            assert await other.read(100) == b""
+
+    async def test_it_left_before_the_read_waited(self) -> None:
+        async with joined() as (left, _, streams), trio.open_nursery() as nursery:
+            stream = left.open()
+            stream.write_soon(b"hello", before_waiting=True)
+            nursery.start_soon(stream.read, 1)
+            other = await streams.receive()
+            assert await other.read(100) == b"hello"
+            await other.write(b"!")
 
 
 async def test_more_than_a_window_waits_for_the_reader() -> None:
