@@ -134,12 +134,12 @@ class Bidding:
 
     def wait(self, purchase: Purchase) -> None:
         """Nobody takes the job now: wait, and rest as a wish if the order says so."""
-        self._buyer.wait(self._run_id, purchase)
+        self._buyer.waiting.enter(self._run_id, purchase)
         if self._order.rests and self._is_unfilled:
             if self._buyer.wishes.rest(self._run_id, self._order, self._classes):
                 self._buyer.nursery.start_soon(survive, self._tell_resting)
             if self._buyer.wishes.has_news(self._run_id):
-                self._buyer.wake(self._run_id)
+                self._buyer.waiting.wake(self._run_id)
 
     async def _tell_resting(self) -> None:
         run, order = self._buyer.runs.get(self._run_id), self._order
@@ -149,7 +149,7 @@ class Bidding:
 
     def end(self) -> None:
         """The run is over: it waits and wishes no more."""
-        self._buyer.wait_no_more(self._run_id)
+        self._buyer.waiting.leave(self._run_id)
         self._buyer.wishes.withdraw(self._run_id)
 
     def _give_up(self, attempt: int) -> None:

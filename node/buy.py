@@ -36,7 +36,6 @@ from p2pflop.node.evidence import evidence_of
 from p2pflop.node.experience import Experience
 from p2pflop.node.feeding import open_feed
 from p2pflop.node.franchise import Franchise
-from p2pflop.node.guard import survive
 from p2pflop.node.identity import Identity
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.letters import Letters
@@ -55,6 +54,7 @@ from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.sheets import SheetService
 from p2pflop.node.trying import try_out
+from p2pflop.node.waiting_room import WaitingRoom
 from p2pflop.node.wishes import Wishes
 from p2pflop.node.worker_types import Workers
 from p2pflop.wire import encode
@@ -102,20 +102,21 @@ class Buyer:
     nursery: trio.Nursery
     now_ns: Callable[[], int]
     experience: Experience = field(init=False)
+    waiting: WaitingRoom = field(init=False)
     wishes: Wishes = field(init=False)
     _trials: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
-    _waiting: dict[str, Purchase] = field(default_factory=dict)
     _needed: dict[str, frozenset[bytes]] = field(default_factory=dict)
     _lent: Counter[tuple[bytes, bytes]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.experience = Experience(self.identity.account.public_key)
+        self.waiting = WaitingRoom(self.nursery)
         self.wishes = Wishes(
             self.identity,
             self.sheets,
             self.nursery,
             self.now_ns,
-            self.wake,
+            self.waiting.wake,
             self.franchise,
             secrets.SystemRandom().random,
         )
@@ -134,26 +135,6 @@ class Buyer:
         """Whether what is left of a job faults here, and how. One job at a time."""
         async with self._trials:
             return await try_out(order, self.workers, self.store)
-
-    def wait(self, run_id: str, purchase: Purchase) -> None:
-        """Called by a purchase that waits for room."""
-        self._waiting[run_id] = purchase
-
-    def wait_no_more(self, run_id: str) -> None:
-        """Called by a purchase that goes on or is over."""
-        self._waiting.pop(run_id, None)
-
-    def room_freed(self) -> None:
-        """Somebody has room again, this node itself or a provider that has ended a run of it: let
-        the purchase try that has waited longest."""
-        if self._waiting:
-            self.wake(next(iter(self._waiting)))
-
-    def wake(self, run_id: str) -> None:
-        """Let a run try again, if it waits."""
-        purchase = self._waiting.pop(run_id, None)
-        if purchase is not None:
-            self.nursery.start_soon(survive, purchase.try_again)
 
     async def submit(
         self, body: bytes, options: SubmitOptions, rows: Sequence[tuple[str, bytes]] = ()
@@ -350,9 +331,11 @@ class Buyer:
             await self._buy(run, order, resume=True)
 
     async def _buy(self, run: Run, order: Order, *, resume: bool = False) -> None:
+        purchase: Purchase | None = None
         try:
             await self.need(run.id, order)
-            await Purchase(self, run, order).run(resume=resume)
+            purchase = Purchase(self, run, order)
+            await purchase.run(resume=resume)
         except P2PFlopError as error:
             await self.fail(run, error)
         except Exception as error:  # noqa: BLE001 - one job's bug must not end the node
@@ -360,7 +343,8 @@ class Buyer:
             await self.fail(run, P2PFlopError(f"the node failed: {error!r}"))
         finally:
             self._needed.pop(run.id, None)
-            self.room_freed()
+            if purchase is not None:
+                purchase.leave_room()
 
     async def fail(self, run: Run, error: P2PFlopError) -> None:
         """End a run with an error. Never raises: without a disk, only this process knows of it."""

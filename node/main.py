@@ -305,7 +305,7 @@ def _assemble(
         nursery=nursery,
         now_ns=time.time_ns,
     )
-    seller.allocator.on_free.append(buyer.room_freed)
+    seller.allocator.on_free.append(buyer.waiting.room_freed)
     money = Payments(
         identity, payment_book, ledger_book, dialer, sheets.nodes_of, nursery, time.time_ns
     )

@@ -309,7 +309,7 @@ class MemoryNode:
             now_ns=now_ns,
         )
 
-        self.seller.allocator.on_free.append(self.buyer.room_freed)
+        self.seller.allocator.on_free.append(self.buyer.waiting.room_freed)
         self.seller.allocator.allowance = lambda: franchise.own_slots(
             book.sellers_of(self.account, now_ns())
         )

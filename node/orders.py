@@ -68,6 +68,18 @@ class Order:
             nonce=nonce,
         )
 
+    def wants_as_much_as(self, other: Order) -> bool:
+        """Whether nobody takes this who would not take ``other`` too."""
+        mine, theirs = self.checked.cost, other.checked.cost
+        return (
+            self.classes == other.classes
+            and self.max_nusd <= other.max_nusd
+            and mine.flop >= theirs.flop
+            and mine.touched_bytes >= theirs.touched_bytes
+            and self.terms.memory_bytes >= other.terms.memory_bytes
+            and self.moved_bytes >= other.moved_bytes
+        )
+
     @property
     def costs(self) -> tuple[CostLine, ...]:
         """The metered cost as a bid states it."""

@@ -21,6 +21,7 @@ from p2pflop.errors import (
     StoreError,
     first_error,
 )
+from p2pflop.job.buying import BUSY_PREFIX
 from p2pflop.job.buying import buyer as buyer_lifecycle
 from p2pflop.job.events import (
     Again,
@@ -81,6 +82,7 @@ class Purchase:
         self._lent: list[bytes] = []
         self._unanswered = b""
         self._acknowledged = False
+        self._has_left_room = False
         self._booked = b""
         self._last: Last | None = None
         self._failure: P2PFlopError | None = None
@@ -117,7 +119,7 @@ class Purchase:
         self._nursery.start_soon(self._driver.run_timers)
         self._nursery.start_soon(self._verifier.run)
         if self._lifecycle.state is State.RANKING:
-            await self._rank()
+            await self._begin_ranking()
         await self._driver.over.wait()
         if self._driver.failure is not None:
             raise self._driver.failure
@@ -203,8 +205,20 @@ class Purchase:
                 self._nursery.start_soon(self._tell_loss, "")
             self._nursery.start_soon(self._tell_state)
         else:
-            self._buyer.wait_no_more(self._run.id)
+            self._buyer.waiting.leave(self._run.id)
             self._nursery.start_soon(self._rank)
+
+    def leave_room(self) -> None:
+        """All is computed, or over: whoever waits may have its slot."""
+        if not self._has_left_room:
+            self._has_left_room = True
+            self._buyer.waiting.room_freed()
+
+    @property
+    def wants_room_for(self) -> Order | None:
+        """See Waiting."""
+        was_busy = BUSY_PREFIX in self._lifecycle.side.outcome()[0]
+        return self._stretches.now if was_busy else None
 
     async def try_again(self) -> None:
         """Somebody may have room now. Never raises."""
@@ -234,6 +248,20 @@ class Purchase:
             self._failure = error_of(action)
 
     # Bidding
+
+    async def _begin_ranking(self) -> None:
+        """Behind those of this node that wait for room, if there are any that want no more."""
+        order = self._stretches.now
+        if order.rests or not self._buyer.waiting.is_hopeless(order):
+            await self._rank()
+            return
+        await self._run.rows.flush()
+        self._nursery.start_soon(self._queue, order)
+
+    async def _queue(self, order: Order) -> None:
+        await self._buyer.waiting.queue(self._run.id, order)
+        if not self._lifecycle.ended:
+            await self._rank()
 
     async def _rank(self) -> None:
         order = self._stretches.begin(self._stretches.done_to, self._owed_nusd())
@@ -462,6 +490,7 @@ class Purchase:
         event: Event = Alive(worked=goods.is_progress(message))
         if isinstance(message, m.Delivered):
             event = Received(message.receipt, message.salt)
+            self.leave_room()
         try:
             await self._note(message, goods)
         except ProtocolError as error:
