@@ -2,9 +2,10 @@
 
 The session outlives its leases. While there is something to do it has one; after ``IDLE_S`` without
 a command it takes a snapshot and gives the lease back. When the provider dies, leaves, misbehaves,
-or the lease's quote is used up, the next one begins with the snapshot and the log since: equal
-commands give equal bytes in the class, so the script sees nothing but a note. A Read that was
-answered in part is asked again, and what the script has of it already is left out.
+or the lease's time, its quote or a limit of its ask is used up, the next one begins with the
+snapshot and the log since: equal commands give equal bytes in the class, so the script sees nothing
+but a note. A Read that was answered in part is asked again, and what the script has of it already
+is left out.
 
 A script that is stopped in the middle of an answer (Ctrl-Z) is not the provider's fault: the rest
 of what comes is dropped, the lease given back in order, and once the script reads again the next
@@ -270,14 +271,14 @@ class Session:
             first, before = False, self.ran_to
             lease = await self._buyer.lease(self)
             failure = await self._use(lease)
-            if failure is None:
-                fruitless = 0
-                continue
-            fruitless = fruitless + 1 if self.ran_to == before else 0
+            is_stuck = self.ran_to == before and (failure is not None or self._waits)
+            fruitless = fruitless + 1 if is_stuck else 0
             if fruitless > MAX_FRUITLESS:
-                raise StuckError(self.ran_to, fruitless, failure)
+                raise StuckError(self.ran_to, fruitless, failure or _used_up())
             if fruitless > 1:
                 await trio.sleep(min(MAX_PAUSE_S, 2.0 ** (fruitless - 2)))
+            if failure is None:
+                continue
             _log.info("session %s: %s", self.id.hex()[:12], failure)
             if isinstance(failure, StoreError):
                 raise failure
@@ -293,6 +294,11 @@ class Session:
         while self._answered_up() and not self._closing and not self._gone:
             await self._news.wait()
         return not self._gone and not self._answered_up()
+
+    @property
+    def _waits(self) -> bool:
+        """Whether there is something to do, and somebody to have it."""
+        return not self._answered_up() and not self._unread and not self._gone
 
     def _answered_up(self) -> bool:
         return self.ran_to == self.table.count
@@ -341,6 +347,9 @@ class Session:
                     return
                 await lease.hold()
                 await lease.flush(self._next)
+                if lease.is_due:
+                    await self._give_back(lease)
+                    return
                 if self._next < self.table.count:
                     await self._feed_all(lease)
                 elif self.log.is_long:
@@ -387,6 +396,8 @@ class Session:
     async def _feed_all(self, lease: AnyLease) -> None:
         """All that there is, in batches; what was obeyed before ends with a batch."""
         while self._next < self.table.count and not self._gone and not self._unread:
+            if lease.is_due:
+                return
             number, command = self._next, self.log.command(self._next)
             if not isinstance(command, Read) or number >= self._answered_to:
                 theirs = lease.outstanding.table.count
@@ -496,6 +507,10 @@ class Session:
     def _wake(self) -> None:
         self._news.set()
         self._news = trio.Event()
+
+
+def _used_up() -> ProviderError:
+    return ProviderError("its time, its quote or a limit of its ask was used up")
 
 
 class _ScriptRead:
