@@ -19,7 +19,7 @@ from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, shards_of, times_due
 from p2pflop.job.validate import Refusal
 from p2pflop.market.book import IsAttested
 from p2pflop.market.evidence import Avoided
-from p2pflop.market.limits import Limit
+from p2pflop.market.limits import Known, Limit
 from p2pflop.market.ranking import Deal, Miss, MissReason, Need, Policy
 from p2pflop.market.records import MIN_CHECKPOINT_SECONDS, CostLine, Terms
 from p2pflop.market.views import BookView
@@ -67,8 +67,13 @@ class Order:
             deadline_ns=self.deadline_ns,
             max_nusd=self.max_nusd,
             nonce=nonce,
-            known=((Limit.NODES, self.checked.nodes),),
+            known=self.known,
         )
+
+    @property
+    def known(self) -> Known:
+        """What limits of asks are compared with that a bid does not say."""
+        return ((Limit.NODES, self.checked.nodes),)
 
     @property
     def costs(self) -> tuple[CostLine, ...]:

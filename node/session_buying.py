@@ -50,6 +50,7 @@ from p2pflop.job.commands import (
     Run,
 )
 from p2pflop.job.session import Mark, SessionTable
+from p2pflop.market.limits import Known, Limit
 from p2pflop.node.session_lease import CommandFault, Outstanding, QuoteUsedUp, StuckError
 from p2pflop.node.session_local import LocalLease
 from p2pflop.node.session_log import SessionLog
@@ -113,7 +114,7 @@ class Session:
         self._buyer = buyer
         self._line = line
         self._next = self._since = 0
-        self._base = Mark()
+        self._base = self._fed = self._refused = Mark()
         self._answered_to = 0
         self._partial_bytes = 0
         self._waiting_bytes: dict[int, int] = {}
@@ -142,6 +143,18 @@ class Session:
             flop=table.flop - begun.mark.flop,
             touched_bytes=table.touched_bytes - begun.mark.touched_bytes,
             moved_bytes=max(0, table.moved_bytes - begun.mark.moved_bytes) + begun.loaded_bytes,
+        )
+
+    def known(self) -> Known:
+        """What limits of asks are compared with: what a new provider has to do before it gets any
+        further than the last one was asked to, graphs that are bound included."""
+        fed, refused, begun = self._fed, self._refused, self.log.snapshot
+        bound = {each.graph.hash: each.graph.nodes for each in self.table.bindings.values()}
+        moved_bytes = max(0, fed.moved_bytes - begun.mark.moved_bytes) + begun.loaded_bytes
+        return (
+            (Limit.FLOP, max(0, fed.flop - begun.mark.flop) + refused.flop),
+            (Limit.MOVED, moved_bytes + refused.moved_bytes),
+            (Limit.NODES, max(sum(bound.values()), refused.lowered_nodes)),
         )
 
     def outstanding(self) -> Outstanding:
@@ -318,6 +331,7 @@ class Session:
     async def _use(self, lease: AnyLease) -> P2PFlopError | None:
         """Run on ``lease`` until it is given back (None) or lost."""
         self.lease, self._places, self.log.busy_ns = lease, [], 0
+        self._refused = Mark()
         failure: P2PFlopError | None = None
         try:
             async with lease.live():
@@ -337,33 +351,41 @@ class Session:
         try:
             await self.story.keep()
             await self._restore(lease)
-            while True:
-                if self._gone:
-                    with trio.move_on_after(FAREWELL_S):
-                        await lease.close()
-                    return
-                if self._unread:
-                    await lease.close()
-                    return
-                await lease.hold()
-                await lease.flush(self._next)
-                if lease.is_due:
-                    await self._give_back(lease)
-                    return
-                if self._next < self.table.count:
-                    await self._feed_all(lease)
-                elif self.log.is_long:
-                    await self._snapshot(lease)
-                elif self._closing:
-                    await lease.close()
-                    return
-                elif not await self._await_news(lease):
-                    await self._give_back(lease)
-                    await self.story.became("idle")
-                    return
-        except QuoteUsedUp:
+            try:
+                await self._feed_on(lease)
+            finally:
+                self._fed = self._mark_of(lease.outstanding.table, self._next)
+        except QuoteUsedUp as used_up:
+            self._refused = used_up.adds
             await lease.flush(self._next)
             await self._give_back(lease)
+
+    async def _feed_on(self, lease: AnyLease) -> None:
+        """From where the script is to the end of the lease in order. Raises QuoteUsedUp."""
+        while True:
+            if self._gone:
+                with trio.move_on_after(FAREWELL_S):
+                    await lease.close()
+                return
+            if self._unread:
+                await lease.close()
+                return
+            await lease.hold()
+            await lease.flush(self._next)
+            if lease.is_due:
+                await self._give_back(lease)
+                return
+            if self._next < self.table.count:
+                await self._feed_all(lease)
+            elif self.log.is_long:
+                await self._snapshot(lease)
+            elif self._closing:
+                await lease.close()
+                return
+            elif not await self._await_news(lease):
+                await self._give_back(lease)
+                await self.story.became("idle")
+                return
 
     async def _await_news(self, lease: AnyLease) -> bool:
         """Whether there is some within the time that a lease may idle."""

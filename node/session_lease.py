@@ -40,7 +40,11 @@ MAX_MARKS: Final = 65_536
 
 class QuoteUsedUp(Exception):
     """The next command would cost more than the lease may bill, or be over a limit of its ask. It
-    was not sent."""
+    was not sent; ``adds`` is what it counts."""
+
+    def __init__(self, adds: Mark) -> None:
+        super().__init__()
+        self.adds = adds
 
 
 class Answer(Protocol):

@@ -141,16 +141,18 @@ class RemoteLease:
         self, command: AnyCommand, graph: OpenGraph | None = None, answer: Answer | None = None
     ) -> None:
         """See Lease."""
-        mark = self.outstanding.table.foresee(command, graph)
+        table = self.outstanding.table
+        mark = table.foresee(command, graph)
         if self.limits and exceeded(self.limits, mark_figures(mark)) is not None:
-            raise QuoteUsedUp
+            raise QuoteUsedUp(mark.since(table.mark()))
         due_nusd = full_nusd(self._terms, mark)
         while due_nusd > self._terms.quote_nusd:
-            await self._raise()
+            if not await self._raise():
+                raise QuoteUsedUp(mark.since(table.mark()))
         self.outstanding.add(command, graph, answer)
 
-    async def _raise(self) -> None:
-        """Have a higher quote. Raises QuoteUsedUp if there is none."""
+    async def _raise(self) -> bool:
+        """Have a higher quote; whether there is one."""
         before_nusd, quote_nusd = self._terms.quote_nusd, self.more(self._terms)
         if quote_nusd > before_nusd:
             self._raised, self._asked_nusd = trio.Event(), quote_nusd
@@ -159,8 +161,7 @@ class RemoteLease:
                 await self._raised.wait()
             if waiting.cancelled_caught:
                 raise ProviderError(f"{self.peer} said nothing of a quote in {RAISE_S:.0f} s")
-        if self._terms.quote_nusd == before_nusd:
-            raise QuoteUsedUp
+        return self._terms.quote_nusd > before_nusd
 
     def _agree(self, quote_nusd: int) -> None:
         if quote_nusd not in (self._terms.quote_nusd, self._asked_nusd):

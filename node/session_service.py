@@ -236,7 +236,7 @@ class SessionBuyer:
         ranking = self._look(session, classes, again, left_nusd)
         why = None if ranking.deals else no_lease(ranking.ranked, session.wish, left_nusd)
         terms = self._terms(session, self.base.now_ns())
-        look = SessionLook(ranking, classes, again, terms, left_nusd)
+        look = SessionLook(ranking, classes, again, terms, left_nusd, session.known())
         await session.story.looked(look, "" if why is None else why.message, continues=bool(shown))
         if why is not None:
             is_final = any(miss.reason is MissReason.BUDGET for miss in ranking.misses)
@@ -285,6 +285,7 @@ class SessionBuyer:
                 deadline_ns=terms.deadline_ns,
                 max_nusd=left_nusd,
                 nonce=nonce,
+                known=session.known(),
             )
             return rank_session(view.sheets, need, again, policy, view.at_ns, admits)
 

@@ -68,6 +68,9 @@ SheetLimits = Mapping[int, AskLimits]
 """By the number of the ask; of those alone that have any."""
 NO_LIMITS: Final[SheetLimits] = MappingProxyType({})
 
+Known = tuple[tuple[int, int], ...]
+"""Figures as pairs, for what is compared or kept."""
+
 LimitId = Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)]
 Most = Annotated[int, msgspec.Meta(ge=1, le=MAX_LIMIT)]
 

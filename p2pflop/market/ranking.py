@@ -21,7 +21,7 @@ from p2pflop.errors import MarketError
 from p2pflop.ids import content_hash
 from p2pflop.keys import peer_id
 from p2pflop.market.book import IsAttested, nobody
-from p2pflop.market.limits import Figures, Limit, Over, exceeded, lease_seconds
+from p2pflop.market.limits import Figures, Known, Limit, Over, exceeded, lease_seconds
 from p2pflop.market.records import Ask, CostLine
 from p2pflop.market.sheets import OpenSheet
 from p2pflop.market.views import BookView
@@ -91,7 +91,7 @@ class Need:
     max_nusd: int
     nonce: bytes
     own_node: bytes = b""
-    known: tuple[tuple[int, int], ...] = ()
+    known: Known = ()
 
     def figures(self, now_ns: int) -> Figures:
         """What the limits of asks are compared with, for a lease that begins now."""

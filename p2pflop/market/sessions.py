@@ -100,7 +100,8 @@ def rank_session(
     """Every ask for a lease of a session: deals by what a nominal session costs, then the others.
 
     An ask on which what has to be done ``again``, before the session can go on, costs more than the
-    need's ``max_nusd`` is over the budget. Limits of asks are compared with that, too.
+    need's ``max_nusd`` is over the budget. Limits of asks are compared with what the need knows,
+    else with that.
     """
     nominal = replace(
         need,
@@ -108,7 +109,7 @@ def rank_session(
         touched_bytes=NOMINAL_TOUCHED_BYTES,
         moved_bytes=NOMINAL_MOVED_BYTES,
         max_nusd=MAX_NUSD,
-        known=((Limit.LEASE, MIN_LEASE_S), *mark_figures(again).items()),
+        known=((Limit.LEASE, MIN_LEASE_S), *mark_figures(again).items(), *need.known),
     )
     within: list[Deal | Miss] = []
     over: list[Deal | Miss] = []

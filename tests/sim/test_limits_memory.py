@@ -215,6 +215,44 @@ async def test_a_session_goes_on_within_the_work_that_an_ask_takes(
     market.check()
 
 
+async def test_a_script_that_runs_ahead_of_what_an_ask_takes_gets_there_all_the_same(
+    market: Market, autojump_clock: object
+) -> None:
+    expected = await reference(market, 1000)
+    await market.provider(max_flop=300 * FLOATS, max_moved_bytes=16 * SIZE)
+    buyer, script = await market.buyer(), Script()
+    await begin(buyer, script)
+    script.give([*beginning(), *steps(1000)])
+    assert await script.read(0, SIZE) == expected
+    assert len(script.leases) == 4
+    assert not script.notes, script.notes[0]
+    assert (await script.close()).flop == 1000 * FLOATS, "nothing was done again"
+    looks = replay(evidence_of(buyer, buyer.sessions.base.runs.cards()[0]["id"]))
+    assert [bid.verdict for look in looks for bid in look.bids] == [Verdict.BEST] * 4
+    await market.settle_down()
+    market.check()
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [
+        ({"max_flop": FLOATS - 1}, "work of 64 FLOP is over the ask's 63 FLOP"),
+        ({"max_moved_bytes": 2 * SIZE - 1}, "moving 512 B is over the ask's 511 B"),
+    ],
+)
+async def test_one_command_that_is_over_a_limit_costs_one_lease(
+    market: Market, autojump_clock: object, limit: dict[str, Any], told: str
+) -> None:
+    await market.provider(**limit)
+    buyer, script = await market.buyer(), Script()
+    await begin(buyer, script)
+    script.give([*beginning(), *steps(1)])
+    failed = await script.until(Failed)
+    assert isinstance(failed, Failed)
+    assert told in failed.hint
+    assert len(script.leases) == 1
+
+
 async def test_a_session_that_nobody_takes_says_why(market: Market, autojump_clock: object) -> None:
     await market.provider(max_nodes=1)
     buyer, script = await market.buyer(), Script()
