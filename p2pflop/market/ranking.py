@@ -275,9 +275,11 @@ def rank(
         reason = judge(sheet, ask, total)
         if reason is None:
             deals.append(Deal(sheet, ask, total, compute, moved, flop, ticket))
-        else:
-            over = _over(sheet, ask, need, now_ns) if reason is MissReason.LIMIT else None
+        elif reason is MissReason.LIMIT:
+            over = _over(sheet, ask, need, now_ns)
             misses.append(Miss(sheet, ask, reason, total, need, over))
+        else:
+            misses.append(Miss(sheet, ask, reason, total, need))
     deals.sort(key=_TOTAL)
     ranked: list[Deal | Miss] = []
     for _, group in groupby(deals, key=_TOTAL):
