@@ -413,7 +413,7 @@ def _announce_start(daemon: Daemon) -> None:
     elif settings.ask_nusd is not None:
         selling = f"selling at {format_usd(settings.ask_nusd)} a PFLOP"
         if settings.limits:
-            selling += f", a job at most {limit_words(settings.limits)}"
+            selling += f", jobs up to {limit_words(settings.limits)}"
     _log.info("node %s, %s, sandbox level %d", daemon.network.peer, selling, daemon.workers.level)
     _log.info("%s", daemon.franchise.describe())
     _log.info("local programs: %s", daemon.url)
