@@ -185,7 +185,7 @@ class Daemon:
                 "byte_price_nusd": ask.byte_price_nusd,
                 "memory_bytes": ask.memory_bytes,
                 "flop_per_s": ask.flop_per_s,
-                "limits": {limit_label(n): most for n, most in sheet.limits.get(ask.number, ())},
+                "limits": {limit_label(n): most for n, most in sheet.limits_of(ask)},
                 "valid_until_ns": ask.valid_until_ns,
             }
             for sheet in self.sheets.book.view(now_ns).sheets

@@ -249,7 +249,7 @@ class SessionBuyer:
             reject = None
             try:
                 more = partial(self._more, session, deal)
-                limits = deal.sheet.limits.get(deal.ask.number, ())
+                limits = deal.sheet.limits_of(deal.ask)
                 outstanding = session.outstanding()
                 answer = await open_lease(self, bid, deal.account, outstanding, more, limits)
             except (ProviderError, ProtocolError, VerificationError) as error:
@@ -318,7 +318,7 @@ class SessionBuyer:
 
     def _bid(self, session: Session, looked: Ranking, deal: Deal, quote_nusd: int) -> Sealed[Bid]:
         identity, now_ns = self.base.identity, self.base.now_ns()
-        limits = deal.sheet.limits.get(deal.ask.number, ())
+        limits = deal.sheet.limits_of(deal.ask)
         return make_session_bid(
             identity.node,
             deal,

@@ -404,7 +404,7 @@ def _advice_on_limits(misses: list[Miss]) -> str:
 
 
 def _over(sheet: OpenSheet, ask: Ask, need: Need, now_ns: int) -> Over | None:
-    return exceeded(sheet.limits.get(ask.number, ()), need.figures(now_ns))
+    return exceeded(sheet.limits_of(ask), need.figures(now_ns))
 
 
 _Judge = Callable[[OpenSheet, Ask, int], MissReason | None]
@@ -437,7 +437,7 @@ def _judge(need: Need, policy: Policy, now_ns: int, is_attested: IsAttested) -> 
             return MissReason.OWN_NODE
         if is_choosy and (reason := barred(sheet, ask)) is not None:
             return reason
-        if sheet.limits and exceeded(sheet.limits.get(ask.number, ()), figures) is not None:
+        if sheet.limits and exceeded(sheet.limits_of(ask), figures) is not None:
             return MissReason.LIMIT
         if total > max_nusd:
             return MissReason.BUDGET

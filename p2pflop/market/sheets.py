@@ -14,7 +14,7 @@ from typing import Final
 
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.keys import PrivateKey, peer_id
-from p2pflop.market.limits import NO_LIMITS, SheetLimits, limits_ext, read_limits
+from p2pflop.market.limits import NO_LIMITS, AskLimits, SheetLimits, limits_ext, read_limits
 from p2pflop.market.records import (
     MAX_SHEET_LIFETIME_NS,
     MAX_SHEET_ORDERS,
@@ -54,6 +54,10 @@ class OpenSheet:
     def sheet(self) -> Sheet:
         """The record."""
         return self.sealed.record
+
+    def limits_of(self, ask: Ask) -> AskLimits:
+        """Those of one of its asks."""
+        return self.limits.get(ask.number, ())
 
 
 def make_delegation(

@@ -208,7 +208,7 @@ def check_quote(
     prices = (ask.price_nusd, ask.setup_nusd, ask.min_charge_nusd, ask.byte_price_nusd)
     if not all(is_price(price) for price in prices):
         return Rejected("the quote has a price of over three significant digits")
-    if not crosses(ask, wish, sheet.limits.get(ask.number, ())):
+    if not crosses(ask, wish, sheet.limits_of(ask)):
         return Rejected("the quote does not cross the wish")
     total = wish_total_nusd(ask, wish)
     if total > wish_total_nusd(public, wish):

@@ -82,7 +82,7 @@ def test_who_is_within_does_and_in_no_order_but_by_price(
     assert rank(shuffled, wanted, Policy(), NOW_NS) == ranked
     figures = wanted.figures(NOW_NS)
     for entry in ranked:
-        over = exceeded(entry.sheet.limits.get(entry.ask.number, ()), figures)
+        over = exceeded(entry.sheet.limits_of(entry.ask), figures)
         if isinstance(entry, Miss):
             assert entry.over == over
             assert (entry.reason is MissReason.LIMIT) == (over is not None)
