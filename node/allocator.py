@@ -18,7 +18,8 @@ from p2pflop.job.buying import BUSY_PREFIX
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.meter import METER_ID
 from p2pflop.market.credit import credit_reason
-from p2pflop.market.fills import OpenBid, check_costs
+from p2pflop.market.fills import OpenBid, bid_figures, check_costs
+from p2pflop.market.limits import Limit, exceeded
 from p2pflop.market.records import Bid, Terms
 from p2pflop.node.config import Settings
 from p2pflop.node.execute import memory_bytes, unsupported
@@ -140,6 +141,9 @@ class Allocator:
 
     def objection(self, bid: OpenBid, now_ns: int) -> str:
         """Why this bid is not taken, whatever its job is, or nothing. Costs no time."""
+        over = exceeded(self.settings.limits, bid_figures(bid.bid))
+        if over is not None:
+            return over.told
         return self.objection_to(bid.account, bid.bid.terms, bid.bid.quote_nusd, now_ns)
 
     def objection_to_more(self, account: bytes, more_nusd: int, now_ns: int) -> str:
@@ -192,6 +196,9 @@ class Allocator:
         wrong = check_costs(bid, METER_ID, cost_lines(checked))
         if wrong is not None:
             return wrong.reason
+        over = exceeded(self.settings.limits, {Limit.NODES: checked.nodes})
+        if over is not None:
+            return over.told
         needed_bytes, terms = memory_bytes(checked), bid.terms
         moved = moved_bytes(checked, terms.checkpoint_steps)
         reasons = (

@@ -216,6 +216,7 @@ class Bidding:
             self._classes,
             order.max_nusd,
             continues=continues,
+            known=order.known,
             wanted=None if self._deals else Wanted(ranking.nonce, order.costs, order.terms),
         )
         self._first_attempt = attempt

@@ -232,7 +232,8 @@ class Buyer:
         if anybody else does, ``excluded`` accounts are in any case."""
         now_ns = self.now_ns()
         nonce = secrets.token_bytes(NONCE_BYTES)
-        view = self.sheets.book.view(now_ns)
+        kept = self.sheets.book.view(now_ns)
+        view = BookView(kept.sheets, now_ns, kept.shelf)
         avoided = self.experience.pauses(now_ns)
         is_strict, admits = self.franchise.is_strict, self.franchise.admits
         # Better one that has failed before than none.

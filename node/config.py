@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,18 @@ from p2pflop.errors import ConfigError
 from p2pflop.franchise.records import MAX_PERSONAL_CHARS
 from p2pflop.franchise.roll import MAX_ISSUERS
 from p2pflop.kernels.classes import CLASS_NAME, chosen_family
-from p2pflop.units import GIB, format_bytes, is_price, parse_bytes, parse_usd
+from p2pflop.market.limits import MAX_LIMIT, AskLimits, Limit
+from p2pflop.node.service import MAX_DEADLINE_S
+from p2pflop.units import (
+    GIB,
+    NS_PER_S,
+    format_bytes,
+    is_price,
+    parse_bytes,
+    parse_duration,
+    parse_flop,
+    parse_usd,
+)
 from p2pflop.wire import DEFAULT_NETWORK
 
 DEFAULT_HTTP_PORT: Final = 7420
@@ -28,6 +39,8 @@ MAX_SLOTS: Final = 64
 MAX_CONNECT: Final = 64
 CONFIG_NAME: Final = "config.toml"
 MIN_MEMORY_BYTES: Final = 256 * 1024**2
+LEAST_MAX_LEASE_S: Final = 60
+"""What ``max_lease`` may be at least: sessions take no shorter lease."""
 _REGISTRY: Final = re.compile(r"([0-9a-f]{64})@(https?://[^\s/@?#]{1,200}(?:/[^\s@?#]{0,200})?)")
 _ROOT_KEY: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -45,8 +58,25 @@ _AMOUNTS: Final = {
     "setup": "setup_nusd",
     "window": "window_nusd",
     "wish_ask": "wish_ask_nusd",
+    "max_flop": "max_flop",
+    "max_lease": "max_lease_s",
+    "max_moved": "max_moved_bytes",
 }
 """What ``config.toml`` calls amounts, which people write with units."""
+_PARSERS: Final[Mapping[str, Callable[[str], int]]] = {
+    "disk": parse_bytes,
+    "memory": parse_bytes,
+    "max_flop": parse_flop,
+    "max_lease": lambda text: parse_duration(text) // NS_PER_S,
+    "max_moved": parse_bytes,
+}
+"""Of those that are no dollars."""
+_LIMITS: Final = {
+    Limit.LEASE: "max_lease_s",
+    Limit.FLOP: "max_flop",
+    Limit.MOVED: "max_moved_bytes",
+    Limit.NODES: "max_nodes",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +90,8 @@ class Settings:
     ``credit_nusd`` what all unknown buyers together may owe in a day; ``window_nusd`` how far the
     work of a lease runs ahead of what its buyer has countersigned;
     ``wish_ask_nusd`` the price per PFLOP to which quotes go down for buyers' wishes, None for
-    ``ask_nusd``.
+    ``ask_nusd``. ``max_lease_s``, ``max_flop``, ``max_moved_bytes`` and ``max_nodes`` are limits of
+    its ask (``market.limits``), None for none but the network's.
 
     ``registry`` are those that it trusts, each ``KEY@URL``; with none, or ``is_open``, it deals
     with everybody. With ``enroll`` its account applies to them, by ``contact`` and ``place``, and
@@ -86,6 +117,10 @@ class Settings:
     byte_price_nusd: int = 0
     credit_nusd: int = 10**9
     wish_ask_nusd: int | None = None
+    max_lease_s: int | None = None
+    max_flop: int | None = None
+    max_moved_bytes: int | None = None
+    max_nodes: int | None = None
     window_nusd: int = 10**8
     registry: tuple[str, ...] = ()
     is_open: bool = False
@@ -100,6 +135,12 @@ class Settings:
         if self.is_open:
             return {}
         return dict(parse_registry(text) for text in self.registry)
+
+    @property
+    def limits(self) -> AskLimits:
+        """Those of its ask."""
+        told = ((limit, getattr(self, name)) for limit, name in _LIMITS.items())
+        return tuple((int(limit), most) for limit, most in told if most is not None)
 
     def resolved_memory_bytes(self) -> int:
         """The memory for jobs in bytes: as set, or a half of this machine's, at most 64 GiB."""
@@ -155,7 +196,8 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
     if settings.wish_ask_nusd is not None:
         _check_wish_ask(settings.wish_ask_nusd, settings.ask_nusd)
     if settings.embedded:
-        settings = replace(settings, listen=LOOPBACK_LISTEN, ask_nusd=0, http_port=0)
+        unlimited: dict[str, Any] = dict.fromkeys(_LIMITS.values())
+        settings = replace(settings, listen=LOOPBACK_LISTEN, ask_nusd=0, http_port=0, **unlimited)
     return settings
 
 
@@ -201,10 +243,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in table.items():
         try:
-            if key in ("disk", "memory"):
-                settings[_AMOUNTS[key]] = parse_bytes(str(value))
-            elif key in _AMOUNTS:
-                settings[_AMOUNTS[key]] = parse_usd(str(value))
+            if key in _AMOUNTS:
+                settings[_AMOUNTS[key]] = _PARSERS.get(key, parse_usd)(str(value))
             else:
                 name = _NAMES.get(key, key)
                 settings[name] = tuple(value) if isinstance(value, list) else value
@@ -230,6 +270,7 @@ def _check(settings: Settings) -> None:
     for name in _WORDS:
         require(isinstance(getattr(settings, name), str), f"{name} is not a text")
     _check_registries(settings)
+    _check_limits(settings)
     require(isinstance(settings.network, str), "network is not a text")
     require(isinstance(settings.class_name, str), "class is not a text")
     chosen_family(settings.class_name)
@@ -264,6 +305,23 @@ def _check(settings: Settings) -> None:
             price is None or is_price(price),
             f"{name} must have at most three significant digits",
             "Prices on a sheet are rounded so that nobody wins by a billionth.",
+        )
+
+
+def _check_limits(settings: Settings) -> None:
+    for name in _LIMITS.values():
+        most = getattr(settings, name)
+        if most is None:
+            continue
+        if not isinstance(most, int) or isinstance(most, bool):
+            raise ConfigError(f"{name} is not a number")
+        if not 1 <= most <= MAX_LIMIT:
+            raise ConfigError(f"{name} must be 1 to {MAX_LIMIT}", hint="Leave it out for no limit.")
+    lease_s = settings.max_lease_s
+    if lease_s is not None and not LEAST_MAX_LEASE_S <= lease_s <= MAX_DEADLINE_S:
+        raise ConfigError(
+            f"the longest lease must be {LEAST_MAX_LEASE_S} s to {MAX_DEADLINE_S // 86400} days",
+            hint="Write it like 6h or 2d: --max-lease 6h.",
         )
 
 

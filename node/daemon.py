@@ -23,6 +23,7 @@ from p2pflop.dht.fetch import fetch
 from p2pflop.errors import BlobNotFoundError, ProviderError, StoreError
 from p2pflop.franchise.records import DAY_NS
 from p2pflop.job.meter import METER_ID
+from p2pflop.market.limits import limit_label
 from p2pflop.market.records import ZERO_HASH, Receipt
 from p2pflop.market.views import BookView
 from p2pflop.market.wishes import depth
@@ -184,6 +185,7 @@ class Daemon:
                 "byte_price_nusd": ask.byte_price_nusd,
                 "memory_bytes": ask.memory_bytes,
                 "flop_per_s": ask.flop_per_s,
+                "limits": {limit_label(n): most for n, most in sheet.limits_of(ask)},
                 "valid_until_ns": ask.valid_until_ns,
             }
             for sheet in self.sheets.book.view(now_ns).sheets

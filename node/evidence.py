@@ -22,6 +22,7 @@ from p2pflop.market.evidence import (
     Look,
     Wanted,
 )
+from p2pflop.market.limits import MAX_LIMIT, Known
 from p2pflop.market.ranking import Policy
 from p2pflop.market.records import Bid, Fill
 from p2pflop.market.sheets import OpenSheet
@@ -43,8 +44,10 @@ ATTEMPT_ROW: Final = "attempt"
 """A bid of a session and what came of it, of the look before."""
 LOST_ROW: Final = "lost"
 """What ended the lease of the attempt before, in words."""
+KNOWN_ROW: Final = "known"
+"""What the limits of asks were compared with, of the look before, if any has one."""
 LOOK_ROWS: Final = (
-    *(LOOK_ROW, ATTESTED_ROW, WANTED_ROW, AVOIDED_ROW),
+    *(LOOK_ROW, ATTESTED_ROW, WANTED_ROW, AVOIDED_ROW, KNOWN_ROW),
     *(SESSION_ROW, ATTEMPT_ROW, LOST_ROW),
 )
 REJECT_ROW: Final = "reject"
@@ -85,6 +88,7 @@ class _Looked:
     wanted: tuple[Wanted, ...] = ()
     avoided: tuple[Avoided, ...] = ()
     session: tuple[Again, ...] = ()
+    known: Known = ()
     tried: list[_Tried] = field(default_factory=list)
 
 
@@ -95,13 +99,14 @@ def keep_look(
     max_nusd: int,
     *,
     continues: bool,
+    known: Known = (),
     wanted: Wanted | None = None,
     session: Again | None = None,
 ) -> None:
     """Add a look to the rows of its run: the sheets of a large book as far as the best go.
 
-    ``wanted`` is what it was for, if no bid will say it; ``session`` what a session has to do
-    again, if it is for one."""
+    ``known`` are the figures that the need had for limits, ``wanted`` is what it was for, if no bid
+    will say it; ``session`` what a session has to do again, if it is for one."""
     sheets: Sequence[OpenSheet] = ranking.view.sheets
     whole = len(sheets) <= MAX_SHEETS
     if not whole:
@@ -130,6 +135,9 @@ def keep_look(
         rows.add(WANTED_ROW, encode(wanted))
     if session is not None:
         rows.add(SESSION_ROW, encode(session))
+    if any(sheet.limits for sheet in sheets):
+        told = tuple((limit, min(figure, MAX_LIMIT)) for limit, figure in known)
+        rows.add(KNOWN_ROW, msgspec.msgpack.encode(told))
     if ranking.avoided:
         rows.add(AVOIDED_ROW, msgspec.msgpack.encode(ranking.avoided))
 
@@ -148,6 +156,8 @@ def evidence_of(
             looks[-1].wanted = (decode(Wanted, row.body),)
         elif row.kind == AVOIDED_ROW and looks:
             looks[-1].avoided = msgspec.msgpack.decode(row.body, type=tuple[Avoided, ...])
+        elif row.kind == KNOWN_ROW and looks:
+            looks[-1].known = msgspec.msgpack.decode(row.body, type=Known)
         elif row.kind == SESSION_ROW and looks:
             looks[-1].session = (decode(Again, row.body),)
         elif looks:
@@ -179,6 +189,7 @@ def _look(looked: _Looked, sheet: Callable[[bytes], bytes | None]) -> Look:
         wanted=looked.wanted,
         avoided=looked.avoided,
         session=looked.session,
+        known=looked.known,
     )
 
 

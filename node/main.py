@@ -30,6 +30,7 @@ from p2pflop.dht.transfer import BLOB_PROTOCOL
 from p2pflop.errors import ConfigError, first_error
 from p2pflop.keys import public_key_of
 from p2pflop.market.book import SECRET_BYTES, Book, Dump
+from p2pflop.market.limits import limit_words
 from p2pflop.market.records import Ask
 from p2pflop.market.sheets import make_ask
 from p2pflop.market.tape import SECRET_BYTES as TAPE_SECRET_BYTES
@@ -399,7 +400,9 @@ async def _sell(daemon: Daemon) -> None:
         )
         return (ask,)
 
-    await daemon.sheets.offer(asks, daemon.network.addresses, gossip=not settings.embedded)
+    await daemon.sheets.offer(
+        asks, daemon.network.addresses, limits=settings.limits, gossip=not settings.embedded
+    )
 
 
 def _announce_start(daemon: Daemon) -> None:
@@ -409,6 +412,8 @@ def _announce_start(daemon: Daemon) -> None:
         selling = "embedded, for programs of its own user alone"
     elif settings.ask_nusd is not None:
         selling = f"selling at {format_usd(settings.ask_nusd)} a PFLOP"
+        if settings.limits:
+            selling += f", jobs up to {limit_words(settings.limits)}"
     _log.info("node %s, %s, sandbox level %d", daemon.network.peer, selling, daemon.workers.level)
     _log.info("%s", daemon.franchise.describe())
     _log.info("local programs: %s", daemon.url)

@@ -208,7 +208,7 @@ class MemoryNode:
 
     async def sell(self) -> OpenSheet:
         """Publish the sheet."""
-        return await self.sheets.offer(self._asks, ())
+        return await self.sheets.offer(self._asks, (), limits=self.settings.limits)
 
     async def _run(self, task_status: Any) -> None:
         self.down = trio.Event()

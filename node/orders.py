@@ -19,6 +19,7 @@ from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, shards_of, times_due
 from p2pflop.job.validate import Refusal
 from p2pflop.market.book import IsAttested
 from p2pflop.market.evidence import Avoided
+from p2pflop.market.limits import Known, Limit
 from p2pflop.market.ranking import Deal, Miss, MissReason, Need, Policy
 from p2pflop.market.records import MIN_CHECKPOINT_SECONDS, CostLine, Terms
 from p2pflop.market.views import BookView
@@ -66,6 +67,7 @@ class Order:
             deadline_ns=self.deadline_ns,
             max_nusd=self.max_nusd,
             nonce=nonce,
+            known=self.known,
         )
 
     def wants_as_much_as(self, other: Order) -> bool:
@@ -79,6 +81,11 @@ class Order:
             and self.terms.memory_bytes >= other.terms.memory_bytes
             and self.moved_bytes >= other.moved_bytes
         )
+
+    @property
+    def known(self) -> Known:
+        """What limits of asks are compared with that a bid does not say."""
+        return ((Limit.NODES, self.checked.nodes),)
 
     @property
     def costs(self) -> tuple[CostLine, ...]:
@@ -119,6 +126,12 @@ class Ranking:
     def deals(self) -> list[Deal]:
         """What can be bought, best first."""
         return [entry for entry in self.ranked if isinstance(entry, Deal)]
+
+    @property
+    def is_over_limits(self) -> bool:
+        """Whether nothing can be bought, and some of it only for a limit of its ask."""
+        over = any(miss.reason is MissReason.LIMIT for miss in self.misses)
+        return over and not self.deals
 
     @property
     def misses(self) -> list[Miss]:
@@ -285,7 +298,8 @@ def describe_deal(deal: Deal) -> Json:
 
 
 def describe_miss(miss: Miss, avoided: Avoided | None) -> Json:
-    """A miss as clients see it; of one that is ``avoided`` also why, and until when."""
+    """A miss as clients see it; of one that is ``avoided`` also why, and until when; of one over a
+    limit of its ask also which, and by how much."""
     told: Json = {
         "provider": miss.peer,
         "account": miss.account.hex(),
@@ -293,6 +307,9 @@ def describe_miss(miss: Miss, avoided: Avoided | None) -> Json:
         "total_nusd": miss.total_nusd,
         "price_nusd": miss.ask.price_nusd,
     }
+    if miss.over is not None:
+        over = {"limit": miss.over.label, "job": miss.over.figure, "ask": miss.over.most}
+        told |= {"told": miss.told, "over": over}
     if avoided is not None and miss.reason is MissReason.POLICY:
         told |= {"avoided_until_ns": avoided.until_ns, "failures": avoided.failures}
     return told

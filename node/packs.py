@@ -2,7 +2,8 @@
 
 A pack is a run like any other. Its variants become runs of their own when it has settled: with
 their own jobs and results, their share of its cost, and no purchase but the pack's. What this node
-has bought before is left out of the pack and answered at once.
+has bought before is left out of the pack and answered at once. A pack that is over a limit of each
+ask that would do is not bought: its variants alone may be within.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from p2pflop.job.packing import Packing, Unpacked
 from p2pflop.job.results import result_hash
 from p2pflop.job.spec import Result, Work
 from p2pflop.job.variants import Variants, decode_variants, encode_variants, variant
+from p2pflop.market.ranking import no_deal
 from p2pflop.node.earlier import answer, find_earlier
 from p2pflop.node.orders import Order, open_order, order_card
 from p2pflop.node.outcomes import describe_result
-from p2pflop.node.runs import Run
+from p2pflop.node.runs import Run, Runs
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.node.stretches import RESULT_ROW
 from p2pflop.wire import decode, encode
@@ -47,7 +49,8 @@ class Packs:
         ``bought``, how many the pack has. Its run has the id of the options.
 
         A submission with the id of a pack that there is changes nothing. Raises JobError,
-        ProtocolError, ConfigError, and what a submission of the job alone raises.
+        ProtocolError, ConfigError, MarketError if they are over a limit of each ask only together,
+        and what a submission of the job alone raises.
         """
         if options.run_id is None:
             raise ConfigError("a pack needs an id", hint="Give it 12 hex digits: id=.")
@@ -106,7 +109,13 @@ class Packs:
         return run.card
 
     async def _buy(self, variants: Variants, options: SubmitOptions) -> None:
+        """Raises MarketError if it is too large for who would take its variants."""
         packing = await trio.to_thread.run_sync(Packing, variants, address_of)
+        if self._buyer.sheets.book.view(self._buyer.now_ns()).has_limits:
+            order = await self._order(packing.file, options)
+            ranking = self._buyer.rank(order, order.classes)
+            if ranking.is_over_limits:
+                raise no_deal(ranking.ranked)
         for data in packing.blobs.values():
             await self._buyer.store.put(data)
         rows = [(PACK_ROW, encode_variants(variants))]
@@ -146,6 +155,11 @@ class Packs:
             if row.kind == PACK_ROW:
                 return decode_variants(row.body)
         raise ConfigError(f"job {run_id} is no pack")
+
+
+def is_pack(runs: Runs, run_id: str) -> bool:
+    """Whether the run of that id, if it is on disk, is a pack's."""
+    return any(row.kind == PACK_ROW for row in runs.rows(run_id))
 
 
 def _chosen(variants: Variants, places: list[int]) -> Variants:

@@ -55,6 +55,7 @@ from p2pflop.node.journal import Letter
 from p2pflop.node.letters import FAREWELL_S, JOB_PROTOCOL, leave_word
 from p2pflop.node.orders import Order, describe_ranking
 from p2pflop.node.outcomes import describe_result, error_of
+from p2pflop.node.packs import is_pack
 from p2pflop.node.printable import printable
 from p2pflop.node.returning import BOUND, OPEN_S, UNCONFIRMED, Returns
 from p2pflop.node.runs import Last, Run
@@ -267,6 +268,8 @@ class Purchase:
         order = self._stretches.begin(self._stretches.done_to, self._owed_nusd())
         await self._buyer.need(self._run.id, order)
         ranking = self._bidding.rank(self._lifecycle.side.attempt, order)
+        if ranking.is_over_limits and is_pack(self._buyer.runs, self._run.id):
+            self._lifecycle.side.rests = False  # its variants alone may be within
         await self._buyer.runs.emit(self._run, "ranked", **describe_ranking(ranking))
         reason = no_deal(ranking.ranked)
         try:

@@ -126,7 +126,7 @@ class Quoting:
         """Quote to one wish, unless something speaks against it."""
         seller, account = self._seller, sheet.account
         live = (ask for ask in newest.sheet.asks if ask.valid_until_ns > now_ns)
-        offer = offer_to(live, wish, seller.settings.wish_ask_nusd)
+        offer = offer_to(live, wish, seller.settings.wish_ask_nusd, newest.limits)
         if offer is None or wish.valid_until_ns <= now_ns or not self._has_quota(account):
             return
         total_nusd = wish_total_nusd(offer, wish)

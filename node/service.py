@@ -15,7 +15,8 @@ kind            fields
                 pause in which it gave its lease back, ``waiting`` for a provider
 ``ranked``      ``deals``: ``[{provider, account, total_nusd, minutes, price_nusd}]`` best first,
                 ``misses``: ``[{provider, reason}]``; of an account that is avoided because it
-                failed also ``avoided_until_ns`` and ``failures``
+                failed also ``avoided_until_ns`` and ``failures``; over a limit of its ask also
+                ``told`` in words and ``over``: ``{limit, job, ask}``
 ``resting``     ``limit_nusd``: the most that the wish would pay, ``deadline_ns``: until when
 ``filled``      ``provider``, ``quote_nusd``, ``first_step``: where its stretch begins,
                 ``prepaid_nusd``: what is paid ahead to its account

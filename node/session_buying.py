@@ -2,9 +2,10 @@
 
 The session outlives its leases. While there is something to do it has one; after ``IDLE_S`` without
 a command it takes a snapshot and gives the lease back. When the provider dies, leaves, misbehaves,
-or the lease's quote is used up, the next one begins with the snapshot and the log since: equal
-commands give equal bytes in the class, so the script sees nothing but a note. A Read that was
-answered in part is asked again, and what the script has of it already is left out.
+or the lease's time, its quote or a limit of its ask is used up, the next one begins with the
+snapshot and the log since: equal commands give equal bytes in the class, so the script sees nothing
+but a note. A Read that was answered in part is asked again, and what the script has of it already
+is left out.
 
 A script that is stopped in the middle of an answer (Ctrl-Z) is not the provider's fault: the rest
 of what comes is dropped, the lease given back in order, and once the script reads again the next
@@ -49,6 +50,7 @@ from p2pflop.job.commands import (
     Run,
 )
 from p2pflop.job.session import Mark, SessionTable
+from p2pflop.market.limits import Known, Limit
 from p2pflop.node.session_lease import CommandFault, Outstanding, QuoteUsedUp, StuckError
 from p2pflop.node.session_local import LocalLease
 from p2pflop.node.session_log import SessionLog
@@ -112,7 +114,7 @@ class Session:
         self._buyer = buyer
         self._line = line
         self._next = self._since = 0
-        self._base = Mark()
+        self._base = self._fed = self._refused = Mark()
         self._answered_to = 0
         self._partial_bytes = 0
         self._waiting_bytes: dict[int, int] = {}
@@ -141,6 +143,18 @@ class Session:
             flop=table.flop - begun.mark.flop,
             touched_bytes=table.touched_bytes - begun.mark.touched_bytes,
             moved_bytes=max(0, table.moved_bytes - begun.mark.moved_bytes) + begun.loaded_bytes,
+        )
+
+    def known(self) -> Known:
+        """What limits of asks are compared with: what a new provider has to do before it gets any
+        further than the last one was asked to, graphs that are bound included."""
+        fed, refused, begun = self._fed, self._refused, self.log.snapshot
+        bound = {each.graph.hash: each.graph.nodes for each in self.table.bindings.values()}
+        moved_bytes = max(0, fed.moved_bytes - begun.mark.moved_bytes) + begun.loaded_bytes
+        return (
+            (Limit.FLOP, max(0, fed.flop - begun.mark.flop) + refused.flop),
+            (Limit.MOVED, moved_bytes + refused.moved_bytes),
+            (Limit.NODES, max(sum(bound.values()), refused.lowered_nodes)),
         )
 
     def outstanding(self) -> Outstanding:
@@ -270,14 +284,14 @@ class Session:
             first, before = False, self.ran_to
             lease = await self._buyer.lease(self)
             failure = await self._use(lease)
-            if failure is None:
-                fruitless = 0
-                continue
-            fruitless = fruitless + 1 if self.ran_to == before else 0
+            is_stuck = self.ran_to == before and (failure is not None or self._waits)
+            fruitless = fruitless + 1 if is_stuck else 0
             if fruitless > MAX_FRUITLESS:
-                raise StuckError(self.ran_to, fruitless, failure)
+                raise StuckError(self.ran_to, fruitless, failure or _used_up())
             if fruitless > 1:
                 await trio.sleep(min(MAX_PAUSE_S, 2.0 ** (fruitless - 2)))
+            if failure is None:
+                continue
             _log.info("session %s: %s", self.id.hex()[:12], failure)
             if isinstance(failure, StoreError):
                 raise failure
@@ -293,6 +307,11 @@ class Session:
         while self._answered_up() and not self._closing and not self._gone:
             await self._news.wait()
         return not self._gone and not self._answered_up()
+
+    @property
+    def _waits(self) -> bool:
+        """Whether there is something to do, and somebody to have it."""
+        return not self._answered_up() and not self._unread and not self._gone
 
     def _answered_up(self) -> bool:
         return self.ran_to == self.table.count
@@ -312,6 +331,7 @@ class Session:
     async def _use(self, lease: AnyLease) -> P2PFlopError | None:
         """Run on ``lease`` until it is given back (None) or lost."""
         self.lease, self._places, self.log.busy_ns = lease, [], 0
+        self._refused = Mark()
         failure: P2PFlopError | None = None
         try:
             async with lease.live():
@@ -331,30 +351,41 @@ class Session:
         try:
             await self.story.keep()
             await self._restore(lease)
-            while True:
-                if self._gone:
-                    with trio.move_on_after(FAREWELL_S):
-                        await lease.close()
-                    return
-                if self._unread:
-                    await lease.close()
-                    return
-                await lease.hold()
-                await lease.flush(self._next)
-                if self._next < self.table.count:
-                    await self._feed_all(lease)
-                elif self.log.is_long:
-                    await self._snapshot(lease)
-                elif self._closing:
-                    await lease.close()
-                    return
-                elif not await self._await_news(lease):
-                    await self._give_back(lease)
-                    await self.story.became("idle")
-                    return
-        except QuoteUsedUp:
+            try:
+                await self._feed_on(lease)
+            finally:
+                self._fed = self._mark_of(lease.outstanding.table, self._next)
+        except QuoteUsedUp as used_up:
+            self._refused = used_up.adds
             await lease.flush(self._next)
             await self._give_back(lease)
+
+    async def _feed_on(self, lease: AnyLease) -> None:
+        """From where the script is to the end of the lease in order. Raises QuoteUsedUp."""
+        while True:
+            if self._gone:
+                with trio.move_on_after(FAREWELL_S):
+                    await lease.close()
+                return
+            if self._unread:
+                await lease.close()
+                return
+            await lease.hold()
+            await lease.flush(self._next)
+            if lease.is_due:
+                await self._give_back(lease)
+                return
+            if self._next < self.table.count:
+                await self._feed_all(lease)
+            elif self.log.is_long:
+                await self._snapshot(lease)
+            elif self._closing:
+                await lease.close()
+                return
+            elif not await self._await_news(lease):
+                await self._give_back(lease)
+                await self.story.became("idle")
+                return
 
     async def _await_news(self, lease: AnyLease) -> bool:
         """Whether there is some within the time that a lease may idle."""
@@ -387,6 +418,8 @@ class Session:
     async def _feed_all(self, lease: AnyLease) -> None:
         """All that there is, in batches; what was obeyed before ends with a batch."""
         while self._next < self.table.count and not self._gone and not self._unread:
+            if lease.is_due:
+                return
             number, command = self._next, self.log.command(self._next)
             if not isinstance(command, Read) or number >= self._answered_to:
                 theirs = lease.outstanding.table.count
@@ -496,6 +529,10 @@ class Session:
     def _wake(self) -> None:
         self._news.set()
         self._news = trio.Event()
+
+
+def _used_up() -> ProviderError:
+    return ProviderError("its time, its quote or a limit of its ask was used up")
 
 
 class _ScriptRead:

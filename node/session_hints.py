@@ -39,6 +39,8 @@ def no_lease(ranked: Iterable[Deal | Miss], wish: Open, left_nusd: int) -> Marke
         return over_cap(left_nusd, min(miss.total_nusd for miss in misses))
     listed = ", ".join(f"{len(misses)} x {reason}" for reason, misses in found.items())
     hint = _ADVICE.get(nearest, f"Connect to more peers: {WAIT}.")
+    if nearest is MissReason.LIMIT:
+        hint = f"{'; '.join(sorted({each.told for each in misses}))}. {hint}"
     everybody = [miss for each in found.values() for miss in each]
     if nearest is MissReason.MEMORY or not any(map(_has_memory, everybody)):
         hint = _advice_on_memory(misses, wish)

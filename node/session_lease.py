@@ -39,7 +39,12 @@ MAX_MARKS: Final = 65_536
 
 
 class QuoteUsedUp(Exception):
-    """The next command would cost more than the lease may bill. It was not sent."""
+    """The next command would cost more than the lease may bill, or be over a limit of its ask. It
+    was not sent; ``adds`` is what it counts."""
+
+    def __init__(self, adds: Mark) -> None:
+        super().__init__()
+        self.adds = adds
 
 
 class Answer(Protocol):
@@ -198,6 +203,10 @@ class Lease(Protocol):
     @property
     def owed_nusd(self) -> int:
         """What is countersigned."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether its time is almost over, and it is to be given back."""
 
     async def obey(
         self, command: AnyCommand, graph: OpenGraph | None = None, answer: Answer | None = None

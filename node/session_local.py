@@ -55,6 +55,11 @@ class LocalLease:
     async def used(self, load: Load) -> None:
         """See ``session_work.Blobs``."""
 
+    @property
+    def is_due(self) -> bool:
+        """See Lease: its own user's sandbox is never."""
+        return False
+
     async def obey(
         self, command: AnyCommand, graph: OpenGraph | None = None, answer: Answer | None = None
     ) -> None:

@@ -24,12 +24,14 @@ from p2pflop.job.commands import AnyCommand, Close, Data, Failed, Hold, Ran
 from p2pflop.job.session import OpenGraph
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import check_fill, check_reject, make_confirm
+from p2pflop.market.limits import AskLimits, exceeded
 from p2pflop.market.receipts import countersign
 from p2pflop.market.records import Bid, Fill, Receipt, Reject, Rejected
 from p2pflop.market.sessions import (
     FIRST_HELD_SECONDS,
     check_session_receipt,
     full_nusd,
+    mark_figures,
     worked_s,
 )
 from p2pflop.node import messages as m
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from p2pflop.node.session_service import SessionBuyer
 
 FILL_S: Final = 5.0
+LEAVE_S: Final = 20
+"""So long before its deadline a lease is given back, while there is time to do so in order."""
 RAISE_S: Final = 30.0
 """For a higher quote, which may come behind what the script has yet to read."""
 CLOSE_S: Final = 10.0
@@ -90,6 +94,7 @@ class RemoteLease:
     talk: SessionTalk
     outstanding: Outstanding
     more: More
+    limits: AskLimits = ()
     closed: bool = False
     on_receipt: OnReceipt = _unheard
     _terms: Bid = field(init=False)
@@ -126,17 +131,28 @@ class RemoteLease:
         """See Lease."""
         return 0 if self._last is None else self._last.amount_nusd
 
+    @property
+    def is_due(self) -> bool:
+        """See Lease."""
+        deadline_ns = self.bid.record.terms.deadline_ns
+        return self.buyer.base.now_ns() + LEAVE_S * NS_PER_S >= deadline_ns
+
     async def obey(
         self, command: AnyCommand, graph: OpenGraph | None = None, answer: Answer | None = None
     ) -> None:
         """See Lease."""
-        due_nusd = full_nusd(self._terms, self.outstanding.table.foresee(command, graph))
+        table = self.outstanding.table
+        mark = table.foresee(command, graph)
+        if self.limits and exceeded(self.limits, mark_figures(mark)) is not None:
+            raise QuoteUsedUp(mark.since(table.mark()))
+        due_nusd = full_nusd(self._terms, mark)
         while due_nusd > self._terms.quote_nusd:
-            await self._raise()
+            if not await self._raise():
+                raise QuoteUsedUp(mark.since(table.mark()))
         self.outstanding.add(command, graph, answer)
 
-    async def _raise(self) -> None:
-        """Have a higher quote. Raises QuoteUsedUp if there is none."""
+    async def _raise(self) -> bool:
+        """Have a higher quote; whether there is one."""
         before_nusd, quote_nusd = self._terms.quote_nusd, self.more(self._terms)
         if quote_nusd > before_nusd:
             self._raised, self._asked_nusd = trio.Event(), quote_nusd
@@ -145,8 +161,7 @@ class RemoteLease:
                 await self._raised.wait()
             if waiting.cancelled_caught:
                 raise ProviderError(f"{self.peer} said nothing of a quote in {RAISE_S:.0f} s")
-        if self._terms.quote_nusd == before_nusd:
-            raise QuoteUsedUp
+        return self._terms.quote_nusd > before_nusd
 
     def _agree(self, quote_nusd: int) -> None:
         if quote_nusd not in (self._terms.quote_nusd, self._asked_nusd):
@@ -293,10 +308,15 @@ class RemoteLease:
 
 
 async def open_lease(
-    buyer: SessionBuyer, bid: Sealed[Bid], account: bytes, outstanding: Outstanding, more: More
+    buyer: SessionBuyer,
+    bid: Sealed[Bid],
+    account: bytes,
+    outstanding: Outstanding,
+    more: More,
+    limits: AskLimits = (),
 ) -> RemoteLease | Sealed[Reject]:
-    """Offer a bid; the lease, or why there is none. ``account`` is whose ask it is on, ``more``
-    tells how far its quote is to be raised once it is used up.
+    """Offer a bid; the lease, or why there is none. ``account`` is whose ask it is on, ``limits``
+    are those of the ask, ``more`` tells how far its quote is to be raised once it is used up.
 
     Raises ProviderError, ProtocolError.
     """
@@ -316,7 +336,7 @@ async def open_lease(
                         raise ProtocolError(fill.reason, peer=peer)
                     confirm = make_confirm(base.identity.node, fill, network)
                     await talk.say(m.Confirmed(confirm.wire, ()))
-                    lease = RemoteLease(buyer, account, bid, fill, talk, outstanding, more)
+                    lease = RemoteLease(buyer, account, bid, fill, talk, outstanding, more, limits)
                     return lease
                 case m.Refused(wire):
                     reject = check_reject(wire, bid, network)

@@ -35,12 +35,14 @@ from p2pflop.errors import (
 from p2pflop.job.commands import Batch, Close, Data, Failed, Hold, Ran
 from p2pflop.job.session import Mark, OpenGraph
 from p2pflop.market.fills import OpenBid, check_confirm, make_fill
+from p2pflop.market.limits import exceeded
 from p2pflop.market.receipts import check_countersigned
 from p2pflop.market.records import Bid, Fill, Receipt, Rejected
 from p2pflop.market.sessions import (
     FIRST_HELD_SECONDS,
     due_receipt,
     full_nusd,
+    mark_figures,
     metered_nusd,
     worked_s,
 )
@@ -379,7 +381,7 @@ class SessionSale:
         if holds < len(batch.commands):
             self._heard_at = trio.current_time()
         try:
-            await self.work.take(batch, self._is_within_quote)
+            await self.work.take(batch, self._allows)
         except JobError as error:
             self._finish(_End(error.message, self.work.table.count))
         if holds:
@@ -399,8 +401,11 @@ class SessionSale:
                 self._terms = replace(self._terms, quote_nusd=quote_nusd)
         await self._talk.say(Raised(self.quote_nusd))
 
-    def _is_within_quote(self, mark: Mark) -> bool:
-        return full_nusd(self._terms, mark) <= self.quote_nusd
+    def _allows(self, mark: Mark) -> bool:
+        """Whether a lease may come to that: by its quote, and by the limits of this node's ask."""
+        limits = self.seller.base.settings.limits
+        is_within = not limits or exceeded(limits, mark_figures(mark)) is None
+        return is_within and full_nusd(self._terms, mark) <= self.quote_nusd
 
     async def countersigned(self, wire: bytes) -> None:
         """The buyer's word on the receipt that it was sent. Raises ProtocolError, StoreError."""

@@ -35,6 +35,7 @@ from p2pflop.job.session import Mark, OpenGraph
 from p2pflop.kernels.classes import chosen_family, name_of
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import SUPERSEDED
+from p2pflop.market.limits import AskLimits, Limit
 from p2pflop.market.ranking import Deal, Miss, MissReason, Need, Policy
 from p2pflop.market.records import Ask, Bid, Terms, session_prices
 from p2pflop.market.sessions import expected_nusd, make_session_bid, rank_session
@@ -234,7 +235,8 @@ class SessionBuyer:
         again, left_nusd = session.again(), session.left_nusd
         ranking = self._look(session, classes, again, left_nusd)
         why = None if ranking.deals else no_lease(ranking.ranked, session.wish, left_nusd)
-        look = SessionLook(ranking, classes, again, self._terms(session), left_nusd)
+        terms = self._terms(session, self.base.now_ns())
+        look = SessionLook(ranking, classes, again, terms, left_nusd, session.known())
         await session.story.looked(look, "" if why is None else why.message, continues=bool(shown))
         if why is not None:
             is_final = any(miss.reason is MissReason.BUDGET for miss in ranking.misses)
@@ -247,7 +249,9 @@ class SessionBuyer:
             reject = None
             try:
                 more = partial(self._more, session, deal)
-                answer = await open_lease(self, bid, deal.account, session.outstanding(), more)
+                limits = deal.sheet.limits_of(deal.ask)
+                outstanding = session.outstanding()
+                answer = await open_lease(self, bid, deal.account, outstanding, more, limits)
             except (ProviderError, ProtocolError, VerificationError) as error:
                 self.base.experience.note_failure(deal.account, self.base.now_ns())
                 reason = printable(error)
@@ -271,7 +275,7 @@ class SessionBuyer:
         admits = self.base.franchise.admits
 
         def ranked(view: BookView, nonce: bytes, policy: Policy) -> list[Deal | Miss]:
-            terms = self._terms(session)
+            terms = self._terms(session, view.at_ns)
             need = Need(
                 class_ids=classes or frozenset(view.by_price),
                 flop=again.flop,
@@ -281,6 +285,7 @@ class SessionBuyer:
                 deadline_ns=terms.deadline_ns,
                 max_nusd=left_nusd,
                 nonce=nonce,
+                known=session.known(),
             )
             return rank_session(view.sheets, need, again, policy, view.at_ns, admits)
 
@@ -288,7 +293,7 @@ class SessionBuyer:
 
     def _quote(self, session: Session, ask: Ask, again: Mark) -> int:
         """What the next lease may bill on ``ask``."""
-        needed_nusd = expected_nusd(ask, self._terms(session).memory_bytes, again)
+        needed_nusd = expected_nusd(ask, _reserved_bytes(session), again)
         return min(session.left_nusd, max(SLICE_NUSD, session.spent_nusd, AHEAD * needed_nusd))
 
     def _more(self, session: Session, deal: Deal, bid: Bid) -> int:
@@ -301,23 +306,25 @@ class SessionBuyer:
             return 0
         return min(left_nusd, AHEAD * bid.quote_nusd)
 
-    def _terms(self, session: Session) -> Terms:
-        memory_bytes = session.wish.memory_bytes
+    def _terms(self, session: Session, now_ns: int, limits: AskLimits = ()) -> Terms:
+        """Of a lease that begins now, on an ask with these limits."""
+        lease_s = min(LEASE_S, dict(limits).get(Limit.LEASE, LEASE_S))
         return Terms(
-            memory_bytes=memory_bytes + WORKER_BASE_BYTES,
-            moved_bytes=memory_bytes,
+            memory_bytes=_reserved_bytes(session),
+            moved_bytes=session.wish.memory_bytes,
             checkpoint_steps=0,
-            deadline_ns=self.base.now_ns() + LEASE_S * NS_PER_S,
+            deadline_ns=now_ns + lease_s * NS_PER_S,
         )
 
     def _bid(self, session: Session, looked: Ranking, deal: Deal, quote_nusd: int) -> Sealed[Bid]:
         identity, now_ns = self.base.identity, self.base.now_ns()
+        limits = deal.sheet.limits_of(deal.ask)
         return make_session_bid(
             identity.node,
             deal,
             session_id=session.id,
             meter_id=METER_ID,
-            terms=self._terms(session),
+            terms=self._terms(session, now_ns, limits),
             quote_nusd=quote_nusd,
             nonce=looked.nonce,
             now_ns=now_ns,
@@ -391,6 +398,11 @@ class SessionBuyer:
             run = runs.get(head.job)
             run.card["cost_nusd"] = max(run.card["cost_nusd"], owed_nusd[run.id])
             await runs.fail(run, ProviderError("the node of the session has ended"))
+
+
+def _reserved_bytes(session: Session) -> int:
+    """The memory that a lease of it reserves."""
+    return session.wish.memory_bytes + WORKER_BASE_BYTES
 
 
 def _shutting_down() -> ProviderError:

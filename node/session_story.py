@@ -14,6 +14,7 @@ from p2pflop.errors import P2PFlopError, StoreError
 from p2pflop.job.session import Mark
 from p2pflop.keys import peer_id
 from p2pflop.market.evidence import MAX_LOOKS, Again, Attempt
+from p2pflop.market.limits import Known
 from p2pflop.market.records import Bid, Fill, Receipt, Reject, Terms
 from p2pflop.node.evidence import ATTEMPT_ROW, LOOK_ROWS, LOST_ROW, MAX_REASON_CHARS, keep_look
 from p2pflop.node.journal import SESSION
@@ -38,6 +39,7 @@ class SessionLook:
     again: Mark
     terms: Terms
     left_nusd: int
+    known: Known
 
 
 class SessionStory:
@@ -109,6 +111,7 @@ class SessionStory:
             look.classes,
             look.left_nusd,
             continues=continues,
+            known=look.known,
             session=session,
         )
 

@@ -194,7 +194,7 @@ class SessionWork:
                 if looked > MAX_CHECKS:
                     raise JobError(f"over {MAX_CHECKS} views of bools are new in one batch")
             if not allows(self.table.foresee(command, graph)):
-                raise ProtocolError("commands that come to more than the quote")
+                raise ProtocolError("commands that come to more than the quote or a limit allows")
             self.table.apply(command, graph)
             if isinstance(command, Load):
                 later[place] = _Later(command)

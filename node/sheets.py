@@ -29,6 +29,7 @@ from p2pflop.keys import peer_id
 from p2pflop.market.book import Book
 from p2pflop.market.exchange import Exchange, Message, read
 from p2pflop.market.gate import Outcome
+from p2pflop.market.limits import AskLimits
 from p2pflop.market.records import Ask, Sheet, Wish
 from p2pflop.market.relay import PASS_ON_S, Relay
 from p2pflop.market.sheets import OpenSheet, make_sheet
@@ -88,6 +89,7 @@ class SheetService:
         self._host = host
         self._now_ns = now_ns
         self._asks: Callable[[int], Sequence[Ask]] | None = None
+        self._limits: AskLimits = ()
         self._wishes: Callable[[int], Sequence[Wish]] = lambda _: ()
         self._on_news: list[Callable[[], None]] = []
         self._addresses = tuple(addresses)
@@ -142,13 +144,16 @@ class SheetService:
         asks: Callable[[int], Sequence[Ask]],
         addresses: Sequence[str],
         *,
+        limits: AskLimits = (),
         gossip: bool = True,
     ) -> OpenSheet:
-        """Sell on these asks from now on: ``asks(until_ns)`` gives them for a new sheet.
+        """Sell on these asks from now on: ``asks(until_ns)`` gives them for a new sheet, and
+        ``limits`` are those of each.
 
         Without ``gossip`` they are for this node itself.
         """
         self._asks = asks
+        self._limits = limits
         self._gossip = gossip
         self._addresses = tuple(addresses)
         return await self.issue()
@@ -172,14 +177,16 @@ class SheetService:
         now_ns = self._now_ns()
         lifetime_ns = int(4 * REISSUE_S) * 10**9
         number = max(now_ns, self._last_number + 1)
+        asks = () if self._asks is None else self._asks(now_ns + lifetime_ns)
         sheet = make_sheet(
             self._identity.node,
             number=number,
             now_ns=now_ns,
             delegation=self._identity.delegation(now_ns),
-            asks=() if self._asks is None else self._asks(now_ns + lifetime_ns),
+            asks=asks,
             wishes=self._wishes(now_ns + lifetime_ns),
             addresses=self._addresses,
+            limits={ask.number: self._limits for ask in asks},
             lifetime_ns=lifetime_ns,
             network=self._identity.network,
         )

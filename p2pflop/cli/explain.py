@@ -199,7 +199,7 @@ def _what(replayed: Replayed) -> str:
 def _reason(miss: Miss, look: Replay) -> str:
     avoided = look.avoided.get(miss.account)
     if avoided is None or miss.reason is not MissReason.POLICY:
-        return str(miss.reason)
+        return miss.told
     return avoided_line(avoided.until_ns, avoided.failures)
 
 

@@ -17,11 +17,9 @@ from p2pflop.cli.output import (
     print_table,
     say,
     short,
-    table_lines,
 )
 from p2pflop.cli.tape import (
-    ASK_HEADER,
-    ask_row,
+    ask_lines,
     class_lines,
     depth_lines,
     take_line,
@@ -79,7 +77,7 @@ def _book_lines(client: Client, *, classes: bool) -> list[str]:
         lines += depth_lines(market)
     else:
         empty = "No asks known yet: 'p2pflop peers' shows whether anybody is connected."
-        lines = [*(table_lines(ASK_HEADER, map(ask_row, asks)) or [empty]), "", *lines]
+        lines = [*(ask_lines(asks) or [empty]), "", *lines]
     wished = wish_lines(client.wishes())
     return [*lines, "", take_line(market["take"]), *(["", *wished] if wished else [])]
 

@@ -2,28 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import click
 
 from p2pflop.cli.output import Flags, common_options
 from p2pflop.cli.tied import end_with_parent
 from p2pflop.errors import ConfigError
-from p2pflop.units import parse_bytes, parse_usd
+from p2pflop.units import NS_PER_S, parse_bytes, parse_duration, parse_flop, parse_usd
+
+_PARSERS: Final[Mapping[str, Callable[[str], int]]] = {
+    "ask_nusd": parse_usd,
+    "wish_ask_nusd": parse_usd,
+    "memory_bytes": parse_bytes,
+    "disk_bytes": parse_bytes,
+    "max_lease_s": lambda text: parse_duration(text) // NS_PER_S,
+    "max_flop": parse_flop,
+    "max_moved_bytes": parse_bytes,
+}
+"""Of the settings that people write with units."""
 
 
 @click.command("node")
-@click.option("--ask", metavar="USD", help="Sell compute at this price a PFLOP; else do not sell.")
 @click.option(
-    "--wish-ask", metavar="USD", help="Answer wishes of buyers down to this price [default: --ask]."
+    "--ask", "ask_nusd", metavar="USD", help="Sell compute at this price a PFLOP; else do not sell."
+)
+@click.option(
+    "--wish-ask",
+    "wish_ask_nusd",
+    metavar="USD",
+    help="Answer wishes of buyers down to this price [default: --ask].",
 )
 @click.option("--listen", metavar="MULTIADDR", multiple=True, help="Listen here; repeatable.")
-@click.option("--port", type=click.IntRange(0, 65535), help="HTTP port [default: 7420; 0: any].")
-@click.option("--connect", metavar="MULTIADDR", multiple=True, help="Dial this peer; repeatable.")
-@click.option("--memory", metavar="SIZE", help="Memory for jobs [default: half of the machine's].")
 @click.option(
-    "--disk", metavar="SIZE", help="Disk for others' jobs [default: half of what is free]."
+    "--port", "http_port", type=click.IntRange(0, 65535), help="HTTP port [default: 7420; 0: any]."
 )
+@click.option("--connect", metavar="MULTIADDR", multiple=True, help="Dial this peer; repeatable.")
+@click.option(
+    "--memory",
+    "memory_bytes",
+    metavar="SIZE",
+    help="Memory for jobs [default: half of the machine's].",
+)
+@click.option(
+    "--disk",
+    "disk_bytes",
+    metavar="SIZE",
+    help="Disk for others' jobs [default: half of what is free].",
+)
+@click.option(
+    "--max-lease",
+    "max_lease_s",
+    metavar="TIME",
+    help="Take no job with a deadline later than this.",
+)
+@click.option("--max-flop", "max_flop", metavar="FLOP", help="Take no job of more work, like 100P.")
+@click.option(
+    "--max-moved", "max_moved_bytes", metavar="SIZE", help="Take no job that moves more bytes."
+)
+@click.option("--max-nodes", type=click.IntRange(1), help="Take no job with larger graphs.")
 @click.option("--slots", type=click.IntRange(1), help="Jobs at once [default: 1].")
 @click.option(
     "--class",
@@ -53,28 +91,7 @@ from p2pflop.units import parse_bytes, parse_usd
 @click.option("--tied", is_flag=True, hidden=True)
 @common_options
 @click.pass_obj
-def node_command(
-    flags: Flags,
-    ask: str | None,
-    wish_ask: str | None,
-    listen: tuple[str, ...],
-    port: int | None,
-    connect: tuple[str, ...],
-    memory: str | None,
-    disk: str | None,
-    slots: int | None,
-    class_name: str | None,
-    network: str | None,
-    registry: tuple[str, ...],
-    is_open: bool,
-    enroll: bool,
-    agree: str | None,
-    contact: str | None,
-    place: str | None,
-    forgive: tuple[str, ...],
-    embedded: bool,
-    tied: bool,
-) -> int:
+def node_command(flags: Flags, /, *, tied: bool, registry: tuple[str, ...], **given: Any) -> int:
     """Run a node: buy, and with --ask sell, compute.
 
     What is not given here is taken from config.toml in the home. With --json the log is JSON lines.
@@ -85,6 +102,7 @@ def node_command(
       p2pflop node                           take part, sell nothing
       p2pflop node --ask 0.05                sell at $0.05 a PFLOP (10^15 FLOP)
       p2pflop node --ask 0.02 --memory 8GiB --slots 2
+      p2pflop node --ask 0.02 --max-lease 6h --max-moved 20GB
       p2pflop node --ask 0.02 --registry KEY@URL --enroll --agree 1 --contact ada@example.org
       p2pflop node --home /tmp/n2 --port 0 --connect /ip4/10.0.0.7/tcp/7421/p2p/12D3Koo...
     """
@@ -93,26 +111,11 @@ def node_command(
 
     if tied:
         end_with_parent()
-    overrides: dict[str, Any] = {
+    overrides = {name: _setting(name, value) for name, value in given.items()}
+    overrides |= {
         "home": flags.home,
-        "ask_nusd": None if ask is None else parse_usd(ask),
-        "wish_ask_nusd": None if wish_ask is None else parse_usd(wish_ask),
-        "listen": listen or None,
-        "http_port": port,
-        "connect": connect or None,
-        "memory_bytes": None if memory is None else parse_bytes(memory),
-        "disk_bytes": None if disk is None else parse_bytes(disk),
-        "slots": slots,
-        "class_name": class_name,
-        "network": network,
         "registry": registry or None,
-        "is_open": _is_open(is_open, registry),
-        "enroll": enroll or None,
-        "agree": agree,
-        "contact": contact,
-        "place": place,
-        "forgive": forgive or None,
-        "embedded": embedded or None,
+        "is_open": _is_open(given["is_open"], registry),
         "log_json": flags.json or None,
         "debug": flags.debug or None,
     }
@@ -122,6 +125,13 @@ def node_command(
 
         end_embedded(settings.home)
     return run_node(settings)
+
+
+def _setting(name: str, value: Any) -> Any:
+    """What an option sets; None if it was not given. Raises ConfigError."""
+    if value is None or value is False or value == ():
+        return None
+    return _PARSERS[name](value) if name in _PARSERS else value
 
 
 def _is_open(is_open: bool, registry: tuple[str, ...]) -> bool | None:

@@ -290,7 +290,7 @@ def end_step(card: Mapping[str, Any]) -> int:
 def _why_not(miss: Mapping[str, Any]) -> str:
     if "avoided_until_ns" in miss:
         return avoided_line(int(miss["avoided_until_ns"]), int(miss["failures"]))
-    return clean(miss["reason"])
+    return clean(miss.get("told", miss["reason"]))
 
 
 def _number(value: float, digits: int) -> str:

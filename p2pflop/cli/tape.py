@@ -6,7 +6,7 @@ import functools
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -26,6 +26,7 @@ from p2pflop.cli.output import (
 from p2pflop.cli.statement import parse_date
 from p2pflop.job.spec import class_id
 from p2pflop.kernels.classes import descriptor, name_of
+from p2pflop.market.limits import label_words
 from p2pflop.units import NS_PER_S, counted, format_bytes, format_flop, format_usd
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ _ASK_FIELDS: Final = (
     "byte_price_nusd",
     "memory_bytes",
 )
-"""What makes an ask another one to who watches; that its sheet was issued anew does not."""
+"""What makes an ask another one to who watches, beside its limits; that its sheet was issued anew
+does not."""
 
 TRADE_HEADER: Final = ("HOUR (UTC)", "SELLER", "PRICE/PFLOP", "SIZE", "CLASS")
-ASK_HEADER: Final = ("PROVIDER", "PRICE/PFLOP", "MEMORY", "CLAIMED SPEED", "CLASS")
+ASK_HEADER: Final = ("PROVIDER", "PRICE/PFLOP", "MEMORY", "CLAIMED SPEED", "CLASS", "AT MOST")
 CLASS_HEADER: Final = (
     "CLASS",
     "LAST PRICE",
@@ -122,11 +124,17 @@ def ask_changes(book: Callable[[], list[Json]]) -> Iterator[tuple[str, Json]]:
     """``("new", ask)`` and ``("gone", ask)``, as ``book`` changes; first all that there are."""
     before: dict[tuple[object, ...], Json] = {}
     while True:
-        now = {tuple(ask.get(field) for field in _ASK_FIELDS): ask for ask in book()}
+        now = {_identity(ask): ask for ask in book()}
         yield from (("gone", ask) for key, ask in before.items() if key not in now)
         yield from (("new", ask) for key, ask in now.items() if key not in before)
         before = now
         time.sleep(WATCH_S)
+
+
+def _identity(ask: Json) -> tuple[object, ...]:
+    """Two asks with the same one are the same to who watches."""
+    limits = tuple(sorted(ask.get("limits", {}).items()))
+    return (*(ask.get(field) for field in _ASK_FIELDS), limits)
 
 
 def ask_row(ask: Json) -> tuple[str, ...]:
@@ -137,7 +145,15 @@ def ask_row(ask: Json) -> tuple[str, ...]:
         format_bytes(int(ask["memory_bytes"])),
         f"{format_flop(int(ask.get('flop_per_s', 0)))}/s",
         class_label(ask["class_id"]),
+        label_words(ask.get("limits", {})),
     )
+
+
+def ask_lines(asks: Sequence[Json]) -> list[str]:
+    """The asks as a table, with the column of their limits if there are any."""
+    rows = [ask_row(ask) for ask in asks]
+    columns = len(ASK_HEADER) if any(row[-1] for row in rows) else len(ASK_HEADER) - 1
+    return table_lines(ASK_HEADER[:columns], (row[:columns] for row in rows))
 
 
 def class_lines(market: Json) -> list[str]:
@@ -219,7 +235,7 @@ def _print_change(flags: Flags, told: Json, row: Iterable[str]) -> None:
     if flags.json:
         print_json(told)
     else:
-        click.echo("  ".join(clean(cell) for cell in row))
+        click.echo("  ".join(clean(cell) for cell in row).rstrip())
 
 
 def _trade_row(trade: Json) -> tuple[str, ...]:

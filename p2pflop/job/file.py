@@ -108,6 +108,11 @@ class CheckedJob:
     members: tuple[BlobSource, ...] = ()
 
     @property
+    def nodes(self) -> int:
+        """Those of all its graphs: what is lowered before anything is paid."""
+        return sum(len(checked.graph.nodes) for checked in self.graphs.values())
+
+    @property
     def starts(self) -> bool:
         """Whether it is known what it starts from."""
         return self.job.first_step == 0 or bool(self.state) or not state_slots(self.work)

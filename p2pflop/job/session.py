@@ -161,6 +161,18 @@ class Mark:
     lowered_nodes: int = 0
     held_seconds: int = 0
 
+    def since(self, earlier: Mark) -> Mark:
+        """What the commands after ``earlier`` add up to."""
+        return Mark(
+            self.count - earlier.count,
+            self.chain,
+            self.flop - earlier.flop,
+            self.touched_bytes - earlier.touched_bytes,
+            self.moved_bytes - earlier.moved_bytes,
+            self.lowered_nodes - earlier.lowered_nodes,
+            self.held_seconds - earlier.held_seconds,
+        )
+
 
 @dataclass(slots=True)
 class SessionTable:

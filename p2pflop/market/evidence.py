@@ -20,6 +20,7 @@ from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.job.session import Mark
 from p2pflop.market.book import IsAttested
 from p2pflop.market.fills import SUPERSEDED
+from p2pflop.market.limits import MAX_ASK_LIMITS
 from p2pflop.market.ranking import (
     MAX_POLICY_ACCOUNTS,
     Deal,
@@ -49,7 +50,7 @@ from p2pflop.market.sessions import rank_session
 from p2pflop.market.sheets import OpenSheet, open_sheet
 from p2pflop.market.views import BookView
 from p2pflop.market.wishes import check_ticket
-from p2pflop.wire import U63, Hash, Key, Record, Sealed, Text, open_sealed
+from p2pflop.wire import U32, U63, Hash, Key, Record, Sealed, Text, open_sealed
 
 MAX_SHEETS: Final = 256
 """Kept of one look; of a larger book the best."""
@@ -107,6 +108,8 @@ class Look(Record, frozen=True):
     its policy is to deal with no others. ``wanted``: of a look that led to no bid, nothing or one.
     ``avoided`` is the buyer's own word. ``session``: of a look for a lease of a session, what has
     to be done again first, for ``max_nusd`` at most; asks are ranked by ``sessions.rank_session``.
+    ``known``: what their limits were compared with beside what a bid says, by the limit's id, if
+    any has one. It is the buyer's own word, too.
     """
 
     at_ns: U63
@@ -121,6 +124,7 @@ class Look(Record, frozen=True):
     wanted: Annotated[tuple[Wanted, ...], msgspec.Meta(max_length=1)] = ()
     avoided: Annotated[tuple[Avoided, ...], msgspec.Meta(max_length=MAX_POLICY_ACCOUNTS)] = ()
     session: Annotated[tuple[Again, ...], msgspec.Meta(max_length=1)] = ()
+    known: Annotated[tuple[tuple[U32, U63], ...], msgspec.Meta(max_length=MAX_ASK_LIMITS)] = ()
 
 
 class Evidence(Record, frozen=True):
@@ -314,6 +318,7 @@ def _need(look: Look, view: BookView, bid: Bid | Wanted | Again, work: tuple[int
         deadline_ns=bid.terms.deadline_ns,
         max_nusd=look.max_nusd,
         nonce=bid.nonce,
+        known=look.known,
     )
 
 

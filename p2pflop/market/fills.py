@@ -20,6 +20,7 @@ from p2pflop.ids import HASH_BYTES, content_hash
 from p2pflop.job.lifecycle import CONFIRM_WITHIN_NS
 from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey, peer_id
+from p2pflop.market.limits import Figures, Limit, lease_seconds
 from p2pflop.market.ranking import Deal, MissReason, sum_costs, total_nusd
 from p2pflop.market.records import (
     FIXED_EXT,
@@ -211,6 +212,15 @@ def _unfit(bid: Bid, ask: Ask, now_ns: int) -> Rejected | None:
 def charges_ext(ask: Ask) -> Ext:
     """What a bid on ``ask`` says of its fixed charges."""
     return fixed_ext(ask.setup_nusd, ask.min_charge_nusd)
+
+
+def bid_figures(bid: Bid) -> Figures:
+    """What a bid says that limits of its ask are compared with; of a session's its lease alone."""
+    lease_s = lease_seconds(bid.decided_at_ns, bid.terms.deadline_ns)
+    if session_prices(bid) is not None:
+        return {Limit.LEASE: lease_s}
+    flop, _ = sum_costs(bid.costs)
+    return {Limit.LEASE: lease_s, Limit.FLOP: flop, Limit.MOVED: bid.terms.moved_bytes}
 
 
 def check_costs(bid: Bid, meter_id: str, metered: Sequence[CostLine]) -> Rejected | None:

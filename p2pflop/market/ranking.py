@@ -8,7 +8,7 @@ nothing: only the buyer's own audited experience, stated in the policy, may call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain, groupby
@@ -21,6 +21,7 @@ from p2pflop.errors import MarketError
 from p2pflop.ids import content_hash
 from p2pflop.keys import peer_id
 from p2pflop.market.book import IsAttested, nobody
+from p2pflop.market.limits import Figures, Known, Limit, Over, exceeded, lease_seconds
 from p2pflop.market.records import Ask, CostLine
 from p2pflop.market.sheets import OpenSheet
 from p2pflop.market.views import BookView
@@ -77,6 +78,8 @@ class Need:
 
     ``moved_bytes`` are manifest sizes of inputs and outputs, ``nonce`` that of the bid to be made,
     ``own_node`` the buyer's own node key (it does not buy from itself), ``max_nusd`` the budget.
+    ``known`` has figures for the limits of asks, by limit: those that do not follow from the rest,
+    or other ones.
     """
 
     class_ids: frozenset[bytes]
@@ -88,6 +91,17 @@ class Need:
     max_nusd: int
     nonce: bytes
     own_node: bytes = b""
+    known: Known = ()
+
+    def figures(self, now_ns: int) -> Figures:
+        """What the limits of asks are compared with, for a lease that begins now."""
+        lease_s = lease_seconds(now_ns, self.deadline_ns)
+        return {
+            Limit.LEASE: lease_s,
+            Limit.FLOP: self.flop,
+            Limit.MOVED: self.moved_bytes,
+            **dict(self.known),
+        }
 
 
 class MissReason(StrEnum):
@@ -101,11 +115,18 @@ class MissReason(StrEnum):
     POLICY = "excluded by policy"
     ATTESTATION = "account is not attested"
     PRICE = "over the price limit"
+    LIMIT = "over a limit of the ask"
     BUDGET = "over the budget"
     SLOW = "too slow for the deadline, by own experience"
 
 
 _TOTAL: Final = attrgetter("total_nusd")
+_LIMIT_ADVICE: Final[Mapping[int, str]] = {
+    Limit.LEASE: "give the job an earlier deadline",
+    Limit.FLOP: "buy fewer steps, and the rest after them",
+    Limit.MOVED: "have fewer checkpoints, or smaller inputs and outputs",
+    Limit.NODES: "make the graphs smaller",
+}
 _ADVICE: Final = {
     MissReason.CLASS: "They compute other bytes than the class that was asked for, by default this "
     "machine's own: connect to more peers, or allow any class.",
@@ -171,13 +192,20 @@ class Deal(msgspec.Struct, frozen=True, gc=False):
 
 
 class Miss(msgspec.Struct, frozen=True, gc=False):
-    """An ask that does not do for ``need``. ``total_nusd`` is what it would have cost."""
+    """An ask that does not do for ``need``. ``total_nusd`` is what it would have cost, ``over`` the
+    limit of the ask that the job exceeds, if that is the reason."""
 
     sheet: OpenSheet
     ask: Ask
     reason: MissReason
     total_nusd: int
     need: Need
+    over: Over | None = None
+
+    @property
+    def told(self) -> str:
+        """The reason, with the limit and both figures if it is one."""
+        return str(self.reason) if self.over is None else f"{self.reason}: {self.over.told}"
 
     @property
     def node(self) -> bytes:
@@ -247,6 +275,9 @@ def rank(
         reason = judge(sheet, ask, total)
         if reason is None:
             deals.append(Deal(sheet, ask, total, compute, moved, flop, ticket))
+        elif reason is MissReason.LIMIT:
+            over = _over(sheet, ask, need, now_ns)
+            misses.append(Miss(sheet, ask, reason, total, need, over))
         else:
             misses.append(Miss(sheet, ask, reason, total, need))
     deals.sort(key=_TOTAL)
@@ -340,6 +371,8 @@ def _advice(reason: MissReason, misses: list[Miss]) -> str:
         return f"The cheapest ask over the budget would cost {cheapest}."
     if reason is MissReason.MEMORY:
         return _advice_on_memory(misses)
+    if reason is MissReason.LIMIT:
+        return _advice_on_limits(misses)
     if reason is MissReason.CLASS and not any(_has_memory(miss) for miss in misses):
         return f"{_ADVICE[reason]} Nor have they the memory. {_advice_on_memory(misses)}"
     return _ADVICE[reason]
@@ -358,6 +391,22 @@ def _advice_on_memory(misses: list[Miss]) -> str:
     )
 
 
+def _advice_on_limits(misses: list[Miss]) -> str:
+    """For each limit that is exceeded, how far and what to do, by the ask that takes the most."""
+    found: dict[int, Over] = {}
+    for over in (miss.over for miss in misses if miss.over is not None):
+        if over.limit not in found or over.most > found[over.limit].most:
+            found[over.limit] = over
+    return " ".join(
+        f"{over.told[0].upper()}{over.told[1:]}: {_LIMIT_ADVICE.get(limit, 'update p2pflop')}."
+        for limit, over in sorted(found.items())
+    )
+
+
+def _over(sheet: OpenSheet, ask: Ask, need: Need, now_ns: int) -> Over | None:
+    return exceeded(sheet.limits_of(ask), need.figures(now_ns))
+
+
 _Judge = Callable[[OpenSheet, Ask, int], MissReason | None]
 """Why an ask of a total does not do, or None if it does. The first reason that holds is given."""
 
@@ -372,6 +421,7 @@ def _judge(need: Need, policy: Policy, now_ns: int, is_attested: IsAttested) -> 
     barred = _barring(policy, now_ns, is_attested)
     is_slow = _slowness(need, policy, now_ns)
     is_experienced = bool(policy.experience)
+    figures = need.figures(now_ns)
 
     def judge(sheet: OpenSheet, ask: Ask, total: int) -> MissReason | None:
         if ask.class_id not in class_ids:
@@ -387,6 +437,8 @@ def _judge(need: Need, policy: Policy, now_ns: int, is_attested: IsAttested) -> 
             return MissReason.OWN_NODE
         if is_choosy and (reason := barred(sheet, ask)) is not None:
             return reason
+        if sheet.limits and exceeded(sheet.limits_of(ask), figures) is not None:
+            return MissReason.LIMIT
         if total > max_nusd:
             return MissReason.BUDGET
         return MissReason.SLOW if is_experienced and is_slow(sheet, ask) else None

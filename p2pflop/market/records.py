@@ -87,11 +87,19 @@ class Wish(Record, frozen=True):
     valid_until_ns: U63
 
 
+LIMITS_EXT: Final = 1
+"""Critical: a buyer that does not know it would bid for what is not taken."""
+
+
 class Sheet(SignedRecord, frozen=True):
-    """All the live orders of one node. Of two sheets of a node the higher number wins."""
+    """All the live orders of one node. Of two sheets of a node the higher number wins.
+
+    What its asks do not take is in ``ext`` (``p2pflop.market.limits``).
+    """
 
     KIND: ClassVar[str] = "sheet"
     MAX_BYTES: ClassVar[int] = MAX_SHEET_BYTES
+    KNOWN_EXT: ClassVar[frozenset[int]] = frozenset({LIMITS_EXT})
 
     version: Version
     number: U63

@@ -37,6 +37,7 @@ from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey
 from p2pflop.market.book import IsAttested, nobody
 from p2pflop.market.fills import OpenBid, charges_ext, open_bid
+from p2pflop.market.limits import Figures, Limit
 from p2pflop.market.ranking import (
     BYTES_PER_GB,
     Deal,
@@ -82,6 +83,8 @@ for touched bytes."""
 LEAST_FLOP_PER_S: Final = LEAST_WORK_PER_S
 """A lease whose worker does not count so many FLOP while it computes stands as well: a graph that
 only copies counts none, where bytes have no price."""
+MIN_LEASE_S: Final = 60
+"""A session takes any lease that is no shorter: it goes on with another one after it."""
 FIRST_HELD_SECONDS: Final = 5
 """What every lease is held for: a slot is not to be had for less."""
 
@@ -97,7 +100,8 @@ def rank_session(
     """Every ask for a lease of a session: deals by what a nominal session costs, then the others.
 
     An ask on which what has to be done ``again``, before the session can go on, costs more than the
-    need's ``max_nusd`` is over the budget.
+    need's ``max_nusd`` is over the budget. Limits of asks are compared with what the need knows,
+    else with that.
     """
     nominal = replace(
         need,
@@ -105,6 +109,7 @@ def rank_session(
         touched_bytes=NOMINAL_TOUCHED_BYTES,
         moved_bytes=NOMINAL_MOVED_BYTES,
         max_nusd=MAX_NUSD,
+        known=((Limit.LEASE, MIN_LEASE_S), *mark_figures(again).items(), *need.known),
     )
     within: list[Deal | Miss] = []
     over: list[Deal | Miss] = []
@@ -115,6 +120,15 @@ def rank_session(
         else:
             within.append(entry)
     return within + over
+
+
+def mark_figures(mark: Mark) -> Figures:
+    """What limits of an ask are compared with, of the commands of a lease up to ``mark``."""
+    return {
+        Limit.FLOP: mark.flop,
+        Limit.MOVED: mark.moved_bytes,
+        Limit.NODES: mark.lowered_nodes,
+    }
 
 
 def make_session_bid(

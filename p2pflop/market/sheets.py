@@ -8,12 +8,13 @@ sheet) do not look at the clock, so that all peers agree on them; only "not yet"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final
 
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.keys import PrivateKey, peer_id
+from p2pflop.market.limits import NO_LIMITS, AskLimits, SheetLimits, limits_ext, read_limits
 from p2pflop.market.records import (
     MAX_SHEET_LIFETIME_NS,
     MAX_SHEET_ORDERS,
@@ -32,10 +33,12 @@ DELEGATION_CACHE: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class OpenSheet:
-    """A sheet whose signature, delegation and rules were checked. ``account`` is a public key."""
+    """A sheet whose signature, delegation and rules were checked. ``account`` is a public key,
+    ``limits`` are those of its asks by their numbers."""
 
     sealed: Sealed[Sheet]
     account: bytes
+    limits: SheetLimits = field(compare=False)
 
     @property
     def node(self) -> bytes:
@@ -51,6 +54,10 @@ class OpenSheet:
     def sheet(self) -> Sheet:
         """The record."""
         return self.sealed.record
+
+    def limits_of(self, ask: Ask) -> AskLimits:
+        """Those of one of its asks."""
+        return self.limits.get(ask.number, ())
 
 
 def make_delegation(
@@ -127,13 +134,14 @@ def make_sheet(
     asks: Sequence[Ask] = (),
     wishes: Sequence[Wish] = (),
     addresses: Sequence[str] = (),
+    limits: SheetLimits = NO_LIMITS,
     lifetime_ns: int = MAX_SHEET_LIFETIME_NS,
     network: str = DEFAULT_NETWORK,
 ) -> OpenSheet:
     """Sign a sheet that ``check_sheet`` accepts. Raises ValueError if it would not.
 
-    ``number`` must exceed every number this node has used; ``now_ns`` itself serves well. A sheet
-    without orders withdraws everything.
+    ``number`` must exceed every number this node has used; ``now_ns`` itself serves well.
+    ``limits`` are those of asks, by their numbers. A sheet without orders withdraws everything.
     """
     sheet = Sheet(
         version=1,
@@ -144,12 +152,12 @@ def make_sheet(
         addresses=tuple(addresses),
         asks=tuple(asks),
         wishes=tuple(wishes),
+        ext=limits_ext(limits),
     )
-    sealed = seal(sheet, key, network)
-    account = _check_rules(sealed, network)
-    if isinstance(account, Rejected):
-        raise ValueError(f"sheet: {account.reason}")
-    return OpenSheet(sealed, account)
+    opened = _check_rules(seal(sheet, key, network), network)
+    if isinstance(opened, Rejected):
+        raise ValueError(f"sheet: {opened.reason}")
+    return opened
 
 
 def check_sheet(data: bytes, network: str, now_ns: int) -> OpenSheet | Rejected:
@@ -175,11 +183,10 @@ def open_sheet(data: bytes, network: str) -> OpenSheet | Rejected:
         sealed = open_sealed(Sheet, data, network)
     except (ProtocolError, VerificationError) as error:
         return Rejected(error.message)
-    account = _check_rules(sealed, network)
-    return account if isinstance(account, Rejected) else OpenSheet(sealed, account)
+    return _check_rules(sealed, network)
 
 
-def _check_rules(sealed: Sealed[Sheet], network: str) -> bytes | Rejected:
+def _check_rules(sealed: Sealed[Sheet], network: str) -> OpenSheet | Rejected:
     sheet = sealed.record
     if not 0 < sheet.expires_ns - sheet.issued_ns <= MAX_SHEET_LIFETIME_NS:
         return Rejected("sheet must live for up to an hour")
@@ -193,9 +200,13 @@ def _check_rules(sealed: Sealed[Sheet], network: str) -> bytes | Rejected:
     wrong = _check_orders(sheet)
     if wrong is not None:
         return wrong
-    return check_delegation(
+    limits = read_limits(sheet) if sheet.ext else NO_LIMITS
+    if isinstance(limits, Rejected):
+        return limits
+    account = check_delegation(
         sheet.delegation, sealed.signer, sheet.issued_ns, sheet.expires_ns, network
     )
+    return account if isinstance(account, Rejected) else OpenSheet(sealed, account, limits)
 
 
 def _check_orders(sheet: Sheet) -> Rejected | None:

@@ -50,6 +50,11 @@ class BookView:
         return index_of(self.sheets) if self.shelf is None else self.shelf
 
     @property
+    def has_limits(self) -> bool:
+        """Whether any ask has a limit of its own."""
+        return any(sheet.limits for sheet in self.sheets)
+
+    @property
     def buckets(self) -> tuple[bytes, ...]:
         """See the head of this module."""
         return self.index.buckets

@@ -2,9 +2,9 @@
 
 A buyer whom no ask suits publishes a **wish**: class, sizes, and the most that it would pay. It
 never tells the job: sizes are rounded, and the ``commitment`` is the hash of a salt and the job.
-A provider's ask **crosses** a wish if it is of its class, has the memory, and its quote by the
-public rule is within the limit. Sizes are rounded up and the limit down, so what crosses the wish
-is within the budget of the job behind it, too.
+A provider's ask **crosses** a wish if it is of its class, has the memory, its quote by the public
+rule is within the wish's limit, and the wish within the ask's limits. Sizes are rounded up and the
+limit down, so what crosses the wish is within the budget of the job behind it, too.
 
 The provider answers with a **quote**, for that wish alone and for up to ``MAX_QUOTE_LIFETIME_NS``.
 It binds the provider's price and nothing of the buyer's: only the buyer fills. It ranks the quote
@@ -24,6 +24,7 @@ from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.ids import content_hash
 from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey
+from p2pflop.market.limits import NO_LIMITS, AskLimits, Figures, Limit, SheetLimits, exceeded
 from p2pflop.market.ranking import total_nusd
 from p2pflop.market.records import ZERO_HASH, Ask, Bid, Quote, Rejected, Wish, ticket_of
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, OpenSheet
@@ -113,27 +114,38 @@ def wish_total_nusd(ask: Ask, wish: Wish) -> int:
     return total_nusd(ask, wish.flop, wish.touched_bytes, wish.moved_bytes)
 
 
-def crosses(ask: Ask, wish: Wish) -> bool:
-    """Whether ``ask`` does for ``wish``: class, memory, and the quote within the limit."""
+def wish_figures(wish: Wish) -> Figures:
+    """What the limits of asks are compared with, as far as a wish tells it."""
+    return {Limit.FLOP: wish.flop, Limit.MOVED: wish.moved_bytes}
+
+
+def crosses(ask: Ask, wish: Wish, limits: AskLimits = ()) -> bool:
+    """Whether ``ask`` does for ``wish``: class, memory, limits, and the quote within the wish's."""
     return (
         wish.class_id in (ask.class_id, ZERO_HASH)
         and ask.memory_bytes >= wish.memory_bytes
         and wish_total_nusd(ask, wish) <= wish.limit_nusd
+        and exceeded(limits, wish_figures(wish)) is None
     )
 
 
-def offer_to(asks: Iterable[Ask], wish: Wish, max_price_nusd: int | None = None) -> Ask | None:
+def offer_to(
+    asks: Iterable[Ask],
+    wish: Wish,
+    max_price_nusd: int | None = None,
+    limits: SheetLimits = NO_LIMITS,
+) -> Ask | None:
     """The cheapest of a provider's own asks for ``wish``, or None if none crosses it.
 
     ``max_price_nusd`` is the price per PFLOP to which the provider goes down for wishes; None if it
-    stays at its asks.
+    stays at its asks. ``limits`` are those of its sheet.
     """
     found: Ask | None = None
     for public in asks:
         ask = public
         if max_price_nusd is not None and max_price_nusd < public.price_nusd:
             ask = replace(public, price_nusd=round_price(max_price_nusd))
-        if crosses(ask, wish) and (
+        if crosses(ask, wish, limits.get(ask.number, ())) and (
             found is None or wish_total_nusd(ask, wish) < wish_total_nusd(found, wish)
         ):
             found = ask
@@ -196,7 +208,7 @@ def check_quote(
     prices = (ask.price_nusd, ask.setup_nusd, ask.min_charge_nusd, ask.byte_price_nusd)
     if not all(is_price(price) for price in prices):
         return Rejected("the quote has a price of over three significant digits")
-    if not crosses(ask, wish):
+    if not crosses(ask, wish, sheet.limits_of(ask)):
         return Rejected("the quote does not cross the wish")
     total = wish_total_nusd(ask, wish)
     if total > wish_total_nusd(public, wish):

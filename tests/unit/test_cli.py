@@ -157,6 +157,9 @@ class TestErrors:
             (["get", address, "-o", str(tmp_path)], "is a folder"),
             (["node", "--ask", "-1"], "negative"),
             (["node", "--memory", "1000TiB"], "this machine has"),
+            (["node", "--max-lease", "5s"], "60 s to 30 days"),
+            (["node", "--max-flop", "0"], "must be 1 to"),
+            (["node", "--max-moved", "much"], "is not a size"),
             (["node", "--open", "--registry", f"{'ab' * 32}@http://a"], "choose one"),
             (["show", str(tmp_path / "no.p2pj")], "hint: Make one with 'p2pflop trace SCRIPT'"),
         ):

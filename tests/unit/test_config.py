@@ -8,8 +8,12 @@ import pytest
 
 from p2pflop.embedded import read_note
 from p2pflop.errors import ConfigError
+from p2pflop.market.limits import MAX_LIMIT, Limit
+from p2pflop.market.sessions import MIN_LEASE_S
 from p2pflop.node import config
-from p2pflop.node.config import load_settings
+from p2pflop.node.config import LEAST_MAX_LEASE_S, load_settings
+from p2pflop.node.service import MAX_DEADLINE_S
+from p2pflop.node.session_purchase import LEAVE_S
 from p2pflop.units import GIB
 
 
@@ -53,3 +57,52 @@ def test_wishes_are_answered_down_to_a_price_below_the_ask(tmp_path: Path) -> No
         load_settings(told | {"ask_nusd": 29})
     with pytest.raises(ConfigError, match="three significant digits"):
         load_settings(told | {"ask_nusd": 10**6, "wish_ask_nusd": 1234})
+
+
+LIMITS = {
+    "max_lease_s": 6 * 3600,
+    "max_flop": 5 * 10**17,
+    "max_moved_bytes": 20 * 10**9,
+    "max_nodes": 20_000,
+}
+
+
+def test_limits_of_the_ask_from_flags_and_from_the_file(tmp_path: Path) -> None:
+    assert load_settings({"home": tmp_path}).limits == ()
+    settings = load_settings({"home": tmp_path, **LIMITS})
+    assert settings.limits == tuple(zip(Limit, LIMITS.values(), strict=True))
+    (tmp_path / "config.toml").write_text(
+        'max_lease = "6h"\nmax_flop = "500P"\nmax_moved = "20GB"\nmax_nodes = 20000\n'
+    )
+    assert load_settings({"home": tmp_path}) == settings
+    (tmp_path / "config.toml").write_text('max_lease = "soon"')
+    with pytest.raises(ConfigError, match=r"config\.toml: max_lease: 'soon' is not a duration"):
+        load_settings({"home": tmp_path})
+
+
+def test_an_embedded_node_has_no_limits_for_its_own_user(tmp_path: Path) -> None:
+    assert load_settings({"home": tmp_path, "embedded": True, **LIMITS}).limits == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [
+        ("max_lease_s", LEAST_MAX_LEASE_S, MAX_DEADLINE_S),
+        ("max_flop", 1, MAX_LIMIT),
+        ("max_moved_bytes", 1, MAX_LIMIT),
+        ("max_nodes", 1, MAX_LIMIT),
+    ],
+)
+def test_a_limit_has_bounds(tmp_path: Path, name: str, least: int, most: int) -> None:
+    for value in (least, most):
+        assert load_settings({"home": tmp_path, name: value}).limits[0][1] == value
+    for value in (least - 1, most + 1):
+        with pytest.raises(ConfigError, match=r"must be (1|60 s) to"):
+            load_settings({"home": tmp_path, name: value})
+    for wrong in (True, "5", 5.5):
+        with pytest.raises(ConfigError, match="is not a number"):
+            load_settings({"home": tmp_path, name: wrong})
+
+
+def test_a_session_takes_what_the_shortest_longest_lease_is() -> None:
+    assert MIN_LEASE_S == LEAST_MAX_LEASE_S > LEAVE_S

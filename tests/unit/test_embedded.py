@@ -42,6 +42,10 @@ def test_a_relative_home_is_the_callers_not_the_nodes(
     [
         ({"embedded": True}, "embedded, for programs of its own user alone"),
         ({"ask_nusd": 50_000_000}, r"selling at \$0.05 a PFLOP"),
+        (
+            {"ask_nusd": 50_000_000, "max_lease_s": 3600, "max_nodes": 9},
+            r"selling at \$0.05 a PFLOP, jobs up to 1 h 0 min, 9 nodes, sandbox",
+        ),
         ({}, "selling nothing"),
     ],
 )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from p2pflop.errors import MarketError
+from p2pflop.market.limits import Limit, Over
 from p2pflop.market.ranking import (
     Deal,
     Experience,
@@ -189,9 +190,10 @@ def test_the_advice_is_about_the_ask_that_comes_nearest() -> None:
     assert error.message.endswith("1 x over the budget, 2 x too little memory")
     assert "over the budget would cost" in error.hint
     for reason in MissReason:
+        over = Over(Limit.FLOP, 2, 1) if reason is MissReason.LIMIT else None
         fitting = [
-            Miss(dear, dear.sheet.asks[0], reason, 10**9, wanted),
-            Miss(small[0], small[0].sheet.asks[0], reason, 10**9, wanted),
+            Miss(dear, dear.sheet.asks[0], reason, 10**9, wanted, over),
+            Miss(small[0], small[0].sheet.asks[0], reason, 10**9, wanted, over),
         ]
         assert f"2 x {reason}" in no_deal(fitting).message
         assert no_deal(fitting).hint
