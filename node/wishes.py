@@ -335,7 +335,7 @@ class Wishes:
         view = self._sheets.book.view(now_ns)
         need = resting.order.need(resting.classes or frozenset(view.by_price), bytes(NONCE_BYTES))
         policy = Policy(attested_only=self._franchise.is_strict)
-        deal = best(view, need, policy, now_ns, self._franchise.admits)
+        deal = best(view, need, policy, now_ns, self._franchise.admitted(now_ns))
         if deal is not None and (deal.node, deal.total_nusd) not in resting.seen:
             if len(resting.seen) >= MAX_SEEN:
                 resting.seen.clear()
