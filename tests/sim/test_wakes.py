@@ -61,6 +61,8 @@ async def test_ever_new_sheets_wake_a_run_so_often_and_no_more(
         buyer.meet(crook)
 
     assert await looks(buyer, run_id, publish) <= most_looks() < TRIED_S // 5
+    [mine] = buyer.buyer.wishes._resting.values()
+    assert len(mine.seen) <= wishes.MAX_SEEN
     honest.meet(buyer)
     buyer.meet(honest)
     began = trio.current_time()
