@@ -9,7 +9,7 @@ first gets the slot, everybody else at once a no, which says whether to come bac
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from p2pflop.job.buying import BUSY_PREFIX
 from p2pflop.job.file import CheckedJob
 from p2pflop.job.meter import METER_ID
+from p2pflop.keys import peer_id
 from p2pflop.market.credit import credit_reason
 from p2pflop.market.fills import OpenBid, bid_figures, check_costs
 from p2pflop.market.limits import Limit, exceeded
@@ -24,6 +25,7 @@ from p2pflop.market.records import Bid, Terms
 from p2pflop.node.config import Settings
 from p2pflop.node.execute import memory_bytes, unsupported
 from p2pflop.node.journal import MAX_UNPAID, UNPAID_FOR_NS, Unpaid
+from p2pflop.node.lapses import Lapses
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.orders import MAX_CHECKPOINTS, checkpoints, cost_lines, moved_bytes
 from p2pflop.node.worker_types import Workers
@@ -34,9 +36,6 @@ SAFE_LEVEL: Final = 2
 MAX_OPEN_SALES: Final = 1024
 MAX_OPEN_SALES_PER_ACCOUNT: Final = 64
 MAX_LEASE_NS: Final = 30 * 24 * 3600 * NS_PER_S
-FIRST_LAPSE_NS: Final = 4 * NS_PER_S
-MAX_LAPSE_NS: Final = 600 * NS_PER_S
-MAX_LAPSED: Final = 4096
 
 
 class Claim(Protocol):
@@ -65,6 +64,7 @@ class Allocator:
 
     ``allowance()`` is how many leases the account's attestation leaves to this node; ``flop_per_s``
     is how fast this node says that it is, or has been if that is more, 0 if nothing is known.
+    ``subnet_of(peer)`` is where a peer is connected from, empty if that is not known.
     """
 
     own_account: bytes
@@ -77,7 +77,9 @@ class Allocator:
     on_free: list[Callable[[], None]] = field(default_factory=list)
     allowance: Callable[[], int] | None = None
     flop_per_s: int = 0
-    _lapses: OrderedDict[bytes, tuple[int, int]] = field(default_factory=OrderedDict)
+    subnet_of: Callable[[str], str] | None = None
+    lapses: Lapses = field(default_factory=Lapses)
+    _subnets: dict[bytes, str | None] = field(default_factory=dict)
     _unpaid: deque[Unpaid] = field(default_factory=lambda: deque(maxlen=MAX_UNPAID))
 
     @property
@@ -92,6 +94,7 @@ class Allocator:
     def take(self, claim: Claim, *, capacity: bool = True) -> None:
         """From a fill on."""
         self._open[claim.bid.id] = claim
+        self._subnets[claim.bid.id] = self._subnet(claim.account, peer_id(claim.bid.signer))
         if capacity:
             self._held[claim.bid.id] = claim
 
@@ -105,16 +108,12 @@ class Allocator:
         """The sale is over."""
         self.free(claim)
         self._open.pop(claim.bid.id, None)
+        self._subnets.pop(claim.bid.id, None)
 
-    def note_lapse(self, account: bytes, at_ns: int) -> None:
-        """A fill of which its buyer made nothing: the next one is later, each time more so."""
-        if account == self.own_account:
-            return
-        lapses, _ = self._lapses.pop(account, (0, 0))
-        wait_ns = min(FIRST_LAPSE_NS << min(lapses, 16), MAX_LAPSE_NS)
-        self._lapses[account] = (lapses + 1, at_ns + wait_ns)
-        if len(self._lapses) > MAX_LAPSED:
-            self._lapses.popitem(last=False)
+    def note_lapse(self, claim: Claim, at_ns: int) -> None:
+        """A fill of which its buyer made nothing; before ``close``."""
+        if claim.account != self.own_account:
+            self.lapses.note(claim.account, self._subnets.get(claim.bid.id), at_ns)
 
     def note_speed(self, flop_per_s: int) -> None:
         """This node says on an ask that it is so fast, or has been in a lease."""
@@ -122,7 +121,7 @@ class Allocator:
 
     def note_settled(self, account: bytes) -> None:
         """A job or lease was paid for: what lapsed before, say by a cancel, is forgiven."""
-        self._lapses.pop(account, None)
+        self.lapses.forgive(account)
 
     def note_unpaid(self, unpaid: Unpaid) -> bool:
         """Work that was begun and never countersigned; whether that counts."""
@@ -144,7 +143,8 @@ class Allocator:
         over = exceeded(self.settings.limits, bid_figures(bid.bid))
         if over is not None:
             return over.told
-        return self.objection_to(bid.account, bid.bid.terms, bid.bid.quote_nusd, now_ns)
+        subnet = self._subnet(bid.account, bid.peer)
+        return self.objection_to(bid.account, bid.bid.terms, bid.bid.quote_nusd, now_ns, subnet)
 
     def objection_to_more(self, account: bytes, more_nusd: int, now_ns: int) -> str:
         """Why a lease of ``account`` may not come to so much more, or nothing."""
@@ -152,13 +152,22 @@ class Allocator:
             return ""
         return self._credit_objection(account, more_nusd, now_ns)
 
-    def objection_to(self, account: bytes, terms: Terms, quote_nusd: int, now_ns: int) -> str:
-        """Why no job on these terms is taken from ``account``, or nothing."""
+    def objection_to(
+        self,
+        account: bytes,
+        terms: Terms,
+        quote_nusd: int,
+        now_ns: int,
+        subnet: str | None = None,
+    ) -> str:
+        """Why no job on these terms is taken from ``account``, or nothing. ``subnet`` is that of a
+        stranger."""
         own = account == self.own_account
         theirs = sum(claim.account == account for claim in self._open.values())
         held_bytes = sum(claim.bid.record.terms.memory_bytes for claim in self._held.values())
         moved_bytes = sum(claim.bid.record.terms.moved_bytes for claim in self._open.values())
         over_credit = "" if own else self._credit_objection(account, quote_nusd, now_ns)
+        lapsed = self.lapses.objection(account, subnet, now_ns)
         reasons = (
             (self.workers.broken, "the provider's workers are broken"),
             (self.workers.level < SAFE_LEVEL and not own, "the sandbox here is not safe enough"),
@@ -179,10 +188,7 @@ class Allocator:
                 not own and moved_bytes + terms.moved_bytes > self.disk_bytes,
                 BUSY_PREFIX + "too little disk is free",
             ),
-            (
-                self._lapses.get(account, (0, 0))[1] > now_ns,
-                BUSY_PREFIX + "your last fill came to nothing",
-            ),
+            (bool(lapsed), BUSY_PREFIX + lapsed),
             (bool(over_credit), over_credit),
             (
                 len(self._open) >= MAX_OPEN_SALES or theirs >= MAX_OPEN_SALES_PER_ACCOUNT,
@@ -214,6 +220,12 @@ class Allocator:
             (terms.moved_bytes < moved, f"the job moves {moved} bytes"),
         )
         return next((reason for holds, reason in reasons if holds), "")
+
+    def _subnet(self, account: bytes, peer: str) -> str | None:
+        """Where a stranger is connected from; None for who is none."""
+        if account == self.own_account or self.ledger_book.received_nusd(account) > 0:
+            return None
+        return "" if self.subnet_of is None else self.subnet_of(peer)
 
     def _credit_objection(self, account: bytes, quote_nusd: int, now_ns: int) -> str:
         """Why this buyer may not owe what its bid would cost, or nothing."""

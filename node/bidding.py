@@ -138,8 +138,7 @@ class Bidding:
         if self._order.rests and self._is_unfilled:
             if self._buyer.wishes.rest(self._run_id, self._order, self._classes):
                 self._buyer.nursery.start_soon(survive, self._tell_resting)
-            if self._buyer.wishes.has_news(self._run_id):
-                self._buyer.waiting.wake(self._run_id)
+            self._buyer.wishes.call_if_news(self._run_id)
 
     async def _tell_resting(self) -> None:
         run, order = self._buyer.runs.get(self._run_id), self._order

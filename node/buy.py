@@ -27,7 +27,7 @@ from p2pflop.job.file import CheckedJob
 from p2pflop.job.spec import FeedSource, class_id
 from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import chosen_family, descriptor
-from p2pflop.market.ranking import MAX_POLICY_ACCOUNTS, Deal, Miss, Policy, Quoted, rank
+from p2pflop.market.ranking import MAX_POLICY_ACCOUNTS, Accounts, Deal, Miss, Policy, Quoted, rank
 from p2pflop.market.records import NONCE_BYTES, Bid
 from p2pflop.market.views import BookView
 from p2pflop.node import messages as m
@@ -66,8 +66,9 @@ _CLASS_ID: Final = re.compile("[0-9a-f]{64}")
 SMALL_FILE_BYTES: Final = 1024
 """Up to here a job file is opened on the event loop: the hop to a thread would cost more."""
 
-Ranker = Callable[[BookView, bytes, Policy], list[Deal | Miss]]
-"""Ranks the asks of a view for something, with the nonce of the bid that may follow."""
+Ranker = Callable[[BookView, bytes, Policy, Accounts], list[Deal | Miss]]
+"""Ranks the asks of a view for something, with the nonce of the bid that may follow, by a policy
+and by which accounts are admitted."""
 
 _log = logging.getLogger(__name__)
 
@@ -221,9 +222,11 @@ class Buyer:
         """Rank the book as it is now, of these classes or, if there are none, of all, and what is
         ``quoted``."""
 
-        def ranked(view: BookView, nonce: bytes, policy: Policy) -> list[Deal | Miss]:
+        def ranked(
+            view: BookView, nonce: bytes, policy: Policy, admitted: Accounts
+        ) -> list[Deal | Miss]:
             need = order.need(classes or frozenset(view.by_price), nonce)
-            return rank(view.sheets, need, policy, view.at_ns, self.franchise.admits, quoted)
+            return rank(view.sheets, need, policy, view.at_ns, admitted, quoted)
 
         return self.look(ranked)
 
@@ -235,15 +238,15 @@ class Buyer:
         kept = self.sheets.book.view(now_ns)
         view = BookView(kept.sheets, now_ns, kept.shelf)
         avoided = self.experience.pauses(now_ns)
-        is_strict, admits = self.franchise.is_strict, self.franchise.admits
+        is_strict, admitted = self.franchise.is_strict, self.franchise.admitted(view.at_ns)
         # Better one that has failed before than none.
         for left_alone in (avoided, ()):
             accounts = sorted({*excluded, *(each.account for each in left_alone)})
             policy = Policy(excluded=tuple(accounts[:MAX_POLICY_ACCOUNTS]), attested_only=is_strict)
-            entries = ranked(view, nonce, policy)
+            entries = ranked(view, nonce, policy, admitted)
             if any(isinstance(entry, Deal) for entry in entries):
                 break
-        return Ranking(nonce, view, policy, entries, admits, left_alone)
+        return Ranking(nonce, view, policy, entries, admitted, left_alone)
 
     def job_file(self, run_id: str) -> bytes:
         """The encoded job file of a run. Raises ConfigError for a session, which has none."""

@@ -171,6 +171,7 @@ class Daemon:
     async def book(self) -> list[Json]:
         """See NodeService. Cheapest price first; a strict node leaves out who is not attested."""
         now_ns = time.time_ns()
+        admitted = self.franchise.admitted(now_ns)
         asks = [
             {
                 "provider": sheet.peer,
@@ -189,7 +190,7 @@ class Daemon:
                 "valid_until_ns": ask.valid_until_ns,
             }
             for sheet in self.sheets.book.view(now_ns).sheets
-            if self.franchise.admits(sheet.account, now_ns)
+            if sheet.account in admitted
             for ask in sheet.sheet.asks
         ]
         return sorted(asks, key=lambda ask: (ask["price_nusd"], ask["provider"]))
@@ -219,8 +220,8 @@ class Daemon:
         now_ns = time.time_ns()
         view = self.sheets.book.view(now_ns)
         if self.franchise.is_strict:
-            admits = self.franchise.admits
-            view = BookView(tuple(s for s in view.sheets if admits(s.account, now_ns)), now_ns)
+            admitted = self.franchise.admitted(now_ns)
+            view = BookView(tuple(s for s in view.sheets if s.account in admitted), now_ns)
         shown = classes(view, self.tape.tape.trades(now_ns), now_ns)
         return {"classes": shown, "take": await self._take()}
 

@@ -129,7 +129,7 @@ def keep_look(
     rows.add(LOOK_ROW, encode(look))
     if ranking.policy.attested_only:
         accounts = sorted({sheet.account for sheet in sheets})
-        attested = [each for each in accounts if ranking.admits(each, ranking.view.at_ns)]
+        attested = [each for each in accounts if each in ranking.admitted]
         rows.add(ATTESTED_ROW, b"".join(attested))
     if wanted is not None:
         rows.add(WANTED_ROW, encode(wanted))

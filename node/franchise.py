@@ -20,6 +20,7 @@ from p2pflop.franchise.records import DAY_NS, Head
 from p2pflop.franchise.roll import HONEST, KNOWN, UNTRUSTED, Roll, Standing, Taken
 from p2pflop.ids import content_hash
 from p2pflop.market.book import MAX_SHEETS_PER_ACCOUNT
+from p2pflop.market.ranking import Accounts
 from p2pflop.market.records import Rejected
 from p2pflop.node.config import MAX_SLOTS
 from p2pflop.node.franchise_file import Changes, Kept, Notes
@@ -59,6 +60,14 @@ class Watched:
     trouble: str = ""
     waits_for: str = "the registry's first answer"
     asked_ns: int = 0
+
+
+class _Everybody:
+    def __contains__(self, _account: bytes, /) -> bool:
+        return True
+
+
+EVERYBODY: Final[Accounts] = _Everybody()
 
 
 class Franchise:
@@ -111,6 +120,13 @@ class Franchise:
     def admits(self, account: bytes, now_ns: int) -> bool:
         """Whether asks of ``account`` are ranked here. A look-up."""
         return not self._notes or account == self.account or self.roll.is_attested(account, now_ns)
+
+    def admitted(self, now_ns: int) -> Accounts:
+        """The accounts whose asks are ranked here: for one ranking, which asks about each ask."""
+        if not self._notes:
+            return EVERYBODY
+        attested = self.roll.attested(now_ns)
+        return attested if self.account in attested else attested | {self.account}
 
     def max_nodes(self, account: bytes, now_ns: int) -> int:
         """How many nodes of ``account`` may have a place in the book: each has a slot at least."""

@@ -17,10 +17,9 @@ from p2pflop.job.graph import Dtype
 from p2pflop.job.shapes import stored_bytes
 from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, shards_of, times_due
 from p2pflop.job.validate import Refusal
-from p2pflop.market.book import IsAttested
 from p2pflop.market.evidence import Avoided
 from p2pflop.market.limits import Known, Limit
-from p2pflop.market.ranking import Deal, Miss, MissReason, Need, Policy
+from p2pflop.market.ranking import Accounts, Deal, Miss, MissReason, Need, Policy
 from p2pflop.market.records import MIN_CHECKPOINT_SECONDS, CostLine, Terms
 from p2pflop.market.views import BookView
 from p2pflop.node.execute import memory_bytes, unsupported
@@ -112,14 +111,14 @@ class Order:
 class Ranking:
     """One look at the book for one order. ``nonce`` breaks its ties and goes into the bid.
 
-    ``admits`` says whom a strict node holds to be attested, ``avoided`` whom the policy excludes.
+    ``admitted`` are whom a strict node holds to be attested, ``avoided`` whom the policy excludes.
     """
 
     nonce: bytes
     view: BookView
     policy: Policy
     ranked: list[Deal | Miss]
-    admits: IsAttested
+    admitted: Accounts
     avoided: tuple[Avoided, ...] = ()
 
     @property

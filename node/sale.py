@@ -352,7 +352,7 @@ class Sale:
             if allocator.note_unpaid(unpaid):
                 self.rows.add_unpaid(unpaid)
             if side.fill and not side.confirm and action.blame is Blame.BUYER:
-                allocator.note_lapse(self.account, at_ns)
+                allocator.note_lapse(self, at_ns)
         self.rows.set_head(summary=action.reason.encode(), end_state=action.state)
         # Nobody can ask for these any more; of what was never confirmed, not even for the job.
         kinds = [SaleRow.RESULT, SaleRow.INTERVAL, *([] if side.confirm else [SaleRow.BODY])]

@@ -105,6 +105,7 @@ class Seller:
             self.workers,
             self.ledger_book,
             self.settings.resolved_disk_bytes(),
+            subnet_of=self.sheets.relay.subnet,
         )
         for unpaid in self.journal.unpaid():
             self.allocator.note_unpaid(unpaid)

@@ -209,7 +209,7 @@ class SessionSale:
                 await self._live()
         finally:
             if not confirmed or self._was_for_nothing(trio.current_time() - began):
-                self.seller.base.allocator.note_lapse(self.account, self.seller.base.now_ns())
+                self.seller.base.allocator.note_lapse(self, self.seller.base.now_ns())
             with trio.CancelScope(shield=True):
                 await self._close(confirmed=confirmed)
         await talk.part()

@@ -36,7 +36,7 @@ from p2pflop.kernels.classes import chosen_family, name_of
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import SUPERSEDED
 from p2pflop.market.limits import AskLimits, Limit
-from p2pflop.market.ranking import Deal, Miss, MissReason, Need, Policy
+from p2pflop.market.ranking import Accounts, Deal, Miss, MissReason, Need, Policy
 from p2pflop.market.records import Ask, Bid, Terms, session_prices
 from p2pflop.market.sessions import expected_nusd, make_session_bid, rank_session
 from p2pflop.market.views import BookView
@@ -272,9 +272,10 @@ class SessionBuyer:
         self, session: Session, classes: frozenset[bytes], again: Mark, left_nusd: int
     ) -> Ranking:
         """One look at the book, for what is to be done ``again`` and more."""
-        admits = self.base.franchise.admits
 
-        def ranked(view: BookView, nonce: bytes, policy: Policy) -> list[Deal | Miss]:
+        def ranked(
+            view: BookView, nonce: bytes, policy: Policy, admitted: Accounts
+        ) -> list[Deal | Miss]:
             terms = self._terms(session, view.at_ns)
             need = Need(
                 class_ids=classes or frozenset(view.by_price),
@@ -287,7 +288,7 @@ class SessionBuyer:
                 nonce=nonce,
                 known=session.known(),
             )
-            return rank_session(view.sheets, need, again, policy, view.at_ns, admits)
+            return rank_session(view.sheets, need, again, policy, view.at_ns, admitted)
 
         return self.base.look(ranked, excluded=tuple(session.faulted))
 

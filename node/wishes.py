@@ -9,7 +9,10 @@ restart the journal brings the run back, and the run its wish, under a new commi
 
 A quote is checked (``p2pflop.market.wishes``), kept until it expires, and wakes its run, which
 ranks it with the asks of the book. So does a book in which a deal for a run has turned up. Who did
-not keep a quote is heard no more for ``DISTRUST_NS``.
+not keep a quote is heard no more for ``DISTRUST_NS``. To be woken costs a ranking and some rows of
+the journal, and prices cost nothing to change: after ``WAKES_BURST`` times a run is woken
+``WAKES_PER_S`` at most, all runs together ``ALL_WAKES_PER_S``, and what came meanwhile is ranked
+with the next.
 """
 
 from __future__ import annotations
@@ -63,6 +66,8 @@ LOOK_SHARE: Final = 5
 """Looking for deals takes a fifth of the event loop at most, whatever the book is full of."""
 MIN_PAUSE_S: Final = 0.01
 MAX_SEEN: Final = 64
+WAKES_PER_S, WAKES_BURST = 0.1, 16
+ALL_WAKES_PER_S, ALL_WAKES_BURST = 2.0, 64
 
 MAX_STREAMS: Final = 32
 MAX_STREAMS_PER_PEER: Final = 2
@@ -88,6 +93,7 @@ class _Resting:
     salts: dict[bytes, bytes] = field(default_factory=dict)
     quotes: dict[bytes, OpenQuote] = field(default_factory=dict)
     has_news: bool = False
+    is_called: bool = False
     seen: set[tuple[bytes, int]] = field(default_factory=set)
 
     def ticket(self, quote: OpenQuote) -> bytes:
@@ -129,6 +135,8 @@ class Wishes:
         self._streams: Counter[str] = Counter()
         self._peers = Rates(PEER_PER_S, PEER_BURST)
         self._all = Rates(ALL_PER_S, ALL_BURST)
+        self._wakes = Rates(WAKES_PER_S, WAKES_BURST)
+        self._all_wakes = Rates(ALL_WAKES_PER_S, ALL_WAKES_BURST)
         self._spent: OrderedDict[bytes, None] = OrderedDict()
         self._distrusted: OrderedDict[bytes, int] = OrderedDict()
         sheets.wish(self.on_sheet)
@@ -184,10 +192,11 @@ class Wishes:
                 found.append(Quoted(sheet, quote.ask, resting.ticket(quote)))
         return found
 
-    def has_news(self, run_id: str) -> bool:
-        """Whether a quote has come since ``quoted`` was asked."""
+    def call_if_news(self, run_id: str) -> None:
+        """Have the run rank again if a quote has come since ``quoted`` was asked."""
         resting = self._resting.get(run_id)
-        return resting is not None and resting.has_news
+        if resting is not None and resting.has_news:
+            self._call(run_id, resting)
 
     def spend(self, shown: bytes, *, kept: bool) -> None:
         """A bid that showed this ticket came to nothing. ``kept``: not by the provider's fault."""
@@ -268,7 +277,7 @@ class Wishes:
             del resting.quotes[worst]
         resting.quotes[key] = quote
         resting.has_news = True
-        self._wake(run_id)
+        self._call(run_id, resting)
         return Noted()
 
     def _add_wish(self, resting: _Resting, class_id: bytes) -> None:
@@ -335,12 +344,30 @@ class Wishes:
         view = self._sheets.book.view(now_ns)
         need = resting.order.need(resting.classes or frozenset(view.by_price), bytes(NONCE_BYTES))
         policy = Policy(attested_only=self._franchise.is_strict)
-        deal = best(view, need, policy, now_ns, self._franchise.admits)
+        deal = best(view, need, policy, now_ns, self._franchise.admitted(now_ns))
         if deal is not None and (deal.node, deal.total_nusd) not in resting.seen:
             if len(resting.seen) >= MAX_SEEN:
                 resting.seen.clear()
             resting.seen.add((deal.node, deal.total_nusd))
-            self._wake(run_id)
+            self._call(run_id, resting)
+
+    def _call(self, run_id: str, resting: _Resting) -> None:
+        """Wake a run as soon as it may be."""
+        if not resting.is_called:
+            resting.is_called = True
+            self._nursery.start_soon(survive, self._wake_when_due, run_id, resting)
+
+    async def _wake_when_due(self, run_id: str, resting: _Resting) -> None:
+        while self._resting.get(run_id) is resting:
+            now_s = self._now_ns() / NS_PER_S
+            wait_s = max(self._wakes.wait_s(run_id, now_s), self._all_wakes.wait_s("", now_s))
+            if not wait_s:
+                resting.is_called = False
+                self._wakes.allow(run_id, now_s)
+                self._all_wakes.allow("", now_s)
+                self._wake(run_id)
+                return
+            await trio.sleep(max(MIN_PAUSE_S, wait_s))
 
 
 def _lives(quote: OpenQuote, now_ns: int) -> bool:

@@ -211,11 +211,19 @@ class Sweep:
                     self._changed.wait()
         except KeyboardInterrupt as interrupt:
             self.cancel()
-            interrupt.add_note(
-                "What is done stays, and what was under way is cancelled. To buy what is left: "
-                f"p2pflop sweep --attach {self.id[:12]}, or pf.attach_sweep({self.id!r})"
-            )
+            interrupt.add_note(self._how_to_go_on())
             raise
+
+    def _how_to_go_on(self) -> str:
+        """What there is to do after Ctrl-C. A run that is cancelled stays so: pruned ones are, too,
+        and must not come back."""
+        free = "" if self._plan.fresh else ": what is done answers at once and costs nothing"
+        return (
+            "What is done stays, and what was under way is cancelled for good. What was not "
+            f"submitted yet is bought by: p2pflop sweep --attach {self.id[:12]}, or "
+            f"pf.attach_sweep({self.id!r}). To buy the cancelled ones as well, start the sweep "
+            f"again{free}."
+        )
 
     def _stop(self, reason: str) -> None:
         with self._changed:

@@ -86,8 +86,10 @@ def sweep_command(
     FILE is a .p2pj file or a script (see 'p2pflop submit'); its job was traced with args=, or has
     inputs, of which --feed takes another for each run. The file of --map has a list of objects like
     {"lr": 0.001}; with --feed as many. Runs that fail are in the table, and make the
-    exit code 1. Ctrl-C cancels what is under way; --attach goes on with what was not bought. With
-    --json every outcome is a line of JSON, the last line how it all ended.
+    exit code 1. Ctrl-C cancels what is under way, for good; --attach goes on with what was not
+    submitted. To buy the cancelled ones, too, give the same command again: what is done answers at
+    once and costs nothing. With --json every outcome is a line of JSON, the last line how it all
+    ended.
 
     \b
     Examples:

@@ -3,7 +3,8 @@
 A node trusts none, one or several registries. An account is attested if one of them says so; what
 another has revoked, or never knew, takes nothing from that. Of one registry's attestations of an
 account the highest serial counts, if no revocation covers it. Proofs are verified when they come
-in; ``is_attested``, asked for every ask, is a look-up.
+in; ``is_attested`` is a look-up. A ranking asks about each of its asks, and looks in the set of all
+that are ``attested``, which is kept until something is told, begins or ends.
 
 Heads are remembered: the newest of each registry. Two that contradict each other are evidence
 (``forks``), which **convicts** their registry: nothing that it says counts any more, until
@@ -34,6 +35,7 @@ from p2pflop.wire import DEFAULT_NETWORK, Sealed, decode, reopen
 MAX_ISSUERS: Final = 16
 MAX_ACCOUNTS: Final = 65_536
 """Of one registry, that are held, and likewise those that it revoked."""
+FOREVER_NS: Final = 2**63
 
 CONVICTED: Final = "the registry told two histories, and is not trusted any more"
 FORGIVEN: Final = "the registry was forgiven this"
@@ -103,6 +105,19 @@ class _Register:
         return 0 if taken is None else taken.serial
 
 
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """The ``accounts`` that are attested from ``since_ns`` until ``until_ns``, in which nothing
+    begins or ends."""
+
+    accounts: frozenset[bytes]
+    since_ns: int
+    until_ns: int
+
+
+_NEVER: Final = _Moment(frozenset(), 0, 0)
+
+
 class Roll:
     """``issuers`` are the root keys of the registries that this node trusts."""
 
@@ -111,18 +126,21 @@ class Roll:
         self._registers = {key: _Register(Issuer(key, network)) for key in issuers}
         if len(self._registers) > MAX_ISSUERS:
             raise ValueError(f"over {MAX_ISSUERS} registries")
+        self._moment = _NEVER
 
     def is_attested(self, account: bytes, now_ns: int) -> bool:
         """Whether any trusted registry attests the account at that time."""
         for register in self._registers.values():
             standing = register.standings.get(account)
-            if (
-                standing is not None
-                and standing.valid_from_ns - CLOCK_TOLERANCE_NS <= now_ns < standing.valid_until_ns
-                and register.fork is None
-            ):
+            if standing is not None and standing.holds(now_ns) and register.fork is None:
                 return True
         return False
+
+    def attested(self, now_ns: int) -> frozenset[bytes]:
+        """All accounts that any trusted registry attests at that time."""
+        if not self._moment.since_ns <= now_ns < self._moment.until_ns:
+            self._moment = self._moment_at(now_ns)
+        return self._moment.accounts
 
     def standing(self, account: bytes, now_ns: int) -> Standing | None:
         """Of what holds for the account now, that which allows most, then longest."""
@@ -199,6 +217,7 @@ class Roll:
             proof=proof,
         )
         register.standings[record.account] = standing
+        self._moment = _NEVER
         return standing
 
     def revoke(self, proof: bytes, now_ns: int) -> Taken | Rejected:
@@ -223,6 +242,7 @@ class Roll:
         known = register.standings.get(record.account)
         if known is not None and known.serial <= record.serial:
             del register.standings[record.account]
+            self._moment = _NEVER
         return taken
 
     def convict(self, fork: bytes) -> bytes | Rejected:
@@ -241,7 +261,7 @@ class Roll:
             return heads
         if min(each.at_ns for each in heads) <= register.forgiven_ns:
             return Rejected(FORGIVEN)
-        register.fork = fork
+        register.fork, self._moment = fork, _NEVER
         return register.issuer.key
 
     def forgive(self, key: bytes, now_ns: int) -> None:
@@ -249,6 +269,7 @@ class Roll:
         register = self._registers[key]
         register.forgiven_ns = now_ns
         register.fork = register.head = None
+        self._moment = _NEVER
 
     def learn(self, key: bytes, certificates: tuple[bytes, ...]) -> Rejected | None:
         """Take up certificates of a registry; None if they are good."""
@@ -286,6 +307,21 @@ class Roll:
             gone += over
         return gone
 
+    def _moment_at(self, now_ns: int) -> _Moment:
+        accounts, until_ns = set(), FOREVER_NS
+        for register in self._registers.values():
+            if register.fork is not None:
+                continue
+            for account, standing in register.standings.items():
+                begins_ns = standing.valid_from_ns - CLOCK_TOLERANCE_NS
+                ends_ns = standing.valid_until_ns
+                if begins_ns <= now_ns < ends_ns:
+                    accounts.add(account)
+                    until_ns = min(until_ns, ends_ns)
+                elif now_ns < begins_ns:
+                    until_ns = min(until_ns, begins_ns)
+        return _Moment(frozenset(accounts), now_ns, until_ns)
+
     def _register_of(self, proof: bytes) -> _Register | Rejected:
         try:
             head = reopen(Head, decode(Proof, proof).head, self._network)
@@ -301,7 +337,7 @@ class Roll:
     def _update(self, register: _Register, issuer: Issuer) -> None:
         if issuer is register.issuer:
             return
-        register.issuer = issuer
+        register.issuer, self._moment = issuer, _NEVER
         register.standings = {
             account: standing
             for account, standing in register.standings.items()
@@ -329,6 +365,7 @@ class Roll:
         if register.fork is None and contradict(known.record, head.record):
             first, second = sorted((known, head), key=lambda each: each.record.size)
             register.fork = make_fork(first, second, register.issuer)
+            self._moment = _NEVER
         if (head.record.size, head.record.at_ns) > (known.record.size, known.record.at_ns):
             register.head = head
 

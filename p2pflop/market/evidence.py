@@ -18,11 +18,11 @@ import msgspec
 
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.job.session import Mark
-from p2pflop.market.book import IsAttested
 from p2pflop.market.fills import SUPERSEDED
 from p2pflop.market.limits import MAX_ASK_LIMITS
 from p2pflop.market.ranking import (
     MAX_POLICY_ACCOUNTS,
+    Accounts,
     Deal,
     Miss,
     Need,
@@ -207,22 +207,18 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
         return Replay([], forged, {})
     view = BookView(tuple(sorted(sheets, key=lambda sheet: sheet.node)), look.at_ns)
     attested = frozenset(look.attested)
-
-    def is_attested(account: bytes, _now_ns: int) -> bool:
-        return account in attested
-
     opened = [_open_attempt(attempt, network) for attempt in look.attempts]
     quoted = _quoted(view, [bid for bid in opened if bid is not None], network)
     first: list[Deal | Miss] = []
     unbid: list[Wanted | Again] = [*look.wanted, *look.session]
     for wanted in unbid:
-        first = _rank(look, view, wanted, is_attested)
+        first = _rank(look, view, wanted, attested)
     bids: list[Replayed] = []
     for number, (attempt, bid) in enumerate(zip(look.attempts, opened, strict=True)):
         if bid is None:
             bids.append(Replayed(None, Verdict.FORGED, -1, False, attempt.reason))
             continue
-        ranked = _rank(look, view, bid.record, is_attested, quoted)
+        ranked = _rank(look, view, bid.record, attested, quoted)
         first = ranked if number == 0 else first
         deals = [entry for entry in ranked if isinstance(entry, Deal)]
         verdict, place = _judge(look, view, bid.record, deals, tried)
@@ -286,7 +282,7 @@ def _rank(
     look: Look,
     view: BookView,
     bid: Bid | Wanted | Again,
-    is_attested: IsAttested,
+    attested: Accounts,
     quoted: Sequence[Quoted] = (),
 ) -> list[Deal | Miss]:
     """The book for what ``bid`` says, and a session's for what it has to do again."""
@@ -300,10 +296,10 @@ def _rank(
             held_seconds=again.held_seconds,
         )
         need = _need(look, view, bid, (mark.flop, mark.touched_bytes))
-        return rank_session(view.sheets, need, mark, look.policy, look.at_ns, is_attested)
+        return rank_session(view.sheets, need, mark, look.policy, look.at_ns, attested)
     costs = () if isinstance(bid, Again) else bid.costs
     need = _need(look, view, bid, sum_costs(costs))
-    return rank(view.sheets, need, look.policy, look.at_ns, is_attested, quoted)
+    return rank(view.sheets, need, look.policy, look.at_ns, attested, quoted)
 
 
 def _need(look: Look, view: BookView, bid: Bid | Wanted | Again, work: tuple[int, int]) -> Need:

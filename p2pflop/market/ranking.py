@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain, groupby
 from operator import attrgetter
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from p2pflop.errors import MarketError
 from p2pflop.ids import content_hash
 from p2pflop.keys import peer_id
-from p2pflop.market.book import IsAttested, nobody
 from p2pflop.market.limits import Figures, Known, Limit, Over, exceeded, lease_seconds
 from p2pflop.market.records import Ask, CostLine
 from p2pflop.market.sheets import OpenSheet
@@ -33,7 +32,16 @@ NUMBER_BYTES: Final = 4
 MAX_POLICY_ACCOUNTS: Final = 256
 MAX_EXPERIENCE: Final = 256
 
-Accounts = Annotated[tuple[Key, ...], msgspec.Meta(max_length=MAX_POLICY_ACCOUNTS)]
+PolicyAccounts = Annotated[tuple[Key, ...], msgspec.Meta(max_length=MAX_POLICY_ACCOUNTS)]
+
+
+class Accounts(Protocol):
+    """Some accounts: a set of them, or whoever can tell which they are."""
+
+    def __contains__(self, account: bytes, /) -> bool: ...
+
+
+NOBODY: Final[Accounts] = frozenset()
 
 
 class Experience(Record, frozen=True):
@@ -48,8 +56,8 @@ class Policy(Record, frozen=True):
     """What a buyer allows. ``only`` empty means any account; ``max_price_nusd`` 0, any price."""
 
     version: Literal[1] = 1
-    excluded: Accounts = ()
-    only: Accounts = ()
+    excluded: PolicyAccounts = ()
+    only: PolicyAccounts = ()
     attested_only: bool = False
     max_price_nusd: U63 = 0
     experience: Annotated[tuple[Experience, ...], msgspec.Meta(max_length=MAX_EXPERIENCE)] = ()
@@ -153,19 +161,15 @@ class Quoted(NamedTuple):
 
 
 class Deal(msgspec.Struct, frozen=True, gc=False):
-    """An ask that does, and what it would cost.
+    """An ask that does for ``need``. ``total_nusd`` is the quote, what it would cost.
 
-    ``total_nusd`` is the quote; ``compute_nusd``, ``moved_nusd`` and the ask's ``setup_nusd`` add
-    up to it unless the minimum charge is higher. ``flop`` is the metered total. ``ticket`` is what
-    a bid on a directed quote shows; empty for an ask of the sheet.
+    ``ticket`` is what a bid on a directed quote shows; empty for an ask of the sheet.
     """
 
     sheet: OpenSheet
     ask: Ask
     total_nusd: int
-    compute_nusd: int
-    moved_nusd: int
-    flop: int
+    need: Need
     ticket: bytes = b""
 
     @property
@@ -188,7 +192,7 @@ class Deal(msgspec.Struct, frozen=True, gc=False):
         """How long the job takes at the speed that the ask claims; None if it claims none."""
         if self.ask.flop_per_s == 0:
             return None
-        return -(-self.flop * NS_PER_S // self.ask.flop_per_s)
+        return -(-self.need.flop * NS_PER_S // self.ask.flop_per_s)
 
 
 class Miss(msgspec.Struct, frozen=True, gc=False):
@@ -223,23 +227,22 @@ class Miss(msgspec.Struct, frozen=True, gc=False):
         return self.sheet.account
 
 
-def compute_nusd(ask: Ask, flop: int, touched_bytes: int) -> int:
-    """The price part of a quote: per PFLOP, or per byte touched where memory is the bottleneck."""
-    return -(-ask.price_nusd * max(flop, ask.flop_per_byte * touched_bytes) // FLOP_PER_PFLOP)
-
-
-def moved_nusd(ask: Ask, moved_bytes: int) -> int:
-    """The part of a quote for bytes moved between the nodes."""
-    return -(-ask.byte_price_nusd * moved_bytes // BYTES_PER_GB)
-
-
 def total_nusd(ask: Ask, flop: int, touched_bytes: int, moved_bytes: int) -> int:
-    """The quote: what the job costs on ``ask``, exactly, before anything runs."""
-    return _total_nusd(ask, compute_nusd(ask, flop, touched_bytes) + moved_nusd(ask, moved_bytes))
+    """The quote: what the job costs on ``ask``, exactly, before anything runs.
 
-
-def _total_nusd(ask: Ask, parts_nusd: int) -> int:
-    return max(ask.min_charge_nusd, ask.setup_nusd + parts_nusd)
+    The price is per PFLOP, or per byte touched where memory is the bottleneck; bytes moved between
+    the nodes have their own.
+    """
+    # Asked for each of ten thousand asks: calls, even of max(), would be a tenth of a ranking.
+    counted_flop = ask.flop_per_byte * touched_bytes
+    if counted_flop < flop:
+        counted_flop = flop
+    compute_nusd = -(-ask.price_nusd * counted_flop // FLOP_PER_PFLOP)
+    moved_nusd = -(-ask.byte_price_nusd * moved_bytes // BYTES_PER_GB)
+    total = ask.setup_nusd + compute_nusd + moved_nusd
+    if total < ask.min_charge_nusd:
+        return ask.min_charge_nusd
+    return total
 
 
 def sum_costs(costs: Iterable[CostLine]) -> tuple[int, int]:
@@ -256,25 +259,24 @@ def rank(
     need: Need,
     policy: Policy,
     now_ns: int,
-    is_attested: IsAttested = nobody,
+    attested: Accounts = NOBODY,
     quoted: Iterable[Quoted] = (),
 ) -> list[Deal | Miss]:
     """Every ask: deals first, best first, then a Miss with its reason for each of the others.
 
-    What was ``quoted`` is ranked among the asks of the sheets, by the same rule.
+    ``attested`` are the accounts that are at ``now_ns``. What was ``quoted`` is ranked among the
+    asks of the sheets, by the same rule.
     """
-    judge = _judge(need, policy, now_ns, is_attested)
+    judge = _judge(need, policy, now_ns, attested)
     flop, touched_bytes, moved_bytes = need.flop, need.touched_bytes, need.moved_bytes
     deals: list[Deal] = []
     misses: list[Deal | Miss] = []
     on_sheets = ((sheet, ask, b"") for sheet in sheets for ask in sheet.sealed.record.asks)
     for sheet, ask, ticket in chain(on_sheets, quoted):
-        compute = compute_nusd(ask, flop, touched_bytes)
-        moved = moved_nusd(ask, moved_bytes)
-        total = _total_nusd(ask, compute + moved)
+        total = total_nusd(ask, flop, touched_bytes, moved_bytes)
         reason = judge(sheet, ask, total)
         if reason is None:
-            deals.append(Deal(sheet, ask, total, compute, moved, flop, ticket))
+            deals.append(Deal(sheet, ask, total, need, ticket))
         elif reason is MissReason.LIMIT:
             over = _over(sheet, ask, need, now_ns)
             misses.append(Miss(sheet, ask, reason, total, need, over))
@@ -296,42 +298,33 @@ def best(
     need: Need,
     policy: Policy,
     now_ns: int,
-    is_attested: IsAttested = nobody,
+    attested: Accounts = NOBODY,
 ) -> Deal | None:
     """The first deal that ``rank`` gives, without ranking the rest.
 
     Asks are visited by price per PFLOP; since the price part alone is a lower bound of the total,
     the visit ends where that bound exceeds the best total found.
     """
-    judge = _judge(need, policy, now_ns, is_attested)
-    found: tuple[int, OpenSheet, Ask] | None = None
+    judge = _judge(need, policy, now_ns, attested)
+    found: Deal | None = None
     for class_id in need.class_ids:
         for price_nusd, _, _, sheet, ask in view.by_price.get(class_id, ()):
             bound = -(-price_nusd * need.flop // FLOP_PER_PFLOP)
-            if bound > (need.max_nusd if found is None else found[0]):
+            if bound > (need.max_nusd if found is None else found.total_nusd):
                 break
             total = total_nusd(ask, need.flop, need.touched_bytes, need.moved_bytes)
             if found is not None and (
-                total > found[0]
+                total > found.total_nusd
                 or (
-                    total == found[0]
-                    and tie_key(need.nonce, sheet, ask) > tie_key(need.nonce, *found[1:])
+                    total == found.total_nusd
+                    and tie_key(need.nonce, sheet, ask)
+                    > tie_key(need.nonce, found.sheet, found.ask)
                 )
             ):
                 continue
             if judge(sheet, ask, total) is None:
-                found = (total, sheet, ask)
-    if found is None:
-        return None
-    total, sheet, ask = found
-    return Deal(
-        sheet,
-        ask,
-        total,
-        compute_nusd(ask, need.flop, need.touched_bytes),
-        moved_nusd(ask, need.moved_bytes),
-        need.flop,
-    )
+                found = Deal(sheet, ask, total, need)
+    return found
 
 
 def tie_key(nonce: bytes, sheet: OpenSheet, ask: Ask) -> bytes:
@@ -411,16 +404,15 @@ _Judge = Callable[[OpenSheet, Ask, int], MissReason | None]
 """Why an ask of a total does not do, or None if it does. The first reason that holds is given."""
 
 
-def _judge(need: Need, policy: Policy, now_ns: int, is_attested: IsAttested) -> _Judge:
+def _judge(need: Need, policy: Policy, now_ns: int, attested: Accounts) -> _Judge:
     """The judge of one ranking: it is asked ten thousand times, so all that can be is looked up
     here."""
     class_ids, memory_bytes, own_node = need.class_ids, need.memory_bytes, need.own_node
     max_nusd = min(need.max_nusd, MAX_NUSD)
     is_late = need.deadline_ns <= now_ns
     is_choosy = policy != Policy(experience=policy.experience)
-    barred = _barring(policy, now_ns, is_attested)
-    is_slow = _slowness(need, policy, now_ns)
-    is_experienced = bool(policy.experience)
+    barred = _barring(policy, attested)
+    slow = _too_slow(need, policy, now_ns)
     figures = need.figures(now_ns)
 
     def judge(sheet: OpenSheet, ask: Ask, total: int) -> MissReason | None:
@@ -435,47 +427,40 @@ def _judge(need: Need, policy: Policy, now_ns: int, is_attested: IsAttested) -> 
             return MissReason.DEADLINE
         if sealed.signer == own_node:
             return MissReason.OWN_NODE
-        if is_choosy and (reason := barred(sheet, ask)) is not None:
+        if is_choosy and (reason := barred(sheet.account, ask.price_nusd)) is not None:
             return reason
         if sheet.limits and exceeded(sheet.limits_of(ask), figures) is not None:
             return MissReason.LIMIT
         if total > max_nusd:
             return MissReason.BUDGET
-        return MissReason.SLOW if is_experienced and is_slow(sheet, ask) else None
+        return MissReason.SLOW if slow and (sheet.account, ask.class_id) in slow else None
 
     return judge
 
 
-def _barring(
-    policy: Policy, now_ns: int, is_attested: IsAttested
-) -> Callable[[OpenSheet, Ask], MissReason | None]:
-    """Why the policy does not allow an ask, or None if it does."""
+def _barring(policy: Policy, attested: Accounts) -> Callable[[bytes, int], MissReason | None]:
+    """Why the policy does not allow an account or a price, or None if it does."""
     excluded, only = frozenset(policy.excluded), frozenset(policy.only)
     attested_only, max_price_nusd = policy.attested_only, policy.max_price_nusd
 
-    def barred(sheet: OpenSheet, ask: Ask) -> MissReason | None:
-        account = sheet.account
+    def barred(account: bytes, price_nusd: int) -> MissReason | None:
         if account in excluded or (only and account not in only):
             return MissReason.POLICY
-        if attested_only and not is_attested(account, now_ns):
+        if attested_only and account not in attested:
             return MissReason.ATTESTATION
-        if max_price_nusd and ask.price_nusd > max_price_nusd:
+        if max_price_nusd and price_nusd > max_price_nusd:
             return MissReason.PRICE
         return None
 
     return barred
 
 
-def _slowness(need: Need, policy: Policy, now_ns: int) -> Callable[[OpenSheet, Ask], bool]:
-    """Whether the buyer's own experience, at its worst, has an ask too slow for the deadline."""
+def _too_slow(need: Need, policy: Policy, now_ns: int) -> frozenset[tuple[bytes, bytes]]:
+    """The accounts, each with a class, that the buyer's own experience, at its worst, has too slow
+    for the deadline."""
     left_ns = need.deadline_ns - now_ns
-    speeds: dict[tuple[bytes, bytes], int] = {}
-    for entry in policy.experience:
-        key = (entry.account, entry.class_id)
-        speeds[key] = min(speeds.get(key, entry.flop_per_s), entry.flop_per_s)
-
-    def is_slow(sheet: OpenSheet, ask: Ask) -> bool:
-        speed = speeds.get((sheet.account, ask.class_id))
-        return speed is not None and need.flop * NS_PER_S > speed * left_ns
-
-    return is_slow
+    return frozenset(
+        (entry.account, entry.class_id)
+        for entry in policy.experience
+        if need.flop * NS_PER_S > entry.flop_per_s * left_ns
+    )

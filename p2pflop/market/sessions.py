@@ -35,11 +35,12 @@ from p2pflop.job.patience import LEAST_WORK_PER_S
 from p2pflop.job.session import Mark
 from p2pflop.job.spec import Job
 from p2pflop.keys import PrivateKey
-from p2pflop.market.book import IsAttested, nobody
 from p2pflop.market.fills import OpenBid, charges_ext, open_bid
 from p2pflop.market.limits import Figures, Limit
 from p2pflop.market.ranking import (
     BYTES_PER_GB,
+    NOBODY,
+    Accounts,
     Deal,
     Miss,
     MissReason,
@@ -95,7 +96,7 @@ def rank_session(
     again: Mark,
     policy: Policy,
     now_ns: int,
-    is_attested: IsAttested = nobody,
+    attested: Accounts = NOBODY,
 ) -> list[Deal | Miss]:
     """Every ask for a lease of a session: deals by what a nominal session costs, then the others.
 
@@ -113,7 +114,7 @@ def rank_session(
     )
     within: list[Deal | Miss] = []
     over: list[Deal | Miss] = []
-    for entry in rank(sheets, nominal, policy, now_ns, is_attested):
+    for entry in rank(sheets, nominal, policy, now_ns, attested):
         due_nusd = expected_nusd(entry.ask, need.memory_bytes, again)
         if isinstance(entry, Deal) and due_nusd > need.max_nusd:
             over.append(Miss(entry.sheet, entry.ask, MissReason.BUDGET, due_nusd, need))

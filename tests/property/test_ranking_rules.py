@@ -154,8 +154,8 @@ def test_deals_are_sorted_fit_and_complete(
             assert entry.ask.class_id == CLASS_ID
             assert entry.ask.memory_bytes >= wanted.memory_bytes
             assert entry.account not in policy.excluded
-            parts = entry.compute_nusd + entry.moved_nusd + entry.ask.setup_nusd
-            assert entry.total_nusd == max(parts, entry.ask.min_charge_nusd)
+        sizes = (wanted.flop, wanted.touched_bytes, wanted.moved_bytes)
+        assert entry.total_nusd == total_nusd(entry.ask, *sizes)
 
 
 @given(SHEETS, NEEDS, POLICIES)

@@ -227,3 +227,58 @@ async def test_streams_that_say_nothing_or_junk_are_bounded(
     assert isinstance(await liar.say(liar.quote().wire), Noted)
     [run_id] = [card["id"] for card in liar.buyer.runs.cards()]
     assert (await market.end_of(liar.buyer, run_id))["kind"] in ("result", "failed")
+
+
+async def test_so_many_quotes_that_came_to_nothing_are_remembered(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wishes, "MAX_SPENT", 2)
+    monkeypatch.setattr(wishes, "MAX_DISTRUSTED", 2)
+    first = await stranger(market)
+    held = first.buyer.buyer.wishes
+    monkeypatch.setattr(held, "_wake", lambda _: None)
+    [mine] = held._resting.values()
+    others = [await market.node(f"other-{n}", price_nusd=PRICE_NUSD) for n in range(2)]
+    made = []
+    for liar in (first, *(Stranger(other, first.buyer) for other in others)):
+        made.append((liar, liar.quote()))
+        assert isinstance(await liar.say(made[-1][1].wire), Noted)
+        [quote] = mine.quotes.values()
+        held.spend(mine.ticket(quote), kept=False)
+    assert len(held._spent) == len(held._distrusted) == 2
+    for liar, shown in made[1:]:
+        assert "known already" in await liar.reason(shown.wire)
+        assert "was not kept" in await liar.reason(liar.quote().wire)
+    assert isinstance(await first.say(made[0][1].wire), Noted), "forgotten: the oldest"
+    await market.close()
+
+
+async def test_quotes_of_all_peers_together_are_bounded(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wishes, "ALL_BURST", 2)
+    first = await stranger(market)
+    monkeypatch.setattr(first.buyer.buyer.wishes, "_wake", lambda _: None)
+    others = [await market.node(f"other-{n}", price_nusd=PRICE_NUSD) for n in range(2)]
+    liars = [first, *(Stranger(other, first.buyer) for other in others)]
+    answers = [await liar.say(liar.quote().wire) for liar in liars]
+    assert answers == [Noted(), Noted(), Declined(quote_stream.TOO_MANY)]
+    await trio.sleep(1 / wishes.ALL_PER_S)
+    assert await liars[2].say(liars[2].quote().wire) == Noted()
+    await market.close()
+
+
+async def test_streams_of_all_peers_together_are_bounded(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wishes, "MAX_STREAMS", 1)
+    first = await stranger(market)
+    second = Stranger(await market.node("other", price_nusd=PRICE_NUSD), first.buyer)
+    held = await first.node.host.open(first.buyer.peer, quote_stream.PROTOCOL)
+    await trio.sleep(0.1)
+    with pytest.raises((ProviderError, ProtocolError)):
+        await second.say(second.quote().wire)
+    await held.aclose()
+    await trio.sleep(0.1)
+    assert isinstance(await second.say(second.quote().wire), Noted)
+    await market.close()

@@ -56,7 +56,7 @@ def test_the_test_of_places_would_notice_a_ranking_that_prefers_some() -> None:
             for ask in sheet.sheet.asks:
                 total = total_nusd(ask, need.flop, 0, 0)
                 if total <= need.max_nusd:
-                    deals.append((places[sheet.node], Deal(sheet, ask, total, 0, 0, need.flop)))
+                    deals.append((places[sheet.node], Deal(sheet, ask, total, need)))
         return min(deals, key=lambda each: each[0])[1] if deals else None
 
     chance = random.Random(SEED)  # noqa: S311 - a simulation

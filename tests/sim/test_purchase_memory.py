@@ -516,12 +516,12 @@ async def test_only_next_to_nothing_is_computed_before_the_confirm(
     assert set(Noting.steps) == ({0, 1, 2, 3} if is_light else set())
     await market.settle_down()
     assert market.debts(buyer, provider) == owed
-    assert provider.seller.allocator._lapses
+    assert provider.seller.allocator.lapses
     assert provider.seller.busy == 0
     buyer.tamper_sent = unchanged
     assert (await market.end_of(buyer, await buyer.submit(job, fresh=True)))["kind"] == "result"
     await market.settle_down()
-    assert not provider.seller.allocator._lapses, "a job that settles forgives them"
+    assert not provider.seller.allocator.lapses, "a job that settles forgives them"
     market.check()
 
 

@@ -92,11 +92,11 @@ async def test_a_lease_in_which_nothing_is_obeyed_costs_its_buyer_a_pause(
     buyer.tamper_sent = tampered(only(Batch, lambda _: []))
     await begin(buyer, script)
     await trio.sleep(session_sale.GIVEN_BACK_S)
-    assert not provider.seller.allocator._lapses
+    assert not provider.seller.allocator.lapses
     script.leave()
     await trio.sleep(30)
     assert provider.seller.busy == 0
-    assert buyer.account in provider.seller.allocator._lapses
+    assert len(provider.seller.allocator.lapses) == 1
     buyer.tamper_sent = tampered(lambda message: [message])
     honest = Script()
     await begin(buyer, honest)
@@ -104,7 +104,7 @@ async def test_a_lease_in_which_nothing_is_obeyed_costs_its_buyer_a_pause(
     await honest.close()
     await market.settle_down()
     assert market.debts(buyer, provider) == (FLOATS, FLOATS)
-    assert not provider.seller.allocator._lapses, "what was paid makes up for it"
+    assert not provider.seller.allocator.lapses, "what was paid makes up for it"
 
 
 async def test_a_script_that_fails_at_once_costs_its_buyer_no_pause(
@@ -117,7 +117,7 @@ async def test_a_script_that_fails_at_once_costs_its_buyer_no_pause(
         await script.close()
         await trio.sleep(1)
         assert provider.seller.busy == 0
-    assert not provider.seller.allocator._lapses
+    assert not provider.seller.allocator.lapses
 
 
 async def test_a_provider_that_shuts_down_counts_nothing_that_it_broke_off(
@@ -134,5 +134,5 @@ async def test_a_provider_that_shuts_down_counts_nothing_that_it_broke_off(
     await trio.sleep(30)
     assert provider.session_sales.cards() == []
     assert counted_nusd(provider, buyer) == 0
-    assert not provider.seller.allocator._lapses
+    assert not provider.seller.allocator.lapses
     script.leave()

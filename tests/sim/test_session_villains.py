@@ -366,7 +366,7 @@ async def test_a_fill_that_is_not_confirmed_costs_its_buyer_a_pause(
     buyer.buyer.nursery.start_soon(buyer.sessions.serve, script)
     await trio.sleep(session_sale.CONFIRM_S + 5)
     assert provider.seller.busy == 0
-    assert provider.seller.allocator._lapses
+    assert provider.seller.allocator.lapses
     script.leave()
 
 

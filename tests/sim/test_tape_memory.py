@@ -36,6 +36,7 @@ from p2pflop.market.tape_relay import (
     TapeListing,
     TapeParcel,
 )
+from p2pflop.node import retelling
 from p2pflop.node import tape as tape_module
 from p2pflop.node.comparing import SILENCE_S
 from p2pflop.node.identity import Identity
@@ -437,3 +438,39 @@ async def test_nothing_seems_taken_while_a_receipt_is_on_its_way_to_disk(
 
 async def take_of(node: MemoryNode) -> Take:
     return await node.ledger_book.take(lambda: countersigned(node.journal))
+
+
+async def test_who_follows_the_tape_hears_the_newest_trades(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tape_module, "MAX_LIVE_TRADES", 2)
+    provider, buyer = await market.provider(), await market.buyer()
+    for number in range(3):
+        provider.tape.settled(
+            fill_id=b"fill %d" % number,
+            class_id=CLASS_ID,
+            price_nusd=number + 1,
+            flop=10**9,
+            buyer=buyer.account,
+        )
+        await trio.sleep(1)
+    async for heard in provider.tape.follow(0):
+        assert [trade["price_nusd"] for trade in heard] == [2, 3]
+        break
+    await market.settle_down()
+
+
+async def test_so_many_trades_are_told_again_after_a_restart(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retelling, "MAX_RETOLD", 2)
+    provider, buyer = await market.provider(), await market.buyer()
+    for _ in range(3):
+        await ended(market, buyer, await buyer.submit(sample_file(1), fresh=True))
+    await market.settle_down()
+    assert len(tape_of(provider)) == 3
+    await provider.kill()
+    provider.kept_tape = Tape(bytes(32))
+    await market.restart(provider)
+    await trio.sleep(1)
+    assert len(tape_of(provider)) == 2

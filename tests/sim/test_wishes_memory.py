@@ -491,3 +491,20 @@ def _refuse_all(
 
 def decode_quote(word: Quoted) -> Quote:
     return open_sealed(Quote, word.quote).record
+
+
+async def test_so_many_wishes_are_remembered_as_answered(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quoting, "MAX_ANSWERED", 1)
+    provider, first, _ = await resting(market, wish_ask_nusd=HALF)
+    second = await market.buyer("second")
+    await second.submit(sample_file(), max_nusd=await budget(second), rest=True)
+    await until_resting(second)
+    for buyer in (first, second):
+        monkeypatch.setattr(buyer.buyer.wishes, "_wake", lambda _: None)
+    provider.meet(first, second)
+    await until(lambda: len(provider.seller.quoting._out) == 2)
+    [(node, _)] = provider.seller.quoting._answered
+    assert node in {first.identity.node.public_key, second.identity.node.public_key}
+    await market.close()

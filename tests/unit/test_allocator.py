@@ -18,8 +18,6 @@ from p2pflop.market.ledger import Ledger
 from p2pflop.market.records import ZERO_HASH, Bid, Receipt
 from p2pflop.market.samples import NOW_NS, TERMS, ask, bid, deals, party
 from p2pflop.node.allocator import (
-    FIRST_LAPSE_NS,
-    MAX_LAPSE_NS,
     MAX_LEASE_NS,
     MAX_OPEN_SALES,
     MAX_OPEN_SALES_PER_ACCOUNT,
@@ -28,11 +26,19 @@ from p2pflop.node.allocator import (
 from p2pflop.node.config import Settings
 from p2pflop.node.execute import memory_bytes
 from p2pflop.node.journal import UNPAID_FOR_NS, Unpaid
+from p2pflop.node.lapses import (
+    FIRST_LAPSE_NS,
+    MAX_LAPSE_NS,
+    STRANGERS_BURST,
+    STRANGERS_PER_S,
+    SUBNET_BURST,
+    SUBNET_PER_S,
+)
 from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.memory_market import sample_file
 from p2pflop.node.memory_workers import MemoryWorkerPool
 from p2pflop.node.orders import MAX_CHECKPOINTS, cost_lines, moved_bytes
-from p2pflop.units import format_usd, parse_usd
+from p2pflop.units import NS_PER_S, format_usd, parse_usd
 from p2pflop.wire import Sealed
 
 OWN = party(0)
@@ -115,17 +121,16 @@ def test_disk_is_given_for_all_that_open_sales_may_move() -> None:
 
 
 def test_who_lets_fills_lapse_waits_longer_each_time() -> None:
-    made, account = allocator(), content_hash(b"account 1")
-    now_ns = NOW_NS
+    made, now_ns = allocator(), NOW_NS
     for lapses in range(12):
         assert made.objection(open_bid(1), now_ns) == ""
-        made.note_lapse(account, now_ns)
+        made.note_lapse(taken(1), now_ns)
         wait_ns = min(FIRST_LAPSE_NS << lapses, MAX_LAPSE_NS)
         reason = made.objection(open_bid(1), now_ns + wait_ns - 1)
         assert reason == "busy: your last fill came to nothing"
         assert made.objection(open_bid(2), now_ns) == "", "others do not"
         now_ns += wait_ns
-    made.note_lapse(OWN.account.public_key, now_ns)
+    made.note_lapse(taken(3, OWN.account.public_key), now_ns)
     assert made.objection(open_bid(3, OWN.account.public_key), now_ns) == ""
 
 
@@ -133,11 +138,74 @@ def test_a_settled_job_forgives_fills_that_lapsed() -> None:
     """Whoever cancels much and buys much is no squatter."""
     made, account = allocator(), content_hash(b"account 1")
     for _ in range(12):
-        made.note_lapse(account, NOW_NS)
+        made.note_lapse(taken(1), NOW_NS)
     made.note_settled(account)
     assert made.objection(open_bid(1), NOW_NS) == ""
-    made.note_lapse(account, NOW_NS)
+    made.note_lapse(taken(1), NOW_NS)
     assert made.objection(open_bid(1), NOW_NS + FIRST_LAPSE_NS) == ""
+
+
+def lapse(made: Allocator, number: int, now_ns: int) -> None:
+    """A stranger has a fill, and lets it lapse."""
+    claim = taken(number)
+    made.take(claim)
+    made.note_lapse(claim, now_ns)
+    made.close(claim)
+
+
+def test_free_identities_of_one_subnet_let_so_many_fills_lapse() -> None:
+    """Hundreds of strangers with one connection: others, and who has paid here, find a slot."""
+    payer = content_hash(b"payer")
+    made, subnet = allocator(book({b"payer": (10, 10)})), "192.0.2.0/24"
+    made.subnet_of = lambda _: subnet
+    for number in range(SUBNET_BURST):
+        assert made.objection(open_bid(number), NOW_NS) == ""
+        lapse(made, number, NOW_NS)
+    refusal = "busy: too many fills of strangers in your network came to nothing"
+    assert made.objection(open_bid(100), NOW_NS) == refusal
+    assert made.objection(open_bid(100, payer), NOW_NS) == ""
+    assert made.objection(open_bid(100, OWN.account.public_key), NOW_NS) == ""
+    later_ns = NOW_NS + round(NS_PER_S / SUBNET_PER_S) + 1
+    assert made.objection(open_bid(100), later_ns - NS_PER_S) == refusal
+    assert made.objection(open_bid(100), later_ns) == ""
+    subnet = "198.51.100.0/24"
+    assert made.objection(open_bid(100), NOW_NS) == "", "elsewhere nobody did it"
+
+
+def test_a_fill_counts_for_where_it_was_taken_from() -> None:
+    """Whoever has gone when it lapses is not counted among those whose subnet is unknown."""
+    made, subnet = allocator(), "192.0.2.0/24"
+    made.subnet_of = lambda _: subnet
+    claims = [taken(number) for number in range(SUBNET_BURST)]
+    for claim in claims:
+        made.take(claim)
+    subnet = ""
+    for claim in claims:
+        made.note_lapse(claim, NOW_NS)
+        made.close(claim)
+    assert made.objection(open_bid(100), NOW_NS) == ""
+    subnet = "192.0.2.0/24"
+    assert made.objection(open_bid(100), NOW_NS) != ""
+
+
+def test_free_identities_of_all_subnets_let_so_many_fills_lapse() -> None:
+    """A slot that is held for two seconds each time is free for who has paid half of the time."""
+    payer = content_hash(b"payer")
+    made = allocator(book({b"payer": (10, 10)}))
+    subnets = iter(range(10**6))
+    made.subnet_of = lambda _: str(next(subnets))
+    now_ns, held_ns = NOW_NS, 0
+    for number in range(2_000):
+        if made.objection(open_bid(number), now_ns):
+            assert made.objection(open_bid(number, payer), now_ns) == ""
+            now_ns += NS_PER_S // 10
+            continue
+        held_ns += 2 * NS_PER_S
+        now_ns += 2 * NS_PER_S
+        lapse(made, number, now_ns)
+    passed_ns = now_ns - NOW_NS
+    most = STRANGERS_BURST + 1 + STRANGERS_PER_S * passed_ns / NS_PER_S
+    assert held_ns <= most * 2 * NS_PER_S < passed_ns * 0.9
 
 
 def test_a_slot_is_given_once() -> None:

@@ -56,6 +56,10 @@ def test_open_admits_everybody_and_strict_its_own_and_the_attested(
     assert not strict.take(attest(registry, OTHER))
     assert strict.admits(OTHER, NOW_NS)
     assert not strict.admits(OTHER, NOW_NS + YEAR_NS)
+    for each in (ME.public_key, OTHER, bytes(32)):
+        assert each in opened.admitted(NOW_NS)
+        for now_ns in (NOW_NS, NOW_NS + YEAR_NS):
+            assert (each in strict.admitted(now_ns)) == strict.admits(each, now_ns)
 
 
 def test_why_an_account_is_left_out(registry: SampleRegistry) -> None:

@@ -12,6 +12,7 @@ from p2pflop.franchise.roll import MAX_ISSUERS, Roll, Standing, Taken
 from p2pflop.franchise.samples import YEAR_NS, SampleRegistry, key
 from p2pflop.market.records import Rejected
 from p2pflop.market.samples import NOW_NS
+from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
 from p2pflop.wire import Sealed
 
 ALICE, BOB = key(1).public_key, key(2).public_key
@@ -44,6 +45,49 @@ def test_attested_until_the_end(registry: SampleRegistry, roll: Roll) -> None:
     assert roll.standing(ALICE, NOW_NS + YEAR_NS) is None
     assert roll.expire(NOW_NS + YEAR_NS - 1) == []
     assert roll.expire(NOW_NS + YEAR_NS) == [ALICE]
+
+
+def told(roll: Roll, now_ns: int = NOW_NS) -> frozenset[bytes]:
+    """Who is attested, in the set that a ranking looks in; one by one it is the same."""
+    found = roll.attested(now_ns)
+    assert found == {each for each in (ALICE, BOB) if roll.is_attested(each, now_ns)}
+    return found
+
+
+def test_the_set_of_the_attested_keeps_up_with_all_that_is_told(
+    registry: SampleRegistry, roll: Roll
+) -> None:
+    """Asked after each step, so that what it kept from before would show."""
+    issuer, numbers = registry.root.public_key, {}
+    assert told(roll) == frozenset()
+    for count, account in enumerate((ALICE, BOB), 1):
+        numbers[account] = registry.attest(account)
+        roll.admit(registry.prove(numbers[account]), NOW_NS)
+        assert len(told(roll)) == count
+    roll.revoke(registry.prove(registry.revoke(BOB, registry.serial)), NOW_NS)
+    assert told(roll) == {ALICE}
+    twin = SampleRegistry()
+    twin.publish()
+    twin.attest(BOB)
+    registry.attest(key(3).public_key)
+    roll.remember(issuer, twin.head(at_ns=NOW_NS + 1), NOW_NS)
+    roll.remember(issuer, registry.head(at_ns=NOW_NS + 2), NOW_NS)
+    assert told(roll) == frozenset(), "it told two histories"
+    roll.forgive(issuer, NOW_NS + 3)
+    assert told(roll) == {ALICE}
+    roll.learn(issuer, (registry.certify(key(777), withdraws=True).wire,))
+    assert told(roll) == frozenset(), "the key that attested it was withdrawn"
+
+
+def test_the_set_of_the_attested_keeps_time(registry: SampleRegistry, roll: Roll) -> None:
+    later_ns, ends_ns = NOW_NS + DAY_NS, NOW_NS + YEAR_NS
+    roll.admit(registry.prove(registry.attest(ALICE)), NOW_NS)
+    roll.admit(registry.prove(registry.attest(BOB, valid_from_ns=later_ns)), later_ns)
+    begins_ns = later_ns - CLOCK_TOLERANCE_NS
+    for now_ns in (NOW_NS, begins_ns - 1, begins_ns, ends_ns - 1, ends_ns, begins_ns - 1, NOW_NS):
+        expected = {ALICE} if now_ns < ends_ns else set()
+        assert told(roll, now_ns) == expected | ({BOB} if begins_ns <= now_ns < ends_ns else set())
+    assert roll.attested(NOW_NS) is roll.attested(NOW_NS + 1), "made anew only when it changes"
 
 
 def test_nobody_is_trusted_by_default(registry: SampleRegistry) -> None:

@@ -12,9 +12,13 @@ from p2pflop.dht.manifest import CHUNK_BYTES, manifest_of
 from p2pflop.dht.store import FileStore
 from p2pflop.errors import ProtocolError, StoreError
 from p2pflop.job.delivery import WantedBlob
+from p2pflop.job.spec import Result
 from p2pflop.node import goods as goods_module
+from p2pflop.node import messages as m
 from p2pflop.node.goods import Goods
+from p2pflop.wire import encode
 
+ZERO = bytes(32)
 DATA = bytes(2 * CHUNK_BYTES)
 MANIFEST = manifest_of(DATA)
 
@@ -51,3 +55,18 @@ async def test_a_fetch_that_failed_leaves_no_file_open(
         if resumed is not None:
             async with resumed:
                 assert resumed.missing() == [(1, 2)]
+
+
+def test_of_checkpoints_that_wait_for_their_bill_the_newest_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(goods_module, "MAX_KEPT_CHECKPOINTS", 2)
+    monkeypatch.setattr(goods_module, "wanted_result", lambda *_: [])
+    checked: Any = SimpleNamespace(job=SimpleNamespace(first_step=0, steps=100))
+    store: Any = SimpleNamespace(stage=lambda _: None)
+    dialer: Any = None
+    goods = Goods(checked, store, dialer, "provider")
+    for step in (10, 20, 30):
+        result = Result(1, ZERO, ZERO, 0, step, (), (), ZERO, (), ZERO)
+        goods.note_checkpoint(m.Checkpoint(step, encode(result), ()))
+    assert list(goods._intervals) == [20, 30]

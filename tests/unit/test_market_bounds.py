@@ -28,11 +28,11 @@ from p2pflop.market.ranking import Experience as Audited
 from p2pflop.market.rates import remember
 from p2pflop.market.records import MAX_COST_LINES, ZERO_HASH, Rejected
 from p2pflop.market.samples import NOW_NS, ask, bid, deals, party
-from p2pflop.node import allocator as allocator_module
 from p2pflop.node import experience as experience_module
+from p2pflop.node import lapses as lapses_module
 from p2pflop.node.experience import MAX_PAUSE_NS, Experience
+from p2pflop.node.lapses import Lapses
 from p2pflop.wire import Record, decode, encode
-from tests.unit.test_allocator import allocator
 
 KEYS = [content_hash(b"account %d" % number) for number in range(300)]
 [DEAL] = deals(party(1).sheet(ask()))
@@ -126,11 +126,11 @@ def test_a_pause_ends_however_often_an_account_failed() -> None:
 
 
 def test_so_many_that_let_fills_lapse_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocator_module, "MAX_LAPSED", 3)
-    made = allocator()
+    monkeypatch.setattr(lapses_module, "MAX_LAPSED", 3)
+    made = Lapses()
     for key in KEYS[:5]:
-        made.note_lapse(key, NOW_NS)
-    assert set(made._lapses) == set(KEYS[2:5])
+        made.note(key, None, NOW_NS)
+    assert [bool(made.objection(key, None, NOW_NS)) for key in KEYS[:5]] == [False] * 2 + [True] * 3
 
 
 def test_a_desk_keeps_so_many_records(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,22 @@ async def test_a_flood_of_rows_does_not_push_out_what_matters(journal: Journal) 
     assert run.events[0]["kind"] == "ranked"
 
 
+async def test_of_the_rows_of_a_run_the_newest_are_live(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few events may have many rows."""
+    monkeypatch.setattr(runs_module, "MAX_LIVE_ROWS", 10)
+    runs = Runs(journal)
+    run = runs.create({})
+    await runs.emit(run, "ranked", deals=[], misses=[])
+    for first in range(0, 16, 4):
+        await runs.emit(run, "rows", rows=[{"step": first + n} for n in range(4)])
+    first_event, *others = run.events
+    steps = [row["step"] for event in others for row in event["rows"]]
+    assert steps == list(range(8, 16))
+    assert first_event["kind"] == "ranked"
+
+
 async def test_finished_runs_leave_memory(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,12 @@ from p2pflop.market.relay import ANSWERED_BURST, MAX_FAULTS
 from p2pflop.market.samples import NOW_NS, ask, party
 from p2pflop.node.guard import survive
 from p2pflop.node.identity import Identity
-from p2pflop.node.sheets import SheetService, subnet_of
+from p2pflop.node.sheets import (
+    HONOURED_SHEETS,
+    MAX_TOLD_OF_WITHDRAWAL,
+    SheetService,
+    subnet_of,
+)
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import encode
 
@@ -171,3 +177,30 @@ async def test_gossip_counts_for_who_forwards_it(
     wires = [party(number).sheet(ask()).sealed.wire for number in range(4)]
     assert [left.take(wire, "forwarder") for wire in wires] == [True, True, False, False]
     assert left.take(wires[2], "another")
+
+
+async def test_bids_are_taken_on_so_many_of_the_newest_own_sheets(
+    streams: tuple[MemoryStream, MemoryStream],
+) -> None:
+    seller = service("seller", streams[0])
+    numbers = [
+        (await seller.offer(lambda _: (ask(),), (), gossip=False)).sheet.number
+        for _ in range(HONOURED_SHEETS + 2)
+    ]
+    assert list(seller.honoured()) == numbers[2:]
+
+
+async def test_so_many_neighbours_are_told_that_the_orders_are_withdrawn(
+    streams: tuple[MemoryStream, MemoryStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seller, told = service("seller", streams[0]), []
+    await seller.offer(lambda _: (ask(),), (), gossip=False)
+
+    async def compare_quietly(peer: str) -> None:
+        told.append(peer)
+
+    monkeypatch.setattr(seller.comparisons, "compare_quietly", compare_quietly)
+    peers = [SimpleNamespace(peer=str(n)) for n in range(2 * MAX_TOLD_OF_WITHDRAWAL)]
+    monkeypatch.setattr(OneStream, "peers", lambda _: peers)
+    await seller.withdraw()
+    assert sorted(told, key=int) == [peer.peer for peer in peers[:MAX_TOLD_OF_WITHDRAWAL]]

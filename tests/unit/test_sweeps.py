@@ -310,9 +310,18 @@ def test_ctrl_c_cancels_what_runs_and_leaves_what_is_done(
     monkeypatch.setattr(sweep._changed, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt) as interrupt:
         next(found)
-    assert sweep.id in interrupt.value.__notes__[0]
+    [note] = interrupt.value.__notes__
+    assert sweep.id in note
     assert "hold" not in node.ends.values()
     assert {"settled", "cancelled", "not bought"} == set(states(sweep.outcomes()))
+    # The note says what each way to go on does.
+    assert "What was not submitted yet is bought by: p2pflop sweep --attach" in note
+    node.deed = lambda _: "result"
+    attached = states(pf.attach_sweep(sweep.id, client=connect(node)).outcomes())
+    assert {"settled", "cancelled"} == set(attached), "cancelled for good"
+    assert "To buy the cancelled ones as well, start the sweep again" in note
+    again = pf.map(job, rates(9), under_way=3, client=connect(node))
+    assert set(states(again.outcomes())) == {"settled"}
 
 
 def test_it_can_be_attached_to_again_and_buys_nothing_twice(job: pf.Job, connect: Connect) -> None:
