@@ -124,6 +124,7 @@ class NodeService(Protocol):
 
     async def jobs(self) -> list[Json]:
         """One line a run, newest first: ``id``, ``title``, ``state``, ``step``, ``steps``...
+        ``cost_nusd`` is what it owes so far, or in the end, from its first receipt on.
 
         Of a session ``kind``, which script it is of (``title``), ``provider``, ``account``,
         ``class_id``, ``cost_nusd`` of ``max_nusd``, ``commands``, of which ``step`` are obeyed,
