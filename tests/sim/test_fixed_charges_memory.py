@@ -164,6 +164,30 @@ async def test_a_closing_receipt_that_is_lost_with_its_stream_comes_as_a_letter(
     market.check()
 
 
+async def test_a_restarted_provider_shows_how_far_it_has_billed(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await opened(market)
+    delivered = trio.Event()
+
+    def deaf(frame: bytes) -> list[bytes]:
+        if not isinstance(m.decode_message(frame, "peer"), m.Delivered):
+            return [frame]
+        delivered.set()
+        return []
+
+    buyer.tamper_heard = deaf
+    await buyer.submit(sample_file(STEPS))
+    await delivered.wait()
+    await buyer.kill()
+    before = provider.seller.cards()
+    assert [(card["state"], card["step"]) for card in before] == [("receipted", STEPS)]
+    await provider.kill()
+    await market.restart(provider)
+    await trio.sleep(1)
+    assert provider.seller.cards() == before
+
+
 async def test_a_lease_that_is_lost_earns_no_setup_and_the_next_one_its_own(
     market: Market, autojump_clock: object
 ) -> None:
