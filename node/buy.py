@@ -361,6 +361,7 @@ class Buyer:
     async def tell_cancelled(self, run: Run, cost_nusd: int) -> None:
         """End a run as cancelled, with what it has cost. Raises StoreError."""
         left = self.what_is_left(run)
+        run.card["cost_nusd"] = cost_nusd
         await self.runs.emit(run, "cancelled", cost_nusd=cost_nusd, hint=left)
 
     def what_is_left(self, run: Run) -> str:

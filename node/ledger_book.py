@@ -164,24 +164,31 @@ class LedgerBook:
             await trio.lowlevel.checkpoint()
 
     def report(self) -> Json:
-        """Balances by account, totals, and the newest entries, as JSON."""
+        """Balances by account, totals, and the newest entries, as JSON.
+
+        What one account has paid ahead takes nothing from what another owes: ``owed_nusd`` sums the
+        balances of those that owe this account, ``owing_nusd`` of those that it owes.
+        """
         accounts = sorted({account for account, _ in self._ledger.balances()})
+        due_nusd = {account: self._ledger.due_nusd(account) for account in accounts}
         totals = self._ledger.totals()
+        [(count,)] = self._database.read("SELECT COUNT(*) FROM entries")
         return {
             "account": self._own_account.hex(),
             "balances": [
                 {
                     "account": account.hex(),
-                    "due_nusd": self._ledger.due_nusd(account),
+                    "due_nusd": nusd,
                     "received_nusd": self._ledger.received_nusd(account),
                 }
-                for account in accounts
+                for account, nusd in due_nusd.items()
             ],
-            "owed_nusd": totals[Kind.RECEIVABLE],
-            "owing_nusd": -totals[Kind.PAYABLE],
+            "owed_nusd": sum(nusd for nusd in due_nusd.values() if nusd > 0),
+            "owing_nusd": -sum(nusd for nusd in due_nusd.values() if nusd < 0),
             "earned_nusd": -totals[Kind.REVENUE],
             "spent_nusd": totals[Kind.EXPENSE],
             "entries": [_describe(entry) for entry in self._entries(MAX_LISTED)],
+            "entry_count": count,
             "head": self._ledger.head.hex(),
         }
 

@@ -197,7 +197,7 @@ class MemoryService:
 
     async def ledger(self) -> Json:
         """Nobody owes anything."""
-        return {"owed_nusd": 0, "owing_nusd": 0, "postings": []}
+        return {"owed_nusd": 0, "owing_nusd": 0, "balances": [], "entries": [], "entry_count": 0}
 
     async def statement(self, account: bytes, since_ns: int) -> Json:
         """Nothing was booked."""

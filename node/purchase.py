@@ -148,6 +148,7 @@ class Purchase:
         write, now_ns = partial(self._run.rows.flush, ending, staged.keep), self._buyer.now_ns()
         await self._buyer.ledger_book.delivered(receipt, account, now_ns, write, node=node)
         self._booked = countersigned
+        self._run.card["cost_nusd"] = self._owed_nusd()
         await staged.settle()
 
     async def send(self, action: Send) -> None:
@@ -559,6 +560,8 @@ class Purchase:
         self._bidding.recall(rows, self._stretches.now)
         await buyer.need(self._run.id, self._stretches.now)
         await self._driver.resume(rows)
+        if cost_nusd := self._owed_nusd():
+            self._run.card["cost_nusd"] = cost_nusd
         if self._lifecycle.side.bid:
             goods.peer = self._peer
             if self._lifecycle.state not in UNCONFIRMED:

@@ -176,6 +176,7 @@ class Runs:
             "error": type(error).__name__,
             "message": error.message,
             "hint": " ".join(filter(None, (error.hint, hint))),
+            "cost_nusd": run.card.get("cost_nusd", 0),
         }
         try:
             await self.emit(run, "failed", **told)

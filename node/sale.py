@@ -189,6 +189,8 @@ class Sale:
             elif row.kind == SaleRow.PRICE:
                 self.begun.price_nusd = int.from_bytes(row.body, "big")
         await self.driver.resume(rows)
+        if billed := self._lifecycle.side.receipt:
+            self.begun.shown_to = self._reopened(billed).to_step
         self._bind()
         if self._delivery is not None and not self.over:
             await self.hold(named(self._delivery.result))
@@ -394,7 +396,7 @@ class Sale:
 
     async def _forget_checkpoints(self, countersigned: bytes) -> None:
         """The buyer has all up to here: what only these needed makes room."""
-        receipt = reopen(Receipt, countersigned, self._seller.identity.network).record
+        receipt = self._reopened(countersigned)
         kept = self._checkpoints.items()
         past = [told for step, told in kept if step <= receipt.to_step]
         self._checkpoints = {step: told for step, told in kept if step > receipt.to_step}
@@ -419,7 +421,7 @@ class Sale:
     # Talk
 
     async def _send_receipt(self, wire: bytes, salt: bytes) -> None:
-        receipt = reopen(Receipt, wire, self._seller.identity.network).record
+        receipt = self._reopened(wire)
         if not salt:
             checkpoint = self._checkpoints.get(receipt.to_step)
             if checkpoint is not None:
@@ -445,9 +447,10 @@ class Sale:
 
     def _amount_nusd(self, receipt: bytes) -> int:
         """What a receipt, or none, bills."""
-        if not receipt:
-            return 0
-        return reopen(Receipt, receipt, self._seller.identity.network).record.amount_nusd
+        return self._reopened(receipt).amount_nusd if receipt else 0
+
+    def _reopened(self, receipt: bytes) -> Receipt:
+        return reopen(Receipt, receipt, self._seller.identity.network).record
 
     def _bind(self) -> None:
         fill = self._lifecycle.side.fill

@@ -32,7 +32,8 @@ kind            fields
 ``receipt``     ``number``, ``amount_nusd``, ``to_step``, ``provider``
 ``result``      ``hash``: of the record, ``cost_nusd``, ``earlier``: the run whose result it is, if
                 it was bought before; last
-``failed``      ``error``: the name of the error's class, ``message``, ``hint``; last
+``failed``      ``error``: the name of the error's class, ``message``, ``hint``, ``cost_nusd``: what
+                was delivered until then; last
 ``closed``      ``cost_nusd``, ``flop``, ``moved_bytes``, ``busy_ns``: a session whose script is
                 done; last
 ``cancelled``   ``cost_nusd``, ``hint``: how to go on from the last checkpoint; last
@@ -125,6 +126,7 @@ class NodeService(Protocol):
 
     async def jobs(self) -> list[Json]:
         """One line a run, newest first: ``id``, ``title``, ``state``, ``step``, ``steps``...
+        ``cost_nusd`` is what it owes so far, or in the end, from its first receipt on.
 
         Of a session ``kind``, which script it is of (``title``), ``provider``, ``account``,
         ``class_id``, ``cost_nusd`` of ``max_nusd``, ``commands``, of which ``step`` are obeyed,

@@ -76,5 +76,5 @@ class Costs:
             self._before_nusd, self._now_nusd = self.nusd, 0
         elif event["kind"] == "receipt":
             self._now_nusd = max(self._now_nusd, int(event["amount_nusd"]))
-        elif event["kind"] == "cancelled":  # with what a cancel owes beyond the receipts
+        elif event["kind"] in ("cancelled", "failed"):  # a cancel may owe more than the receipts
             self._before_nusd, self._now_nusd = max(self.nusd, int(event.get("cost_nusd", 0))), 0

@@ -55,7 +55,7 @@ from p2pflop.job.spec import (
 from p2pflop.job.spec import Job as JobRecord
 from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import CLASS_NAME
-from p2pflop.node.service import Json, SubmitOptions
+from p2pflop.node.service import MAX_DEADLINE_S, Json, SubmitOptions
 from p2pflop.runs import Row, Run
 from p2pflop.units import (
     MAX_NUSD,
@@ -449,6 +449,11 @@ def submit_options(
             raise ConfigError(
                 f"a deadline of {str(deadline)[:40]} leaves no time",
                 hint="Write it like 90s, 5m or 2h; without one it is a day.",
+            )
+        if seconds > MAX_DEADLINE_S:
+            raise ConfigError(
+                f"a deadline of {str(deadline)[:40]} is too long",
+                hint=f"Use {MAX_DEADLINE_S // 86400} days or less.",
             )
     return SubmitOptions(
         max_nusd=None if max_usd is None else _nusd(max_usd),

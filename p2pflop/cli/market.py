@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -119,6 +119,9 @@ def peers_command(flags: Flags) -> None:
 def ledger_command(flags: Flags) -> None:
     """Show who owes whom.
 
+    Balances are of all entries, of which the newest 200 are listed; 'p2pflop statement' has those
+    of one account.
+
     \b
     Examples:
       p2pflop ledger
@@ -129,16 +132,16 @@ def ledger_command(flags: Flags) -> None:
     if flags.json:
         print_json(ledger)
         return
-    dues = [int(balance["due_nusd"]) for balance in ledger.get("balances", ())]
+    owed_nusd, owing_nusd = int(ledger["owed_nusd"]), int(ledger["owing_nusd"])
     print_fields(
         [
-            ("owed to this account", format_usd(sum(due for due in dues if due > 0))),
-            ("owed by this account", format_usd(-sum(due for due in dues if due < 0))),
+            ("owed to this account", format_usd(owed_nusd)),
+            ("owed by this account", format_usd(owing_nusd)),
             ("earned", format_usd(int(ledger.get("earned_nusd", 0)))),
             ("spent", format_usd(int(ledger.get("spent_nusd", 0)))),
         ]
     )
-    click.echo(ledger_risk(*at_risk(ledger.get("balances", ()))))
+    click.echo(ledger_risk(owed_nusd, owing_nusd))
     if "take" in ledger:
         click.echo(take_line(ledger["take"]))
     balances = [
@@ -162,12 +165,11 @@ def ledger_command(flags: Flags) -> None:
         (line for entry in ledger.get("entries", ()) for line in _entry_lines(entry)),
         "No entries yet: nothing was bought or sold.",
     )
-
-
-def at_risk(balances: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
-    """What others owe this account, and what it owes, each over those whose balance is so."""
-    due = [int(balance["due_nusd"]) for balance in balances]
-    return sum(max(0, nusd) for nusd in due), sum(max(0, -nusd) for nusd in due)
+    listed, count = len(ledger.get("entries", ())), int(ledger.get("entry_count", 0))
+    if count > listed:
+        say(
+            f"the newest {listed} of {count} entries; all of one account: p2pflop statement ACCOUNT"
+        )
 
 
 def _entry_lines(entry: dict[str, Any]) -> Iterator[tuple[str, ...]]:

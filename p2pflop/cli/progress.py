@@ -232,8 +232,18 @@ class RunView:
         self._bar.stop()
         self._say(f"closed  {format_usd(int(event['cost_nusd']))} in all")
 
-    def _on_cancelled(self, _event: Mapping[str, Any]) -> None:
+    def _on_cancelled(self, event: Mapping[str, Any]) -> None:
         self._say("cancelled")
+        self._say_cost(event)
+
+    def _on_failed(self, event: Mapping[str, Any]) -> None:
+        self._say_cost(event)
+
+    def _say_cost(self, event: Mapping[str, Any]) -> None:
+        """What a run without a result has cost all the same."""
+        if cost_nusd := int(event.get("cost_nusd", 0)):
+            self._bar.stop()
+            self._say(f"cost  {format_usd(cost_nusd)}, for what was delivered")
 
 
 def resubmitted_line(event: Mapping[str, Any]) -> str:

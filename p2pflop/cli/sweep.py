@@ -200,6 +200,7 @@ def _follow(flags: Flags, sweep: Sweep) -> int:
         ),
         "no jobs",
     )
+    say(f"cost  {format_usd(progress.spent_nusd)} in all")
     return int(progress.failed > 0)
 
 

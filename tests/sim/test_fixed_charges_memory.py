@@ -102,7 +102,7 @@ async def test_a_buyer_that_cancels_owes_the_setup_whole_once_it_has_countersign
     assert end["kind"] == "cancelled"
     [*_, last] = buyer.events(buyer.runs.cards()[0]["id"], "receipt")
     due_nusd = SETUP_NUSD + METERED_NUSD * last["to_step"] // STEPS
-    assert end["cost_nusd"] == due_nusd
+    assert end["cost_nusd"] == buyer.runs.cards()[0]["cost_nusd"] == due_nusd
     assert last["to_step"] < STEPS
     assert f"--from-step {last['to_step']}," in end["hint"]
     assert market.debts(buyer, provider) == (due_nusd, due_nusd)
@@ -120,6 +120,7 @@ async def test_a_buyer_that_cancels_before_it_has_countersigned_owes_nothing(
     assert end["kind"] == "cancelled"
     assert buyer.events(buyer.runs.cards()[0]["id"], "receipt") == []
     assert end["hint"] == ""
+    assert buyer.runs.cards()[0]["cost_nusd"] == 0
     assert market.debts(buyer, provider) == (0, 0)
     market.check()
 
@@ -133,7 +134,7 @@ async def test_a_power_cut_at_a_cancel_leaves_equal_ledgers(
         other = market.another()
         provider, buyer, end = await cancelled(other, 2, victim, at, before=before)
         owing, due = other.debts(buyer, provider)
-        assert owing == due > 0, at
+        assert owing == due == buyer.runs.cards()[0]["cost_nusd"] > 0, at
         if end["kind"] == "cancelled":
             assert owing > SETUP_NUSD, at
         other.check()
@@ -161,6 +162,30 @@ async def test_a_closing_receipt_that_is_lost_with_its_stream_comes_as_a_letter(
     await market.settle_down()
     assert market.debts(buyer, provider) == (owing, owing)
     market.check()
+
+
+async def test_a_restarted_provider_shows_how_far_it_has_billed(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, buyer = await opened(market)
+    delivered = trio.Event()
+
+    def deaf(frame: bytes) -> list[bytes]:
+        if not isinstance(m.decode_message(frame, "peer"), m.Delivered):
+            return [frame]
+        delivered.set()
+        return []
+
+    buyer.tamper_heard = deaf
+    await buyer.submit(sample_file(STEPS))
+    await delivered.wait()
+    await buyer.kill()
+    before = provider.seller.cards()
+    assert [(card["state"], card["step"]) for card in before] == [("receipted", STEPS)]
+    await provider.kill()
+    await market.restart(provider)
+    await trio.sleep(1)
+    assert provider.seller.cards() == before
 
 
 async def test_a_lease_that_is_lost_earns_no_setup_and_the_next_one_its_own(

@@ -88,6 +88,17 @@ async def test_a_claim_is_acknowledged_and_both_books_agree(
     assert theirs["head"] == provider.ledger_book.report()["head"]
 
 
+async def test_what_one_has_paid_ahead_takes_nothing_from_what_another_owes(
+    market: Market, autojump_clock: object
+) -> None:
+    provider, _, due = await indebted(market)
+    await provider.money.receive(payment_id(), content_hash(b"who pays ahead"), 7, "cash")
+    report = provider.ledger_book.report()
+    assert (report["owed_nusd"], report["owing_nusd"]) == (due, 7)
+    assert sum(balance["due_nusd"] for balance in report["balances"]) == due - 7
+    assert report["entry_count"] == len(report["entries"])
+
+
 async def test_the_same_payment_again_counts_once_and_another_amount_is_refused(
     market: Market, autojump_clock: object
 ) -> None:

@@ -164,6 +164,8 @@ async def test_what_is_left_of_the_budget_bounds_the_next_stretch(
     [miss] = [m for m in buyer.events(run_id, "ranked")[-1]["misses"] if m["provider"] == dear.peer]
     assert "budget" in miss["reason"]
     assert "after step 30" in end["hint"]
+    assert buyer.runs.cards()[0]["cost_nusd"] == end["cost_nusd"] > 0
+    assert end["cost_nusd"] == market.debts(buyer, cheap)[0]
 
 
 @pytest.mark.parametrize("times", [4, 6])
@@ -185,6 +187,9 @@ async def test_without_a_budget_a_run_costs_at_most_four_times_its_first_quote(
         assert buyer.runs.get(run_id).card["state"] == "waiting"
         await buyer.kill()
         await market.restart(buyer)
+        await trio.sleep(1)
+        owing_nusd = market.debts(buyer, cheap)[0]
+        assert buyer.runs.get(run_id).card["cost_nusd"] == owing_nusd > 0
     end = await market.end_of(buyer, run_id)
     assert end["kind"] == ("result" if times == 4 else "failed")
     if times == 6:

@@ -423,9 +423,12 @@ class TestCommands:
     def test_watch_of_a_failed_run_ends_with_its_code(
         self, start_node: StartNode, capsys: Output
     ) -> None:
-        start_node(script=[("failed", {"error": "MarketError", "message": "no ask", "hint": "h"})])
+        failed = {"error": "MarketError", "message": "no ask", "hint": "h", "cost_nusd": 5}
+        start_node(script=[("failed", failed)])
         assert run(["watch", Client().submit(b"job")]) == 7
-        assert "no ask" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "no ask" in told
+        assert "cost  $0.000000005, for what was delivered" in told
 
     def test_a_live_terminal_gets_a_bar(self) -> None:
         console = Console(force_terminal=True, width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123

@@ -51,7 +51,9 @@ def answers(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 def owing(monkeypatch: pytest.MonkeyPatch, due_nusd: int) -> None:
     balance = {"account": ACCOUNT, "due_nusd": due_nusd, "received_nusd": 7 * 10**9}
-    ledger = {"owed_nusd": 0, "owing_nusd": 0, "balances": [balance], "entries": []}
+    owed_nusd, owing_nusd = max(0, due_nusd), max(0, -due_nusd)
+    ledger = {"owed_nusd": owed_nusd, "owing_nusd": owing_nusd, "balances": [balance]}
+    ledger |= {"entries": [], "entry_count": 0}
     monkeypatch.setattr(Client, "ledger", lambda _: ledger)
 
 
@@ -197,6 +199,18 @@ class TestPayments:
         assert "HAS PAID US" in told
         assert "$7.00" in told
         assert "claimed; not told yet" in told
+
+    def test_the_ledger_says_that_it_lists_the_newest_entries(
+        self, start_node: StartNode, capsys: Output, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        start_node()
+        posting = {"account": ACCOUNT, "kind": "payable", "amount_nusd": -5}
+        entry = {"at_ns": 0, "memo": "work delivered", "postings": [posting]}
+        for count, is_told in ((1, False), (201, True)):
+            ledger = {"owed_nusd": 0, "owing_nusd": 5, "entries": [entry], "entry_count": count}
+            monkeypatch.setattr(Client, "ledger", lambda _, ledger=ledger: ledger)
+            assert run(["ledger"]) == 0
+            assert ("the newest 1 of 201 entries" in capsys.readouterr().err) is is_told
 
 
 class TestStatement:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from p2pflop.cli import main
 from p2pflop.cli.sweep import combinations, find_sweep, read_feeds, read_map
 from p2pflop.client import BlobStat, Client
 from p2pflop.errors import ConfigError
+from p2pflop.outcomes import Outcome, SweepProgress
 from p2pflop.sweep_plan import SweepPlan
 
 
@@ -78,3 +80,29 @@ def test_a_sweep_is_named_by_some_of_its_digits() -> None:
     for text, said in (("9a6c", "2 are"), ("0004", "none is"), ("f00d", "none is")):
         with pytest.raises(ConfigError, match=said):
             find_sweep(client, text)
+
+
+def test_what_a_sweep_has_cost_stands_below_its_table(
+    start_node: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start_node()
+
+    class Bought(list[Outcome]):
+        id = "ab" * 32
+
+        def outcomes(self) -> list[Outcome]:
+            return self
+
+        def progress(self) -> SweepProgress:
+            return SweepProgress(2, 2, 1, 0, 0, 7)
+
+    failed = Outcome(1, {"lr": 2.0}, "failed", 4, error=ConfigError("no ask"))
+    sweep = Bought([Outcome(0, {"lr": 1.0}, "settled", 3), failed])
+    monkeypatch.setattr("p2pflop.cli.submit.open_file", lambda _: None)
+    monkeypatch.setattr("p2pflop.sweeps.map", lambda *_, **__: sweep)
+    assert main.run(["sweep", "x.p2pj", "--args", "lr=1,2"]) == 1
+    told = capsys.readouterr()
+    assert "no ask" in told.out
+    assert "cost  $0.000000007 in all" in told.err

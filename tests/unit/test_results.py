@@ -275,6 +275,9 @@ class TestSubmit:
         assert node.service.runs[run.id].options.deadline_s == 2
         with pytest.raises(ConfigError, match="a deadline of 0s leaves no time"):
             pf.submit(job, deadline="0s")
+        with pytest.raises(ConfigError, match="a deadline of 31d is too long") as caught:
+            pf.submit(job, deadline="31d")
+        assert "30 days" in caught.value.hint
 
     def test_what_is_no_job_is_told_with_what_makes_one(self) -> None:
         with pytest.raises(ConfigError, match=r"takes a Job, not 'job\.p2pj'") as caught:
