@@ -185,6 +185,11 @@ class MemoryNode:
         self._scope.cancel()
         await self.down.wait()
 
+    def cut_power(self) -> None:
+        """End at once, in the middle of whatever it does."""
+        self._cut = True
+        self._scope.cancel()
+
     async def submit(self, file: bytes, **options: Any) -> str:
         """Buy; the run's id."""
         return await self.buyer.submit(file, SubmitOptions(**options))

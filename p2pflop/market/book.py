@@ -39,7 +39,7 @@ from p2pflop.market.records import MAX_SHEET_LIFETIME_NS, Rejected, Sheet
 from p2pflop.market.sheets import OpenSheet, open_sheet
 from p2pflop.market.views import BookView, Shelf
 from p2pflop.units import NS_PER_S
-from p2pflop.wire import DEFAULT_NETWORK, open_sealed
+from p2pflop.wire import DEFAULT_NETWORK, Sealed, open_sealed
 
 MAX_SHEETS: Final = 16_384
 MAX_STRANGERS: Final = 4_096
@@ -71,12 +71,16 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Equivocation:
-    """Two envelopes in which one node signed different sheets under one number."""
+    """Two envelopes in which one node signed different sheets under one number.
+
+    Either could be replayed until ``until_ns``.
+    """
 
     node: bytes
     number: int
     first: bytes
     second: bytes
+    until_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,7 @@ class Book:
         self._ours: list[Place] = []
         self._accounts: dict[bytes, list[Place]] = {}
         self._sources: dict[str, tuple[int, int]] = {}
-        self._proofs: dict[bytes, tuple[Equivocation, int]] = {}
+        self._proofs: dict[bytes, Equivocation] = {}
         self._shelf = Shelf()
 
     def __len__(self) -> int:
@@ -170,28 +174,18 @@ class Book:
         return self._take(sheet, now_ns, source)
 
     def apply_equivocation(
-        self, first: bytes, second: bytes, now_ns: int
+        self, found: Equivocation, now_ns: int
     ) -> Equivocation | Applied | Rejected:
-        """Take in a proof from elsewhere. Applied means that the node was known for it."""
-        try:
-            sheets = [open_sealed(Sheet, data, self._network) for data in (first, second)]
-        except (ProtocolError, VerificationError) as error:
-            return Rejected(f"equivocation: {error.message}")
-        one, other = sheets
-        if one.signer != other.signer or one.record.number != other.record.number:
-            return Rejected("equivocation: not one node and one number")
-        if one.id == other.id:
-            return Rejected("equivocation: both sheets are the same")
-        if max(_kept_until_ns(one.record), _kept_until_ns(other.record)) <= now_ns:
+        """Take in a proof that was opened. Applied means that the node was known for it."""
+        if found.until_ns <= now_ns:
             return Rejected("equivocation: long expired")
-        proof = self._proofs.get(one.signer)
-        if proof is not None and proof[0].number >= one.record.number:
+        proof = self._proofs.get(found.node)
+        if proof is not None and proof.number >= found.number:
             return Applied(changed=False)
-        known = self._entries.get(one.signer)
-        if known is not None and known.sheet.sheet.number <= one.record.number:
-            self._remove(one.signer)
-        found = Equivocation(one.signer, one.record.number, first, second)
-        self._keep_proof(found, max(_kept_until_ns(sheet.record) for sheet in sheets))
+        known = self._entries.get(found.node)
+        if known is not None and known.sheet.sheet.number <= found.number:
+            self._remove(found.node)
+        self._keep_proof(found)
         return found
 
     def expire(self, now_ns: int) -> None:
@@ -208,9 +202,9 @@ class Book:
         for source, (_, since_ns) in list(self._sources.items()):
             if since_ns + SOURCE_WINDOW_NS <= now_ns:
                 del self._sources[source]
-        for node, (_, until_ns) in list(self._proofs.items()):
-            if until_ns <= now_ns:
-                del self._proofs[node]
+        for proof in self.proofs():
+            if proof.until_ns <= now_ns:
+                del self._proofs[proof.node]
 
     def get(self, node: bytes, now_ns: int) -> OpenSheet | None:
         """The live sheet of a node."""
@@ -241,12 +235,12 @@ class Book:
 
     def proofs(self) -> tuple[Equivocation, ...]:
         """The kept equivocations, at most ``MAX_PROOFS``, oldest first."""
-        return tuple(proof for proof, _ in self._proofs.values())
+        return tuple(self._proofs.values())
 
     def lacks(self, node: bytes, number: int, sheet_id: bytes) -> bool:
         """Whether that sheet, which a peer says it has, is worth asking for."""
         proof = self._proofs.get(node)
-        if proof is not None and number <= proof[0].number:
+        if proof is not None and number <= proof.number:
             return False
         known = self._entries.get(node)
         if known is None:
@@ -261,12 +255,11 @@ class Book:
 
     def convicted(self) -> dict[bytes, int]:
         """Nodes of which a proof is kept, and the number up to which their sheets are refused."""
-        return {node: proof.number for node, (proof, _) in self._proofs.items()}
+        return {node: proof.number for node, proof in self._proofs.items()}
 
     def proof(self, node: bytes) -> Equivocation | None:
         """The kept proof against a node."""
-        found = self._proofs.get(node)
-        return None if found is None else found[0]
+        return self._proofs.get(node)
 
     def dump(self) -> Dump:
         """All that a restart must not forget, expired sheets that guard against replay too."""
@@ -278,7 +271,9 @@ class Book:
     def load(self, dump: Dump, now_ns: int) -> None:
         """Take in a dump, checking everything in it; what does not check is left out."""
         for first, second in dump.proofs:
-            self.apply_equivocation(first, second, now_ns)
+            proof = open_equivocation(first, second, self._network)
+            if isinstance(proof, Equivocation):
+                self.apply_equivocation(proof, now_ns)
         for wire in dump.sheets:
             sheet = open_sheet(wire, self._network)
             if isinstance(sheet, OpenSheet) and _kept_until_ns(sheet.sheet) > now_ns:
@@ -289,7 +284,7 @@ class Book:
     ) -> Applied | Equivocation | Rejected:
         record, node = sheet.sheet, sheet.node
         proof = self._proofs.get(node)
-        if proof is not None and record.number <= proof[0].number:
+        if proof is not None and record.number <= proof.number:
             return Rejected("node has equivocated about this number or a later one")
         known = self._entries.get(node)
         if known is not None:
@@ -406,15 +401,33 @@ class Book:
 
     def _convict(self, known: OpenSheet, other: OpenSheet) -> Equivocation:
         self._remove(known.node)
-        proof = Equivocation(known.node, known.sheet.number, known.sealed.wire, other.sealed.wire)
-        self._keep_proof(proof, max(_kept_until_ns(known.sheet), _kept_until_ns(other.sheet)))
+        proof = _equivocation(known.sealed, other.sealed)
+        self._keep_proof(proof)
         return proof
 
-    def _keep_proof(self, proof: Equivocation, until_ns: int) -> None:
+    def _keep_proof(self, proof: Equivocation) -> None:
         self._proofs.pop(proof.node, None)
         while len(self._proofs) >= MAX_PROOFS:
             del self._proofs[next(iter(self._proofs))]
-        self._proofs[proof.node] = (proof, until_ns)
+        self._proofs[proof.node] = proof
+
+
+def open_equivocation(first: bytes, second: bytes, network: str) -> Equivocation | Rejected:
+    """Check a proof from elsewhere, but for the clock. Costs two signature checks, no state."""
+    try:
+        one, other = (open_sealed(Sheet, data, network) for data in (first, second))
+    except (ProtocolError, VerificationError) as error:
+        return Rejected(f"equivocation: {error.message}")
+    if one.signer != other.signer or one.record.number != other.record.number:
+        return Rejected("equivocation: not one node and one number")
+    if one.id == other.id:
+        return Rejected("equivocation: both sheets are the same")
+    return _equivocation(one, other)
+
+
+def _equivocation(one: Sealed[Sheet], other: Sealed[Sheet]) -> Equivocation:
+    until_ns = max(_kept_until_ns(one.record), _kept_until_ns(other.record))
+    return Equivocation(one.signer, one.record.number, one.wire, other.wire, until_ns)
 
 
 def _kept_until_ns(sheet: Sheet) -> int:

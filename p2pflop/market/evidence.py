@@ -47,7 +47,7 @@ from p2pflop.market.records import (
     ticket_of,
 )
 from p2pflop.market.sessions import rank_session
-from p2pflop.market.sheets import OpenSheet, open_sheet
+from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, OpenSheet, open_sheet
 from p2pflop.market.views import BookView
 from p2pflop.market.wishes import check_ticket
 from p2pflop.wire import U32, U63, Hash, Key, Record, Sealed, Text, open_sealed
@@ -148,6 +148,7 @@ class Verdict(StrEnum):
     OTHER_BOOK = "the bid commits to another book"
     OTHER_POLICY = "the bid commits to another policy"
     OTHER_QUOTE = "the quote is not what the ask says"
+    OTHER_TIME = "the look at the book is later than the bid"
     FORGED = "a record is not signed as it should be"
 
     @property
@@ -339,6 +340,9 @@ def _judge(
         == (bid.provider, bid.sheet_number, bid.ask, ticket_of(bid))
     ]
     place = found[0] if found else -1
+    # Asks expire: by a later clock a better one would look as if it had.
+    if look.at_ns > bid.decided_at_ns + CLOCK_TOLERANCE_NS:
+        return Verdict.OTHER_TIME, place
     if look.whole and bid.book_digest != view.digest:
         return Verdict.OTHER_BOOK, place
     if bid.policy_digest != look.policy.digest():

@@ -31,9 +31,9 @@ import msgspec
 
 from p2pflop.errors import ProtocolError, ProviderError
 from p2pflop.ids import content_hash
-from p2pflop.market.book import MAX_PROOFS, MAX_SHEETS
+from p2pflop.market.book import MAX_PROOFS, MAX_SHEETS, open_equivocation
 from p2pflop.market.gate import Outcome
-from p2pflop.market.relay import MAX_SHEET_WIRE_BYTES, OpenedSheet, Opener, Relay
+from p2pflop.market.relay import MAX_SHEET_WIRE_BYTES, OpenedProof, OpenedSheet, Opener, Relay
 from p2pflop.market.sheets import open_sheet
 from p2pflop.market.views import BUCKET_HASH_BYTES, BUCKETS, BookView
 from p2pflop.units import KIB, MIB
@@ -116,10 +116,10 @@ class Parcel(Record, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class OpenParcel:
-    """A parcel whose sheets were opened, signatures and all."""
+    """A parcel whose sheets and proofs were opened, signatures and all."""
 
     sheets: tuple[OpenedSheet, ...]
-    proofs: tuple[tuple[bytes, bytes], ...]
+    proofs: tuple[OpenedProof, ...]
     last: bool
 
 
@@ -129,12 +129,14 @@ Message = Outline | Listing | Want | OpenParcel
 def read(kind: type[Record], frame: bytes, network: str, opener: Opener = open_sheet) -> Message:
     """Open a frame. Raises ProtocolError.
 
-    Touches no state and costs up to two signature checks a sheet: may be called in a thread.
+    Touches no state and costs up to two signature checks a sheet or proof: may be called in a
+    thread.
     """
     message = decode(kind, frame)
     if isinstance(message, Parcel):
         opened = tuple(opener(wire, network) for wire in message.sheets)
-        return OpenParcel(opened, message.proofs, message.last)
+        proofs = tuple(open_equivocation(*pair, network) for pair in message.proofs)
+        return OpenParcel(opened, proofs, message.last)
     if isinstance(message, Outline | Listing | Want):
         return message
     raise TypeError(f"{kind.__name__} is not part of an exchange")
@@ -233,8 +235,8 @@ class Exchange:
             outcome = self._relay.enter(opened, self._peer, now_ns).outcome
             self.news += outcome.is_passed_on
             self._refused += outcome in (Outcome.BOOK, Outcome.CLOCK)
-        for first, second in parcel.proofs:
-            self.news += self._relay.enter_proof(first, second, self._peer, now_ns)
+        for proof in parcel.proofs:
+            self.news += self._relay.enter_proof(proof, self._peer, now_ns)
         if self._relay.is_shunned(self._peer, now_ns):
             raise ProtocolError(f"{self._peer} sends bad sheets", peer=self._peer)
         if self._refused > MAX_REFUSED_SHEETS:
@@ -259,16 +261,18 @@ class Exchange:
 
     def _want(self, now_ns: int) -> Want:
         relay, convicted = self._relay, self._relay.book.convicted()
-        proofs = tuple(
+        accused = [
             each.node for each in self._convictions if each.number > convicted.get(each.node, -1)
-        )
-        accused = set(proofs)
-        sheets = tuple(
+        ]
+        apart = set(accused)
+        newer = [
             entry.node
             for entry in self._entries
-            if entry.node not in accused
+            if entry.node not in apart
             and relay.wants(entry.node, entry.number, entry.id, self._peer, now_ns)
-        )
+        ]
+        sheets = relay.sheets_to_ask(newer, self._peer, now_ns)
+        proofs = relay.proofs_to_ask(accused, self._peer, now_ns)
         self._due_sheets, self._due_proofs = len(sheets), len(proofs)
         return Want(sheets, proofs)
 

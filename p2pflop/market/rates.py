@@ -28,12 +28,15 @@ class Rates:
 
     def allow(self, key: str, now_s: float) -> bool:
         """Whether ``key`` may do it now; if so, it is counted."""
+        return self.take(key, 1, now_s) == 1
+
+    def take(self, key: str, most: int, now_s: float) -> int:
+        """How many times, up to ``most``, ``key`` may do it now; all of them are counted."""
         tokens, since = self._buckets.pop(key, (float(self._burst), now_s))
         tokens = min(float(self._burst), tokens + (now_s - since) * self._per_s)
-        allowed = tokens >= 1
-        left = tokens - 1 if allowed else tokens
-        remember(self._buckets, key, (left, now_s), MAX_BUCKETS)
-        return allowed
+        taken = min(most, max(0, int(tokens)))
+        remember(self._buckets, key, (tokens - taken, now_s), MAX_BUCKETS)
+        return taken
 
     def left(self, key: str, now_s: float) -> float:
         """How many times ``key`` may do it now."""

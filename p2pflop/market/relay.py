@@ -18,7 +18,9 @@ What is refused for a forwarder's quota, the clock or want of space is not remem
 forwarder may bring it, and comparing will.
 
 **Comparing** mends what gossip lost. ``due`` names ``COMPARED_AT_ONCE`` random neighbours every
-``COMPARE_S``. How two books compare is in ``exchange``.
+``COMPARE_S``. How two books compare is in ``exchange``. A neighbour may bring a book's worth at
+once that way, and then no more than by gossip: identities are free, and whoever has many could
+renew all their sheets at each comparison. Which of more are asked for is left to chance.
 
 **Later.** What changed the book is passed on once, however it came. ``to_pass_on`` gives what is to
 be gossiped now: of an account over its quota the newest sheets, as the quota allows; and what was
@@ -32,9 +34,9 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
-from p2pflop.market.book import Book, Equivocation
+from p2pflop.market.book import MAX_PROOFS, MAX_SHEETS, Applied, Book, Equivocation
 from p2pflop.market.gate import Gate, Outcome, Verdict
 from p2pflop.market.rates import Rates, remember
 from p2pflop.market.records import MAX_SHEET_BYTES, Rejected
@@ -59,6 +61,9 @@ TURNED_AWAY_NS: Final = 60 * NS_PER_S
 ANSWERED_PER_S: Final = 2.0
 ANSWERED_BURST: Final = 8
 """Comparisons that one peer may begin; each may cost a book's worth of summaries."""
+PROOFS_PER_S: Final = 0.25
+"""That a neighbour may bring by comparing, after a book's worth at once: each has everybody compare
+again."""
 COMPARED_AT_ONCE: Final = 3
 COMPARE_S: Final = 4.0
 COMPARE_SOON_S: Final = 0.5
@@ -73,8 +78,10 @@ MAX_LATER: Final = 4_096
 MAX_NEIGHBOURS: Final = 4_096
 
 OpenedSheet = OpenSheet | Rejected
+OpenedProof = Equivocation | Rejected
 Opener = Callable[[bytes, str], OpenedSheet]
 """``open_sheet``, or what gives the same."""
+T = TypeVar("T")
 
 
 class Relay:
@@ -106,6 +113,8 @@ class Relay:
             max_seen=MAX_SEEN,
         )
         self._accounts = Rates(ACCOUNT_PER_S, ACCOUNT_BURST)
+        self._sheets_asked = Rates(FORWARDER_PER_S, MAX_SHEETS)
+        self._proofs_asked = Rates(PROOFS_PER_S, MAX_PROOFS)
         self._faults = Rates(1 / FORGIVEN_S, MAX_FAULTS)
         self._turned_away: OrderedDict[tuple[bytes, str], int] = OrderedDict()
         self._compare_at_ns = 0
@@ -146,9 +155,11 @@ class Relay:
             self._compare_soon(now_ns)
         return verdict
 
-    def enter_proof(self, first: bytes, second: bytes, source: str, now_ns: int) -> bool:
+    def enter_proof(self, opened: OpenedProof, source: str, now_ns: int) -> bool:
         """Judge a proof of an equivocation that came by comparing; whether it is new."""
-        outcome = self.book.apply_equivocation(first, second, now_ns)
+        outcome: OpenedProof | Applied = opened
+        if isinstance(opened, Equivocation):
+            outcome = self.book.apply_equivocation(opened, now_ns)
         if isinstance(outcome, Rejected):
             self.fault(source, now_ns)
         elif isinstance(outcome, Equivocation):
@@ -161,6 +172,14 @@ class Relay:
         if self._turned_away.get((sheet_id, peer), now_ns) > now_ns:
             return False
         return self.book.lacks(node, number, sheet_id)
+
+    def sheets_to_ask(self, nodes: list[bytes], peer: str, now_ns: int) -> tuple[bytes, ...]:
+        """Of which of ``nodes`` to ask ``peer`` for the sheet now; they are counted."""
+        return self._sample(nodes, self._sheets_asked.take(peer, len(nodes), now_ns / NS_PER_S))
+
+    def proofs_to_ask(self, nodes: list[bytes], peer: str, now_ns: int) -> tuple[bytes, ...]:
+        """Against which of ``nodes`` to ask ``peer`` for its proof now; they are counted."""
+        return self._sample(nodes, self._proofs_asked.take(peer, len(nodes), now_ns / NS_PER_S))
 
     def fault(self, peer: str, now_ns: int) -> None:
         """Note that ``peer`` did what no honest one does."""
@@ -203,12 +222,13 @@ class Relay:
                 self._compare_soon(now_ns)
         return found
 
-    def _sample(self, peers: list[str], most: int) -> tuple[str, ...]:
-        chosen = min(most, len(peers))
-        for place in range(chosen):
-            other = place + int(self._random() * (len(peers) - place))
-            peers[place], peers[other] = peers[other], peers[place]
-        return tuple(peers[:chosen])
+    def _sample(self, found: list[T], most: int) -> tuple[T, ...]:
+        if most >= len(found):
+            return tuple(found)
+        for place in range(most):
+            other = place + int(self._random() * (len(found) - place))
+            found[place], found[other] = found[other], found[place]
+        return tuple(found[:most])
 
     def _compare_soon(self, now_ns: int) -> None:
         soon_ns = now_ns + int(COMPARE_SOON_S * NS_PER_S)

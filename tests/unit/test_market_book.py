@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from p2pflop.market.book import MAX_PROOFS, Applied, Book, Dump, Equivocation
+from p2pflop.market.book import (
+    MAX_PROOFS,
+    Applied,
+    Book,
+    Dump,
+    Equivocation,
+    open_equivocation,
+)
 from p2pflop.market.records import MAX_SHEET_LIFETIME_NS, Rejected
 from p2pflop.market.samples import NOW_NS, ROOT, ask, book, party
+from p2pflop.market.sheets import OpenSheet
 from p2pflop.units import NS_PER_S
 
 SELLER = party(1)
+
+
+def proof_of(one: OpenSheet, other: OpenSheet) -> Equivocation:
+    proof = open_equivocation(one.sealed.wire, other.sealed.wire, "main")
+    assert isinstance(proof, Equivocation)
+    return proof
 
 
 def test_the_latest_number_wins_in_either_order() -> None:
@@ -38,7 +52,9 @@ def test_two_bodies_under_one_number_go_both_and_leave_a_proof() -> None:
     one, other = SELLER.sheet(ask(1), number=3), SELLER.sheet(ask(2), number=3)
     made = book(one)
     proof = made.apply(other, NOW_NS)
-    assert proof == Equivocation(one.node, 3, one.sealed.wire, other.sealed.wire)
+    until_ns = NOW_NS + MAX_SHEET_LIFETIME_NS
+    assert proof == Equivocation(one.node, 3, one.sealed.wire, other.sealed.wire, until_ns)
+    assert proof == proof_of(one, other)
     assert made.view(NOW_NS).sheets == ()
     assert made.proofs() == (proof,)
     for sheet in (one, other, SELLER.sheet(ask(), number=2)):
@@ -50,36 +66,30 @@ def test_two_bodies_under_one_number_go_both_and_leave_a_proof() -> None:
 def test_a_proof_convinces_another_book_once() -> None:
     one, other = SELLER.sheet(ask(1), number=3), SELLER.sheet(ask(2), number=3)
     made = book(SELLER.sheet(ask(), number=2))
-    wires = (one.sealed.wire, other.sealed.wire)
-    assert isinstance(made.apply_equivocation(*wires, NOW_NS), Equivocation)
+    proof = proof_of(one, other)
+    assert made.apply_equivocation(proof, NOW_NS) == proof
     assert len(made) == 0
-    assert made.apply_equivocation(*wires, NOW_NS) == Applied(changed=False)
+    assert made.apply_equivocation(proof, NOW_NS) == Applied(changed=False)
     assert isinstance(made.apply(one, NOW_NS), Rejected)
 
 
 def test_what_proves_nothing_is_refused() -> None:
-    made = book()
-    one = SELLER.sheet(ask(1), number=3).sealed.wire
+    one = SELLER.sheet(ask(1), number=3)
     other = SELLER.sheet(ask(2), number=4).sealed.wire
     stranger = party(2).sheet(ask(2), number=3).sealed.wire
-    conflict = SELLER.sheet(ask(2), number=3).sealed.wire
-    long_after = NOW_NS + MAX_SHEET_LIFETIME_NS
-    for first, second, now_ns in [
-        (one, one, NOW_NS),
-        (one, other, NOW_NS),
-        (one, stranger, NOW_NS),
-        (one, b"junk", NOW_NS),
-        (one, conflict, long_after),
-    ]:
-        assert isinstance(made.apply_equivocation(first, second, now_ns), Rejected)
+    for second in (one.sealed.wire, other, stranger, b"junk"):
+        assert isinstance(open_equivocation(one.sealed.wire, second, "main"), Rejected)
+    conflict = proof_of(one, SELLER.sheet(ask(2), number=3))
+    made = book()
+    assert isinstance(made.apply_equivocation(conflict, NOW_NS + MAX_SHEET_LIFETIME_NS), Rejected)
     assert made.proofs() == ()
 
 
 def test_a_proof_of_the_past_does_not_remove_a_later_sheet() -> None:
     later = SELLER.sheet(ask(), number=9)
     made = book(later)
-    wires = (SELLER.sheet(ask(1), number=3).sealed.wire, SELLER.sheet(ask(2), number=3).sealed.wire)
-    made.apply_equivocation(*wires, NOW_NS)
+    proof = proof_of(SELLER.sheet(ask(1), number=3), SELLER.sheet(ask(2), number=3))
+    made.apply_equivocation(proof, NOW_NS)
     assert made.view(NOW_NS).sheets == (later,)
 
 

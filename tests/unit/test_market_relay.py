@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from p2pflop.market import relay as relay_module
-from p2pflop.market.book import MAX_SHEETS_PER_ACCOUNT, Book
+from p2pflop.market.book import (
+    MAX_PROOFS,
+    MAX_SHEETS,
+    MAX_SHEETS_PER_ACCOUNT,
+    Book,
+    Equivocation,
+)
 from p2pflop.market.gate import Outcome
 from p2pflop.market.records import MAX_SHEET_LIFETIME_NS
 from p2pflop.market.relay import (
@@ -16,10 +22,12 @@ from p2pflop.market.relay import (
     COMPARED_AT_ONCE,
     FORGIVEN_S,
     FORWARDER_BURST,
+    FORWARDER_PER_S,
     MAX_FAULTS,
     MAX_SHEET_WIRE_BYTES,
     OVERTAKEN_S,
     PASSED_ON_BURST,
+    PROOFS_PER_S,
     SUBNET_BURST,
     Relay,
 )
@@ -217,8 +225,40 @@ def test_what_is_gone_is_not_passed_on(relay: Relay) -> None:
 def test_a_new_proof_is_handed_on_soon(relay: Relay) -> None:
     relay.connected("peer", "")
     relay.due(NOW_NS)
-    pair = (SELLER.sheet(ask(1)).sealed.wire, SELLER.sheet(ask(2)).sealed.wire)
-    assert relay.enter_proof(*pair, "peer", NOW_NS)
-    assert not relay.enter_proof(*pair, "peer", NOW_NS)
+    proof = book(SELLER.sheet(ask(1))).apply(SELLER.sheet(ask(2)), NOW_NS)
+    assert isinstance(proof, Equivocation)
+    assert relay.enter_proof(proof, "peer", NOW_NS)
+    assert not relay.enter_proof(proof, "peer", NOW_NS)
     assert relay.due(NOW_NS + int(COMPARE_SOON_S * NS_PER_S)) == ("peer",)
     assert relay.score("peer", NOW_NS) == MAX_FAULTS
+
+
+def test_by_comparing_a_neighbour_brings_a_book_and_then_no_more_than_by_gossip() -> None:
+    """Else whoever has many identities would renew all their sheets at each comparison."""
+    relay = Relay(book(), lambda: 0.0)
+    nodes = [number.to_bytes(32, "big") for number in range(MAX_SHEETS)]
+    assert relay.sheets_to_ask(list(nodes), "peer", NOW_NS) == tuple(nodes)
+    assert relay.sheets_to_ask(list(nodes), "peer", NOW_NS) == ()
+    later_ns = NOW_NS + 2 * NS_PER_S
+    asked = relay.sheets_to_ask(list(nodes), "peer", later_ns)
+    assert len(set(asked)) == 2 * FORWARDER_PER_S
+    assert relay.sheets_to_ask(list(nodes), "other", later_ns) == tuple(nodes)
+
+
+def test_which_of_too_many_are_asked_for_is_left_to_chance() -> None:
+    """Whoever lists first, or has the lowest key, gains nothing by it."""
+    drawn = set()
+    for chance in (0.0, 0.3, 0.6, 0.9):
+        relay = Relay(book(), lambda chance=chance: chance)  # type: ignore[misc]
+        nodes = [number.to_bytes(32, "big") for number in range(MAX_SHEETS)]
+        relay.sheets_to_ask(list(nodes), "peer", NOW_NS)
+        drawn.add(relay.sheets_to_ask(nodes, "peer", NOW_NS + NS_PER_S)[0])
+    assert len(drawn) == 4
+
+
+def test_by_comparing_a_neighbour_brings_a_bounded_number_of_proofs(relay: Relay) -> None:
+    nodes = [number.to_bytes(32, "big") for number in range(MAX_PROOFS + 1)]
+    assert len(relay.proofs_to_ask(list(nodes), "peer", NOW_NS)) == MAX_PROOFS
+    assert relay.proofs_to_ask(list(nodes), "peer", NOW_NS) == ()
+    later_ns = NOW_NS + int(8 * NS_PER_S)
+    assert len(relay.proofs_to_ask(list(nodes), "peer", later_ns)) == 8 * PROOFS_PER_S
