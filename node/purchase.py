@@ -357,7 +357,7 @@ class Purchase:
             self._conversation = None
         buyer, order = self._buyer, self._stretches.now
         self._note_failure()
-        self._returns = Returns()
+        self._returns, self._has_left_room = Returns(), False
         goods = Goods(order.checked, buyer.store, buyer.dialer, self._peer, self._moved)
         self._verifier.begin(goods)
         await self._tell_loss(self._peer)
