@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 DEAL_ROW: Final = "deal"
 CLASS_ROW: Final = "class"
 KEY_BYTES: Final = 32
+ASKED_A_LOOK: Final = 128
+"""Bids on the deals of one look at the book; then it is looked at anew, and goes on with others."""
 NEVER_AGAIN: Final = -1
 """No deal is as cheap."""
 NEW_ROUNDS: Final = frozenset(LIFE_ROW + e for e in (Edge.WAIT, Edge.RESUBMIT, Edge.DOUBT))
@@ -90,7 +92,9 @@ class Bidding:
     def bid_on(self, attempt: int, now_ns: int) -> Sealed[Bid] | None:
         """The bid on the deal to try as number ``attempt``, or None if there is none left."""
         self._give_up(attempt - 1)
-        ranking = self._ranking or self._look(attempt, continues=True)
+        ranking = self._ranking
+        if ranking is None or attempt - self._first_attempt >= ASKED_A_LOOK:
+            ranking = self._look(attempt, continues=True)
         if attempt - self._first_attempt >= len(self._deals):
             return None
         deal = self._deals[attempt - self._first_attempt]

@@ -165,8 +165,17 @@ def evidence_of(
     return Evidence(
         version=1,
         network=network,
-        looks=tuple(_look(looked, sheet) for looked in looks[-MAX_LOOKS:]),
+        looks=tuple(_look(looked, sheet) for looked in _newest(looks)),
     )
+
+
+def _newest(looks: Sequence[_Looked]) -> Sequence[_Looked]:
+    """The looks to be shown: where not all can be, from the beginning of a round on, if one is."""
+    shown = looks[-MAX_LOOKS:]
+    if len(shown) == len(looks):
+        return shown
+    begins = [place for place, looked in enumerate(shown) if not looked.row.continues]
+    return shown[begins[0] :] if begins else shown
 
 
 def _look(looked: _Looked, sheet: Callable[[bytes], bytes | None]) -> Look:

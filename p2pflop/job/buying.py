@@ -44,7 +44,9 @@ from p2pflop.job.lifecycle import (
 )
 from p2pflop.units import NS_PER_S
 
-MAX_ATTEMPTS: Final = 64
+MAX_ATTEMPTS: Final = 4_096
+"""In a round, as many as a book has room for strangers: asks behind which nobody is cost nothing,
+and must not keep a buyer from the ask that comes after them."""
 MAX_UNSIGNED_RECEIPTS: Final = 64
 JOB_FAULT_PREFIX: Final = "job: "
 ONE_OPINION: Final = " (so account {} says, and there is no other to ask; {})"

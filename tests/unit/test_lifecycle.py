@@ -9,7 +9,8 @@ import pytest
 
 from p2pflop.errors import ProtocolError, StoreError
 from p2pflop.ids import content_hash
-from p2pflop.job.buying import MAX_ATTEMPTS, MAX_REST_NS, Buying, buyer
+from p2pflop.job import buying
+from p2pflop.job.buying import MAX_REST_NS, Buying, buyer
 from p2pflop.job.events import (
     DEADLINE,
     Action,
@@ -396,16 +397,17 @@ def test_a_refusal_leads_to_the_next_deal_and_the_last_to_failure() -> None:
     assert link.buyer.finishes[0].blame is Blame.MARKET
 
 
-def test_attempts_are_bounded() -> None:
+def test_attempts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buying, "MAX_ATTEMPTS", 64)
     (deal,) = deals(party(1).sheet(ask()))
-    made = buyer(buyer_desk(SHOPPER, [deal] * (MAX_ATTEMPTS + 10)), DEADLINE_NS)
+    made = buyer(buyer_desk(SHOPPER, [deal] * 74), DEADLINE_NS)
     made.start(NOW_NS)
     made.on(Ranked(), NOW_NS)
     attempts = 1
     while not made.ended:
         made.on(Lost("no route"), NOW_NS)
         attempts += 1
-    assert attempts == MAX_ATTEMPTS + 1
+    assert attempts == 65
 
 
 def test_a_damaged_journal_is_an_error_of_the_store() -> None:

@@ -1,0 +1,68 @@
+"""A book full of asks behind which nobody is, each cheaper than the only honest one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from p2pflop.market.evidence import Evidence, Verdict, replay
+from p2pflop.market.samples import ask, party
+from p2pflop.node import bidding, evidence
+from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, now_ns, sample_file
+from p2pflop.units import NS_PER_S
+from p2pflop.wire import decode
+
+if TYPE_CHECKING:
+    from tests.sim.conftest import Market
+
+
+def fill_with_fakes(buyer: MemoryNode, class_id: bytes, count: int) -> None:
+    """As many identities as wanted: they cost nothing, not even an address."""
+    at_ns = now_ns()
+    until_ns = at_ns + 1800 * NS_PER_S
+    offer = ask(1, PRICE_NUSD // 2, class_id=class_id, valid_until_ns=until_ns)
+    for number in range(count):
+        buyer.sheets.book.apply(party(number).sheet(offer, now_ns=at_ns), at_ns)
+
+
+def class_of(provider: MemoryNode) -> bytes:
+    newest = provider.sheets.newest
+    assert newest is not None
+    return newest.sheet.asks[0].class_id
+
+
+@pytest.mark.parametrize("count", [100, bidding.ASKED_A_LOOK, 300])
+async def test_a_job_goes_past_asks_behind_which_nobody_is(
+    market: Market, autojump_clock: object, count: int
+) -> None:
+    honest, buyer = await market.provider(), await market.buyer()
+    fill_with_fakes(buyer, class_of(honest), count)
+    run_id = await buyer.submit(sample_file(3))
+    end = await market.end_of(buyer, run_id)
+    assert (end["kind"], end.get("provider")) == ("result", honest.peer)
+    assert len(buyer.events(run_id, "rejected")) == count
+    looks = replay(decode(Evidence, buyer.buyer.evidence(run_id)))
+    assert [len(look.bids) for look in looks] == [
+        min(bidding.ASKED_A_LOOK, count + 1 - start)
+        for start in range(0, count + 1, bidding.ASKED_A_LOOK)
+    ]
+    assert all(look.is_right for look in looks)
+
+
+async def test_evidence_that_is_cut_begins_with_a_round(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look that continues one which is not shown would seem to have passed better deals by."""
+    monkeypatch.setattr(bidding, "ASKED_A_LOOK", 4)
+    monkeypatch.setattr(evidence, "MAX_LOOKS", 5)
+    honest, buyer = await market.provider(), await market.buyer()
+    honest.seller.stopping = True
+    fill_with_fakes(buyer, class_of(honest), 10)
+    run_id = await buyer.submit(sample_file(3), rest=True, deadline_s=300)
+    end = await market.end_of(buyer, run_id)
+    assert end["kind"] == "failed"
+    shown = decode(Evidence, buyer.buyer.evidence(run_id))
+    assert not shown.looks[0].continues
+    verdicts = {bid.verdict for look in replay(shown) for bid in look.bids}
+    assert verdicts <= {Verdict.BEST, Verdict.NEXT}
