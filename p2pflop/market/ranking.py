@@ -27,7 +27,6 @@ from p2pflop.units import FLOP_PER_PFLOP, MAX_NUSD, NS_PER_S, format_bytes, form
 from p2pflop.wire import U63, Hash, Key, Record, encode
 
 BYTES_PER_GB: Final = 10**9
-NUMBER_BYTES: Final = 4
 MAX_POLICY_ACCOUNTS: Final = 256
 MAX_EXPERIENCE: Final = 256
 
@@ -256,7 +255,7 @@ def rank(
     for _, group in groupby(deals, key=_TOTAL):
         tied = list(group)
         if len(tied) > 1:
-            tied.sort(key=lambda deal: tie_key(need.nonce, deal.sheet, deal.ask) + deal.ticket)
+            tied.sort(key=lambda deal: (*tie_key(need.nonce, deal.sheet, deal.ask), deal.ticket))
         ranked += tied
     misses.sort(key=lambda miss: (miss.total_nusd, miss.sheet.sealed.signer, miss.ask.number))
     return ranked + misses
@@ -296,10 +295,9 @@ def best(
     return found
 
 
-def tie_key(nonce: bytes, sheet: OpenSheet, ask: Ask) -> bytes:
+def tie_key(nonce: bytes, sheet: OpenSheet, ask: Ask) -> tuple[bytes, bytes, int]:
     """Orders equal totals: a draw among accounts that nobody can steer, then node and number."""
-    drawn = content_hash(nonce + sheet.account)
-    return drawn + sheet.sealed.signer + ask.number.to_bytes(NUMBER_BYTES, "big")
+    return content_hash(nonce + sheet.account), sheet.sealed.signer, ask.number
 
 
 def no_deal(ranked: Iterable[Deal | Miss]) -> MarketError:
@@ -375,7 +373,7 @@ def _judge(need: Need, policy: Policy, now_ns: int, attested: Accounts) -> _Judg
             return MissReason.EXPIRED
         if is_late:
             return MissReason.DEADLINE
-        if sealed.signer == own_node:
+        if own_node and sealed.signer == own_node:
             return MissReason.OWN_NODE
         if is_choosy and (reason := barred(sheet.account, ask.price_nusd)) is not None:
             return reason
