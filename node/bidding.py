@@ -30,6 +30,8 @@ CLASS_ROW: Final = "class"
 KEY_BYTES: Final = 32
 ASKED_A_LOOK: Final = 128
 """Bids on the deals of one look at the book; then it is looked at anew, and goes on with others."""
+SILENT_BEFORE_KNOWN: Final = 8
+"""So many in a round do not answer, and accounts that have delivered before are asked next."""
 NEVER_AGAIN: Final = -1
 """No deal is as cheap."""
 NEW_ROUNDS: Final = frozenset(LIFE_ROW + e for e in (Edge.WAIT, Edge.RESUBMIT, Edge.DOUBT))
@@ -53,6 +55,8 @@ class Bidding:
         self._classes = order.classes
         self._is_unfilled = True
         self._refusal = ""
+        self._silent = 0
+        self._has_asked_known = self._is_among_known = False
 
     def desk(self) -> BuyerDesk:
         """The desk of a purchase by these deals."""
@@ -87,14 +91,13 @@ class Bidding:
         self._order = order
         self._is_unfilled = True
         self._forget_tried()
+        self._silent, self._has_asked_known = 0, False
         return self._look(attempt, continues=False)
 
     def bid_on(self, attempt: int, now_ns: int) -> Sealed[Bid] | None:
         """The bid on the deal to try as number ``attempt``, or None if there is none left."""
         self._give_up(attempt - 1)
-        ranking = self._ranking
-        if ranking is None or attempt - self._first_attempt >= ASKED_A_LOOK:
-            ranking = self._look(attempt, continues=True)
+        ranking = self._ranking_for(attempt)
         if attempt - self._first_attempt >= len(self._deals):
             return None
         deal = self._deals[attempt - self._first_attempt]
@@ -158,6 +161,7 @@ class Bidding:
     def _give_up(self, attempt: int) -> None:
         """What was bid on as number ``attempt``, if anything, came to nothing."""
         place, refusal, self._refusal = attempt - self._first_attempt, self._refusal, ""
+        self._silent += place >= 0 and not refusal
         if self._is_unfilled and 0 <= place < len(self._deals) and self._deals[place].ticket:
             # A slot was not promised, and clocks differ.
             is_kept = refusal == ASK_EXPIRED or refusal.startswith(BUSY_PREFIX)
@@ -204,14 +208,36 @@ class Bidding:
         limit_nusd = self._refused_nusd.get(deal.node, NEVER_AGAIN)
         return deal.node not in self._tried or deal.total_nusd <= limit_nusd
 
-    def _look(self, attempt: int, *, continues: bool) -> Ranking:
+    def _ranking_for(self, attempt: int) -> Ranking:
+        """The look by which number ``attempt`` is bid: a new one where the last has led nowhere.
+
+        Asks behind which nobody is cost nothing, so that a book can be full of them. Whoever has
+        bought before has its own experience, and limits its policy to it once.
+        """
+        if self._silent >= SILENT_BEFORE_KNOWN and not self._has_asked_known:
+            self._has_asked_known = True
+            if known := self._known():
+                return self._look(attempt, continues=True, only=known)
+        most = len(self._deals) if self._is_among_known else ASKED_A_LOOK
+        if self._ranking is None or attempt - self._first_attempt >= most:
+            return self._look(attempt, continues=True)
+        return self._ranking
+
+    def _known(self) -> list[bytes]:
+        """Accounts with a deal in the last look that have delivered before, not asked yet."""
+        has_bought_from = self._buyer.ledger_book.has_bought_from
+        untried = {deal.account for deal in self._deals if self._may_ask(deal)}
+        return sorted(account for account in untried if has_bought_from(account))
+
+    def _look(self, attempt: int, *, continues: bool, only: Sequence[bytes] = ()) -> Ranking:
         """Rank; the deals are those from ``attempt`` on that may be asked in this round.
 
         A restart looks anew: what was ranked before it is not kept.
         """
+        self._is_among_known = bool(only)
         order = self._order
         quoted = self._buyer.wishes.quoted(self._run_id)
-        ranking = self._ranking = self._buyer.rank(order, self._classes, quoted)
+        ranking = self._ranking = self._buyer.rank(order, self._classes, quoted, only)
         self._deals = [deal for deal in ranking.deals if self._may_ask(deal)]
         keep_look(
             self._rows,

@@ -217,10 +217,14 @@ class Buyer:
         return frozenset({await _class_named(name) for name in names})
 
     def rank(
-        self, order: Order, classes: frozenset[bytes], quoted: Sequence[Quoted] = ()
+        self,
+        order: Order,
+        classes: frozenset[bytes],
+        quoted: Sequence[Quoted] = (),
+        only: Sequence[bytes] = (),
     ) -> Ranking:
         """Rank the book as it is now, of these classes or, if there are none, of all, and what is
-        ``quoted``."""
+        ``quoted``; of ``only`` these accounts, if any are named."""
 
         def ranked(
             view: BookView, nonce: bytes, policy: Policy, admitted: Accounts
@@ -228,11 +232,13 @@ class Buyer:
             need = order.need(classes or frozenset(view.by_price), nonce)
             return rank(view.sheets, need, policy, view.at_ns, admitted, quoted)
 
-        return self.look(ranked)
+        return self.look(ranked, only=only)
 
-    def look(self, ranked: Ranker, excluded: Sequence[bytes] = ()) -> Ranking:
+    def look(
+        self, ranked: Ranker, excluded: Sequence[bytes] = (), only: Sequence[bytes] = ()
+    ) -> Ranking:
         """The book as it is now, ``ranked`` by this node's policy: who has failed lately is avoided
-        if anybody else does, ``excluded`` accounts are in any case."""
+        if anybody else does, ``excluded`` accounts are in any case, as are others than ``only``."""
         now_ns = self.now_ns()
         nonce = secrets.token_bytes(NONCE_BYTES)
         kept = self.sheets.book.view(now_ns)
@@ -242,7 +248,11 @@ class Buyer:
         # Better one that has failed before than none.
         for left_alone in (avoided, ()):
             accounts = sorted({*excluded, *(each.account for each in left_alone)})
-            policy = Policy(excluded=tuple(accounts[:MAX_POLICY_ACCOUNTS]), attested_only=is_strict)
+            policy = Policy(
+                excluded=tuple(accounts[:MAX_POLICY_ACCOUNTS]),
+                only=tuple(only[:MAX_POLICY_ACCOUNTS]),
+                attested_only=is_strict,
+            )
             entries = ranked(view, nonce, policy, admitted)
             if any(isinstance(entry, Deal) for entry in entries):
                 break

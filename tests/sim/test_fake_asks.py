@@ -50,6 +50,41 @@ async def test_a_job_goes_past_asks_behind_which_nobody_is(
     assert all(look.is_right for look in looks)
 
 
+async def test_after_some_silence_those_who_delivered_before_are_asked(
+    market: Market, autojump_clock: object
+) -> None:
+    """Each silent one costs up to ten seconds; a stranger that is honest has to wait for that."""
+    known, buyer = await market.provider(price_nusd=2 * PRICE_NUSD), await market.buyer()
+    first = await market.end_of(buyer, await buyer.submit(sample_file(3)))
+    assert first["provider"] == known.peer
+    fill_with_fakes(buyer, class_of(known), 100)
+    buyer.meet(await market.provider("stranger"))
+    run_id = await buyer.submit(sample_file(3, seed=1))
+    end = await market.end_of(buyer, run_id)
+    assert (end["kind"], end["provider"]) == ("result", known.peer)
+    assert len(buyer.events(run_id, "rejected")) == bidding.SILENT_BEFORE_KNOWN
+    whole, among_known = replay(decode(Evidence, buyer.buyer.evidence(run_id)))
+    assert whole.is_right
+    assert [bid.verdict for bid in among_known.bids] == [Verdict.BEST]
+
+
+async def test_when_those_have_no_room_the_rest_is_asked(
+    market: Market, autojump_clock: object
+) -> None:
+    known, buyer = await market.provider(price_nusd=2 * PRICE_NUSD), await market.buyer()
+    await market.end_of(buyer, await buyer.submit(sample_file(3)))
+    known.seller.stopping = True
+    stranger = await market.provider("stranger")
+    fill_with_fakes(buyer, class_of(known), 20)
+    buyer.meet(stranger)
+    run_id = await buyer.submit(sample_file(3, seed=1))
+    end = await market.end_of(buyer, run_id)
+    assert (end["kind"], end["provider"]) == ("result", stranger.peer)
+    looks = replay(decode(Evidence, buyer.buyer.evidence(run_id)))
+    assert [len(look.bids) for look in looks] == [bidding.SILENT_BEFORE_KNOWN, 1, 13]
+    assert all(look.is_right for look in looks)
+
+
 async def test_evidence_that_is_cut_begins_with_a_round(
     market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
