@@ -159,6 +159,20 @@ class Result(Mapping[str, "Array"]):
         times = times_due(phase, first, self.steps)
         return [due_step(phase, first, number) for number in range(times)]
 
+    def last_row(self) -> tuple[int, dict[str, float]]:
+        """The last step that has scalars, from 0, and those by name, as the run's rows told them;
+        -1 and nothing if no step has."""
+        steps = {
+            name: self.steps_of(name)
+            for name, (phase, output) in self._places.items()
+            if self._work.phases[phase].modes[output] == MODE_TRACE
+        }
+        last = max((told[-1] for told in steps.values() if told), default=-1)
+        return (
+            last,
+            {name: float(self[name][-1]) for name, told in steps.items() if told[-1:] == [last]},
+        )
+
     def address(self, name: str) -> str:
         """Where the last value of output ``name`` is, 64 hex digits, for anyone with HTTP."""
         phase, output = self._place(name)

@@ -369,6 +369,10 @@ class Sweep:
                 state = str(event["kind"])
                 return Outcome(place, args, state, costs.nusd, run, row, error=error)
             if event["kind"] == "result":
+                # What was told while a node restarted is lost; the result has it.
+                end = self._job.file.body.job.first_step + int(event.get("steps_done", 0))
+                if row is not None and row.step + 1 < end:
+                    row = Row(*Run(run.id, client).result().last_row())
                 earlier, pack = str(event.get("earlier", "")), str(event.get("pack", ""))
                 cost_nusd = int(event["cost_nusd"])
                 return Outcome(place, args, "settled", cost_nusd, run, row, earlier, pack)

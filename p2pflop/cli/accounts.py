@@ -37,7 +37,10 @@ def find_account(client: Client, text: str) -> bytes:
     known += [ask["account"] for ask in client.book()]
     known += [payment["account"] for payment in client.payments()]
     return find_among(
-        text, known, "account", "See 'p2pflop ledger --json' and 'p2pflop book --json'."
+        text,
+        known,
+        "account",
+        "See 'p2pflop ledger --json', or name a provider as 'p2pflop book' does: ..1B4naAgDVV.",
     )
 
 

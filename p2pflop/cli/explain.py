@@ -53,7 +53,7 @@ def explain_command(flags: Flags, run: str, out: Path | None, provider: str) -> 
       p2pflop explain decision.p2pe --provider 12D3KooW...
     """
     is_file = Path(run).exists()
-    data = _read(Path(run)) if is_file else flags.client(start=True).evidence(run)
+    data = _read(Path(run)) if is_file else _evidence(flags, run)
     if out is not None:
         with whole_file(out) as file:
             file.write(data)
@@ -106,6 +106,17 @@ def audit_tape_command(flags: Flags, files: tuple[Path, ...]) -> None:
             f"{len(wrong)} of {counted(len(bids), 'bid')} not for the best deal",
             hint="See them with 'p2pflop explain FILE'.",
         )
+
+
+def _evidence(flags: Flags, run: str) -> bytes:
+    try:
+        return flags.client(start=True).evidence(run)
+    except ConfigError as error:
+        raise ConfigError(
+            error.message,
+            hint="See p2pflop jobs. Who sold, or did not, asks the buyer for a file: "
+            "'p2pflop explain ID --out FILE'.",
+        ) from error
 
 
 def _read(path: Path) -> bytes:

@@ -281,3 +281,11 @@ class TestWatchingTheBook:
             process.wait()
             os.close(ours)
         assert b"Traceback" not in shown
+
+
+def test_explaining_what_was_not_bought_here_says_who_has_the_evidence(
+    start_node: StartNode, capsys: Output
+) -> None:
+    start_node()
+    assert run(["explain", "0123456789ab"]) == 2
+    assert "asks the buyer for a file" in capsys.readouterr().err

@@ -164,6 +164,7 @@ class TestResult:
         np.testing.assert_array_equal(result["sum"], [3, 6, 12, 24])
         np.testing.assert_array_equal(result["last"], [-16, -32])
         assert result.steps_of("sum") == [0, 1, 2, 3]
+        assert result.last_row() == (3, {"sum": 24})
         assert result.address("last") == address_of(struct.pack("<2f", -16, -32)).hex()
         assert (result.steps, result.cost_usd) == (STEPS, 1.5)
         for look in (

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from p2pflop.dht.manifest import address_of
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, MarketError, P2PFlopError
 from p2pflop.line import Request
 from p2pflop.outcomes import Costs, Outcome
+from p2pflop.runs import Run
 from p2pflop.sweep_plan import SweepPlan
 from tests.lines import Canned, CannedLine, content_of
 
@@ -35,6 +37,7 @@ class ScriptedNode:
     def __init__(self, deed: Deed = lambda _: "result", cost_nusd: int = PRICE_NUSD) -> None:
         self.deed = deed
         self.cost_nusd = cost_nusd
+        self.steps_done = 1
         self.blobs: dict[bytes, bytes] = {}
         self.resting: dict[str, bool] = {}
         self.files: dict[str, bytes] = {}
@@ -137,7 +140,8 @@ class ScriptedNode:
     def _last(self, end: str) -> dict[str, Any]:
         match end:
             case "result":
-                return {"kind": "result", "hash": "ab" * 32, "cost_nusd": self.cost_nusd}
+                told = {"hash": "ab" * 32, "cost_nusd": self.cost_nusd}
+                return {"kind": "result", "steps_done": self.steps_done, **told}
             case "cancelled":
                 return {"kind": "cancelled"}
             case "too dear":
@@ -196,6 +200,21 @@ def test_outcomes_come_in_the_order_of_the_arguments(job: pf.Job, connect: Conne
     progress = sweep.progress()
     assert (progress.done, progress.failed, progress.under_way, progress.waiting) == (20, 0, 0, 0)
     assert progress.spent_nusd == 20 * PRICE_NUSD
+
+
+def test_a_row_that_was_lost_with_a_node_is_read_from_the_result(
+    job: pf.Job, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = ScriptedNode()
+    found = SimpleNamespace(last_row=lambda: (2, {"loss": 0.5}))
+    monkeypatch.setattr(Run, "result", lambda _: found)
+    [told] = pf.map(job, rates(1), client=connect(node))
+    assert told.row is not None
+    assert told.row.step == 0, "it was the last"
+    node.steps_done = 3
+    [lost] = pf.map(job, rates(1), client=connect(node))
+    assert lost.row is not None
+    assert dict(lost.row) == {"step": 2, "loss": 0.5}
 
 
 def test_unordered_they_come_as_they_end(job: pf.Job, connect: Connect) -> None:
