@@ -3,7 +3,9 @@
 The lifecycle (``p2pflop.job.lifecycle``) decides, this drives. Events come from several tasks at
 once (stream, worker, timer, user); one lock puts them in order. Rows are flushed before the first
 ``Send`` that follows them, together: until then a crash only takes back what nobody has seen. A
-job that rests has nothing to send for long; its rows are flushed as it begins to.
+job that rests has nothing to send for long; its rows are flushed as it begins to. A bid alone is on
+its way while its rows go to disk: it binds nobody, a fill that nobody confirms lapses, and the
+confirm is not even signed before that write has ended. So a crash may lose a bid, and no more.
 
 What a lifecycle has decided is done to its end, even if the task that reported the event is
 cancelled meanwhile, say because its stream broke. If it cannot be done (the disk is full), memory
@@ -176,10 +178,14 @@ class Driver:
     async def _act(self, actions: list[Any]) -> None:
         self._keep(actions)
         for action in actions:
-            if isinstance(action, Send) or action == Start("rest"):
+            if action == Start("rest"):
                 await self._hands.write()
             match action:
+                case Send("bid"):
+                    await self._hands.send(action)
+                    await self._hands.write()
                 case Send():
+                    await self._hands.write()
                     await self._hands.send(action)
                 case Start():
                     self._hands.start(action.task)
