@@ -44,6 +44,10 @@ def jobs_of(
     """
     if args is None and feed is None:
         raise ConfigError("which jobs?", hint='Give args=[{"lr": 0.1}, ...] or feed=.')
+    if args is not None and not _are_arguments(args):
+        raise ConfigError(
+            "args= is not a list of arguments by name", hint='Give args=[{"lr": 0.1}, ...].'
+        )
     if args is not None and not len(args):
         raise ConfigError(
             "a sweep of no jobs: the list of arguments is empty",
@@ -110,6 +114,10 @@ def _only_feed(job: Job) -> str:
     if len(names) != 1:
         raise ConfigError(f"the job has {len(names)} feeds, so which is meant?", hint=HINT)
     return names[0]
+
+
+def _are_arguments(args: object) -> bool:
+    return isinstance(args, Sequence) and all(isinstance(each, Mapping) for each in args)
 
 
 def _feeds(job: Job, feed: object) -> dict[str, Feed]:

@@ -136,6 +136,8 @@ class Sweep:
             if outcome.state != "settled":
                 continue
             result = outcome.result()
+            if name not in result:
+                continue
             values = result[name].reshape(-1)
             if len(values) and not math.isnan(value := float(values[-1])):
                 found.setdefault(value, (outcome, result))

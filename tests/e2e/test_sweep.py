@@ -14,6 +14,7 @@ from tinygrad import Tensor
 
 import p2pflop as pf
 from p2pflop.client import Client
+from p2pflop.errors import P2PFlopError
 from p2pflop.job.file import encode_file
 
 StartNode = Callable[..., Any]
@@ -62,6 +63,8 @@ def test_twelve_jobs_over_two_providers_under_one_budget(buyer: Client) -> None:
     for outcome, given in zip(outcomes, args, strict=True):
         expected = (1 - 2 * given["lr"]) ** 10
         assert outcome.result()["loss"][-1] == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(P2PFlopError, match="has a value of 'lost'"):
+        sweep.best("lost")
     best, result = sweep.best("loss", min)
     assert best.args == {"lr": 0.5}
     assert result["loss"][-1] == pytest.approx(0, abs=1e-9)

@@ -108,6 +108,9 @@ def test_numbers_of_jobs_are_checked_before_anything_is_put() -> None:
         jobs_of(job, [], None, MOST, client)
     with pytest.raises(ConfigError, match="which jobs"):
         jobs_of(job, None, None, MOST, client)
+    for odd in (5, "lr", {"by": 1}, [1, 2]):
+        with pytest.raises(ConfigError, match="not a list of arguments by name"):
+            jobs_of(job, cast(Any, odd), None, MOST, client)
     with pytest.raises(ConfigError, match="has the data that led to it"):
         with_data(job.extend(2), {"rows": "ab" * 32})
     assert blobs.held == {}
