@@ -11,11 +11,13 @@ from p2pflop.job.spec import Job, NoSource, Phase, Work, WorkParam, work_id
 from p2pflop.keys import PrivateKey
 from p2pflop.market.book import Book
 from p2pflop.market.desk import BuyerDesk, ProviderDesk
+from p2pflop.market.evidence import Attempt, Look
 from p2pflop.market.fills import make_bid
 from p2pflop.market.ranking import Deal, Need, Policy, rank, sum_costs
 from p2pflop.market.records import Ask, Bid, CostLine, Terms
 from p2pflop.market.sessions import make_session_bid
 from p2pflop.market.sheets import OpenSheet, make_ask, make_delegation, make_sheet
+from p2pflop.market.views import BookView
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import DEFAULT_NETWORK, Sealed
 
@@ -149,6 +151,21 @@ def book(*sheets: OpenSheet, now_ns: int = NOW_NS) -> Book:
     for sheet in sheets:
         made.apply(sheet, now_ns)
     return made
+
+
+def look(view: BookView, made: Sealed[Bid]) -> Look:
+    """The evidence of a look at a whole book, and of the one bid that followed from it."""
+    return Look(
+        at_ns=NOW_NS,
+        continues=False,
+        max_nusd=10**9,
+        class_ids=(CLASS_ID,),
+        policy=Policy(),
+        whole=True,
+        sheets=tuple(sheet.sealed.wire for sheet in view.sheets),
+        attested=(),
+        attempts=(Attempt(made.wire, b"", b"", ""),),
+    )
 
 
 def buyer_desk(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from p2pflop.market.evidence import Attempt, Evidence, Look, Verdict, replay
-from p2pflop.market.ranking import Policy
-from p2pflop.market.samples import ASK_LIFE_NS, CLASS_ID, NOW_NS, ask, bid, book, deals, party
+from p2pflop.market.evidence import Evidence, Look, Verdict, replay
+from p2pflop.market.samples import ASK_LIFE_NS, NOW_NS, ask, bid, book, deals, look, party
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
 from p2pflop.units import NS_PER_S
 
 
-def verdict(look: Look) -> Verdict:
-    [told] = replay(Evidence(1, "main", (look,)))
+def verdict(seen: Look) -> Verdict:
+    [told] = replay(Evidence(1, "main", (seen,)))
     return told.bids[0].verdict
 
 
@@ -26,18 +25,8 @@ def test_no_later_clock_hides_a_better_ask() -> None:
     _, second = deals(cheap, dear)
     view = book(cheap, dear).view(NOW_NS)
     worse = bid(party(0), second, book_digest=view.digest)
-    look = Look(
-        at_ns=NOW_NS,
-        continues=False,
-        max_nusd=10**9,
-        class_ids=(CLASS_ID,),
-        policy=Policy(),
-        whole=True,
-        sheets=tuple(sheet.sealed.wire for sheet in view.sheets),
-        attested=(),
-        attempts=(Attempt(worse.wire, b"", b"", ""),),
-    )
-    assert verdict(look) is Verdict.WORSE
-    assert verdict(replace(look, at_ns=NOW_NS + CLOCK_TOLERANCE_NS)) is Verdict.WORSE
-    assert verdict(replace(look, at_ns=NOW_NS + 301 * NS_PER_S)) is Verdict.OTHER_TIME
-    assert verdict(replace(look, at_ns=NOW_NS - ASK_LIFE_NS)) is Verdict.WORSE
+    seen = look(view, worse)
+    assert verdict(seen) is Verdict.WORSE
+    assert verdict(replace(seen, at_ns=NOW_NS + CLOCK_TOLERANCE_NS)) is Verdict.WORSE
+    assert verdict(replace(seen, at_ns=NOW_NS + 301 * NS_PER_S)) is Verdict.OTHER_TIME
+    assert verdict(replace(seen, at_ns=NOW_NS - ASK_LIFE_NS)) is Verdict.WORSE

@@ -23,7 +23,20 @@ from p2pflop.market.records import (
     Sheet,
     Wish,
 )
-from p2pflop.market.samples import CLASS_ID, COSTS, JOB, NONCE, NOW_NS, SALT, TERMS, ask, bid, need
+from p2pflop.market.samples import (
+    CLASS_ID,
+    COSTS,
+    JOB,
+    NONCE,
+    NOW_NS,
+    SALT,
+    TERMS,
+    ask,
+    bid,
+    book,
+    look,
+    need,
+)
 from p2pflop.market.samples import party as make_party
 from p2pflop.market.sheets import OpenSheet
 from p2pflop.market.wishes import (
@@ -243,23 +256,9 @@ def test_evidence_takes_a_quote_that_beats_the_book_and_no_other() -> None:
     cheap = OTHER.sheet(ask(price_nusd=100_000))
 
     def verdict(deal: Deal, *sheets: OpenSheet) -> evidence.Verdict:
-        book = Book(bytes(32))
-        for each in sheets:
-            book.apply(each, NOW_NS)
-        view = book.view(NOW_NS)
-        made = bid(BUYER, deal, book_digest=view.digest)
-        look = evidence.Look(
-            at_ns=NOW_NS,
-            continues=False,
-            max_nusd=10**9,
-            class_ids=(CLASS_ID,),
-            policy=Policy(),
-            whole=True,
-            sheets=tuple(each.sealed.wire for each in view.sheets),
-            attested=(),
-            attempts=(evidence.Attempt(made.wire, b"", b"", ""),),
-        )
-        [replayed] = evidence.replay(evidence.Evidence(1, "main", (look,)))
+        view = book(*sheets).view(NOW_NS)
+        seen = look(view, bid(BUYER, deal, book_digest=view.digest))
+        [replayed] = evidence.replay(evidence.Evidence(1, "main", (seen,)))
         return replayed.bids[0].verdict
 
     deal = quoted_deal()
