@@ -6,6 +6,7 @@
 ``PUT /blob?public=0|1``               keep the request's body
 ``DELETE /blob/<hash>``                forget a blob of this node's own
 ``POST /v1/jobs?max_nusd=&deadline_s=&checkpoint_steps=&checkpoint_s=&class=&fresh=&rest=&id=``
+                                       a job file, or a ``Submission`` of one and small inputs;
                                        ``Accept: text/event-stream`` has it answer with the run's
                                        events, ``{"id"}`` first, for ``wait_ms`` at most
 ``POST /v1/packs?...``                 variants of a job, to be bought as one run; takes an ``id``
@@ -57,6 +58,7 @@ from p2pflop.errors import (
 )
 from p2pflop.ids import parse_hash
 from p2pflop.job.file import FILE_MAGIC, MAX_COMPRESSED_BYTES
+from p2pflop.job.submission import MAX_SUBMISSION_BYTES, decode_submission
 from p2pflop.node.api_errors import EXCEPTION_HANDLERS, Refused
 from p2pflop.node.api_guard import IS_USER, Activity, Guard, json_response
 from p2pflop.node.api_market import MarketApi, event_position, wait_seconds
@@ -85,6 +87,7 @@ class ApiLimits:
 
     max_blob_bytes: int = MAX_BLOB_BYTES
     max_job_bytes: int = MAX_COMPRESSED_BYTES + len(FILE_MAGIC)
+    max_submission_bytes: int = MAX_SUBMISSION_BYTES
     max_command_bytes: int = 4 * KIB
     max_open_requests: int = 256
     heartbeat_s: float = 15.0
@@ -215,9 +218,10 @@ class Api:
     async def submit(self, request: Request) -> Response:
         """Start a run; answers as soon as it is journalled, with its events if these are wanted."""
         options, wait_s = _options(request), wait_seconds(request)
-        body = await self._body(request, self._limits.max_job_bytes)
+        body = await self._body(request, self._limits.max_submission_bytes)
         try:
-            run = await self._service.submit(body, options)
+            submission = decode_submission(body)
+            run = await self._service.submit(submission.file, options, submission.inputs)
         except ProtocolError as error:
             raise _bad_job(error) from error
         if EVENT_STREAM in request.headers.get("accept", ""):

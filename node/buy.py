@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -19,6 +19,7 @@ import msgspec
 import trio
 
 from p2pflop.dht.blobs import Store
+from p2pflop.dht.manifest import address_of
 from p2pflop.dht.planes import Dialer
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, P2PFlopError, StoreError
 from p2pflop.job.collection import numbered_bytes
@@ -138,13 +139,17 @@ class Buyer:
             return await try_out(order, self.workers, self.store)
 
     async def submit(
-        self, body: bytes, options: SubmitOptions, rows: Sequence[tuple[str, bytes]] = ()
+        self,
+        body: bytes,
+        options: SubmitOptions,
+        inputs: Sequence[bytes] = (),
+        rows: Sequence[tuple[str, bytes]] = (),
     ) -> str:
-        """Check, journal and start. Raises JobError, BlobNotFoundError, ConfigError.
+        """Check, journal and start. Raises JobError, BlobNotFoundError, ConfigError, StoreError.
 
         What has been bought before ends at once with the earlier run's result, unless the options
-        want it fresh. A submission with the id of a run that there is changes nothing. ``rows`` are
-        journalled with it.
+        want it fresh. A submission with the id of a run that there is changes nothing. ``inputs``,
+        of ``SMALL_BYTES`` each at most, are kept and ``rows`` journalled with it.
         """
         if options.run_id is not None and await self._has_run(options.run_id, body):
             return options.run_id
@@ -157,15 +162,19 @@ class Buyer:
             order = open_order(body, options, classes, self.now_ns())
         else:
             order = await trio.to_thread.run_sync(open_order, body, options, classes, self.now_ns())
+        given = _given(order, inputs)
         order = await self._with_members(self._with_start(order))
-        await self._check_inputs(order)
+        await self._check_inputs(order, given)
         earlier = None
         if not options.fresh:
             earlier = await find_earlier(order, self.class_id, self.runs, self.store)
         if options.run_id is not None and await self._has_run(options.run_id, body):
             return options.run_id
+        staged = self.store.stage(tuple(given.values())) if given else None
         run = self.runs.create(order_card(order), options.run_id)
         self.add_job(run, order, body)
+        if staged is not None:
+            run.rows.add_blobs(staged)
         for kind, data in rows:
             run.rows.add(kind, data)
         if earlier is not None:
@@ -422,10 +431,13 @@ class Buyer:
             addresses += [source.collection, *await self._shards(checked, slot, source)]
         return addresses
 
-    async def _check_inputs(self, order: Order) -> None:
+    async def _check_inputs(self, order: Order, given: Mapping[bytes, bytes]) -> None:
         checked = order.checked
         for slot, source in checked.inputs:
-            await self._check_input(order, slot, source.address, source.size_bytes)
+            if source.address not in given:
+                await self._check_input(order, slot, source.address, source.size_bytes)
+            elif len(given[source.address]) != source.size_bytes:
+                raise _wrong_size(slot)
         for slot, feed in checked.feeds:
             size_bytes = checked.slot_bytes(slot)
             collection_bytes = numbered_bytes(feed.shards, size_bytes)
@@ -442,7 +454,7 @@ class Buyer:
                 hint="Put it first: pf.submit does, and p2pflop put FILE.",
             )
         if info.size_bytes != size_bytes:
-            raise JobError(f"the input in slot {slot} is not of the size that the job says")
+            raise _wrong_size(slot)
         if info.owner:
             # Here for a stranger's lease, and gone an hour after it: from now on it is this node's.
             async with await self.store.begin(await self.store.manifest(address)) as partial:
@@ -452,6 +464,18 @@ class Buyer:
         size_bytes = checked.slot_bytes(slot)
         data = await self.store.get(source.collection, numbered_bytes(source.shards, size_bytes))
         return open_feed(slot, source, size_bytes, data)
+
+
+def _given(order: Order, inputs: Sequence[bytes]) -> dict[bytes, bytes]:
+    """What came along with a job, by address. Raises JobError if it is no input of it."""
+    given = {address_of(data): data for data in inputs}
+    if not given.keys() <= {source.address for _, source in order.checked.named_inputs}:
+        raise JobError("what came along with the job is no input of it")
+    return given
+
+
+def _wrong_size(slot: int) -> JobError:
+    return JobError(f"the input in slot {slot} is not of the size that the job says")
 
 
 async def _class_named(name: str) -> bytes:

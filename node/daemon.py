@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Final
@@ -114,9 +114,11 @@ class Daemon:
             "uptime_ns": time.monotonic_ns() - self.seller.started_ns,
         }
 
-    async def submit(self, body: bytes, options: SubmitOptions) -> str:
+    async def submit(
+        self, body: bytes, options: SubmitOptions, inputs: Sequence[bytes] = ()
+    ) -> str:
         """See NodeService."""
-        return await self.buyer.submit(body, options)
+        return await self.buyer.submit(body, options, inputs)
 
     async def submit_pack(self, body: bytes, options: SubmitOptions) -> Json:
         """See NodeService."""

@@ -28,6 +28,7 @@ from typing import Final
 
 import trio
 
+from p2pflop.dht.blobs import Staged
 from p2pflop.dht.database import Database, Operation
 from p2pflop.dht.turns import Turn
 from p2pflop.errors import StoreError
@@ -146,6 +147,7 @@ class Batch:
     sheets: list[tuple[bytes, bytes]] = field(default_factory=list)
     """Id and envelope."""
     unpaid: list[Unpaid] = field(default_factory=list)
+    blobs: list[Staged] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return any(getattr(self, each.name) for each in fields(self))
@@ -200,7 +202,7 @@ class Journal:
         kinds, and do what is to be done ``beside``, in one transaction."""
 
         def change(connection: sqlite3.Connection) -> None:
-            for operation in beside:
+            for operation in (*(staged.keep for staged in batch.blobs), *beside):
                 operation(connection)
             if is_new:
                 connection.execute(
@@ -406,6 +408,10 @@ class JobRows:
         self._pending.letters.append(letter)
         return letter
 
+    def add_blobs(self, staged: Staged) -> None:
+        """Small blobs that the job needs; kept with the next flush."""
+        self._pending.blobs.append(staged)
+
     def add_unpaid(self, unpaid: Unpaid) -> None:
         """What this sale showed in vain; written with the next flush."""
         self._pending.unpaid.append(unpaid)
@@ -455,6 +461,8 @@ class JobRows:
                 self.head = head
             self._fault = None
             self._flushed.set()
+            for staged in batch.blobs:
+                await staged.settle()
 
     async def wait_flushed(self) -> None:
         """Return once there has been a flush: the job is in the journal. Raises StoreError."""

@@ -190,9 +190,9 @@ class MemoryNode:
         self._cut = True
         self._scope.cancel()
 
-    async def submit(self, file: bytes, **options: Any) -> str:
-        """Buy; the run's id."""
-        return await self.buyer.submit(file, SubmitOptions(**options))
+    async def submit(self, file: bytes, inputs: Sequence[bytes] = (), /, **options: Any) -> str:
+        """Buy; the run's id. ``inputs`` go along with the job."""
+        return await self.buyer.submit(file, SubmitOptions(**options), inputs)
 
     async def end_of(self, run_id: str) -> Json:
         """The last event of a run."""

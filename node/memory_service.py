@@ -85,10 +85,14 @@ class MemoryService:
         """See NodeService."""
         return {"peer": "12D3KooWMemory", "account": "00" * 32, "network": "memory"}
 
-    async def submit(self, body: bytes, options: SubmitOptions) -> str:
+    async def submit(
+        self, body: bytes, options: SubmitOptions, inputs: Sequence[bytes] = ()
+    ) -> str:
         """Start a run that follows the script. An empty body is no job."""
         if not body:
             raise JobError("the job file is empty")
+        for data in inputs:
+            await self._store.put(data)
         run = MemoryRun(f"r-{len(self.runs) + 1}", body, options)
         run.record = self._record
         self.runs[run.id] = run

@@ -116,10 +116,9 @@ class Packs:
             ranking = self._buyer.rank(order, order.classes)
             if ranking.is_over_limits:
                 raise no_deal(ranking.ranked)
-        for data in packing.blobs.values():
-            await self._buyer.store.put(data)
         rows = [(PACK_ROW, encode_variants(variants))]
-        await self._buyer.submit(encode_file(packing.file), options, rows)
+        inputs = tuple(packing.blobs.values())
+        await self._buyer.submit(encode_file(packing.file), options, inputs, rows)
 
     async def _keep(
         self, pack: Run, run_id: str, order: Order, unpacked: Unpacked, cost_nusd: int

@@ -43,7 +43,7 @@ kind            fields
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -108,8 +108,11 @@ class NodeService(Protocol):
     async def status(self) -> Json:
         """Who and where this node is: ``peer``, ``account``, ``url``, ``version``, and more."""
 
-    async def submit(self, body: bytes, options: SubmitOptions) -> str:
-        """Journal a job file and start its run; the run's id. Raises JobError, MarketError."""
+    async def submit(
+        self, body: bytes, options: SubmitOptions, inputs: Sequence[bytes] = ()
+    ) -> str:
+        """Journal a job file and start its run; the run's id. ``inputs`` of the job are kept with
+        it. Raises JobError, MarketError, StoreError."""
 
     async def submit_pack(self, body: bytes, options: SubmitOptions) -> Json:
         """Buy variants of a job as one run (``p2pflop.job.variants``), whose id is the options'.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
@@ -29,6 +29,7 @@ from p2pflop.errors import (
     VerificationError,
 )
 from p2pflop.ids import HASH_BYTES
+from p2pflop.job.submission import Submission, encode_submission
 from p2pflop.line import (
     Answer,
     Body,
@@ -204,16 +205,22 @@ class Client:
         return str(reply["id"])
 
     def submit_and_follow(
-        self, body: bytes, options: SubmitOptions | None = None, *, wait_s: float | None = None
+        self,
+        body: bytes,
+        options: SubmitOptions | None = None,
+        *,
+        inputs: Sequence[bytes] = (),
+        wait_s: float | None = None,
     ) -> tuple[str, Iterator[Json]]:
         """Submit an encoded job file; the id of its run, and its events as ``events`` gives them.
 
-        It takes one exchange with the node where ``submit`` and ``events`` take two. The events
+        ``inputs`` of the job go along: such as ``job.submission.go_along`` names. It takes one
+        exchange with the node where ``put``, ``submit`` and ``events`` take three. The events
         hold its connection, for ``wait_s`` at most, and let go of it when nobody has them any more.
         """
         stream = self._event_stream(
             *("POST", "/v1/jobs"),
-            content=body,
+            content=encode_submission(Submission(body, tuple(inputs))),
             params={**_params(options), **_wait(wait_s)},
             headers={"accept": "text/event-stream"},
         )

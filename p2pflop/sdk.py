@@ -10,7 +10,7 @@ import functools
 import math
 import struct
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from decimal import ROUND_DOWN, Decimal
 from pathlib import Path
@@ -53,6 +53,7 @@ from p2pflop.job.spec import (
     work_id,
 )
 from p2pflop.job.spec import Job as JobRecord
+from p2pflop.job.submission import go_along
 from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import CLASS_NAME
 from p2pflop.node.service import MAX_DEADLINE_S, Json, SubmitOptions
@@ -344,18 +345,24 @@ def submit(
         max_usd, deadline, checkpoint_steps, checkpoint_every, classes, fresh, rest
     )
     client = client or Client(start=True)
-    put_inputs(job, client)
-    run_id, events = client.submit_and_follow(encode_file(job.file), options, wait_s=FIRST_S)
+    small = go_along(job.checked) & job.inputs.keys()
+    put_inputs(job, client, but=small)
+    run_id, events = client.submit_and_follow(
+        encode_file(job.file),
+        options,
+        inputs=[job.inputs[address] for address in sorted(small)],
+        wait_s=FIRST_S,
+    )
     return Run(run_id, client, events)
 
 
-def put_inputs(job: Job, client: Client) -> None:
-    """Put what a job needs and the node lacks into its store.
+def put_inputs(job: Job, client: Client, *, but: Set[bytes] = frozenset()) -> None:
+    """Put what a job needs and the node lacks into its store, ``but`` some, by address.
 
     Raises BlobNotFoundError or VerificationError for what neither has whole.
     """
     _check_inputs(job, client.has)
-    for address in job.inputs:
+    for address in job.inputs.keys() - but:
         if not client.has(address) and client.put(job.inputs[address]).address != address:
             raise VerificationError(f"input {blob_url(address)} has changed since it was loaded")
 

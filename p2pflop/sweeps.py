@@ -28,6 +28,7 @@ from p2pflop.errors import ConfigError, MarketError, NodeUnreachableError, P2PFl
 from p2pflop.ids import content_hash, parse_hash
 from p2pflop.job.counts import whole_number
 from p2pflop.job.file import decode_file, encode_file
+from p2pflop.job.submission import MAX_INPUTS
 from p2pflop.job.variants import encode_variants
 from p2pflop.node.service import Json, SubmitOptions
 from p2pflop.outcomes import Costs, Outcome, SweepProgress
@@ -471,10 +472,11 @@ class Sweep:
             return client.events(run_id)
         job = with_data(self._job, plan.data[place]) if plan.data else self._job
         job = job.with_args(**plan.args[place])
-        for address, data in job.inputs.items():
-            if address not in self._job.inputs:
-                client.put(data)
-        return client.submit_and_follow(encode_file(job.file), options)[1]
+        own = [data for address, data in job.inputs.items() if address not in self._job.inputs]
+        for data in own[MAX_INPUTS:]:
+            client.put(data)
+        body, few = encode_file(job.file), own[:MAX_INPUTS]
+        return client.submit_and_follow(body, options, inputs=few)[1]
 
 
 def map(  # noqa: A001 - the word of Python and of all that run many jobs

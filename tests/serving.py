@@ -19,6 +19,7 @@ TOKEN = "s3cret-token"
 LIMITS = ApiLimits(
     max_blob_bytes=3 * CHUNK_BYTES,
     max_job_bytes=1000,
+    max_submission_bytes=1200,
     max_command_bytes=200,
     max_open_requests=4,
     heartbeat_s=0.05,

@@ -7,6 +7,8 @@ import json
 import pytest
 import trio
 
+from p2pflop.dht.manifest import address_of
+from p2pflop.job.submission import Submission, encode_submission
 from p2pflop.node.memory_service import MemoryService
 from tests.serving import LIMITS, error_of, serving, submit
 
@@ -49,13 +51,34 @@ class TestRuns:
 
     async def test_job_files_are_bounded(self) -> None:
         async with serving() as server:
-            for path in ("/v1/jobs", "/v1/quote"):
-                at_limit = await server.client.post(path, content=bytes(LIMITS.max_job_bytes))
+            limits = {
+                "/v1/jobs": LIMITS.max_submission_bytes,
+                "/v1/quote": LIMITS.max_job_bytes,
+            }
+            for path, limit in limits.items():
+                at_limit = await server.client.post(path, content=bytes(limit))
                 assert at_limit.is_success
-                over = await server.client.post(path, content=bytes(LIMITS.max_job_bytes + 1))
+                over = await server.client.post(path, content=bytes(limit + 1))
                 assert over.status_code == 413
                 assert error_of(over)["kind"] == "JobError"
             assert error_of(await server.client.post("/v1/jobs"))["exit_code"] == 5
+
+    async def test_inputs_that_go_along_are_kept(self) -> None:
+        async with serving() as server:
+            body = encode_submission(Submission(b"job", (b"one", b"two")))
+            run = (await server.client.post("/v1/jobs", content=body)).json()["id"]
+            assert server.service.runs[run].body == b"job"
+            for data in (b"one", b"two"):
+                assert await server.service.store.get(address_of(data)) == data
+
+    async def test_what_is_no_submission_is_named(self) -> None:
+        async with serving() as server:
+            body = encode_submission(Submission(b"job", (b"one",)))
+            reply = await server.client.post("/v1/jobs", content=body[:-1])
+            assert error_of(reply)["message"].startswith("not a valid job file: ")
+            over = bytes(LIMITS.max_submission_bytes + 1)
+            assert (await server.client.post("/v1/jobs", content=over)).status_code == 413
+            assert not server.service.runs
 
     async def test_events_stream_until_the_last(self) -> None:
         async with serving() as server:

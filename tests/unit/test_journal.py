@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from p2pflop.dht.manifest import address_of
+from p2pflop.dht.store import FileStore
 from p2pflop.errors import StoreError, StoreFullError
 from p2pflop.node import journal as journal_module
 from p2pflop.node.books import open_books
@@ -109,6 +111,28 @@ async def test_fills_are_found_and_rows_of_no_use_are_gone_with_the_end(tmp_path
     rows.set_head(summary=b"", end_state="settled")
     await rows.flush()
     assert [row.kind for row in journal.rows("sale-1")] == ["bid"]
+    await books.aclose()
+
+
+async def test_blobs_go_to_disk_with_the_rows_and_wait_for_a_disk_that_takes_them(
+    tmp_path: Path,
+) -> None:
+    books = open_books(tmp_path)
+    store = FileStore(tmp_path / "store", books)
+    rows = JobRows(Journal(books), head("run-1"), now_ns=lambda: 6)
+    rows.add_blobs(store.stage([b"input"]))
+
+    def fails(_: object) -> None:
+        raise StoreError("the disk is full")
+
+    with pytest.raises(StoreError, match="full"):
+        await rows.flush(None, fails)
+    assert await store.list() == ()
+    assert store.statistics().used_bytes == 0
+    await rows.flush()
+    assert await store.get(address_of(b"input")) == b"input"
+    assert store.statistics().used_bytes == len(b"input")
+    await store.aclose()
     await books.aclose()
 
 

@@ -15,6 +15,7 @@ from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, VerificationError
 from p2pflop.ids import content_hash
+from p2pflop.job import submission
 from p2pflop.job.file import JobBody, JobFile, Labels, decode_file, encode_file
 from p2pflop.job.graph import Dtype, Graph, GraphParam, Node, Op, Output, encode_graph
 from p2pflop.job.results import TraceLog, build_result, result_hash
@@ -31,6 +32,7 @@ from p2pflop.job.spec import (
     WorkParam,
     work_id,
 )
+from p2pflop.line import Answer, HttpLine, Request
 from p2pflop.results import Result, _array
 from p2pflop.wire import encode
 
@@ -251,6 +253,32 @@ class TestSubmit:
         np.testing.assert_array_equal(result["sum"], [3, 6, 12, 24])
         result.verify()
         assert pf.attach(run.id).result(10).hash == result.hash
+
+    def test_small_inputs_go_along_and_others_are_put_first(
+        self, job: pf.Job, start_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node = start_node()
+        asked: list[str] = []
+
+        class CountingLine(HttpLine):
+            def ask(self, request: Request) -> Answer:
+                asked.append(f"{request.method} {request.path}")
+                return super().ask(request)
+
+        client = Client(line=CountingLine)
+        pf.submit(job, client=client)
+        assert asked == ["POST /v1/jobs"]
+        monkeypatch.setattr(submission, "MAX_INPUT_BYTES", len(RATE))
+        asked.clear()
+        pf.submit(job, client=client)
+        large = f"/blob/{address_of(START).hex()}"
+        assert asked == [f"HEAD {large}", "POST /v1/jobs"]
+        client.delete(address_of(START))
+        asked.clear()
+        pf.submit(job, client=client)
+        assert asked == [f"HEAD {large}", "PUT /blob", "POST /v1/jobs"]
+        assert len(node.service.runs) == 3
+        assert {blob.address for blob in client.blobs()} == {address_of(START), address_of(RATE)}
 
     def test_quote(self, job: pf.Job, start_node: Callable[..., Any]) -> None:
         start_node()

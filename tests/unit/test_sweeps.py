@@ -18,6 +18,7 @@ from p2pflop import sdk, sweeps
 from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
 from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, MarketError, P2PFlopError
+from p2pflop.job.submission import decode_submission
 from p2pflop.line import Request
 from p2pflop.outcomes import Costs, Outcome
 from p2pflop.runs import Run
@@ -86,10 +87,12 @@ class ScriptedNode:
 
     def _submit(self, request: Request) -> Canned:
         params = {name: str(value) for name, value in request.params.items()}
-        run_id, limit, content = params["id"], params.get("max_nusd"), content_of(request)
+        run_id, limit = params["id"], params.get("max_nusd")
+        submission = decode_submission(content_of(request))
         with self.changed:
+            self.blobs |= {address_of(data): data for data in submission.inputs}
             if run_id not in self.files:
-                self.files[run_id] = content
+                self.files[run_id] = submission.file
                 self.resting[run_id] = params.get("rest") == "1"
                 self.limits[run_id] = None if limit is None else int(limit)
                 if limit is not None and int(limit) < PRICE_NUSD:
