@@ -19,6 +19,7 @@ KIB: Final = 1024
 MIB: Final = 1024**2
 GIB: Final = 1024**3
 MAX_NUSD: Final = 2**62
+"""The largest amount; as a limit it is none."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _FLOP = re.compile(
@@ -62,6 +63,11 @@ def format_usd(nusd: int) -> str:
     whole, part = divmod(abs(nusd), NUSD_PER_USD)
     decimals = f"{part:09d}".rstrip("0").ljust(2, "0")
     return f"{sign}${whole:,}.{decimals}"
+
+
+def format_limit(nusd: int) -> str:
+    """The most that something may cost, as ``format_usd``; ``no limit`` from ``MAX_NUSD`` on."""
+    return format_usd(nusd) if nusd < MAX_NUSD else "no limit"
 
 
 def round_price(nusd: int) -> int:

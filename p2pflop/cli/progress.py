@@ -27,7 +27,7 @@ from p2pflop.job.events import State
 from p2pflop.market.credit import job_risk
 from p2pflop.node.service import LAST_EVENT_KINDS
 from p2pflop.runs import Run, check_event
-from p2pflop.units import MAX_NUSD, NS_PER_S, format_duration, format_usd
+from p2pflop.units import MAX_NUSD, NS_PER_S, format_duration, format_limit, format_usd
 
 MAX_SHOWN: Final = 20
 PLAIN_EVERY_S: Final = 5.0
@@ -167,7 +167,7 @@ class RunView:
         self._provider, self._rests, self._last_what = provider, "", ""
         self._refused.clear()
         limit_nusd = int(event.get("limit_nusd", 0))
-        limit = f", {format_usd(limit_nusd)} if providers fail" if limit_nusd else ""
+        limit = f", {format_limit(limit_nusd)} if providers fail" if limit_nusd else ""
         self._say(f"bought from {provider} for at most {quote}{limit}")
         if int(event["quote_nusd"]):
             self._say(job_risk(int(event["quote_nusd"]), int(event.get("prepaid_nusd", 0))))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from p2pflop.cli.output import clean, local_time, short
-from p2pflop.units import format_bytes, format_duration, format_flop, format_usd
+from p2pflop.units import format_bytes, format_duration, format_flop, format_limit, format_usd
 
 IDLE: Final = "idle"
 """The state of one whose lease is given back for a while."""
@@ -20,7 +20,7 @@ def is_session(card: Mapping[str, Any]) -> bool:
 
 def spent(card: Mapping[str, Any]) -> str:
     """What it has cost, and may."""
-    return f"{format_usd(int(card['cost_nusd']))} of {format_usd(int(card['max_nusd']))}"
+    return f"{format_usd(int(card['cost_nusd']))} of {format_limit(int(card['max_nusd']))}"
 
 
 def place(card: Mapping[str, Any]) -> str:

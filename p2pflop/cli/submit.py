@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import click
 from p2pflop.cli import sessions
 from p2pflop.cli.output import Flags, clean, common_options, print_fields, print_json, say
 from p2pflop.errors import ConfigError
-from p2pflop.units import counted, format_bytes, format_flop
+from p2pflop.units import counted, format_bytes, format_flop, format_limit
 
 if TYPE_CHECKING:
     from p2pflop.client import Client
@@ -150,9 +150,16 @@ def show_command(flags: Flags, what: str) -> None:
     elif sessions.is_session(run):
         print_fields(sessions.fields(run))
     else:
-        print_fields(
-            (name, value) for name, value in run.items() if not isinstance(value, dict | list)
-        )
+        print_fields(_fields(run))
+
+
+def _fields(run: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """All that is known of a run, but for what has parts; money in dollars."""
+    for name, value in run.items():
+        if name.endswith("_nusd"):
+            yield name.removesuffix("_nusd") + "_usd", format_limit(int(value))
+        elif not isinstance(value, dict | list):
+            yield name, value
 
 
 def _told(job: Job) -> str:

@@ -12,7 +12,9 @@ from rich.console import Console
 
 from p2pflop.cli.main import run
 from p2pflop.cli.progress import RunView
+from p2pflop.cli.sessions import spent
 from p2pflop.client import Client
+from p2pflop.units import MAX_NUSD
 
 StartNode = Callable[..., Any]
 Output = pytest.CaptureFixture[str]
@@ -210,6 +212,36 @@ def test_jobs_and_show_tell_of_a_session_its_script_and_cost(
     told = capsys.readouterr().out
     for words in ("train.py", "$0.002 of $0.10", "40 of 42 obeyed", "1 TFLOP", "2001-09-"):
         assert words in told
+
+
+@pytest.mark.parametrize(
+    ("max_nusd", "words"), [(MAX_NUSD, "no limit"), (MAX_NUSD - 1, "$4,611,686,018.427387903")]
+)
+def test_show_tells_money_in_dollars_and_where_there_is_no_limit(
+    start_node: StartNode,
+    capsys: Output,
+    monkeypatch: pytest.MonkeyPatch,
+    max_nusd: int,
+    words: str,
+) -> None:
+    start_node()
+    card = {"id": "ab" * 6, "state": "running", "max_nusd": max_nusd, "cost_nusd": 2_000_000}
+    monkeypatch.setattr(Client, "job", lambda *_: card)
+    assert run(["show", "ab" * 6]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["max_usd", words] in lines
+    assert ["cost_usd", "$0.002"] in lines
+    assert run(["show", "ab" * 6, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == card
+
+
+def test_no_limit_is_told_as_one_wherever_a_run_tells_its_own() -> None:
+    filled = {"provider": PEER, "quote_nusd": 5, "limit_nusd": MAX_NUSD}
+    rests = {"limit_nusd": MAX_NUSD, "deadline_ns": 1}
+    told = shown([("filled", filled), ("resting", rests)])
+    assert "no limit if providers fail" in told
+    assert "any price" in told
+    assert spent(SESSION | {"max_nusd": MAX_NUSD}) == "$0.002 of no limit"
 
 
 def test_cancel_of_a_session_tells_what_it_has_cost_of_its_limit(
