@@ -113,10 +113,7 @@ def feed_of(tensor: Tensor) -> Feed | None:
 
 
 def _count(name: str, value: object) -> int:
-    try:
-        return whole_number(name, value, MAX_STEPS - 1)
-    except JobError as error:
-        raise ConfigError(error.message, hint=error.hint) from error
+    return whole_number(name, value, MAX_STEPS - 1, fault=ConfigError)
 
 
 def _items(data: Any) -> Sequence[Any]:

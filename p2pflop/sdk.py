@@ -162,7 +162,9 @@ class Job:
                 if label == name and params[slot].role == ROLE_INPUT and params[slot].shape == ()
             ]
             if len(slots) != 1:
-                raise JobError(f"the job has no argument {name!r}", hint="Give it to trace: args=.")
+                raise ConfigError(
+                    f"the job has no argument {name!r}", hint="Give it to trace: args=."
+                )
             param = params[slots[0]]
             try:
                 data = struct.pack(_ARGUMENTS[Dtype(param.dtype)], value)
@@ -170,7 +172,7 @@ class Job:
                 message = (
                     f"{shown(value)} does not fit argument {name!r} ({Dtype(param.dtype).name})"
                 )
-                raise JobError(message) from error
+                raise ConfigError(message) from error
             changes[address_of(data)] = data
             source = BlobSource(address_of(data), len(data))
             params[slots[0]] = type(param)(param.dtype, param.shape, param.role, source)
@@ -207,11 +209,13 @@ class Job:
     def resume(self, step: int) -> Job:
         """The rest of this job from ``step`` on, a checkpoint that the node has of a run of it.
 
-        A run that fails names its last one. Raises JobError for a step that is not inside the job.
+        A run that fails names its last one. Raises ConfigError for a step that is not inside the
+        job.
         """
         old = self.file.body
         end = old.job.first_step + old.job.steps
-        step = whole_number("step", step, end - 1, lowest=old.job.first_step + 1)
+        lowest = old.job.first_step + 1
+        step = whole_number("step", step, end - 1, lowest, fault=ConfigError)
         body = JobBody(JobRecord(old.job.work, step, end - step), old.work, old.graphs)
         return replace(self, file=JobFile(self.file.version, body, self.file.labels))
 

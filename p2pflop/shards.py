@@ -39,8 +39,8 @@ def jobs_of(
     """The arguments of each job of a sweep, and the addresses of its data by the names of inputs.
 
     ``feed`` is a mapping of names to what ``pf.feed`` gives or takes, all of as many shards; or one
-    of those, for the only feed of the job. Every shard is put into the node. Raises ConfigError,
-    JobError for what the job does not have, and for over ``most`` jobs.
+    of those, for the only feed of the job. Every shard is put into the node. Raises ConfigError for
+    what the job does not have, and for over ``most`` jobs.
     """
     if args is None and feed is None:
         raise ConfigError("which jobs?", hint='Give args=[{"lr": 0.1}, ...] or feed=.')
@@ -63,7 +63,8 @@ def jobs_of(
             f"{len(args)} arguments for {shards} shards",
             hint="Give as many of both: job n takes args[n] and shard n.",
         )
-    whole_number("jobs in a sweep", shards if args is None else len(args), most)
+    jobs = shards if args is None else len(args)
+    whole_number("jobs in a sweep", jobs, most, fault=ConfigError)
     data = [
         {name: client.put(each.read(number)).address.hex() for name, each in feeds.items()}
         for number in range(shards)

@@ -516,10 +516,10 @@ def map(  # noqa: A001 - the word of Python and of all that run many jobs
     alone, and so does ``prune_if``.
 
     It returns at once, and the sweep goes on in the background; see ``Sweep``. Raises ConfigError,
-    JobError for arguments that the job does not have, and what ``submit`` raises for its inputs.
+    also for arguments that the job does not have, and what ``submit`` raises for its inputs.
     """
     client = client or Client(start=True)
-    whole_number("under_way", under_way, MAX_UNDER_WAY)
+    whole_number("under_way", under_way, MAX_UNDER_WAY, fault=ConfigError)
     options = submit_options(
         max_usd, deadline, checkpoint_steps, checkpoint_every, classes, fresh, rest
     )

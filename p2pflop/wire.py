@@ -112,9 +112,11 @@ def signed_bytes(network: str, kind: str, public_key: bytes, body: bytes) -> byt
 
 def seal(record: S, key: PrivateKey, network: str = DEFAULT_NETWORK) -> Sealed[S]:
     """Sign ``record``. Raises ValueError if it is not one that ``open_sealed`` accepts."""
-    body = encode(record)
     try:
+        body = encode(record)
         decode(type(record), body)
+    except OverflowError as error:
+        raise ValueError(f"{type(record).__name__} has an integer of over 64 bits") from error
     except ProtocolError as error:
         raise ValueError(error.message) from error
     _check_ext(record)

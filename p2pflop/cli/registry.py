@@ -270,7 +270,11 @@ def certify_command(
 
 @registry_command.command("log")
 @click.option(
-    "--from", "first", type=click.IntRange(0), default=0, help="The first leaf [default: 0]."
+    "--from",
+    "first",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    help="The first leaf [default: 0].",
 )
 @click.option("--limit", type=click.IntRange(1, 500), default=100, help="Leaves [default: 100].")
 @common_options

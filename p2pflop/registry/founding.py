@@ -52,10 +52,7 @@ async def found_registry(
         )
         until_ns = draft.now_ns + CERTIFICATE_DAYS * DAY_NS
         install(draft, sign_certificate(root, request, draft.now_ns, until_ns).wire)
-        try:
-            publish(draft, schedule(root.public_key, draft.now_ns))
-        except ValueError as error:
-            raise ConfigError(f"no schedule can be so: {error}") from error
+        publish(draft, schedule(root.public_key, draft.now_ns))
         draft.finish()
 
     try:

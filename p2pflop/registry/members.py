@@ -9,6 +9,9 @@ from p2pflop.franchise.enrolments import Application, decision_of
 from p2pflop.franchise.fees import due_ns, next_period, schedule_at
 from p2pflop.franchise.records import (
     DAY_NS,
+    MAX_PERIOD_NS,
+    MAX_SLOTS,
+    MIN_PERIOD_NS,
     Attestation,
     LeafKind,
     RefusalReason,
@@ -187,10 +190,18 @@ def revoke(draft: Draft, account: bytes, reason: RevocationReason) -> int:
 
 
 def publish(draft: Draft, schedule: Schedule) -> None:
-    """Publish a schedule that is signed here. Raises ConfigError if it reaches into the past."""
+    """Publish a schedule that is signed here. Raises ConfigError if it reaches into the past, or
+    has a period, slots or a name that none may have."""
     if schedule.from_ns < draft.now_ns:
         raise ConfigError("a schedule holds from now on or later, never from before")
-    wire = draft.sign(schedule)
+    try:
+        wire = draft.sign(schedule)
+    except ValueError as error:
+        raise ConfigError(
+            f"no schedule can be so: {error}",
+            hint=f"A period is {MIN_PERIOD_NS // DAY_NS} to {MAX_PERIOD_NS // DAY_NS} days, the "
+            f"slots are 1 to {MAX_SLOTS}, and a version is of letters, digits, dot, _ and -.",
+        ) from error
     draft.append(LeafKind.SCHEDULE, wire)
     draft.connection.execute("INSERT INTO schedules VALUES (?, ?)", (schedule.number, wire))
 

@@ -157,10 +157,7 @@ class Office:
                 from_ns=draft.now_ns if from_ns is None else from_ns,
                 guidelines=guidelines,
             )
-            try:
-                members.publish(draft, schedule)
-            except ValueError as error:
-                raise ConfigError(f"no schedule can be so: {error}") from error
+            members.publish(draft, schedule)
             return schedule
 
         return await self._write(operation)

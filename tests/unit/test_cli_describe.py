@@ -14,6 +14,7 @@ from p2pflop.job.file import decode_file
 from p2pflop.kernels import classes
 from p2pflop.node.orders import open_order
 from p2pflop.node.service import SubmitOptions
+from p2pflop.sweeps import MAX_JOBS
 from tests.unit.conftest import StartNode
 
 Output = pytest.CaptureFixture[str]
@@ -148,7 +149,30 @@ def test_submit_goes_on_from_a_step(
     assert (rest.body.job.first_step, rest.body.job.steps) == (60, 40)
     assert rest.body.work == whole.body.work
     assert rest.body.state == (), "the node knows it"
-    for outside in ("0", "100", "x"):
-        assert run(["submit", path, "--from-step", outside, "--detach"]) != 0
+    for outside in ("0", "100", "x", str(10**40)):
+        assert run(["submit", path, "--from-step", outside, "--detach"]) == ConfigError.exit_code
     assert "step=100 is out of range" in capsys.readouterr().err
     assert len(node.service.runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--args", "lr=1", "--under-way", "99"], "under_way=99 is out of range"),
+        (["--args", "lr=1", "--under-way", "0"], "under_way=0 is out of range"),
+        (["--args", "lr=1"], "the job has no argument 'lr'"),
+        (["--args", "lr=" + ",".join(["1"] * (MAX_JOBS + 1))], "no argument 'lr'"),
+        (["--feed", "data=x.npy", "--batch", "0"], "batch=0 is out of range"),
+    ],
+)
+def test_arguments_of_a_sweep_that_are_out_of_range_are_faults_of_usage(
+    traced: dict[str, Any],
+    start_node: StartNode,
+    capsys: Output,
+    arguments: list[str],
+    words: str,
+) -> None:
+    node = start_node()
+    assert run(["sweep", traced["path"], *arguments]) == ConfigError.exit_code
+    assert words in capsys.readouterr().err
+    assert node.service.runs == {}

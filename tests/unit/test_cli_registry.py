@@ -109,7 +109,9 @@ class TestFounding:
             ("--fee", "-1"),
             ("--fee", "1e30"),
             ("--period", "1s"),
+            ("--period", f"{10**40}d"),
             ("--slots", "0"),
+            ("--slots", str(10**40)),
             ("--guidelines", ""),
             ("--network", "a/b"),
         ):
@@ -207,6 +209,12 @@ class TestDecisions:
         assert "$12.50" in founded.text("fee")
         error = founded("fee", "1", "--from", "2020-01-01", "--yes", fails=2)
         assert "from before" in error["message"]
+        for option, value in (("--slots", "65537"), ("--period", f"{10**40}d")):
+            error = founded("fee", "1", option, value, "--yes", fails=2)
+            assert "no schedule can be so" in error["message"]
+            assert "slots are 1 to 65536" in error["hint"]
+        assert founded("log", "--from", str(10**40), fails=2)["kind"] == "ConfigError"
+        assert len(founded("fee")) == 2
 
     def test_control_characters_of_an_applicant_reach_no_terminal(
         self, founded: Operator, live: LiveRegistry

@@ -192,7 +192,7 @@ def test_arguments_may_be_any_float(value: float) -> None:
         with pytest.raises(JobError, match="rate"):
             pf.trace(scaled, steps=1, args={"rate": wrong})  # type: ignore[dict-item]
         if wrong != 2**40:
-            with pytest.raises(JobError, match="does not fit argument 'rate'"):
+            with pytest.raises(pf.ConfigError, match="does not fit argument 'rate'"):
                 job.with_args(rate=wrong)  # type: ignore[arg-type]
 
 

@@ -156,7 +156,7 @@ class TestJob:
     def test_with_args_refuses_what_is_no_argument(
         self, job: pf.Job, name: str, value: Any
     ) -> None:
-        with pytest.raises(JobError, match=name):
+        with pytest.raises(ConfigError, match=name):
             job.with_args(**{name: value})
 
 

@@ -17,7 +17,7 @@ import p2pflop as pf
 from p2pflop import sdk, sweeps
 from p2pflop.client import Client
 from p2pflop.dht.manifest import address_of
-from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, MarketError, P2PFlopError
+from p2pflop.errors import BlobNotFoundError, ConfigError, JobError, MarketError
 from p2pflop.job.submission import decode_submission
 from p2pflop.line import Request
 from p2pflop.outcomes import Costs, Outcome
@@ -420,13 +420,15 @@ def test_wrong_arguments_and_ids_are_told_before_anything_is_bought(
 ) -> None:
     node = ScriptedNode()
     client = connect(node)
-    with pytest.raises(JobError):
+    with pytest.raises(ConfigError, match="no argument 'wd'"):
         pf.map(job, [{"wd": 1.0}], client=client)
+    with pytest.raises(ConfigError, match="does not fit argument 'lr'"):
+        pf.map(job, [{"lr": 10**50}], client=client)
     with pytest.raises(ConfigError, match="the list of arguments is empty"):
         pf.map(job, [], client=client)
-    with pytest.raises(P2PFlopError, match="jobs in a sweep"):
+    with pytest.raises(ConfigError, match="jobs in a sweep"):
         pf.map(job, [{"lr": 1.0}] * (sweeps.MAX_JOBS + 1), client=client)
-    with pytest.raises(P2PFlopError, match="under_way"):
+    with pytest.raises(ConfigError, match="under_way"):
         pf.map(job, rates(1), under_way=sweeps.MAX_UNDER_WAY + 1, client=client)
     assert node.files == {}
     for blob in (b"", b"[]", b"{}", b'{"sweep": 2}', b'{"sweep": 1, "evil": 1}', b"[" * 9999):

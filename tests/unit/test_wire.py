@@ -158,6 +158,19 @@ def test_what_nobody_would_accept_is_not_signed() -> None:
         seal(Note(b"a" * (Note.MAX_BYTES + 1)), KEY)
 
 
+def test_an_integer_that_no_record_has_is_not_signed() -> None:
+    class Count(SignedRecord, frozen=True):
+        KIND: ClassVar[str] = "count"
+
+        number: U63
+        ext: Ext = ()
+
+    assert seal(Count(2**63 - 1), KEY).record.number == 2**63 - 1
+    for beyond in (2**63, 2**64, 10**40, -1):
+        with pytest.raises(ValueError, match="Count"):
+            seal(Count(beyond), KEY)
+
+
 def test_an_envelope_over_the_limit_is_refused_before_it_is_read() -> None:
     with pytest.raises(ProtocolError, match="over its limit"):
         open_sealed(Note, bytes(Note.MAX_BYTES + MAX_ENVELOPE_OVERHEAD_BYTES + 1))
