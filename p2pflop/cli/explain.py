@@ -30,6 +30,7 @@ from p2pflop.units import counted, format_usd
 from p2pflop.wire import decode
 
 BAIT: Final = ", though its ask was firm: bait"
+HOW_TO_WRITE: Final = "Write one with 'p2pflop explain ID --out FILE'."
 
 
 @click.command("explain")
@@ -76,29 +77,30 @@ def audit_tape_command(flags: Flags, files: tuple[Path, ...]) -> None:
     """Find fills that were not the best deal.
 
     Each file is the evidence of a run, as 'explain --out' writes it. Sheets, bids and answers are
-    checked for their signatures and ranked again. The exit code is 11 if one is wrong.
+    checked for their signatures and ranked again. The exit code is 11 if one is wrong; else 2 if a
+    file could not be read, which keeps the others from nothing.
 
     \b
     Examples:
       p2pflop audit-tape decisions/*.p2pe
     """
-    bids = [
-        (path, replayed)
-        for path in files
-        for each in replay(_decode(_read(path), str(path)))
-        for replayed in each.bids
-    ]
+    bids, unread = _audited(files)
+    if len(files) == len(unread) == 1:
+        raise unread[0][1]
     wrong = [(path, replayed) for path, replayed in bids if not replayed.verdict.is_right]
     if flags.json:
-        print_json([{"file": str(path), **_bid_json(replayed)} for path, replayed in bids])
+        told = [{"file": str(path), **_bid_json(replayed)} for path, replayed in bids]
+        print_json([*told, *({"file": str(path), "error": e.message} for path, e in unread)])
     else:
         for path, replayed in wrong:
             say(f"{path}: {_who(replayed)}: {replayed.verdict}")
         for path, replayed in bids:
             if replayed.is_bait:
                 say(f"{path}: {_who(replayed)} was refused{BAIT}")
+        for _, error in unread:
+            say(f"not audited: {error.message}")
         say(
-            f"{counted(len(bids), 'bid')} in {counted(len(files), 'file')}, "
+            f"{counted(len(bids), 'bid')} in {counted(len(files) - len(unread), 'file')}, "
             f"{len(wrong)} against the rule"
         )
     if wrong:
@@ -106,6 +108,26 @@ def audit_tape_command(flags: Flags, files: tuple[Path, ...]) -> None:
             f"{len(wrong)} of {counted(len(bids), 'bid')} not for the best deal",
             hint="See them with 'p2pflop explain FILE'.",
         )
+    if unread:
+        raise ConfigError(
+            f"{len(unread)} of {counted(len(files), 'file')} not audited", hint=HOW_TO_WRITE
+        )
+
+
+def _audited(
+    files: Sequence[Path],
+) -> tuple[list[tuple[Path, Replayed]], list[tuple[Path, ConfigError]]]:
+    """All bids in the files, and those of the files that are no evidence."""
+    bids: list[tuple[Path, Replayed]] = []
+    unread: list[tuple[Path, ConfigError]] = []
+    for path in files:
+        try:
+            looks = replay(_decode(_read(path), str(path)))
+        except ConfigError as error:
+            unread.append((path, error))
+        else:
+            bids += [(path, replayed) for look in looks for replayed in look.bids]
+    return bids, unread
 
 
 def _evidence(flags: Flags, run: str) -> bytes:
@@ -124,10 +146,7 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(Evidence.MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}",
-            hint="Write one with 'p2pflop explain ID --out FILE'.",
-        ) from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}", hint=HOW_TO_WRITE) from error
 
 
 def _decode(data: bytes, name: str) -> Evidence:
@@ -137,8 +156,7 @@ def _decode(data: bytes, name: str) -> Evidence:
         return decode(Evidence, data)
     except ProtocolError as error:
         raise ConfigError(
-            f"{clean(name)} is no evidence, or damaged: {error.message}",
-            hint="Write one with 'p2pflop explain ID --out FILE'.",
+            f"{clean(name)} is no evidence, or damaged: {error.message}", hint=HOW_TO_WRITE
         ) from error
 
 

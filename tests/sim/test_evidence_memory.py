@@ -190,9 +190,27 @@ async def test_the_commands_show_it_and_find_what_is_wrong(
     assert "1 bid in 1 file, 0 against the rule" in capsys.readouterr().err
     assert run(["audit-tape", str(right), str(wrong)]) == ProtocolError.exit_code
     assert f"{wrong}: the bid to" in capsys.readouterr().err
+    none = tmp_path / "none.p2pe"
+    assert run(["audit-tape", str(none), str(wrong)]) == ProtocolError.exit_code
+    told = capsys.readouterr().err
+    assert f"not audited: cannot read {none}" in told
+    assert "1 bid in 1 file, 1 against the rule" in told
     wrong.write_bytes(b"nothing of the kind")
     assert run(["audit-tape", str(wrong)]) == ConfigError.exit_code
     assert "is no evidence" in capsys.readouterr().err
+    files = [str(path) for path in (none, right, wrong)]
+    assert run(["audit-tape", *files]) == ConfigError.exit_code
+    told = capsys.readouterr().err
+    assert f"not audited: {wrong} is no evidence" in told
+    assert "1 bid in 1 file, 0 against the rule" in told
+    assert "2 of 3 files not audited" in told
+    assert run(["audit-tape", "--json", *files]) == ConfigError.exit_code
+    audited, *unread = json.loads(capsys.readouterr().out)
+    assert (audited["file"], audited["right"]) == (str(right), True)
+    assert [(each["file"], each["error"][:11]) for each in unread] == [
+        (str(none), "cannot read"),
+        (str(wrong), str(wrong)[:11]),
+    ]
 
 
 def test_limits_bound_what_is_decoded() -> None:
