@@ -12,7 +12,7 @@
 ``POST /v1/packs?...``                 variants of a job, to be bought as one run; takes an ``id``
 ``POST /v1/packs/<id>/unpack``         the runs of a settled pack's variants
 ``POST /v1/quote?...``                 what a submission would choose from
-``GET /v1/jobs``, ``/v1/jobs/<id>``    runs of this node
+``GET /v1/jobs?parts=``, ``/v1/jobs/<id>``    runs of this node
 ``GET /v1/sales``                      what runs here for others
 ``GET /v1/jobs/<id>/events?after=&wait_ms=``  server-sent events after ``after`` or
                                        ``Last-Event-ID``, for ``wait_ms`` at most
@@ -113,7 +113,7 @@ class Api:
             Route("/v1/packs", self.submit_pack, methods=post),
             Route("/v1/packs/{run}/unpack", self.unpack, methods=post),
             Route("/v1/quote", self.quote, methods=post),
-            Route("/v1/jobs", partial(_listing, "jobs", service.jobs), methods=get),
+            Route("/v1/jobs", self.jobs, methods=get),
             Route("/v1/sales", partial(_listing, "sales", service.sales), methods=get),
             Route("/v1/jobs/{run}", self.job, methods=get),
             Route("/v1/jobs/{run}/events", self.events, methods=get),
@@ -250,6 +250,11 @@ class Api:
             return json_response(await self._service.quote(body, options))
         except ProtocolError as error:
             raise _bad_job(error) from error
+
+    async def jobs(self, request: Request) -> Response:
+        """The runs of this node; with ``parts=1`` those that were bought in packs, too."""
+        parts = bool(_number(request, "parts", 1))
+        return await _listing("jobs", partial(self._service.jobs, parts=parts), request)
 
     async def job(self, request: Request) -> Response:
         """One run."""

@@ -132,10 +132,10 @@ class Daemon:
         """See NodeService."""
         return await self.buyer.quote(body, options)
 
-    async def jobs(self) -> list[Json]:
+    async def jobs(self, *, parts: bool = False) -> list[Json]:
         """See NodeService."""
         self.sessions.cards()
-        return self.runs.cards()
+        return self.runs.cards(parts=parts)
 
     async def sales(self) -> list[Json]:
         """See NodeService."""

@@ -38,6 +38,8 @@ BUYER: Final = "buyer"
 PROVIDER: Final = "provider"
 SESSION: Final = "session"
 """A script's; its leases have heads of their own."""
+PART: Final = "part"
+"""Of a job that was bought in a pack, whose own head is a buyer's."""
 MAX_LISTED: Final = 1000
 MAX_SHEETS: Final = 65_536
 """Up to 500 MB if each were of the largest size; half a kilobyte each as they are."""

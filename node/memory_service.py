@@ -74,6 +74,7 @@ class MemoryService:
         self._elsewhere = dict(elsewhere or {})
         self.money: dict[bytes, Json] = {}
         self.sold: list[Json] = []
+        self.parts: list[Json] = []
         self.traded: list[Json] = []
 
     @property
@@ -118,9 +119,10 @@ class MemoryService:
             raise JobError("the job file is empty")
         return {"deals": [], "misses": [{"provider": "12D3KooWMemory", "reason": "sells nothing"}]}
 
-    async def jobs(self) -> list[Json]:
+    async def jobs(self, *, parts: bool = False) -> list[Json]:
         """See NodeService."""
-        return [run.line() for run in reversed(self.runs.values())]
+        lines = [run.line() for run in reversed(self.runs.values())]
+        return [*self.parts, *lines] if parts else lines
 
     async def sales(self) -> list[Json]:
         """See NodeService."""

@@ -24,6 +24,7 @@ from p2pflop.job.spec import Result, Work
 from p2pflop.job.variants import Variants, decode_variants, encode_variants, variant
 from p2pflop.market.ranking import no_deal
 from p2pflop.node.earlier import answer, find_earlier
+from p2pflop.node.journal import BUYER, PART
 from p2pflop.node.orders import Order, open_order, order_card
 from p2pflop.node.outcomes import describe_result
 from p2pflop.node.runs import Run, Runs
@@ -131,7 +132,7 @@ class Packs:
             for data in unpacked.blobs.values():
                 nursery.start_soon(store.put, data)
         order, result = _of(order, unpacked.file), unpacked.result
-        run = self._begin(run_id, order)
+        run = self._begin(run_id, order, PART)
         run.card |= {
             "hash": result_hash(result).hex(),
             "cost_nusd": cost_nusd,
@@ -144,8 +145,8 @@ class Packs:
         provider = pack.events[-1].get("provider", "")
         await runs.emit(run, "result", **told, provider=provider, pack=pack.id)
 
-    def _begin(self, run_id: str, order: Order) -> Run:
-        run = self._buyer.runs.create(order_card(order), run_id)
+    def _begin(self, run_id: str, order: Order, side: str = BUYER) -> Run:
+        run = self._buyer.runs.create(order_card(order), run_id, side=side)
         self._buyer.add_job(run, order, encode_file(order.file))
         return run
 

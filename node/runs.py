@@ -25,6 +25,7 @@ from p2pflop.ids import HASH_BYTES
 from p2pflop.node.journal import (
     BUYER,
     MAX_LISTED,
+    PART,
     SESSION,
     Ending,
     Head,
@@ -115,7 +116,7 @@ class Runs:
     def create(self, card: Json, run_id: str | None = None, *, side: str = BUYER) -> Run:
         """A new run, on disk with its first flush. ``card`` is JSON; id and state are added.
 
-        ``side`` may be ``SESSION``."""
+        ``side`` may be ``SESSION`` or ``PART``."""
         run_id = secrets.token_hex(6) if run_id is None else run_id
         now_ns = self._now_ns()
         card = {"id": run_id, "state": "ranking", "end_state": "", "submitted_ns": now_ns, **card}
@@ -196,7 +197,7 @@ class Runs:
         if run_id in self._live:
             return self._live[run_id]
         head = self._journal.head(run_id) if _RUN_ID.fullmatch(run_id) else None
-        if head is None or head.side not in (BUYER, SESSION):
+        if head is None or head.side not in (BUYER, SESSION, PART):
             raise ConfigError(f"there is no job {run_id[:40]!r} here", hint="See p2pflop jobs.")
         return self.adopt(head)
 
@@ -232,9 +233,11 @@ class Runs:
             for class_id, joined in self._journal.states(work, step).items()
         }
 
-    def cards(self) -> list[Json]:
-        """The card of every run, newest first."""
-        heads = [*self._journal.heads(BUYER), *self._journal.heads(SESSION)]
+    def cards(self, *, parts: bool = False) -> list[Json]:
+        """The cards of the newest ``MAX_LISTED`` runs, newest first; ``parts`` of packs are among
+        them only on request, since their cost is that of their packs."""
+        sides = (BUYER, SESSION, PART) if parts else (BUYER, SESSION)
+        heads = [head for side in sides for head in self._journal.heads(side)]
         return [
             self._live[head.job].card if head.job in self._live else json.loads(head.summary)
             for head in sorted(heads, key=attrgetter("opened_ns"), reverse=True)[:MAX_LISTED]

@@ -127,9 +127,12 @@ class NodeService(Protocol):
     async def quote(self, body: bytes, options: SubmitOptions) -> Json:
         """What ``submit`` would choose from: ``deals`` and ``misses`` as in a ``ranked`` event."""
 
-    async def jobs(self) -> list[Json]:
+    async def jobs(self, *, parts: bool = False) -> list[Json]:
         """One line a run, newest first: ``id``, ``title``, ``state``, ``step``, ``steps``...
         ``cost_nusd`` is what it owes so far, or in the end, from its first receipt on.
+
+        With ``parts`` also the jobs that were bought in a ``pack``, which is named by its id and
+        has cost what they have together.
 
         Of a session ``kind``, which script it is of (``title``), ``provider``, ``account``,
         ``class_id``, ``cost_nusd`` of ``max_nusd``, ``commands``, of which ``step`` are obeyed,

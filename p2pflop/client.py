@@ -251,9 +251,10 @@ class Client:
         """``deals`` and ``misses`` that a submission would choose from."""
         return self._json("POST", "/v1/quote", content=body, params=_params(options))
 
-    def jobs(self) -> list[Json]:
-        """The runs of the node, newest first."""
-        return self._list("jobs")
+    def jobs(self, *, parts: bool = False) -> list[Json]:
+        """The runs of the node, newest first; with ``parts`` also those that were bought in a
+        ``pack``, whose cost is a part of that of the run which it names."""
+        return self._list("jobs?parts=1" if parts else "jobs")
 
     def sales(self) -> list[Json]:
         """What runs at the node for others, oldest first; ``paused`` waits for a signature."""
@@ -422,7 +423,7 @@ class Client:
         return self._json("POST", path, content=json.dumps(command).encode())
 
     def _list(self, name: str) -> list[Json]:
-        items: list[Json] = self._json("GET", f"/v1/{name}")[name]
+        items: list[Json] = self._json("GET", f"/v1/{name}")[name.partition("?")[0]]
         return items
 
     def _octets(self, path: str) -> bytes:

@@ -21,24 +21,27 @@ PAUSED = "paused: waiting for the buyer's signature"
 
 @click.command("jobs")
 @click.option("--sold", is_flag=True, help="What runs here for others.")
+@click.option("--all", "parts", is_flag=True, help="Each job of a pack, too.")
 @common_options
 @click.pass_obj
-def jobs_command(flags: Flags, sold: bool) -> None:
+def jobs_command(flags: Flags, sold: bool, parts: bool) -> None:
     """List the runs of this node.
 
-    Jobs, and sessions of scripts, whose steps are commands; newest first. With --sold what runs
-    here for others, oldest first.
+    Jobs, and sessions of scripts, whose steps are commands; newest first. Small jobs of a sweep
+    that were bought together are one run, a pack; --all lists them beside it, each with its share
+    of the cost. With --sold what runs here for others, oldest first.
 
     \b
     Examples:
       p2pflop jobs
+      p2pflop jobs --all
       p2pflop jobs --sold
       p2pflop jobs --json | jq -r '.[] | select(.state == "settled") | .id'
     """
     if sold:
         _tell_sales(flags)
         return
-    jobs = flags.client(start=True).jobs()
+    jobs = flags.client(start=True).jobs(parts=parts)
     if flags.json:
         print_json(jobs)
         return
@@ -56,7 +59,8 @@ def _row(job: dict[str, Any]) -> tuple[str, str, str, str, str]:
     if sessions.is_session(job):
         return *who, str(job.get("step", 0)), sessions.spent(job), sessions.title(job)
     cost = format_usd(job["cost_nusd"]) if "cost_nusd" in job else ""
-    return *who, f"{job.get('step', 0)}/{end_step(job)}", cost, job.get("title", "")
+    title = job.get("title", "") + (f", bought in {job['pack']}" if "pack" in job else "")
+    return *who, f"{job.get('step', 0)}/{end_step(job)}", cost, title
 
 
 def _tell_sales(flags: Flags) -> None:

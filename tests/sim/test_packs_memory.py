@@ -123,7 +123,12 @@ async def test_a_pack_is_one_run_and_its_variants_are_runs_after_it(
         for address in (told["trace"], told["outputs"]["sum"], told["state"]["state"]["address"]):
             assert await buyer.store.stat(bytes.fromhex(address)) is not None
     assert await packs.unpack(PACK) == cards
-    assert len(buyer.runs.cards()) == 1 + COUNT
+    [listed] = buyer.runs.cards()
+    assert (listed["id"], listed["cost_nusd"]) == (PACK, end["cost_nusd"])
+    everything = {card["id"]: card for card in buyer.runs.cards(parts=True)}
+    assert everything.keys() == {PACK, *variants().run_ids}
+    assert [everything[card["id"]] for card in cards] == cards
+    assert buyer.runs.unfinished() == []
 
 
 async def test_what_was_bought_before_is_left_out(market: Market, autojump_clock: object) -> None:

@@ -29,6 +29,16 @@ class TestRuns:
             assert (await server.get(f"{path}/file")).content == b"job"
             assert error_of(await server.get(f"{path}/record"))["kind"] == "ConfigError"
 
+    async def test_jobs_of_packs_are_listed_on_request(self) -> None:
+        service = MemoryService()
+        service.parts = [{"id": "cd" * 6, "pack": "ab" * 6}]
+        async with serving(service) as server:
+            run = await submit(server)
+            for query, listed in (("", []), ("?parts=0", []), ("?parts=1", service.parts)):
+                jobs = (await server.get(f"/v1/jobs{query}")).json()["jobs"]
+                assert [job["id"] for job in jobs] == [*(job["id"] for job in listed), run]
+            assert error_of(await server.get("/v1/jobs?parts=2"))["kind"] == "ConfigError"
+
     @pytest.mark.parametrize(
         "query",
         [

@@ -14,6 +14,7 @@ from p2pflop.cli.main import run
 from p2pflop.cli.progress import RunView
 from p2pflop.cli.sessions import spent
 from p2pflop.client import Client
+from p2pflop.node.memory_service import MemoryRun
 from p2pflop.units import MAX_NUSD
 
 StartNode = Callable[..., Any]
@@ -80,9 +81,29 @@ def test_jobs_counts_the_steps_of_the_work(
 ) -> None:
     start_node()
     card = {"id": "ab" * 6, "state": "running", "step": 7, "first_step": 5, "steps": 5}
-    monkeypatch.setattr(Client, "jobs", lambda _: [card])
+    monkeypatch.setattr(Client, "jobs", lambda _, **__: [card])
     assert run(["jobs"]) == 0
     assert "7/10" in capsys.readouterr().out
+
+
+def test_jobs_of_a_pack_are_listed_on_request_with_their_pack(
+    start_node: StartNode, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = start_node()
+    pack = {"id": "ab" * 6, "state": "settled", "step": 4, "steps": 4, "cost_nusd": 5}
+    pack |= {"title": "2 of rates"}
+    part = pack | {"id": "cd" * 6, "cost_nusd": 2, "title": "rates", "pack": "ab" * 6}
+    node.service.parts = [part]
+    monkeypatch.setattr(MemoryRun, "line", lambda _: pack)
+    Client().submit(b"job")
+    assert run(["jobs"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ID", "ab" * 6]
+    assert run(["jobs", "--all"]) == 0
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(f"$0.000000002  rates, bought in {'ab' * 6}")
+    assert second.endswith("$0.000000005  2 of rates")
+    assert run(["jobs", "--all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [part, pack]
 
 
 def test_what_comes_round_after_round_is_told_once() -> None:
@@ -200,7 +221,7 @@ def test_jobs_and_show_tell_of_a_session_its_script_and_cost(
     start_node: StartNode, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start_node()
-    monkeypatch.setattr(Client, "jobs", lambda _: [SESSION])
+    monkeypatch.setattr(Client, "jobs", lambda _, **__: [SESSION])
     monkeypatch.setattr(Client, "job", lambda *_: SESSION)
     assert run(["jobs"]) == 0
     [_, line] = capsys.readouterr().out.splitlines()
