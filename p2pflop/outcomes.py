@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from p2pflop.errors import P2PFlopError
+from p2pflop.node.service import LAST_EVENT_KINDS
 from p2pflop.runs import Row, Run
 from p2pflop.sdk import Number
 
@@ -76,5 +77,5 @@ class Costs:
             self._before_nusd, self._now_nusd = self.nusd, 0
         elif event["kind"] == "receipt":
             self._now_nusd = max(self._now_nusd, int(event["amount_nusd"]))
-        elif event["kind"] in ("cancelled", "failed"):  # a cancel may owe more than the receipts
+        elif event["kind"] in LAST_EVENT_KINDS:  # a cancel may owe more than the receipts
             self._before_nusd, self._now_nusd = max(self.nusd, int(event.get("cost_nusd", 0))), 0

@@ -30,12 +30,13 @@ from p2pflop.job.counts import whole_number
 from p2pflop.job.file import decode_file, encode_file
 from p2pflop.job.submission import MAX_INPUTS
 from p2pflop.job.variants import encode_variants
-from p2pflop.node.service import Json, SubmitOptions
+from p2pflop.node.service import LAST_EVENT_KINDS, Json, SubmitOptions
 from p2pflop.outcomes import Costs, Outcome, SweepProgress
 from p2pflop.packs import room_for, variants_of
 from p2pflop.runs import Row, Run, check_event
 from p2pflop.sdk import Job, Number, Usd, put_inputs, submit_options
 from p2pflop.shards import jobs_of, with_data
+from p2pflop.standing import Unit, card_of, recall
 from p2pflop.sweep_plan import SweepPlan
 from p2pflop.units import NS_PER_S, counted
 
@@ -51,9 +52,6 @@ QUOTE_FOR_S: Final = 10.0
 """How long a price is good for dividing the budget."""
 CANCEL_WITHIN_S: Final = 30.0
 RUN_ID_DIGITS: Final = 12
-
-Unit = tuple[int, ...]
-"""The places of jobs that are bought as one; mostly there is but one."""
 
 
 class Sweep:
@@ -170,28 +168,16 @@ class Sweep:
     def start(self, *, known: bool = False) -> Self:
         """Begin to buy; ``known`` asks the node first which runs there are already."""
         if known:
-            self._recall()
+            standing = recall(self._client, self._todo, self._unit_id)
+            self._todo = deque([*standing.found, *standing.fresh])
+            self._limits, self._ended = standing.limits, standing.ended
+            self._spent_nusd = standing.spent_nusd
         for _ in range(min(self._plan.under_way, len(self._todo))):
             thread = threading.Thread(target=self._work, daemon=True, name=f"sweep {self.id[:12]}")
             self._threads.append(thread)
         for thread in self._threads:
             thread.start()
         return self
-
-    def _recall(self) -> None:
-        """Runs that there are come first, and what they may cost is not free for others."""
-        found: list[Unit] = []
-        for unit in self._todo:
-            card = _card(self._client, self._unit_id(unit))
-            if card is None:
-                continue  # nobody has submitted it
-            found.append(unit)
-            cost_nusd = card["cost_nusd"] if card["end_state"] == "settled" else card["max_nusd"]
-            self._limits[unit] = int(cost_nusd)
-            if card["end_state"]:
-                self._ended[unit] = card
-        fresh = [unit for unit in self._todo if unit not in self._limits]
-        self._todo = deque([*found, *fresh])
 
     def _unit_id(self, unit: Unit) -> str:
         """The id of the run of a job, or of the pack of several."""
@@ -338,6 +324,7 @@ class Sweep:
             for outcome in outcomes:
                 self._spent_nusd += outcome.cost_nusd
                 self._add(outcome)
+            self._changed.notify_all()  # there may be room in the budget
 
     def _add(self, outcome: Outcome) -> None:
         """Under the lock."""
@@ -382,19 +369,23 @@ class Sweep:
         raise P2PFlopError(f"run {run.id} ended without a result")
 
     def _buy_pack(self, client: Client, unit: Unit, limit_nusd: int | None) -> list[Outcome]:
-        """Buy several jobs as one. If that fails they are to be bought one by one: no outcome."""
+        """Buy several jobs as one. If that fails they are to be bought one by one: no outcome.
+
+        Raises P2PFlopError for a pack that cannot be followed to its end: what it costs is not
+        known."""
         plan, pack_id = self._plan, self._unit_id(unit)
         args = [plan.args[place] for place in unit]
         run_ids = [self.run_id(place) for place in unit]
         rows: dict[str, Row] = {}
         cards: list[Json] = []
-        costs, ended = Costs(), ""
+        costs, ended, is_there = Costs(), "", False
         try:
             options = self._options(client, pack_id, limit_nusd)
             variants = variants_of(self._job, args, run_ids, plan.room, client)
             if options is not None:
                 cards, bought = client.submit_pack(encode_variants(variants), options)
-            if options is None or bought:
+            is_there = options is None or bought > 0
+            if is_there:
                 if self._stopped:
                     client.cancel(pack_id)
                 rest = [run_id for run_id in run_ids if run_id not in {c["id"] for c in cards}]
@@ -408,7 +399,9 @@ class Sweep:
         except NodeUnreachableError:
             raise
         except P2PFlopError as error:
-            return self._broken_pack(unit, costs.nusd, error, split=ended != "cancelled")
+            if is_there and ended not in LAST_EVENT_KINDS:
+                raise
+            return self._broken_pack(unit, costs.nusd, error, ended)
         places = dict(zip(run_ids, unit, strict=True))
         return [self._outcome(places[card["id"]], card, rows) for card in cards]
 
@@ -421,15 +414,16 @@ class Sweep:
         }
 
     def _broken_pack(
-        self, unit: Unit, cost_nusd: int, error: P2PFlopError, *, split: bool
+        self, unit: Unit, cost_nusd: int, error: P2PFlopError, ended: str
     ) -> list[Outcome]:
+        """``ended``: with which event; one with a result is paid for, and only to be had again."""
         with self._changed:
             self._spent_nusd += cost_nusd
-            if split and not self._stopped:
+            if ended not in ("cancelled", "result") and not self._stopped:
                 self._split(unit)
                 return []
-        args = self._plan.args
-        return [Outcome(place, args[place], "cancelled", error=error) for place in unit]
+        args, state = self._plan.args, "failed" if ended == "result" else "cancelled"
+        return [Outcome(place, args[place], state, error=error) for place in unit]
 
     def _outcome(self, place: int, card: Json, rows: Mapping[str, Row]) -> Outcome:
         run = Run(str(card["id"]), self._client)
@@ -451,7 +445,7 @@ class Sweep:
         if plan.deadline_ns is not None:
             deadline_s = math.ceil((plan.deadline_ns - time.time_ns()) / NS_PER_S)
             if deadline_s < 1:
-                if _card(client, run_id) is not None:
+                if card_of(client, run_id) is not None:
                     return None
                 raise MarketError("not bought: the sweep's deadline has passed")
         return SubmitOptions(
@@ -570,13 +564,3 @@ def attach_sweep(
         sweep_id, plan, job, client, ordered=ordered, cancel_if=cancel_if, prune_if=prune_if
     )
     return sweep.start(known=True)
-
-
-def _card(client: Client, run_id: str) -> Json | None:
-    """How a run stands; None if nobody has submitted it."""
-    try:
-        return client.job(run_id)
-    except NodeUnreachableError:
-        raise
-    except ConfigError:
-        return None
