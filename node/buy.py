@@ -185,7 +185,6 @@ class Buyer:
             return run.id
         self.nursery.start_soon(self._buy, run, order)
         await run.rows.wait_flushed()
-        await trio.lowlevel.checkpoint()  # the bid leaves first
         return run.id
 
     def add_job(self, run: Run, order: Order, body: bytes) -> None:
