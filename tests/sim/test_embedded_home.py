@@ -82,7 +82,24 @@ async def test_what_was_under_way_is_given_back_and_goes_on_elsewhere(
     market.check()
     assert end["cost_nusd"] == owed_to(market, buyer, cheap, dear)
     assert credit_taken_nusd(cheap, buyer) == 0
-    assert not cheap.seller.allocator.lapses.objection(buyer.account, "", 0)
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+async def test_a_fill_that_the_crash_cut_off_is_no_lapse_of_its_buyer(
+    market: Market, autojump_clock: object, embedded: bool
+) -> None:
+    cheap, _, buyer = await three(market)
+    cheap.cut_at = cheap.writes + 1
+    await submit(buyer)
+    await cheap.down.wait()
+    await buyer.kill()
+    await trio.sleep(5)
+    await (embed(market, cheap) if embedded else market.restart(cheap))
+    await trio.sleep(5)
+    [head] = cheap.journal.heads(PROVIDER)
+    assert head.end_state == "released"
+    assert len(cheap.seller.allocator.lapses) == 0
+    assert cheap.seller.busy == 0
 
 
 async def test_nobody_else_is_served_and_the_run_goes_on_when_the_home_sells_again(
@@ -228,6 +245,47 @@ async def test_the_power_goes_at_every_write_of_the_seller(
     hashes = {await whole_hash(market)}
     writes = await run(0, False)
     assert writes >= 2 * STEPS // EVERY
+    for at in range(1, writes + 1):
+        for before in (True, False):
+            await run(at, before)
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("victim", ["seller", "buyer"])
+async def test_the_power_goes_at_every_write_of_the_embedded_node(
+    market: Market, autojump_clock: object, victim: str
+) -> None:
+    async def run(cut_at: int, before: bool) -> int:
+        """Its ``cut_at``-th write is cut; 0: none. How many there were."""
+        apart = market.another()
+        cheap, dear, buyer = await three(apart)
+        node = cheap if victim == "seller" else buyer
+        run_id = await submit(buyer)
+        await trio.sleep(5)
+        await node.kill()
+        until = node.writes
+        await node.start(apart.nursery, embedded=True)
+        if cut_at:
+            node.cut_at, node.cut_before = until + cut_at, before
+            with trio.move_on_after(60):
+                await node.down.wait()
+        await trio.sleep(30)
+        after = node.writes - until
+        if not node.down.is_set():
+            await node.kill()
+        await apart.restart(node)
+        end = await apart.end_of(buyer, run_id)
+        assert end["kind"] == "result", (cut_at, before, end)
+        hashes.add(end["hash"])
+        await apart.settle_down()
+        apart.check()
+        assert end["cost_nusd"] == owed_to(apart, buyer, cheap, dear)
+        await apart.close()
+        return after
+
+    hashes = {await whole_hash(market)}
+    writes = await run(0, False)
+    assert writes
     for at in range(1, writes + 1):
         for before in (True, False):
             await run(at, before)
