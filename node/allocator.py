@@ -33,6 +33,7 @@ from p2pflop.units import NS_PER_S
 from p2pflop.wire import Sealed
 
 SAFE_LEVEL: Final = 2
+SELLS_NOTHING: Final = "the provider sells nothing now"
 MAX_OPEN_SALES: Final = 1024
 MAX_OPEN_SALES_PER_ACCOUNT: Final = 64
 MAX_LEASE_NS: Final = 30 * 24 * 3600 * NS_PER_S
@@ -130,6 +131,15 @@ class Allocator:
             self._unpaid.append(unpaid)
         return counts
 
+    def replace_unpaid(self, old: Unpaid, new: Unpaid) -> None:
+        """Some of it was countersigned after all."""
+        if old in self._unpaid:
+            self._unpaid[self._unpaid.index(old)] = new
+
+    def serves(self, account: bytes) -> bool:
+        """Whether that account may buy here: an embedded node is for its own user."""
+        return account == self.own_account or not self.settings.embedded
+
     def window_nusd(self, account: bytes) -> int | None:
         """How far a lease of that account may run ahead of what is countersigned: never by more
         than its credit, the pool included. None is no limit, for this node's own."""
@@ -169,6 +179,7 @@ class Allocator:
         over_credit = "" if own else self._credit_objection(account, quote_nusd, now_ns)
         lapsed = self.lapses.objection(account, subnet, now_ns)
         reasons = (
+            (not self.serves(account), SELLS_NOTHING),
             (self.workers.broken, "the provider's workers are broken"),
             (self.workers.level < SAFE_LEVEL and not own, "the sandbox here is not safe enough"),
             (

@@ -249,7 +249,7 @@ class Buyer:
         if anybody else does, ``excluded`` accounts are in any case, as are others than ``only``."""
         now_ns = self.now_ns()
         nonce = secrets.token_bytes(NONCE_BYTES)
-        kept = self.sheets.book.view(now_ns)
+        kept = self.sheets.view(now_ns)
         view = BookView(kept.sheets, now_ns, kept.shelf)
         avoided = self.experience.pauses(now_ns)
         is_strict, admitted = self.franchise.is_strict, self.franchise.admitted(view.at_ns)

@@ -71,6 +71,7 @@ _PARSERS: Final[Mapping[str, Callable[[str], int]]] = {
     "max_moved": parse_bytes,
 }
 """Of those that are no dollars."""
+_PRICES: Final = ("ask_nusd", "setup_nusd", "min_charge_nusd", "byte_price_nusd")
 _LIMITS: Final = {
     Limit.LEASE: "max_lease_s",
     Limit.FLOP: "max_flop",
@@ -195,10 +196,16 @@ def load_settings(overrides: Mapping[str, Any]) -> Settings:
     settings = _with(settings, told, "")
     if settings.wish_ask_nusd is not None:
         _check_wish_ask(settings.wish_ask_nusd, settings.ask_nusd)
-    if settings.embedded:
-        unlimited: dict[str, Any] = dict.fromkeys(_LIMITS.values())
-        settings = replace(settings, listen=LOOPBACK_LISTEN, ask_nusd=0, http_port=0, **unlimited)
-    return settings
+    return for_its_user(settings) if settings.embedded else settings
+
+
+def for_its_user(settings: Settings) -> Settings:
+    """``settings`` as an embedded node has them: on loopback, for its own user, free of charge."""
+    unlimited: dict[str, Any] = dict.fromkeys(_LIMITS.values())
+    free: dict[str, Any] = dict.fromkeys(_PRICES, 0)
+    return replace(
+        settings, embedded=True, listen=LOOPBACK_LISTEN, http_port=0, **free, **unlimited
+    )
 
 
 def _check_wish_ask(wish_ask_nusd: int, ask_nusd: int | None) -> None:
@@ -299,7 +306,7 @@ def _check(settings: Settings) -> None:
         f"{settings.network[:40]!r} is not a network name",
         "Use up to 32 letters, digits and dashes.",
     )
-    for name in ("ask_nusd", "setup_nusd", "min_charge_nusd", "byte_price_nusd", "wish_ask_nusd"):
+    for name in (*_PRICES, "wish_ask_nusd"):
         price = getattr(settings, name)
         require(
             price is None or is_price(price),

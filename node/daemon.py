@@ -191,7 +191,7 @@ class Daemon:
                 "limits": {limit_label(n): most for n, most in sheet.limits_of(ask)},
                 "valid_until_ns": ask.valid_until_ns,
             }
-            for sheet in self.sheets.book.view(now_ns).sheets
+            for sheet in self.sheets.view(now_ns).sheets
             if sheet.account in admitted
             for ask in sheet.sheet.asks
         ]

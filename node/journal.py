@@ -317,6 +317,13 @@ class Journal:
         )
         return [Unpaid(*row) for row in reversed(found)]
 
+    def unpaid_of(self, job: str) -> Unpaid | None:
+        """What a sale that is over showed in vain, if it did."""
+        found = self._database.read(
+            "SELECT account, at_ns, amount_nusd FROM unpaid WHERE job = ?", job
+        )
+        return Unpaid(*found[0]) if found else None
+
     def rows(self, job: str) -> list[Row]:
         """The rows of ``job``, oldest first."""
         found = self._database.read(
@@ -415,7 +422,8 @@ class JobRows:
         self._pending.blobs.append(staged)
 
     def add_unpaid(self, unpaid: Unpaid) -> None:
-        """What this sale showed in vain; written with the next flush."""
+        """What this sale showed in vain, in the place of what was said of it before; written with
+        the next flush."""
         self._pending.unpaid.append(unpaid)
 
     def forget(self, *kinds: str) -> None:

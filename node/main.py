@@ -184,7 +184,7 @@ async def _started(settings: Settings, home: Home, stop: trio.Event) -> AsyncIte
             payment_book,
             network,
             workers,
-            _open_sheets(identity, book, network, known, gossip=not settings.embedded),
+            _open_sheets(identity, book, network, known),
             tape,
             franchising.franchise,
             nursery,
@@ -244,12 +244,10 @@ async def _keep(
 
 
 def _open_sheets(
-    identity: Identity, book: Book, network: Network, known: Acquaintances, *, gossip: bool
+    identity: Identity, book: Book, network: Network, known: Acquaintances
 ) -> SheetService:
     """The sheets, and all who keep count of peers told who is there, comes and goes."""
-    sheets = SheetService(
-        identity, book, network, time.time_ns, addresses=network.addresses, gossip=gossip
-    )
+    sheets = SheetService(identity, book, network, time.time_ns, addresses=network.addresses)
     network.on_connect(known.met)
     network.on_disconnect(known.left)
     network.on_disconnect(sheets.left)
@@ -383,6 +381,7 @@ async def _drain(source: trio.MemoryReceiveChannel[tuple[str, bytes]]) -> None:
 async def _sell(daemon: Daemon) -> None:
     settings = daemon.settings
     if settings.ask_nusd is None:
+        await daemon.sheets.offer_nothing()
         return
     price_nusd = settings.ask_nusd
 
@@ -401,7 +400,7 @@ async def _sell(daemon: Daemon) -> None:
         return (ask,)
 
     await daemon.sheets.offer(
-        asks, daemon.network.addresses, limits=settings.limits, gossip=not settings.embedded
+        asks, daemon.network.addresses, limits=settings.limits, is_private=settings.embedded
     )
 
 

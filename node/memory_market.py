@@ -58,7 +58,7 @@ from p2pflop.node import sheets as sheets_module
 from p2pflop.node import tape as tape_module
 from p2pflop.node.books import open_books
 from p2pflop.node.buy import Buyer
-from p2pflop.node.config import Settings
+from p2pflop.node.config import Settings, for_its_user
 from p2pflop.node.dialing import NodeDialer
 from p2pflop.node.franchising import Franchising, open_franchise
 from p2pflop.node.guard import survive
@@ -136,6 +136,7 @@ class MemoryNode:
         self.settings = Settings(
             folder, ask_nusd=price_nusd, **{"memory_bytes": 4 * GIB, **settings}
         )
+        self._embedded = False
         seed = folder.name.encode()
         self.identity = Identity(
             PrivateKey(content_hash(b"account " + (account or folder.name).encode())),
@@ -171,12 +172,18 @@ class MemoryNode:
         return self.identity.account.public_key
 
     @property
+    def _in_force(self) -> Settings:
+        """Those with which it runs."""
+        return for_its_user(self.settings) if self._embedded else self.settings
+
+    @property
     def is_dying(self) -> bool:
         """Whether its power is cut, or it is killed: it says nothing more."""
         return self._cut or self._scope.cancel_called
 
-    async def start(self, nursery: trio.Nursery) -> MemoryNode:
-        """Run, in ``nursery``, until ``kill`` or a power cut."""
+    async def start(self, nursery: trio.Nursery, *, embedded: bool = False) -> MemoryNode:
+        """Run, in ``nursery``, until ``kill`` or a power cut; ``embedded``: for its user."""
+        self._embedded = embedded
         await nursery.start(self._run)
         return self
 
@@ -213,7 +220,10 @@ class MemoryNode:
 
     async def sell(self) -> OpenSheet:
         """Publish the sheet."""
-        return await self.sheets.offer(self._asks, (), limits=self.settings.limits)
+        settings = self._in_force
+        return await self.sheets.offer(
+            self._asks, (), limits=settings.limits, is_private=settings.embedded
+        )
 
     async def _run(self, task_status: Any) -> None:
         self.down = trio.Event()
@@ -239,7 +249,7 @@ class MemoryNode:
             self.ledger_book = LedgerBook(books, self.account)
             self.payment_book = PaymentBook(books)
             franchising = await stack.enter_async_context(
-                open_franchise(self.settings, self.identity, now_ns)
+                open_franchise(self._in_force, self.identity, now_ns)
             )
             config = HostConfig(self.identity.node.seed)
             self.host = await stack.enter_async_context(self._network.open_host(config))
@@ -256,7 +266,9 @@ class MemoryNode:
             self.sessions.resume()
             self.session_sales.resume()
             self.money.resume()
-            if self.settings.ask_nusd is not None:
+            if self._in_force.ask_nusd is None:
+                await self.sheets.offer_nothing()
+            else:
                 await self.sell()
             yield
 
@@ -295,13 +307,13 @@ class MemoryNode:
             letters=letters,
             franchise=franchise,
             workers=self.workers,
-            memory_bytes=self.settings.resolved_memory_bytes(),
+            memory_bytes=self._in_force.resolved_memory_bytes(),
             nursery=nursery,
             now_ns=now_ns,
         )
         self.seller = Seller(
             identity=self.identity,
-            settings=self.settings,
+            settings=self._in_force,
             store=self.store,
             dialer=dialer,
             sheets=self.sheets,
@@ -403,7 +415,7 @@ class MemoryNode:
         await self.host.subscribe(topic, lambda _, data, peer: take(data, peer), sink)
 
     def _asks(self, until_ns: int) -> tuple[Ask, ...]:
-        settings = self.settings
+        settings = self._in_force
         ask = make_ask(
             0,
             self.workers.class_id,

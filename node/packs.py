@@ -112,7 +112,7 @@ class Packs:
     async def _buy(self, variants: Variants, options: SubmitOptions) -> None:
         """Raises MarketError if it is too large for who would take its variants."""
         packing = await trio.to_thread.run_sync(Packing, variants, address_of)
-        if self._buyer.sheets.book.view(self._buyer.now_ns()).has_limits:
+        if self._buyer.sheets.view(self._buyer.now_ns()).has_limits:
             order = await self._order(packing.file, options)
             ranking = self._buyer.rank(order, order.classes)
             if ranking.is_over_limits:

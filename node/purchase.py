@@ -270,12 +270,12 @@ class Purchase:
         await self._buyer.need(self._run.id, order)
         await self._bidding.forget_looks()
         ranking = self._bidding.rank(self._lifecycle.side.attempt, order)
-        if ranking.is_over_limits and is_pack(self._buyer.runs, self._run.id):
-            self._lifecycle.side.rests = False  # its variants alone may be within
+        # The variants of a pack alone may be within.
+        is_final = ranking.is_over_limits and is_pack(self._buyer.runs, self._run.id)
         await self._buyer.runs.emit(self._run, "ranked", **describe_ranking(ranking))
         reason = no_deal(ranking.ranked)
         try:
-            await self._driver.on(Ranked(reason.message))
+            await self._driver.on(Ranked(reason.message, is_final))
         except ProtocolError:
             if not self._lifecycle.ended:  # the user was faster
                 raise

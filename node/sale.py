@@ -2,6 +2,10 @@
 
 A buyer may lose its stream and come back with another; what was said meanwhile is said again by the
 lifecycle. The worker goes on without it, as long as the lifecycle lets it.
+
+A buyer cannot reach an embedded node, unless that has dialled it. So there the clock of a sale from
+before a crash stands still: what was delivered waits for its countersignature, and the bound on
+that wait begins anew where the home sells again.
 """
 
 from __future__ import annotations
@@ -81,6 +85,7 @@ class Sale:
         self.fill_id = b""
         self.begun = Begun(bid.record, checked.work, bid.record.job.first_step)
         self._had_ended = bool(rows.head.end_state)
+        self._was_taken_up = False
         self._seller = seller
         self._labour = Labour(self, seller, body, checked)
         self._conversation: Conversation | None = None
@@ -97,7 +102,10 @@ class Sale:
         )
         deadline_ns = bid.record.terms.deadline_ns
         self._lifecycle = provider_lifecycle(desk, bid.wire, deadline_ns)
-        self.driver = Driver(self._lifecycle, rows, self, seller.now_ns)
+        began_ns = seller.now_ns()
+        is_served = seller.allocator.serves(account)
+        clock = seller.now_ns if is_served else lambda: began_ns
+        self.driver = Driver(self._lifecycle, rows, self, clock)
 
     @property
     def over(self) -> bool:
@@ -180,6 +188,7 @@ class Sale:
 
     async def resume(self, rows: list[Row]) -> None:
         """Take up what the journal remembers."""
+        self._was_taken_up = True
         for row in rows:
             if row.kind == SaleRow.RESULT:
                 self._delivery = msgspec.msgpack.decode(row.body, type=Delivery)
@@ -328,6 +337,9 @@ class Sale:
         """See Hands. A buyer who comes back with the fill must find the sale."""
         if edge == Edge.GRANT:
             self._bind()
+        elif edge == Edge.COUNTERSIGN and self._lifecycle.ended:
+            booked_nusd = self._amount_nusd(self._booked)
+            self._seller.forgive(self.rows, self.signed_nusd - booked_nusd)
 
     def start(self, task: str) -> None:
         """See Hands."""
@@ -353,7 +365,8 @@ class Sale:
             unpaid = Unpaid(self.account, at_ns, self._worked_nusd(action.blame) - self.signed_nusd)
             if allocator.note_unpaid(unpaid):
                 self.rows.add_unpaid(unpaid)
-            if side.fill and not side.confirm and action.blame is Blame.BUYER:
+            is_lapse = side.fill and not side.confirm and action.blame is Blame.BUYER
+            if is_lapse and not self._was_taken_up:  # else its confirm may have found nobody here
                 allocator.note_lapse(self, at_ns)
         self.rows.set_head(summary=action.reason.encode(), end_state=action.state)
         # Nobody can ask for these any more; of what was never confirmed, not even for the job.

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import trio
@@ -26,7 +26,7 @@ from p2pflop.errors import (
     ProviderError,
     VerificationError,
 )
-from p2pflop.job.events import Grant, State
+from p2pflop.job.events import Grant, State, Withdraw
 from p2pflop.job.file import CheckedJob, JobBody
 from p2pflop.keys import peer_id
 from p2pflop.market.fills import OpenBid, check_bid, make_reject
@@ -35,7 +35,7 @@ from p2pflop.market.records import Abandon, Bid, Confirm, Fill, Receipt, Rejecte
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
 from p2pflop.market.wishes import MAX_QUOTE_LIFETIME_NS
 from p2pflop.node import messages as m
-from p2pflop.node.allocator import Allocator
+from p2pflop.node.allocator import SELLS_NOTHING, Allocator
 from p2pflop.node.config import Settings
 from p2pflop.node.conversation import Conversation
 from p2pflop.node.guard import keep_going, survive
@@ -179,6 +179,15 @@ class Seller:
         self._over[sale.bid.id] = sale
         self._over_bytes += sale.body_bytes
         self._forget()
+
+    def forgive(self, rows: JobRows, paid_nusd: int) -> None:
+        """Called when a buyer countersigns late: so much less of what a sale that is over showed
+        counts against its credit, from the next flush on."""
+        unpaid = self.journal.unpaid_of(rows.head.job)
+        if unpaid is not None:
+            left = replace(unpaid, amount_nusd=max(0, unpaid.amount_nusd - paid_nusd))
+            self.allocator.replace_unpaid(unpaid, left)
+            rows.add_unpaid(left)
 
     def tell_trade(self, sale: Sale) -> None:
         """Called by a sale that has settled."""
@@ -386,7 +395,10 @@ class Seller:
         self.allocator.take(sale, capacity=False)
         await sale.resume(rows)
         if sale.state in (State.OFFERED, State.LEASED):
-            self.allocator.take(sale)
+            if self.allocator.serves(account):
+                self.allocator.take(sale)
+            else:
+                await sale.tell(Withdraw(SELLS_NOTHING))
         await self._hold_inputs(sale, checked)
         if sale.over:
             self.blobs.let_go(sale.bid.id)  # it may have been released before it held anything

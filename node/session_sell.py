@@ -186,7 +186,10 @@ class SessionSeller:
             signed = check_countersigned(wire, issued, signer, network)
             if isinstance(signed, Rejected):
                 raise ProtocolError(signed.reason, peer=talk.peer)
-            await self.book(JobRows(base.journal, head, base.now_ns), state, wire)
+            rows, before = JobRows(base.journal, head, base.now_ns), state.signed_receipt(network)
+            before_nusd = 0 if before is None else before.amount_nusd
+            base.forgive(rows, signed.record.amount_nusd - before_nusd)
+            await self.book(rows, state, wire)
         await talk.say(m.Settled())
         await talk.part()
 

@@ -10,6 +10,9 @@ quotas bound how often.
 
 Own sheets live for an hour and are issued anew every ``REISSUE_S``, so that a node that vanished
 leaves the book by itself.
+
+The asks of an embedded node are **private**: on sheets of their own, which are never in the book
+that others are told of. ``view`` is the book with them, by which this node decides.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from p2pflop.market.limits import AskLimits
 from p2pflop.market.records import Ask, Sheet, Wish
 from p2pflop.market.relay import PASS_ON_S, Relay
 from p2pflop.market.sheets import OpenSheet, make_sheet
+from p2pflop.market.views import BookView, index_of
 from p2pflop.node.comparing import Comparisons, hear
 from p2pflop.node.guard import keep_going, survive
 from p2pflop.node.identity import Identity
@@ -69,8 +73,7 @@ class Gossip(Dialer, Protocol):
 class SheetService:
     """The book, the node's own sheet in it, and its conversations about sheets.
 
-    ``addresses`` are told on the sheet, and without ``gossip`` nobody else gets it, unless
-    ``offer`` says otherwise.
+    ``addresses`` are told on the sheet.
     """
 
     def __init__(
@@ -81,7 +84,6 @@ class SheetService:
         now_ns: Callable[[], int],
         *,
         addresses: Sequence[str] = (),
-        gossip: bool = True,
     ) -> None:
         self.book = book
         self.relay = Relay(book, secrets.SystemRandom().random, identity.network)
@@ -89,13 +91,16 @@ class SheetService:
         self._host = host
         self._now_ns = now_ns
         self._asks: Callable[[int], Sequence[Ask]] | None = None
+        self._private_asks: Callable[[int], Sequence[Ask]] | None = None
+        self._offers_nothing = False
         self._limits: AskLimits = ()
         self._wishes: Callable[[int], Sequence[Wish]] = lambda _: ()
         self._on_news: list[Callable[[], None]] = []
         self._addresses = tuple(addresses)
-        self._gossip = gossip
         self._last_number = book.last_number(identity.node.public_key)
         self._own: dict[int, OpenSheet] = {}
+        self._private: dict[int, OpenSheet] = {}
+        self._seen: tuple[BookView, BookView] | None = None
         self.comparisons = Comparisons(
             "books",
             PROTOCOL,
@@ -109,13 +114,13 @@ class SheetService:
 
     @property
     def selling(self) -> bool:
-        """Whether the node offers anything now."""
+        """Whether the node offers anything to others now."""
         return self._asks is not None
 
     @property
     def newest(self) -> OpenSheet | None:
-        """The node's own newest sheet."""
-        return self._own.get(self._last_number)
+        """The newest of the node's own sheets that others are told of."""
+        return self._own[max(self._own)] if self._own else None
 
     @property
     def newest_wire(self) -> bytes:
@@ -137,7 +142,20 @@ class SheetService:
 
     def honoured(self) -> dict[int, Sheet]:
         """Own sheets by number on which a bid is still taken."""
-        return {number: sheet.sheet for number, sheet in self._own.items()}
+        own = self._own | self._private
+        return {number: sheet.sheet for number, sheet in own.items()}
+
+    def view(self, now_ns: int) -> BookView:
+        """The book as this node decides by it: with its private asks, if it has any."""
+        told = self.book.view(now_ns)
+        if not self._private:
+            return told
+        if self._seen is None or self._seen[0] is not told:
+            private = self._private[max(self._private)]
+            others = [sheet for sheet in told.sheets if sheet.node != private.node]
+            sheets = tuple(sorted([*others, private], key=lambda sheet: sheet.node))
+            self._seen = told, BookView(sheets, told.at_ns, index_of(sheets))
+        return self._seen[1]
 
     async def offer(
         self,
@@ -145,18 +163,27 @@ class SheetService:
         addresses: Sequence[str],
         *,
         limits: AskLimits = (),
-        gossip: bool = True,
+        is_private: bool = False,
     ) -> OpenSheet:
         """Sell on these asks from now on: ``asks(until_ns)`` gives them for a new sheet, and
         ``limits`` are those of each.
 
-        Without ``gossip`` they are for this node itself.
+        Private ones are for this node itself: nobody is told.
         """
-        self._asks = asks
         self._limits = limits
-        self._gossip = gossip
         self._addresses = tuple(addresses)
-        return await self.issue()
+        if not is_private:
+            self._asks = asks
+            return await self.issue()
+        self._private_asks = asks
+        await self.offer_nothing()
+        return self._issue_privately(asks)
+
+    async def offer_nothing(self) -> None:
+        """Sell nothing to others: take back what they were offered before a crash, as soon as this
+        book or a neighbour's shows it."""
+        self._offers_nothing = True
+        await self._take_back()
 
     async def withdraw(self) -> None:
         """Take every order back: an empty sheet under a higher number, told to the neighbours.
@@ -164,8 +191,10 @@ class SheetService:
         Gossip is too slow for a node that is about to go, so books are compared as well.
         """
         newest = self.newest
-        self._asks, self._wishes = None, lambda _: ()
-        if newest is None or not (newest.sheet.asks or newest.sheet.wishes):
+        self._asks = self._private_asks = None
+        self._wishes = lambda _: ()
+        self._private.clear()
+        if newest is None or not _has_orders(newest):
             return
         await self.issue()
         async with trio.open_nursery() as nursery:
@@ -175,31 +204,43 @@ class SheetService:
     async def issue(self) -> OpenSheet:
         """Sign a new sheet, put it into the book and gossip it."""
         now_ns = self._now_ns()
-        lifetime_ns = int(4 * REISSUE_S) * 10**9
-        number = max(now_ns, self._last_number + 1)
-        asks = () if self._asks is None else self._asks(now_ns + lifetime_ns)
-        sheet = make_sheet(
-            self._identity.node,
-            number=number,
-            now_ns=now_ns,
-            delegation=self._identity.delegation(now_ns),
-            asks=asks,
-            wishes=self._wishes(now_ns + lifetime_ns),
-            addresses=self._addresses,
-            limits={ask.number: self._limits for ask in asks},
-            lifetime_ns=lifetime_ns,
-            network=self._identity.network,
-        )
+        sheet = self._sign(self._asks, self._wishes, now_ns)
         if self._asks is None:
             self._own.clear()
-        self._own[number] = sheet
-        self._last_number = number
-        while len(self._own) > HONOURED_SHEETS:
-            del self._own[min(self._own)]
+        _keep(self._own, sheet)
         self.book.apply(sheet, now_ns)
         self._tell_news()
         await self._publish(sheet.sealed.wire)
         return sheet
+
+    def _issue_privately(self, asks: Callable[[int], Sequence[Ask]]) -> OpenSheet:
+        sheet = self._sign(asks, lambda _: (), self._now_ns())
+        _keep(self._private, sheet)
+        self._seen = None
+        self._tell_news()
+        return sheet
+
+    def _sign(
+        self,
+        asks: Callable[[int], Sequence[Ask]] | None,
+        wishes: Callable[[int], Sequence[Wish]],
+        now_ns: int,
+    ) -> OpenSheet:
+        lifetime_ns = int(4 * REISSUE_S) * 10**9
+        offered = () if asks is None else asks(now_ns + lifetime_ns)
+        self._last_number = max(now_ns, self._last_number + 1)
+        return make_sheet(
+            self._identity.node,
+            number=self._last_number,
+            now_ns=now_ns,
+            delegation=self._identity.delegation(now_ns),
+            asks=offered,
+            wishes=wishes(now_ns + lifetime_ns),
+            addresses=self._addresses,
+            limits={ask.number: self._limits for ask in offered},
+            lifetime_ns=lifetime_ns,
+            network=self._identity.network,
+        )
 
     def take(self, wire: bytes, source: str) -> bool:
         """Judge a sheet that peer ``source`` brought; whether it is worth passing on."""
@@ -259,8 +300,6 @@ class SheetService:
             told()
 
     async def _publish(self, wire: bytes) -> None:
-        if not self._gossip:
-            return
         try:
             await self._host.publish(TOPIC, wire)
         except ProviderError as error:
@@ -270,22 +309,44 @@ class SheetService:
         while True:
             await trio.sleep(REISSUE_S)
             newest = self.newest
-            if newest is not None and (newest.sheet.asks or newest.sheet.wishes):
+            if newest is not None and _has_orders(newest):
                 await self.issue()
+            if self._private_asks is not None:
+                self._issue_privately(self._private_asks)
 
     async def _expire(self) -> None:
         while True:
             await trio.sleep(EXPIRE_S)
             self.book.expire(self._now_ns())
 
+    async def _take_back(self) -> None:
+        known = self.book.get(self._identity.node.public_key, self._now_ns())
+        if known is None or known.sheet.number in self._own or not known.sheet.asks:
+            return
+        _log.info("what this node offered before it was killed is taken back")
+        self._last_number = max(self._last_number, known.sheet.number)
+        await self.issue()
+
     async def _mend(self) -> None:
         async with trio.open_nursery() as nursery:
             while True:
                 await trio.sleep(PASS_ON_S)
+                if self._offers_nothing:
+                    await self._take_back()
                 for wire in self.relay.to_pass_on(self._now_ns()):
                     await self._publish(wire)
                 for peer in self.relay.due(self._now_ns()):
                     nursery.start_soon(survive, self.comparisons.compare_quietly, peer)
+
+
+def _has_orders(sheet: OpenSheet) -> bool:
+    return bool(sheet.sheet.asks or sheet.sheet.wishes)
+
+
+def _keep(sheets: dict[int, OpenSheet], sheet: OpenSheet) -> None:
+    sheets[sheet.sheet.number] = sheet
+    while len(sheets) > HONOURED_SHEETS:
+        del sheets[min(sheets)]
 
 
 def subnet_of(addresses: Sequence[str]) -> str:

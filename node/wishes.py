@@ -341,7 +341,7 @@ class Wishes:
         resting, now_ns = self._resting.get(run_id), self._now_ns()
         if resting is None:
             return
-        view = self._sheets.book.view(now_ns)
+        view = self._sheets.view(now_ns)
         need = resting.order.need(resting.classes or frozenset(view.by_price), bytes(NONCE_BYTES))
         policy = Policy(attested_only=self._franchise.is_strict)
         deal = best(view, need, policy, now_ns, self._franchise.admitted(now_ns))

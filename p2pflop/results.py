@@ -7,7 +7,7 @@ against its address when it is fetched anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -154,24 +154,44 @@ class Result(Mapping[str, "Array"]):
 
     def steps_of(self, name: str) -> list[int]:
         """The steps, from 0, to which the values of a traced or collected output belong."""
-        phase = self._work.phases[self._place(name)[0]]
-        first = self.record.first_step
-        times = times_due(phase, first, self.steps)
-        return [due_step(phase, first, number) for number in range(times)]
+        return list(self._steps_due(name))
+
+    def rows(self, besides: Sequence[int] = ()) -> Iterator[tuple[int, dict[str, float]]]:
+        """Each step that has scalars, from 0, and those by name, as the run's rows told them; not
+        of the steps ``besides``. The trace is fetched if there are any."""
+        import numpy as np
+
+        traced = self._traced_steps()
+        due = np.unique(np.concatenate([np.zeros(0, "i8"), *map(np.asarray, traced.values())]))
+        for step in np.setdiff1d(due, np.asarray(besides, "i8")).tolist():
+            yield step, self._scalars(step, traced)
 
     def last_row(self) -> tuple[int, dict[str, float]]:
-        """The last step that has scalars, from 0, and those by name, as the run's rows told them;
-        -1 and nothing if no step has."""
-        steps = {
-            name: self.steps_of(name)
+        """The last of ``rows``; -1 and nothing if there are none."""
+        traced = self._traced_steps()
+        last = max((steps[-1] for steps in traced.values() if steps), default=-1)
+        return last, self._scalars(last, traced)
+
+    def _scalars(self, step: int, traced: Mapping[str, range]) -> dict[str, float]:
+        return {
+            name: float(self[name][steps.index(step)])
+            for name, steps in traced.items()
+            if step in steps
+        }
+
+    def _traced_steps(self) -> dict[str, range]:
+        return {
+            name: self._steps_due(name)
             for name, (phase, output) in self._places.items()
             if self._work.phases[phase].modes[output] == MODE_TRACE
         }
-        last = max((told[-1] for told in steps.values() if told), default=-1)
-        return (
-            last,
-            {name: float(self[name][-1]) for name, told in steps.items() if told[-1:] == [last]},
-        )
+
+    def _steps_due(self, name: str) -> range:
+        phase = self._work.phases[self._place(name)[0]]
+        first = self.record.first_step
+        times = times_due(phase, first, self.steps)
+        start = due_step(phase, first, 0)
+        return range(start, start + times * phase.every, phase.every)
 
     def address(self, name: str) -> str:
         """Where the last value of output ``name`` is, 64 hex digits, for anyone with HTTP."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +51,10 @@ class Run:
     """One submission, which lives in the node: this object may go and be attached again.
 
     Iterating gives its rows from the first on, as they come, and raises the error that the run
-    failed with. Ctrl-C leaves the loop and not the run.
+    failed with. Those of a step come again if another provider computes it again. Rows that the
+    node does not tell (it was restarted, has told too many since, or had the result before) come
+    last, from the result's trace; a run that fails has none. Ctrl-C leaves the loop and not the
+    run.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Run:
         self.id = run_id
         self._client = client
         self._events = events
+        self._result: Result | None = None
 
     def __repr__(self) -> str:
         return f"Run({self.id!r})"
@@ -92,40 +98,50 @@ class Run:
         )
 
     def __iter__(self) -> Iterator[Row]:
-        last = -1
+        told = array("q")  # steps, rising
         for event in self.events():
             if event["kind"] == "filled":
                 # What a provider has told beyond its last checkpoint may be wrong.
-                last = min(last, event.get("first_step", 0) - 1)
+                del told[bisect_left(told, event.get("first_step", 0)) :]
             if event["kind"] == "rows":
                 for row in event["rows"]:
                     # A stream that was opened again tells some steps twice.
-                    if row["step"] > last:
-                        last = row["step"]
-                        yield Row(last, row["values"])
+                    if not told or row["step"] > told[-1]:
+                        told.append(row["step"])
+                        yield Row(row["step"], row["values"])
             check_event(event, self.id)
+            if event["kind"] == "result":
+                for step, values in self._opened(event).rows(besides=told):
+                    yield Row(step, values)
 
     def result(self, timeout: float | None = None) -> Result:
         """Wait for the end. Raises what the run failed with, TimeoutError after ``timeout`` s."""
-        from p2pflop.job.file import decode_file
-        from p2pflop.results import Result
-
+        if self._result is not None:
+            return self._result
         events = self._client.events(self.id, timeout_s=timeout)
         try:
             for event in self._following() if timeout is None else events:
                 check_event(event, self.id)
                 if event["kind"] == "result":
-                    return Result.opened(
-                        self._client.result_record(self.id),
-                        decode_file(self._client.job_file(self.id)),
-                        self._client.get,
-                        result_hash=str(event["hash"]),
-                        cost_nusd=int(event["cost_nusd"]),
-                    )
+                    return self._opened(event)
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(self.detached_hint)
             raise
         raise P2PFlopError(f"run {self.id} ended without a result")
+
+    def _opened(self, event: Mapping[str, Any]) -> Result:
+        from p2pflop.job.file import decode_file
+        from p2pflop.results import Result
+
+        if self._result is None:
+            self._result = Result.opened(
+                self._client.result_record(self.id),
+                decode_file(self._client.job_file(self.id)),
+                self._client.get,
+                result_hash=str(event["hash"]),
+                cost_nusd=int(event["cost_nusd"]),
+            )
+        return self._result
 
     def cancel(self) -> None:
         """Give the run up. What was delivered until then is owed."""

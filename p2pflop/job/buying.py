@@ -153,8 +153,8 @@ class Buying:
     Those of a stretch that was broken off are gone but for ``delivered``, the last receipt that was
     countersigned in each; ``was_paid`` tells whether the latest one had any.
 
-    One that ``rests`` waits until its deadline where no ask fits and nobody takes the job; a
-    provider may be alive for ``stall_ns`` without any progress.
+    One that ``rests`` waits until its deadline where no ask fits and nobody takes the job, unless
+    a ranking is final; a provider may be alive for ``stall_ns`` without any progress.
     """
 
     table: Table = BUYER
@@ -465,8 +465,8 @@ class Buying:
 
     def _on_own(self, event: Event, state: State, now_ns: int) -> Move:
         match event:
-            case Ranked(reason):
-                return self._on_ranked(reason, now_ns)
+            case Ranked():
+                return self._on_ranked(event, now_ns)
             case Again() if state is State.WAITING:
                 return Move(Edge.AGAIN, (), [Start("rank")])
             case Verified(number, wire) if self.unsigned.get(number) == wire:
@@ -485,13 +485,13 @@ class Buying:
             case _:
                 return Move(Edge.QUIET)
 
-    def _on_ranked(self, reason: str, now_ns: int) -> Move:
+    def _on_ranked(self, event: Ranked, now_ns: int) -> Move:
         bid = self.desk.bid(self.attempt, now_ns)
         if bid is not None:
             return Move(Edge.RANKED, (bid,), [Send("bid", bid)])
-        if self._has_filled or self.rests:
-            return self._wait(reason, fence=False)
-        return self._end(Edge.NO_DEAL, reason, Blame.MARKET)
+        if self._has_filled or (self.rests and not event.is_final):
+            return self._wait(event.reason, fence=False)
+        return self._end(Edge.NO_DEAL, event.reason, Blame.MARKET)
 
     def _cancel(self, reason: str) -> Move:
         """What is owed then is signed by this side alone."""

@@ -84,9 +84,11 @@ class Timer:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """Buyer: the book is ranked; the desk has the deals. ``reason`` tells why if it has none."""
+    """Buyer: the book is ranked; the desk has the deals. ``reason`` tells why if it has none, and
+    ``is_final`` that another way to buy is better than to wait for one, also for what rests."""
 
     reason: str = "no ask satisfies the job"
+    is_final: bool = False
 
 
 @dataclass(frozen=True, slots=True)

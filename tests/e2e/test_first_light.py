@@ -195,11 +195,17 @@ def test_a_buyer_killed_and_restarted_finishes_its_job(
     wait_for_asks(buyer, 1, wait_until)
     job = counting_job(steps=60_000)
     run = submit(job, buyer)
-    next(iter(run))
+    rows = iter(run)
+    told = [next(rows)]
     buyer.kill()
     again = start_node("buyer", "--connect", address)
-    result = pf.Run(run.id, Client(again.home)).result(timeout=90)
+    told += rows
+    result = run.result(timeout=90)
     result.verify()
+    by_step = {row.step: row for row in told}
+    assert sorted(by_step) == list(range(60_000)), "those that were lost came from the trace"
+    assert [by_step[step].total for step in range(60_000)] == list(result["total"])
+    assert [step for step in sorted(by_step) if "top" in by_step[step]] == result.steps_of("top")
     cost = again.get("/v1/ledger")["owing_nusd"]
     assert cost > 0
     wait_until(lambda: seller.get("/v1/ledger")["owed_nusd"] == cost)

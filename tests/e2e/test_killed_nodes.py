@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 
 import p2pflop as pf
+from p2pflop.cli.embedded import end_embedded
 from p2pflop.client import Client
 from tests.e2e.test_first_light import counting_job, wait_for_asks
 
@@ -138,6 +142,40 @@ def test_a_provider_that_stands_still_is_noticed(market: Market, whole_hash: str
     finally:
         cheap.process.send_signal(signal.SIGCONT)
     market.check(whole_hash)
+
+
+@pytest.mark.slow
+def test_any_command_on_the_home_of_a_killed_seller_sells_nothing(
+    market: Market, whole_hash: str
+) -> None:
+    """It starts an embedded node, which finds the lease, the buyer, and its own asks at others."""
+    cheap = market.providers["cheap"]
+    (cheap.home / "config.toml").write_text(f'ask = "40000"\nconnect = {[market.address]}\n')
+    market.wait_for("receipt")
+    cheap.kill()
+    command = [sys.executable, "-m", "p2pflop.cli.main", "jobs", "--json", "--home", cheap.home]
+    assert json.loads(subprocess.run(command, check=True, capture_output=True).stdout) == []
+    try:
+        with Client(cheap.home) as client:
+            assert client.status()["embedded"]
+            market.wait_until(lambda: not client.status()["leases"])
+            market.wait_until(lambda: client.sales() == [])
+            assert {ask["price_nusd"] for ask in client.book() if ask["own"]} == {0}
+        account = cheap.note["account"]
+
+        def asks() -> list[int]:
+            book = market.buyer.get("/v1/book")["book"]
+            return [ask["price_nusd"] for ask in book if ask["account"] == account]
+
+        market.wait_until(lambda: asks() == [])
+        lost = market.wait_for("resubmitted")
+        assert (lost["provider"], lost["next"]) == (
+            cheap.note["peer"],
+            market.providers["dear"].note["peer"],
+        )
+        market.check(whole_hash)
+    finally:
+        end_embedded(cheap.home)
 
 
 def test_a_job_that_collects_goes_on_with_what_it_has(

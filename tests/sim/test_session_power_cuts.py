@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from p2pflop.node.memory_market import PRICE_NUSD
+from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode
+from p2pflop.node.session_state import SESSION_PROVIDER, lease_state
 from tests.session_scripts import FLOATS, Script, beginning, steps
+from tests.sim.test_embedded_home import credit_taken_nusd, embed
 from tests.sim.test_session_memory import SIZE, begin, reference
 
 if TYPE_CHECKING:
@@ -27,11 +29,24 @@ async def run_slowly(script: Script) -> bytes:
     return await script.read(0, SIZE)
 
 
+def unsigned_nusd(provider: MemoryNode) -> int:
+    """What it billed, and nobody has countersigned to the end."""
+    states = [lease_state(head.summary) for head in provider.journal.heads(SESSION_PROVIDER)]
+    pairs = [(state.open_receipt("main"), state.signed_receipt("main")) for state in states]
+    return sum(
+        billed.amount_nusd - (0 if signed is None else signed.amount_nusd)
+        for billed, signed in pairs
+        if billed is not None
+    )
+
+
+@pytest.mark.parametrize("embedded", [True, False], ids=["embedded", "selling"])
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("write", WRITES)
 async def test_a_provider_is_paid_what_was_countersigned(
-    market: Market, autojump_clock: object, write: int, before: bool
+    market: Market, autojump_clock: object, write: int, before: bool, embedded: bool
 ) -> None:
+    """Whether it sells again, or an embedded node runs on its home."""
     expected = await reference(market, RUNS)
     first = await market.provider("first")
     await market.provider("second", price_nusd=2 * PRICE_NUSD)
@@ -44,9 +59,10 @@ async def test_a_provider_is_paid_what_was_countersigned(
     await script.close()
     if first.down.is_set():
         await trio.sleep(20)
-        await market.restart(first)
+        await (embed(market, first) if embedded else market.restart(first))
     await market.settle_down()
     market.check()
+    assert credit_taken_nusd(first, buyer) == unsigned_nusd(first)
     assert not any(node.journal.unfinished("session-provider") for node in market.nodes)
 
 

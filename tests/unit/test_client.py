@@ -355,12 +355,6 @@ class TestRun:
         with pytest.raises(P2PFlopError, match="was cancelled"):
             run.result()
 
-    def test_steps_told_again_after_a_checkpoint_come_once(self, start_node: StartNode) -> None:
-        again = {"rows": [{"step": step, "values": {"loss": 1}} for step in (0, 1, 2)]}
-        start_node(script=[*ROWS, ("rows", again), ("result", {"hash": "", "cost_nusd": 0})])
-        run = pf.attach(Client().submit(b"job"))
-        assert [row.step for row in run] == [0, 1, 2]
-
     def test_status_and_cancel(self, start_node: StartNode) -> None:
         start_node()
         run = pf.attach(Client().submit(b"job"))

@@ -84,6 +84,18 @@ def test_an_embedded_node_has_no_limits_for_its_own_user(tmp_path: Path) -> None
     assert load_settings({"home": tmp_path, "embedded": True, **LIMITS}).limits == ()
 
 
+def test_an_embedded_node_charges_its_own_user_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('ask = "0.05"\nsetup = "0.01"\nmin_charge = "0.02"\n')
+    sells = load_settings({"home": tmp_path})
+    assert (sells.ask_nusd, sells.setup_nusd, sells.min_charge_nusd) == (
+        5 * 10**7,
+        10**7,
+        2 * 10**7,
+    )
+    free = load_settings({"home": tmp_path, "embedded": True})
+    assert (free.ask_nusd, free.setup_nusd, free.min_charge_nusd) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [

@@ -374,6 +374,34 @@ def test_a_run_that_rests_waits_ever_longer_until_its_deadline() -> None:
     assert made.state is State.FAILED
 
 
+def test_a_run_that_rests_ends_with_a_ranking_that_is_final() -> None:
+    made = buyer(buyer_desk(SHOPPER, []), DEADLINE_NS, rests=True)
+    made.start(NOW_NS)
+    made.on(Ranked("all too dear"), NOW_NS)
+    assert made.state is State.WAITING
+    made.on(Again(), NOW_NS)
+    actions = made.on(Ranked("over a limit of each ask", is_final=True), NOW_NS)
+    assert actions[-1] == Finish(State.FAILED, "over a limit of each ask", Blame.MARKET)
+
+
+def test_one_that_was_filled_before_waits_whatever_a_ranking_says() -> None:
+    """What is delivered is paid for: another provider may do the rest until the deadline."""
+    seller = party(1)
+    desk = buyer_desk(SHOPPER, deals(seller.sheet(ask())))
+    made = buyer(desk, DEADLINE_NS, rests=True)
+    made.start(NOW_NS)
+    made.on(Ranked(), NOW_NS)
+    sale = provider(provider_desk(seller), made.side.bid, DEADLINE_NS)
+    sale.start(NOW_NS)
+    [fill] = [action for action in sale.on(Grant(), NOW_NS) if isinstance(action, Send)]
+    made.on(Received(fill.wire), NOW_NS)
+    made.on(Lost("the network is gone"), NOW_NS)
+    assert made.state is State.WAITING
+    made.on(Again(), NOW_NS)
+    made.on(Ranked("over a limit of each ask", is_final=True), NOW_NS)
+    assert made.state is State.WAITING
+
+
 def test_a_quote_wakes_a_run_that_rests_and_a_restart_has_it_wait_again() -> None:
     made = buyer(buyer_desk(SHOPPER, []), DEADLINE_NS, rests=True)
     rows = [made.start(NOW_NS)[0], made.on(Ranked("all too dear"), NOW_NS)[0]]

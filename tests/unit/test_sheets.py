@@ -42,7 +42,7 @@ class OneStream:
         return self.stream
 
     async def publish(self, topic: str, data: bytes) -> None:
-        raise NotImplementedError
+        raise ProviderError("nobody is there")
 
     def peers(self) -> list[Any]:
         return []
@@ -149,9 +149,9 @@ async def test_a_restarted_node_goes_on_with_higher_numbers(
     """Also where its clock has gone back, as peers remember the numbers."""
     before = service("left", streams[0])
     identity = before._identity
-    await before.offer(lambda _: (), (), gossip=False)
+    await before.offer(lambda _: (), ())
     again = SheetService(identity, before.book, OneStream(streams[0]), lambda: NOW_NS - NS_PER_S)
-    sheet = await again.offer(lambda _: (), (), gossip=False)
+    sheet = await again.offer(lambda _: (), ())
     assert sheet.sheet.number == NOW_NS + 1
     assert again.newest == sheet
 
@@ -184,17 +184,66 @@ async def test_bids_are_taken_on_so_many_of_the_newest_own_sheets(
 ) -> None:
     seller = service("seller", streams[0])
     numbers = [
-        (await seller.offer(lambda _: (ask(),), (), gossip=False)).sheet.number
+        (await seller.offer(lambda _: (ask(),), ())).sheet.number
         for _ in range(HONOURED_SHEETS + 2)
     ]
     assert list(seller.honoured()) == numbers[2:]
+
+
+async def test_private_asks_are_in_the_view_and_in_nothing_that_others_are_told(
+    streams: tuple[MemoryStream, MemoryStream],
+) -> None:
+    left, right = (service(str(end), stream) for end, stream in enumerate(streams))
+    right.book.apply(party(1).sheet(ask()), NOW_NS)
+    private = await left.offer(lambda _: (ask(),), (), is_private=True)
+    await compare(left, right, streams[1])
+    assert len(left.book) == len(right.book) == 1
+    assert left.newest is None
+    assert left.newest_wire == b""
+    assert not left.selling
+    assert private.sheet.number in left.honoured()
+
+    seen = left.view(NOW_NS)
+    nodes = [sheet.node for sheet in seen.sheets]
+    assert nodes == sorted([party(1).node.public_key, private.node])
+    assert seen is left.view(NOW_NS), "made anew only when something has changed"
+    left.book.apply(party(2).sheet(ask()), NOW_NS)
+    assert len(left.view(NOW_NS).sheets) == 3
+    await left.withdraw()
+    assert len(left.view(NOW_NS).sheets) == 2
+    assert not left.honoured()
+
+
+@pytest.mark.parametrize("is_remembered", [True, False])
+async def test_private_asks_take_back_those_that_a_crash_left_to_others(
+    streams: tuple[MemoryStream, MemoryStream], is_remembered: bool
+) -> None:
+    """Whether the saved book has them, or only a neighbour's."""
+    before, neighbour = (service(str(end), stream) for end, stream in enumerate(streams))
+    sold = await before.offer(lambda _: (ask(),), ())
+    neighbour.take(sold.sealed.wire, "")
+    again = service("0", streams[0])
+    if is_remembered:
+        again.book.load(before.book.dump(), NOW_NS)
+        again = SheetService(again._identity, again.book, OneStream(streams[0]), lambda: NOW_NS)
+    await again.offer(lambda _: (ask(),), (), is_private=True)
+    if not is_remembered:
+        await compare(again, neighbour, streams[1])
+        await again._take_back()
+    streams = memory_stream_pair("left", "right")
+    again._host.stream = streams[0]  # type: ignore[attr-defined]
+    await compare(again, neighbour, streams[1])
+    [left] = neighbour.book.view(NOW_NS).sheets
+    assert left.sheet.number > sold.sheet.number
+    assert left.sheet.asks == ()
+    assert again.book.dump() == neighbour.book.dump()
 
 
 async def test_so_many_neighbours_are_told_that_the_orders_are_withdrawn(
     streams: tuple[MemoryStream, MemoryStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seller, told = service("seller", streams[0]), []
-    await seller.offer(lambda _: (ask(),), (), gossip=False)
+    await seller.offer(lambda _: (ask(),), ())
 
     async def compare_quietly(peer: str) -> None:
         told.append(peer)
