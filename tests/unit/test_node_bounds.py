@@ -21,14 +21,20 @@ from p2pflop.market.records import ZERO_HASH
 from p2pflop.node import (
     api,
     api_guard,
+    api_market,
+    api_money,
+    execute,
     franchise,
     franchise_service,
+    franchise_stream,
     host,
     letters,
     libp2p_addresses,
     libp2p_streams,
     main,
     orders,
+    payment_stream,
+    quote_stream,
     registry_client,
 )
 from p2pflop.node import goods as goods_module
@@ -42,6 +48,9 @@ from p2pflop.node.journal import BUYER, Batch, Head, Journal, Letter
 from p2pflop.node.libp2p_gossip import Gossip
 from p2pflop.node.payment_book import Payment, PaymentBook, Side, State
 from p2pflop.node.printable import MAX_PRINTED, printable
+from p2pflop.node.service import MAX_FIND_TIMEOUT_S
+from p2pflop.wire import Record, decode, encode
+from tests.serving import error_of, serving
 
 PEER = "12D3KooWDN2Nx9DhYgP6zzgfgHruUKHFeY6YiYF4zs4d6KxsdT58"
 ADDRESSES = tuple(f"/ip4/192.0.2.{number}/tcp/1" for number in range(1, 6))
@@ -216,6 +225,73 @@ def test_messages_of_a_job_are_bounded(most: m.Message, over: m.Message) -> None
     assert m.decode_message(m.encode_message(most), PEER) == most
     with pytest.raises(ProtocolError):
         m.decode_message(msgspec.msgpack.encode(over), PEER)
+
+
+def told(**lists: tuple[bytes, ...]) -> franchise_stream.Told:
+    names = ("heads", "attestations", "revocations", "forks", "wanted")
+    return franchise_stream.Told(1, b"", 1, (), "", *(lists.get(name, ()) for name in names))
+
+
+@pytest.mark.parametrize(
+    ("field", "most"),
+    [
+        ("attestations", franchise_stream.MAX_TOLD_ATTESTATIONS),
+        ("revocations", franchise_stream.MAX_TOLD_REVOCATIONS),
+        ("forks", franchise_stream.MAX_TOLD_FORKS),
+        ("wanted", franchise_stream.MAX_WANTED),
+    ],
+)
+def test_what_is_told_of_registries_at_once_is_bounded(field: str, most: int) -> None:
+    full = told(**{field: (ZERO_HASH,) * most})
+    assert decode(franchise_stream.Told, encode(full)) == full
+    with pytest.raises(ProtocolError, match="length"):
+        decode(franchise_stream.Told, encode(told(**{field: (ZERO_HASH,) * (most + 1)})))
+    proofs = told(attestations=(bytes(10_000),) * 30)
+    assert len(encode(proofs)) > franchise_stream.MAX_TOLD_BYTES
+    with pytest.raises(ProtocolError, match="over its limit"):
+        decode(franchise_stream.Told, encode(proofs))
+
+
+@pytest.mark.parametrize(
+    ("most", "over"),
+    [
+        (
+            quote_stream.Quoted(bytes(quote_stream.MAX_QUOTE_WIRE_BYTES), b""),
+            quote_stream.Quoted(bytes(quote_stream.MAX_QUOTE_WIRE_BYTES + 1), b""),
+        ),
+        (
+            payment_stream.Claimed(bytes(payment_stream.MAX_WIRE_BYTES)),
+            payment_stream.Claimed(bytes(payment_stream.MAX_WIRE_BYTES + 1)),
+        ),
+    ],
+)
+def test_words_about_quotes_and_payments_are_bounded(most: Record, over: Record) -> None:
+    assert decode(type(most), encode(most)) == most
+    with pytest.raises(ProtocolError):
+        decode(type(over), encode(over))
+
+
+def test_a_lease_is_given_back_that_computes_far_more_than_is_paid_for() -> None:
+    metered_flop = execute.MIN_DEAR_FLOP
+    most_flop = execute.MAX_COST_RATIO * metered_flop
+    assert not execute.is_dear(most_flop, metered_flop)
+    assert execute.is_dear(most_flop + 1, metered_flop)
+    assert not execute.is_dear(execute.MIN_DEAR_FLOP, 1), "of little work nobody minds"
+
+
+@pytest.mark.parametrize(
+    ("path", "most"),
+    [
+        ("/v1/trades?since_ns={}", api_money.MAX_TIME_NS),
+        ("/v1/jobs/ab/events?wait_ms={}", api_market.MAX_WAIT_MS),
+        (f"/blob/{'ab' * 32}?timeout_s={{}}", MAX_FIND_TIMEOUT_S),
+    ],
+)
+async def test_numbers_that_are_given_over_http_are_bounded(path: str, most: float) -> None:
+    async with serving() as server:
+        refused = error_of(await server.get(path.format(int(most) + 1)))
+        assert refused["kind"] == "ConfigError"
+        assert str(int(most)) in refused["message"]
 
 
 def test_heads_of_a_registry_come_a_bounded_number_at_once() -> None:
