@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from p2pflop.job.buying import BUSY_PREFIX
+from p2pflop.job.buying import BUSY_PREFIX, PASSED_PREFIX
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.meter import METER_ID
 from p2pflop.market.desk import BuyerDesk
@@ -32,6 +32,11 @@ ASKED_A_LOOK: Final = 128
 """Bids on the deals of one look at the book; then it is looked at anew, and goes on with others."""
 SILENT_BEFORE_KNOWN: Final = 8
 """So many in a round do not answer, and accounts that have delivered before are asked next."""
+FIRST_WORD_S: Final = 2.0
+"""So long a stranger has for its answer if there is another to ask, and the next ones half of it
+each time, down to ``LEAST_WORD_S``; or as long as it took to reach it, which is a few round trips
+where an answer is one."""
+LEAST_WORD_S: Final = 0.5
 NEVER_AGAIN: Final = -1
 """No deal is as cheap."""
 NEW_ROUNDS: Final = frozenset(LIFE_ROW + e for e in (Edge.WAIT, Edge.RESUBMIT, Edge.DOUBT))
@@ -52,6 +57,7 @@ class Bidding:
         self._looks = 0
         self._accounts: dict[bytes, bytes] = {}
         self._tried: set[bytes] = set()
+        self._passed: set[bytes] = set()
         self._refused_nusd: dict[bytes, int] = {}
         self._classes = order.classes
         self._is_unfilled = True
@@ -179,6 +185,33 @@ class Bidding:
     def account_of(self, node: bytes) -> bytes | None:
         """The account of a provider that was bid to, by its node's key."""
         return self._accounts.get(node)
+
+    def patience_s(self, attempt: int, opening_s: float) -> float | None:
+        """How long to wait for the answer of the provider that was bid to as number ``attempt``
+        and took ``opening_s`` to reach; None for as long as anybody may take.
+
+        Asks behind which nobody is cost nothing, and each would cost the job as long as that. Who
+        has delivered here or has quoted is waited for, and so is whoever is left when all have been
+        asked: nobody is passed over twice.
+        """
+        place = attempt - self._first_attempt
+        if not 0 <= place < len(self._deals) - 1:
+            return None
+        deal, own_account = self._deals[place], self._buyer.identity.account.public_key
+        known = deal.account == own_account or self._buyer.ledger_book.has_bought_from(deal.account)
+        if known or deal.ticket or deal.account in self._passed:
+            return None
+        word_s = FIRST_WORD_S * 0.5 ** len(self._passed)
+        self._passed.add(deal.account)
+        return max(word_s, LEAST_WORD_S, opening_s)
+
+    def note_unanswered(self, node: bytes, reason: str, at_ns: int) -> None:
+        """A provider said neither yes nor no: not to be asked again for a while, unless it was
+        passed over, and that for the first time."""
+        account, experience = self._accounts.get(node), self._buyer.experience
+        note = experience.note_excused if PASSED_PREFIX in reason else experience.note_failure
+        if account is not None:
+            note(account, at_ns)
 
     def describe(self, bid: Bid) -> Json:
         """What is told of a bid that was filled, and what is paid ahead to its provider."""

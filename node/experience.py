@@ -1,8 +1,9 @@
 """What this buyer has seen of providers, for its policy: whoever failed is avoided for a while.
 
 Each failure doubles the pause, a job that was done forgives all. Who hands a job over because its
-operator stops it has not failed, unless it does so again with no job done in between: each time
-costs the buyer a start elsewhere. It is this node's own experience, audited by nobody, and it is
+operator stops it has not failed, and neither has a stranger that another was asked instead of
+before it said a word, unless it does so again with no job done in between: each time costs the
+buyer a start elsewhere. It is this node's own experience, audited by nobody, and it is
 part of the policy that each bid commits to.
 """
 
@@ -26,7 +27,7 @@ class Experience:
     def __init__(self, own_account: bytes) -> None:
         self._own_account = own_account
         self._failed: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
-        self._handed_over: OrderedDict[bytes, None] = OrderedDict()
+        self._excused: OrderedDict[bytes, None] = OrderedDict()
 
     def note_failure(self, account: bytes, at_ns: int) -> None:
         """A provider took a job and did not do it."""
@@ -38,18 +39,19 @@ class Experience:
         if len(self._failed) > MAX_FAILED:
             self._failed.popitem(last=False)
 
-    def note_handed_over(self, account: bytes, at_ns: int) -> None:
-        """A provider had to stop, and brought what it had computed first."""
-        if account in self._handed_over:
+    def note_excused(self, account: bytes, at_ns: int) -> None:
+        """A provider had to stop, and brought what it had computed first; or it was slow to say its
+        first word."""
+        if account in self._excused:
             self.note_failure(account, at_ns)
-        self._handed_over[account] = None
-        if len(self._handed_over) > MAX_FAILED:
-            self._handed_over.popitem(last=False)
+        self._excused[account] = None
+        if len(self._excused) > MAX_FAILED:
+            self._excused.popitem(last=False)
 
     def note_success(self, account: bytes) -> None:
         """A provider did a job."""
         self._failed.pop(account, None)
-        self._handed_over.pop(account, None)
+        self._excused.pop(account, None)
 
     def avoided(self, now_ns: int) -> tuple[bytes, ...]:
         """The accounts that are to be left alone now, sorted."""

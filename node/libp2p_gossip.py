@@ -1,10 +1,16 @@
 """Gossip: signed messages to everybody on a topic, over libp2p's GossipSub 1.1.
 
 What is ours is the limits. A message is looked at in this order, cheapest first: whether the peer
-that forwards it may send one more now, its size and form, its signature (libp2p), whether its
-author may send one more now, and last the topic's validator. Only what passes all is delivered and
-forwarded. The forwarder's limit comes before libp2p remembers the message, so that a peer over its
-limit cannot keep others from delivering the same message.
+that forwards it may send one more now, its size and form, whether this node may look at one more of
+its topic now, its signature (libp2p), whether its author may send one more now, and last the
+topic's validator. Only what passes all is delivered and forwarded. The limits of the forwarder and
+the topic come before libp2p remembers the message, so that what one peer sends over them others may
+deliver all the same.
+
+A look costs some milliseconds of this node's time, and links cost a stranger nothing. So all links
+together have ``LOOKS_PER_S``, and each has ``LINK_PER_S`` of its own, which no flood over others
+takes from it: what honest neighbours bring goes on slowly then, and books are compared besides.
+What was seen before costs no look, and a message comes from every neighbour.
 
 libp2p's own limit (ten a second for a forwarder, relayed ones included) is off, as are its adaptive
 heartbeat, which stretches to a minute, and peer scores. 1.2 is left out: it saturates at ten hosts.
@@ -28,12 +34,17 @@ from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
-from p2pflop.market.rates import Rates
+from p2pflop.market.rates import Rates, SharedRates
 from p2pflop.node.network import MAX_MESSAGE_BYTES, Sink, Validator
 from p2pflop.units import KIB
 
 FORWARDER_PER_S: Final = 50.0
 FORWARDER_BURST: Final = 200
+LOOKS_PER_S: Final = 100.0
+"""On one topic, over all links together: twice what a node is to follow."""
+LOOKS_BURST: Final = 800
+LINK_PER_S: Final = 0.25
+LINK_BURST: Final = 8
 ORIGIN_PER_S: Final = 4.0
 ORIGIN_BURST: Final = 32
 _MAX_RPC_BYTES: Final = 512 * KIB
@@ -49,6 +60,7 @@ class Gossip:
         self._prefix = f"p2pflop/{network}/"
         self._counts = counts
         self._forwarders = Rates(FORWARDER_PER_S, FORWARDER_BURST)
+        self._looks = SharedRates(Rates(LINK_PER_S, LINK_BURST), Rates(LOOKS_PER_S, LOOKS_BURST))
         self._origins = Rates(ORIGIN_PER_S, ORIGIN_BURST)
         self._router = GossipSub(
             protocols=[TProtocol("/meshsub/1.1.0")],
@@ -129,11 +141,20 @@ class Gossip:
             if len(message.data) > MAX_MESSAGE_BYTES or len(message.topicIDs) != 1:
                 self._counts["gossip_refused_form"] += 1
                 return
+            if not self._may_look(peer, message):
+                self._counts["gossip_refused_looks"] += 1
+                return
         try:
             await self._push(forwarder, message)
         except Exception:  # noqa: BLE001 - a hostile message must not end the node
             self._counts["gossip_refused_form"] += 1
             _log.debug("a gossip message from %s failed", peer, exc_info=True)
+
+    def _may_look(self, peer: str, message: Any) -> bool:
+        name = message.topicIDs[0]
+        topic = name if name in self._pubsub.topic_validators else ""
+        is_seen = self._pubsub._is_msg_seen(message)
+        return is_seen or self._looks.allow(peer, topic, trio.current_time())
 
     def _valid(self, validator: Validator, message: Any, forwarder: str) -> bool:
         origin = ID(message.from_id).to_base58()

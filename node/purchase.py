@@ -21,7 +21,7 @@ from p2pflop.errors import (
     StoreError,
     first_error,
 )
-from p2pflop.job.buying import BUSY_PREFIX
+from p2pflop.job.buying import BUSY_PREFIX, PASSED_PREFIX
 from p2pflop.job.buying import buyer as buyer_lifecycle
 from p2pflop.job.events import (
     Again,
@@ -314,18 +314,16 @@ class Purchase:
         account, experience = self._bidding.account_of(self._lent_to), self._buyer.experience
         if account is not None:
             was_handed_over = self._lifecycle.side.was_handed_over
-            note = experience.note_handed_over if was_handed_over else experience.note_failure
+            note = experience.note_excused if was_handed_over else experience.note_failure
             note(account, self._buyer.now_ns())
         self._take_back()
 
     def _note_unanswered(self, *, is_over: bool) -> None:
-        """Whoever was bid to said neither yes nor no: not to be asked again for a while."""
+        """Whoever was bid to said neither yes nor no."""
         node, self._unanswered = self._unanswered, b""
-        account = self._bidding.account_of(node)
-        if account is not None:
-            self._buyer.experience.note_failure(account, self._buyer.now_ns())
+        reason = self._lifecycle.side.outcome()[0]
+        self._bidding.note_unanswered(node, reason, self._buyer.now_ns())
         if not is_over:  # else the end of the run says it
-            reason = self._lifecycle.side.outcome()[0]
             self._nursery.start_soon(self._tell_rejected, peer_id(node), reason)
 
     def _take_back(self) -> None:
@@ -388,6 +386,7 @@ class Purchase:
     async def _talk(
         self, words: list[m.Message], provider: str, attempt: int, within_s: float = OPEN_S
     ) -> None:
+        began_at = trio.current_time()
         try:
             with trio.fail_after(within_s):
                 stream = await self._buyer.dialer.open(provider, JOB_PROTOCOL)
@@ -404,6 +403,8 @@ class Purchase:
         self._conversation = conversation
         for word in words:
             conversation.tell(word)
+        if self._lifecycle.state is State.BIDDING:
+            self._nursery.start_soon(self._pass_over, attempt, trio.current_time() - began_at)
 
         async def on_message(message: m.Message) -> None:
             if self._conversation is conversation:
@@ -419,6 +420,15 @@ class Purchase:
                 await self._lost(why, attempt)
             else:
                 await self._come_back(why, provider, attempt)
+
+    async def _pass_over(self, attempt: int, opening_s: float) -> None:
+        """Ask the next one if a stranger says nothing for a while."""
+        patience_s = self._bidding.patience_s(attempt, opening_s)
+        if patience_s is None:
+            return
+        await trio.sleep(patience_s)
+        if self._lifecycle.state is State.BIDDING:
+            await self._lost(f"{PASSED_PREFIX}it said nothing for {patience_s:.1f} s", attempt)
 
     async def _come_back(self, why: str, provider: str, attempt: int) -> None:
         """A stream broke after the confirm: try another before giving the provider up."""

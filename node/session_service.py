@@ -214,7 +214,7 @@ class SessionBuyer:
             return
         experience = self.base.experience
         is_failure = not isinstance(failure, HandedOver)
-        note = experience.note_failure if is_failure else experience.note_handed_over
+        note = experience.note_failure if is_failure else experience.note_excused
         note(lease.account, self.base.now_ns())
 
     async def _try_all(

@@ -60,6 +60,8 @@ MAX_STRANGERS: Final = 8
 GAVE_BACK: Final = "the provider gave the lease back: "
 BUSY_PREFIX: Final = "busy: "
 """How a provider's reason begins that holds now and may not hold later."""
+PASSED_PREFIX: Final = "passed over: "
+"""How a buyer's own reason begins that asks another and may come back."""
 PREEMPTED_PREFIX: Final = "pre-empted: "
 """How a provider's reason begins whose operator wants it to stop."""
 
@@ -257,7 +259,7 @@ class Buying:
         if reason.startswith(GAVE_BACK + JOB_FAULT_PREFIX):
             self.faulted_by.add(self.desk.account_of(self.bid))
         self.bid, self._reason = bid, reason
-        self._busy = self._busy or BUSY_PREFIX in reason
+        self._busy = self._busy or _may_change(reason)
         if not bid:
             self._first_attempt, self._busy = self.attempt, False
             self.rounds += 1
@@ -516,7 +518,7 @@ class Buying:
         bid = self._next_bid(now_ns)
         if bid is not None:
             return self._go_to(bid, reason, fence=True)
-        if self._has_filled or self.rests or self._busy or BUSY_PREFIX in reason:
+        if self._has_filled or self.rests or self._busy or _may_change(reason):
             return self._wait(reason, fence=True)
         message = f"no provider took the job; the last one: {reason}"
         return self._end(Edge.EXHAUSTED, message, Blame.MARKET)
@@ -557,6 +559,11 @@ class Buying:
         if self.abandon:
             return [Send("abandon", self.abandon)]
         return [Send("countersign", self.countersigned)] if self.countersigned else []
+
+
+def _may_change(reason: str) -> bool:
+    """Whether who did not take the job for that reason may take it later."""
+    return BUSY_PREFIX in reason or PASSED_PREFIX in reason
 
 
 def _doubted(text: str, accounts: set[bytes]) -> str:

@@ -48,6 +48,20 @@ class Rates:
         return max(0.0, (1 - self.left(key, now_s)) / self._per_s)
 
 
+class SharedRates:
+    """Bounds what many keys do together: each has an ``own`` share, and what is ``common`` goes to
+    whoever comes first. So who has many keys takes all that is common, and nobody's own share."""
+
+    def __init__(self, own: Rates, common: Rates) -> None:
+        self._own = own
+        self._common = common
+
+    def allow(self, key: str, common: str, now_s: float) -> bool:
+        """Whether ``key`` may do it now, out of its share or what it has in ``common``; if so, it
+        is counted."""
+        return self._own.allow(key, now_s) or self._common.allow(common, now_s)
+
+
 def remember(kept: OrderedDict[K, V], key: K, value: V, most: int) -> None:
     """Keep ``value``; of more than ``most`` the oldest is forgotten."""
     kept[key] = value

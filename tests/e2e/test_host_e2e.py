@@ -26,7 +26,7 @@ from multiaddr import Multiaddr
 from p2pflop.dht.planes import EndOfStream, Stream
 from p2pflop.errors import ConfigError, ProviderError
 from p2pflop.keys import PrivateKey, peer_id
-from p2pflop.market.rates import Rates
+from p2pflop.market.rates import Rates, SharedRates
 from p2pflop.node import host as hosting
 from p2pflop.node import inbound, libp2p_directory, libp2p_streams
 from p2pflop.node.host import Host, open_host
@@ -461,6 +461,21 @@ async def test_a_forwarder_beyond_the_rate_is_not_listened_to() -> None:
                 await left.publish("orders", b"more")
                 await trio.sleep(0.05)
         assert source.statistics().current_buffer_used == 3
+
+
+async def test_all_links_together_have_a_share_and_each_its_own() -> None:
+    async with pair() as (left, right):
+        source = await hear(left, right)
+        common = Rates(per_s=0.001, burst=2)
+        right._gossip._looks = SharedRates(Rates(per_s=0.001, burst=1), common)
+        with trio.fail_after(LIMIT_S):
+            while not right.statistics().counts.get("gossip_refused_looks"):
+                await left.publish("orders", b"more")
+                await trio.sleep(0.05)
+        assert source.statistics().current_buffer_used == 3
+        now_s = trio.current_time()
+        assert common.left("p2pflop/main/orders", now_s) < 1
+        assert common.left("p2pflop/main/others", now_s) == 2, "each topic has its own"
 
 
 async def test_gossip_over_the_size_limit_is_refused_by_who_gets_it() -> None:

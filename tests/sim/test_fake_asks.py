@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
+from p2pflop.dht.planes import Stream
 from p2pflop.market.evidence import Evidence, Verdict, replay
+from p2pflop.market.records import Rejected
 from p2pflop.market.samples import ask, party
 from p2pflop.node import bidding, evidence
+from p2pflop.node.dialing import NodeDialer
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, now_ns, sample_file
+from p2pflop.node.messages import Offer
+from p2pflop.node.sale import Sale
+from p2pflop.node.sell import Seller
 from p2pflop.units import NS_PER_S
 from p2pflop.wire import decode
 
@@ -101,3 +109,118 @@ async def test_evidence_that_is_cut_begins_with_a_round(
     assert not shown.looks[0].continues
     verdicts = {bid.verdict for look in replay(shown) for bid in look.bids}
     assert verdicts <= {Verdict.BEST, Verdict.NEXT}
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """How many seconds a provider takes to decide on a bid, by its peer."""
+    delays: dict[str, float] = {}
+    decide = Seller._decide
+
+    async def late(seller: Seller, offer: Offer) -> Sale | Rejected:
+        await trio.sleep(delays.get(seller.identity.peer, 0))
+        return await decide(seller, offer)
+
+    monkeypatch.setattr(Seller, "_decide", late)
+    return delays
+
+
+async def test_five_that_answer_a_call_and_no_bid_cost_five_seconds(
+    market: Market, autojump_clock: object, slow: dict[str, float]
+) -> None:
+    honest, buyer = await market.provider(price_nusd=2 * PRICE_NUSD), await market.buyer()
+    for number in range(5):
+        fake = await market.provider(f"fake-{number}", price_nusd=PRICE_NUSD)
+        slow[fake.peer] = math.inf
+        buyer.meet(fake)
+    began_at = trio.current_time()
+    run_id = await buyer.submit(sample_file(3))
+    end = await market.end_of(buyer, run_id)
+    assert (end["kind"], end["provider"]) == ("result", honest.peer)
+    assert trio.current_time() - began_at < 5
+    told = [event["reason"] for event in buyer.events(run_id, "rejected")]
+    assert [reason.partition("passed over: it said nothing for ")[2] for reason in told] == [
+        "2.0 s",
+        "1.0 s",
+        *["0.5 s"] * 3,
+    ]
+    assert all(look.is_right for look in replay(decode(Evidence, buyer.buyer.evidence(run_id))))
+    now_avoided = buyer.buyer.experience.avoided(now_ns())
+    assert now_avoided == (), "once is no failure"
+    await market.end_of(buyer, await buyer.submit(sample_file(3, seed=1)))
+    assert len(buyer.buyer.experience.avoided(now_ns())) == 5
+
+
+async def test_a_fill_that_comes_after_another_was_asked_costs_nothing(
+    market: Market, autojump_clock: object, slow: dict[str, float]
+) -> None:
+    late, quick = await market.provider("late"), await market.provider(price_nusd=2 * PRICE_NUSD)
+    buyer = await market.buyer()
+    slow[late.peer] = 3.0
+    run_id = await buyer.submit(sample_file(3))
+    end = await market.end_of(buyer, run_id)
+    assert (end["kind"], end["provider"]) == ("result", quick.peer)
+    await trio.sleep(3.0)
+    assert late.seller.busy == 1, "its fill came, and waits for a confirm"
+    await market.settle_down()
+    assert market.debts(buyer, late) == (0, 0)
+    assert market.debts(buyer, quick) == (end["cost_nusd"],) * 2
+    assert len(buyer.events(run_id, "filled")) == 1
+    [look] = replay(decode(Evidence, buyer.buyer.evidence(run_id)))
+    assert look.is_right
+
+
+async def test_whoever_is_left_is_waited_for(
+    market: Market, autojump_clock: object, slow: dict[str, float]
+) -> None:
+    late, buyer = await market.provider("late"), await market.buyer()
+    slow[late.peer] = 8.0
+    run_id = await buyer.submit(sample_file(3))
+    assert (await market.end_of(buyer, run_id))["provider"] == late.peer
+    assert buyer.events(run_id, "rejected") == []
+
+
+async def test_who_was_passed_over_is_asked_again_if_nobody_else_takes_the_job(
+    market: Market, autojump_clock: object, slow: dict[str, float]
+) -> None:
+    late, other = await market.provider("late"), await market.provider(price_nusd=2 * PRICE_NUSD)
+    buyer = await market.buyer()
+    slow[late.peer] = 3.0
+    other.seller.stopping = True
+    run_id = await buyer.submit(sample_file(3))
+    end = await market.end_of(buyer, run_id)
+    assert (end["kind"], end["provider"]) == ("result", late.peer)
+    await market.settle_down()
+    assert market.debts(buyer, late) == (end["cost_nusd"],) * 2
+    assert len(buyer.events(run_id, "filled")) == 1
+
+
+async def test_a_far_stranger_has_as_long_as_it_took_to_reach_it(
+    market: Market, autojump_clock: object, slow: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far, near = await market.provider("far"), await market.provider(price_nusd=2 * PRICE_NUSD)
+    buyer = await market.buyer()
+    slow[far.peer] = 2.5
+    open_stream = NodeDialer.open
+
+    async def slowly(dialer: NodeDialer, peer: str, protocol: str) -> Stream:
+        await trio.sleep(3.0 if peer == far.peer else 0)
+        return await open_stream(dialer, peer, protocol)
+
+    monkeypatch.setattr(NodeDialer, "open", slowly)
+    run_id = await buyer.submit(sample_file(3))
+    assert (await market.end_of(buyer, run_id))["provider"] == far.peer
+    assert buyer.events(run_id, "rejected") == []
+    assert near.seller.busy == 0
+
+
+async def test_who_has_delivered_before_is_waited_for(
+    market: Market, autojump_clock: object, slow: dict[str, float]
+) -> None:
+    late, buyer = await market.provider("late"), await market.buyer()
+    await market.end_of(buyer, await buyer.submit(sample_file(3)))
+    buyer.meet(await market.provider(price_nusd=2 * PRICE_NUSD))
+    slow[late.peer] = 3.0
+    run_id = await buyer.submit(sample_file(3, seed=1))
+    assert (await market.end_of(buyer, run_id))["provider"] == late.peer
+    assert buyer.events(run_id, "rejected") == []

@@ -222,12 +222,12 @@ async def test_the_power_goes_at_every_write_while_it_hands_over(
 
 def test_handing_over_is_forgiven_once_until_a_job_is_done() -> None:
     experience, account = Experience(b"own"), b"provider"
-    experience.note_handed_over(account, 0)
+    experience.note_excused(account, 0)
     assert experience.avoided(1) == ()
     experience.note_success(account)
-    experience.note_handed_over(account, 0)
+    experience.note_excused(account, 0)
     assert experience.avoided(1) == ()
-    experience.note_handed_over(account, 0)
+    experience.note_excused(account, 0)
     assert experience.avoided(FIRST_PAUSE_NS - 1) == (account,)
     assert experience.pauses(FIRST_PAUSE_NS - 1) == (Avoided(account, 1, FIRST_PAUSE_NS),)
     assert experience.avoided(FIRST_PAUSE_NS) == ()

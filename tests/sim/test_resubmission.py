@@ -323,16 +323,15 @@ async def test_who_does_not_answer_a_bid_is_not_asked_for_a_while(
 
     monkeypatch.setattr(Seller, "handle", handle)
     took_s = []
-    for _ in range(3):
+    silent = "the provider was lost: passed over: it said nothing for 2.0 s"
+    for _ in range(4):
         began_s = trio.current_time()
         run_id = await buyer.submit(sample_file(), fresh=True)
         assert (await market.end_of(buyer, run_id))["provider"] == honest.peer
         took_s.append(trio.current_time() - began_s)
         told = [(event["provider"], event["reason"]) for event in buyer.events(run_id, "rejected")]
-        assert told == (
-            [] if len(took_s) > 1 else [(mute.peer, "the provider was silent for 10 s")]
-        )
-    assert took_s[0] == pytest.approx(10, abs=1)
-    assert max(took_s[1:]) < 1
+        assert told == ([] if len(took_s) > 2 else [(mute.peer, silent)]), "excused once"
+    assert took_s[:2] == pytest.approx([2, 2], abs=0.5)
+    assert max(took_s[2:]) < 0.5
     [avoided] = buyer.buyer.experience.pauses(now_ns())
     assert (avoided.account, avoided.failures) == (mute.account, 1)

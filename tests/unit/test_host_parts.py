@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from p2pflop.errors import ProtocolError, ProviderError
-from p2pflop.market.rates import MAX_BUCKETS, Rates
+from p2pflop.market.rates import MAX_BUCKETS, Rates, SharedRates
 from p2pflop.node import multistream
 from p2pflop.node.mux import MuxStream
 
@@ -38,6 +38,22 @@ def test_rates_remember_a_bounded_number() -> None:
     assert len(rates) == MAX_BUCKETS
     assert rates.allow("0", 0.0)  # forgotten, so it starts afresh
     assert not rates.allow(str(MAX_BUCKETS), 0.0)
+
+
+def test_a_flood_over_many_links_leaves_an_honest_one_its_own_share() -> None:
+    shared = SharedRates(Rates(per_s=0.25, burst=1), Rates(per_s=10.0, burst=20))
+    links, seconds = 40, 100
+    flooded = honest = 0
+    for tick in range(seconds * 4):
+        now_s = tick / 4
+        flooded += sum(
+            shared.allow(f"link {number}", "sheets", now_s) for number in range(links) for _ in "ab"
+        )
+        if tick % 16 == 15:  # every four seconds, when the common share is used up
+            honest += shared.allow("honest", "sheets", now_s)
+    assert honest == seconds // 4
+    assert flooded <= links * (1 + seconds * 0.25) + 20 + seconds * 10
+    assert shared.allow("link 0", "trades", seconds), "what is common for one topic is its own"
 
 
 class FakeStream:

@@ -112,8 +112,8 @@ def test_so_many_that_failed_are_remembered(monkeypatch: pytest.MonkeyPatch) -> 
         made.note_failure(key, NOW_NS)
     assert set(made.avoided(NOW_NS)) == set(KEYS[2:5])
     for key in KEYS[:5]:
-        made.note_handed_over(key, NOW_NS)
-    assert len(made._handed_over) == 3
+        made.note_excused(key, NOW_NS)
+    assert len(made._excused) == 3
 
 
 def test_a_pause_ends_however_often_an_account_failed() -> None:
