@@ -23,7 +23,7 @@ from p2pflop.cli.output import (
 from p2pflop.drafts import whole_file
 from p2pflop.errors import ConfigError, ProtocolError
 from p2pflop.keys import peer_id
-from p2pflop.market.evidence import Evidence, Replay, Replayed, replay
+from p2pflop.market.evidence import Evidence, Replay, Replayed, Verdict, replay
 from p2pflop.market.ranking import Deal, Miss, MissReason
 from p2pflop.market.records import session_prices, ticket_of
 from p2pflop.units import counted, format_usd
@@ -76,7 +76,8 @@ def audit_tape_command(flags: Flags, files: tuple[Path, ...]) -> None:
     """Find fills that were not the best deal.
 
     Each file is the evidence of a run, as 'explain --out' writes it. Sheets, bids and answers are
-    checked for their signatures and ranked again. The exit code is 11 if one is wrong.
+    checked for their signatures and ranked again. The exit code is 11 if one is wrong. A bid is
+    unproven if sheets of its book are missing from the file.
 
     \b
     Examples:
@@ -97,9 +98,11 @@ def audit_tape_command(flags: Flags, files: tuple[Path, ...]) -> None:
         for path, replayed in bids:
             if replayed.is_bait:
                 say(f"{path}: {_who(replayed)} was refused{BAIT}")
+        unproven = sum(replayed.verdict is Verdict.UNPROVEN for _, replayed in bids)
         say(
             f"{counted(len(bids), 'bid')} in {counted(len(files), 'file')}, "
             f"{len(wrong)} against the rule"
+            + (f", {unproven} unproven: not all of the book was kept" if unproven else "")
         )
     if wrong:
         raise ProtocolError(

@@ -15,6 +15,8 @@ from p2pflop.errors import ConfigError
 from p2pflop.units import NS_PER_S, NUSD_PER_USD, format_usd
 
 COLUMNS: Final = ("time", "memo", "reference", "number", "amount_usd", "balance_usd")
+MAX_SINCE_NS: Final = 2**62
+"""Early in 2116: times on the wire go no further."""
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -60,14 +62,14 @@ def parse_date(text: str) -> int:
         moment = datetime.fromisoformat(text)
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=UTC)
-        since_s = int(moment.timestamp())
-    except (ValueError, OverflowError):
-        since_s = -1
-    if since_s < 0:
+        since_ns = int(moment.timestamp()) * NS_PER_S
+    except (ValueError, OverflowError) as error:
         raise ConfigError(
             f"{text[:40]!r} is not a date", hint="Write it like 2026-11-01 or 2026-11-01T12:00."
-        )
-    return since_s * NS_PER_S
+        ) from error
+    if not 0 <= since_ns <= MAX_SINCE_NS:
+        raise ConfigError(f"{text[:40]!r} is not from 1970 to 2115")
+    return since_ns
 
 
 def csv_of(statement: dict[str, Any]) -> str:

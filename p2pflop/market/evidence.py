@@ -19,7 +19,7 @@ import msgspec
 from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.job.session import Mark
 from p2pflop.market.fills import SUPERSEDED
-from p2pflop.market.limits import MAX_ASK_LIMITS
+from p2pflop.market.limits import MAX_ASK_LIMITS, Known, Limit
 from p2pflop.market.ranking import (
     MAX_POLICY_ACCOUNTS,
     Accounts,
@@ -58,6 +58,8 @@ MAX_CLASSES: Final = 64
 MAX_ATTEMPTS: Final = 256
 MAX_LOOKS: Final = 64
 MAX_RECORD_BYTES: Final = 64 * 1024
+_SAID_BY_A_BID: Final = (Limit.LEASE, Limit.FLOP, Limit.MOVED)
+"""Limits whose figures follow from the bid for a job."""
 
 Envelope = Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
 SheetEnvelope = Annotated[bytes, msgspec.Meta(max_length=MAX_SHEET_BYTES + 512)]
@@ -109,7 +111,7 @@ class Look(Record, frozen=True):
     ``avoided`` is the buyer's own word. ``session``: of a look for a lease of a session, what has
     to be done again first, for ``max_nusd`` at most; asks are ranked by ``sessions.rank_session``.
     ``known``: what their limits were compared with beside what a bid says, by the limit's id, if
-    any has one. It is the buyer's own word, too.
+    any has one. It is the buyer's own word, too, and counts for nothing where a job's bid says it.
     """
 
     at_ns: U63
@@ -148,7 +150,7 @@ class Verdict(StrEnum):
     OTHER_BOOK = "the bid commits to another book"
     OTHER_POLICY = "the bid commits to another policy"
     OTHER_QUOTE = "the quote is not what the ask says"
-    OTHER_TIME = "the look at the book is later than the bid"
+    OTHER_TIME = "the look at the book is not of the time of the bid"
     FORGED = "a record is not signed as it should be"
 
     @property
@@ -222,7 +224,7 @@ def _replay_look(look: Look, network: str, tried: set[bytes]) -> Replay:
         ranked = _rank(look, view, bid.record, attested, quoted)
         first = ranked if number == 0 else first
         deals = [entry for entry in ranked if isinstance(entry, Deal)]
-        verdict, place = _judge(look, view, bid.record, deals, tried)
+        verdict, place = _judge(look, view, bid.record, deals, tried, is_first=number == 0)
         is_bait = place >= 0 and _is_bait(attempt, deals[place].ask, bid.record, network)
         filled = bool(attempt.fill)
         bids.append(Replayed(bid.record, verdict, place, filled, attempt.reason, is_bait))
@@ -305,6 +307,7 @@ def _rank(
 
 def _need(look: Look, view: BookView, bid: Bid | Wanted | Again, work: tuple[int, int]) -> Need:
     """``work`` is in FLOP and touched bytes."""
+    known = look.known if look.session else _beside(look.known)
     every = {ask.class_id for sheet in view.sheets for ask in sheet.sheet.asks}
     return Need(
         class_ids=frozenset(look.class_ids or every),
@@ -315,8 +318,13 @@ def _need(look: Look, view: BookView, bid: Bid | Wanted | Again, work: tuple[int
         deadline_ns=bid.terms.deadline_ns,
         max_nusd=look.max_nusd,
         nonce=bid.nonce,
-        known=look.known,
+        known=known,
     )
+
+
+def _beside(known: Known) -> Known:
+    """What of the buyer's own word about limits does not follow from the bid of a job."""
+    return tuple(each for each in known if each[0] not in _SAID_BY_A_BID)
 
 
 def _is_quoted(look: Look, deal: Deal, bid: Bid) -> bool:
@@ -332,7 +340,10 @@ def _judge(
     bid: Bid,
     deals: Sequence[Deal],
     tried: set[bytes],
+    *,
+    is_first: bool,
 ) -> tuple[Verdict, int]:
+    """The verdict on a bid, the first one of its look or not, and the place of its ask."""
     found = [
         place
         for place, deal in enumerate(deals)
@@ -340,8 +351,11 @@ def _judge(
         == (bid.provider, bid.sheet_number, bid.ask, ticket_of(bid))
     ]
     place = found[0] if found else -1
-    # Asks expire: by a later clock a better one would look as if it had.
-    if look.at_ns > bid.decided_at_ns + CLOCK_TOLERANCE_NS:
+    # By a later clock a better ask would look as if it had expired; by an earlier one, as if the
+    # job's lease were over its limit. What is bid later in a look follows from answers.
+    waited_ns = bid.decided_at_ns - look.at_ns
+    is_at_once = is_first and not look.session
+    if waited_ns < -CLOCK_TOLERANCE_NS or (is_at_once and waited_ns > CLOCK_TOLERANCE_NS):
         return Verdict.OTHER_TIME, place
     if look.whole and bid.book_digest != view.digest:
         return Verdict.OTHER_BOOK, place

@@ -187,7 +187,11 @@ async def test_the_commands_show_it_and_find_what_is_wrong(
     assert look["bids"][0]["right"] is True
 
     assert run(["audit-tape", str(right)]) == 0
-    assert "1 bid in 1 file, 0 against the rule" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1] == "1 bid in 1 file, 0 against the rule"
+    wrong.write_bytes(encode(with_look(evidence, whole=False)))
+    assert run(["audit-tape", str(right), str(wrong)]) == 0
+    assert "0 against the rule, 1 unproven: not all of the" in capsys.readouterr().err
+    wrong.write_bytes(encode(with_look(evidence, policy=Policy(max_price_nusd=1))))
     assert run(["audit-tape", str(right), str(wrong)]) == ProtocolError.exit_code
     assert f"{wrong}: the bid to" in capsys.readouterr().err
     wrong.write_bytes(b"nothing of the kind")

@@ -276,9 +276,14 @@ class TestStatement:
     def test_dates_are_utc_unless_they_say_otherwise(self, text: str, since_s: int) -> None:
         assert parse_date(text) == since_s * 10**9
 
-    @pytest.mark.parametrize("text", ["", "yesterday", "1969-12-31", "2026-13-01", "\x1b[2J"])
+    @pytest.mark.parametrize("text", ["", "yesterday", "2026-13-01", "2026-02-30", "\x1b[2J"])
     def test_what_is_no_date_is_told(self, text: str) -> None:
         with pytest.raises(ConfigError, match="is not a date"):
+            parse_date(text)
+
+    @pytest.mark.parametrize("text", ["0001-01-01", "1969-12-31", "2117-01-01", "9999-12-31"])
+    def test_what_no_node_can_be_asked_is_told_before_it_is(self, text: str) -> None:
+        with pytest.raises(ConfigError, match="is not from 1970 to 2115"):
             parse_date(text)
 
 

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from p2pflop.market.evidence import Evidence, Look, Verdict, replay
-from p2pflop.market.samples import ASK_LIFE_NS, NOW_NS, ask, bid, book, deals, look, party
+from p2pflop.market.evidence import Attempt, Evidence, Look, Verdict, replay
+from p2pflop.market.limits import MAX_LIMIT, Limit, lease_seconds
+from p2pflop.market.samples import (
+    ASK_LIFE_NS,
+    NOW_NS,
+    TERMS,
+    ask,
+    bid,
+    book,
+    deals,
+    look,
+    party,
+)
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
 from p2pflop.units import NS_PER_S
 
@@ -29,4 +40,36 @@ def test_no_later_clock_hides_a_better_ask() -> None:
     assert verdict(seen) is Verdict.WORSE
     assert verdict(replace(seen, at_ns=NOW_NS + CLOCK_TOLERANCE_NS)) is Verdict.WORSE
     assert verdict(replace(seen, at_ns=NOW_NS + 301 * NS_PER_S)) is Verdict.OTHER_TIME
-    assert verdict(replace(seen, at_ns=NOW_NS - ASK_LIFE_NS)) is Verdict.WORSE
+    assert verdict(replace(seen, at_ns=NOW_NS - CLOCK_TOLERANCE_NS)) is Verdict.WORSE
+    assert verdict(replace(seen, at_ns=NOW_NS - ASK_LIFE_NS)) is Verdict.OTHER_TIME
+
+
+def test_no_earlier_clock_makes_the_lease_too_long_for_a_better_ask() -> None:
+    """Nor does a figure of the buyer's own that the bid says already; a bid that follows from the
+    answer to another may come much later than the look."""
+    lease_s = lease_seconds(NOW_NS, TERMS.deadline_ns)
+    limited = party(1).sheet(ask(price_nusd=10**6), limits={1: ((Limit.LEASE, lease_s),)})
+    dear = party(2).sheet(ask(price_nusd=2 * 10**6))
+    [first, second] = deals(limited, dear)
+    view = book(limited, dear).view(NOW_NS)
+    worse = bid(party(0), second, book_digest=view.digest)
+    seen = look(view, worse)
+    assert verdict(seen) is Verdict.WORSE
+    assert verdict(replace(seen, at_ns=NOW_NS - 31 * NS_PER_S)) is Verdict.OTHER_TIME
+    for limit in (Limit.LEASE, Limit.FLOP, Limit.MOVED):
+        assert verdict(replace(seen, known=((limit, MAX_LIMIT),))) is Verdict.WORSE
+    asked = bid(party(0), first, book_digest=view.digest)
+    later = bid(party(0), second, NOW_NS + 600 * NS_PER_S, book_digest=view.digest)
+    attempts = tuple(Attempt(each.wire, b"", b"", "") for each in (asked, later))
+    [told] = replay(Evidence(1, "main", (replace(seen, attempts=attempts),)))
+    assert [each.verdict for each in told.bids] == [Verdict.BEST, Verdict.NEXT]
+
+
+def test_the_nodes_of_a_job_are_the_buyers_own_word() -> None:
+    limited = party(1).sheet(ask(price_nusd=10**6), limits={1: ((Limit.NODES, 10),)})
+    dear = party(2).sheet(ask(price_nusd=2 * 10**6))
+    [_, second] = deals(limited, dear)
+    view = book(limited, dear).view(NOW_NS)
+    seen = look(view, bid(party(0), second, book_digest=view.digest))
+    assert verdict(replace(seen, known=((Limit.NODES, 11),))) is Verdict.BEST
+    assert verdict(replace(seen, known=((Limit.NODES, 10),))) is Verdict.WORSE
