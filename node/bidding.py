@@ -9,12 +9,12 @@ from p2pflop.job.buying import BUSY_PREFIX
 from p2pflop.job.lifecycle import Edge
 from p2pflop.job.meter import METER_ID
 from p2pflop.market.desk import BuyerDesk
-from p2pflop.market.evidence import Wanted
+from p2pflop.market.evidence import MAX_LOOKS, Wanted
 from p2pflop.market.fills import ASK_EXPIRED, SUPERSEDED, make_bid
 from p2pflop.market.ranking import Deal
 from p2pflop.market.records import Bid, Reject
 from p2pflop.node.driver import LIFE_ROW
-from p2pflop.node.evidence import keep_look
+from p2pflop.node.evidence import LOOK_ROW, LOOK_ROWS, REJECT_ROW, keep_look
 from p2pflop.node.guard import survive
 from p2pflop.node.journal import JobRows, Row
 from p2pflop.node.orders import Order, Ranking
@@ -49,6 +49,7 @@ class Bidding:
         self._ranking: Ranking | None = None
         self._deals: list[Deal] = []
         self._first_attempt = 0
+        self._looks = 0
         self._accounts: dict[bytes, bytes] = {}
         self._tried: set[bytes] = set()
         self._refused_nusd: dict[bytes, int] = {}
@@ -84,6 +85,14 @@ class Bidding:
                 for deal in self._deals
                 if deal.node in self._tried or deal.ask.class_id == class_id
             ]
+
+    async def forget_looks(self) -> None:
+        """Before a round: of a run that waits long, keep no more looks than evidence can show.
+        Raises StoreError."""
+        if self._looks >= MAX_LOOKS:
+            self._looks = 0
+            run = self._buyer.runs.get(self._run_id)
+            await self._buyer.runs.forget_rounds(run, *LOOK_ROWS, REJECT_ROW)
 
     def rank(self, attempt: int, order: Order) -> Ranking:
         """Begin a round for ``order``, which is the run's or for what is left of it, with the book
@@ -190,6 +199,8 @@ class Bidding:
                 self._note_tried(node)
             elif row.kind == CLASS_ROW:
                 self._classes = frozenset({row.body})
+            elif row.kind == LOOK_ROW:
+                self._looks += 1
             elif row.kind in NEW_ROUNDS:
                 self._forget_tried()
                 self._is_unfilled = row.kind == LIFE_ROW + Edge.WAIT
@@ -249,4 +260,5 @@ class Bidding:
             wanted=None if self._deals else Wanted(ranking.nonce, order.costs, order.terms),
         )
         self._first_attempt = attempt
+        self._looks += 1
         return ranking

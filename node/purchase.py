@@ -268,6 +268,7 @@ class Purchase:
     async def _rank(self) -> None:
         order = self._stretches.begin(self._stretches.done_to, self._owed_nusd())
         await self._buyer.need(self._run.id, order)
+        await self._bidding.forget_looks()
         ranking = self._bidding.rank(self._lifecycle.side.attempt, order)
         if ranking.is_over_limits and is_pack(self._buyer.runs, self._run.id):
             self._lifecycle.side.rests = False  # its variants alone may be within

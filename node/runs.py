@@ -45,6 +45,9 @@ MAX_FINISHED: Final = 64
 
 SEQ_LEAP: Final = 2**32
 EVENT_ROW: Final = "event"
+ROUND_ROW: Final = "round"
+"""An event of a look at the book, forgotten with it."""
+ROUND_KINDS: Final = frozenset({"ranked", "rejected"})
 KEPT_KINDS: Final = frozenset(
     {"ranked", "filled", "rejected", "resubmitted", "checkpoint", "receipt"} | LAST_EVENT_KINDS
 )
@@ -128,7 +131,7 @@ class Runs:
         rows = JobRows(self._journal, head, self._now_ns)
         run = Run(head.job, json.loads(head.summary), rows)
         for row in self._journal.rows(head.job):
-            if row.kind == EVENT_ROW:
+            if row.kind in (EVENT_ROW, ROUND_ROW):
                 event = json.loads(row.body)
                 _tell(run, event)
                 if event["kind"] == "receipt":
@@ -153,8 +156,17 @@ class Runs:
         elif kind == "progress":
             run.card["step"] = fields["step"]
         if kind in KEPT_KINDS and not run.is_session:
-            run.rows.add(EVENT_ROW, _dump(event))
+            run.rows.add(ROUND_ROW if kind in ROUND_KINDS else EVENT_ROW, _dump(event))
         _tell(run, event)
+
+    async def forget_rounds(self, run: Run, *kinds: str) -> None:
+        """Forget what was told of looks at the book, and the rows of these ``kinds``. Raises
+        StoreError."""
+        run.rows.forget(ROUND_ROW, *kinds)
+        await run.rows.flush()
+        kept = [event for event in run.events if event["kind"] not in ROUND_KINDS]
+        run.events.clear()
+        run.events.extend(kept)
 
     def last(self, run: Run, kind: str, **fields: Any) -> Last:
         """The last event of a run, to be put on disk first and told then (``tell_last``)."""
@@ -262,9 +274,9 @@ class Runs:
             if run.events and run.events[-1]["seq"] > after_seq:
                 with trio.move_on_after(GATHER_S):
                     await run.ended.wait()
-                events = [event for event in run.events if event["seq"] > after_seq]
-                after_seq = events[-1]["seq"]
-                yield events
+                if events := [event for event in run.events if event["seq"] > after_seq]:
+                    after_seq = events[-1]["seq"]
+                    yield events
             else:
                 await run.news.wait()
 

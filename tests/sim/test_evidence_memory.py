@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -16,9 +17,12 @@ from p2pflop.cli.progress import ranked_lines
 from p2pflop.errors import ConfigError, ProtocolError
 from p2pflop.market.evidence import MAX_SHEETS, Evidence, Look, Verdict, replay
 from p2pflop.market.ranking import Miss, MissReason, Policy
+from p2pflop.node import bidding
 from p2pflop.node import evidence as kept
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_file
 from p2pflop.node.memory_workers import MemoryWorker
+from p2pflop.node.runs import ROUND_ROW
+from p2pflop.node.service import SubmitOptions
 from p2pflop.wire import decode, encode
 
 if TYPE_CHECKING:
@@ -286,3 +290,44 @@ async def test_of_a_damaged_file_there_is_one_line(
                 assert f"{path} is no evidence" in told.err
                 assert told.err.count("error:") == 1
                 assert len(told.err.splitlines()) == 2
+
+
+async def test_of_a_run_that_waits_long_the_newest_looks_are_kept(
+    market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A price that moves wakes who rests, and costs nothing: what is kept of it is bounded, in the
+    journal and in memory, over a restart too."""
+    monkeypatch.setattr(bidding, "MAX_LOOKS", 4)
+    seller, buyer = await market.provider(), await market.buyer()
+    quote = await buyer.buyer.quote(sample_file(), SubmitOptions())
+    max_nusd = quote["deals"][0]["total_nusd"] // 2
+    run_id = await buyer.submit(sample_file(), max_nusd=max_nusd, rest=True, deadline_s=86400)
+    told: list[int] = []
+
+    async def watch() -> None:
+        async for events in buyer.runs.follow(run_id, 0):
+            told.extend(event["seq"] for event in events)
+
+    market.nursery.start_soon(watch)
+    for number in range(8):
+        await trio.sleep(3600)
+        await seller.sell()
+        buyer.meet(seller)
+        rows = [row.kind for row in buyer.runs.rows(run_id)]
+        assert 1 <= rows.count(kept.LOOK_ROW) <= 4
+        assert rows.count(kept.LOOK_ROW) == rows.count(kept.WANTED_ROW) == rows.count(ROUND_ROW)
+        ranked = [event for event in buyer.events(run_id) if event["kind"] == "ranked"]
+        assert 1 <= len(ranked) <= 4
+        if number == 4:
+            await buyer.kill()
+            await market.restart(buyer)
+            market.nursery.start_soon(watch)
+    seller.settings = dataclasses.replace(seller.settings, ask_nusd=PRICE_NUSD // 4)
+    await seller.sell()
+    buyer.meet(seller)
+    assert (await market.end_of(buyer, run_id))["kind"] == "result"
+    await trio.sleep(1)
+    assert len(told) > 100
+    replays = replay(evidence_of(buyer, run_id))
+    assert 1 <= len(replays) <= 4
+    assert [each.verdict for each in replays[-1].bids] == [Verdict.BEST]

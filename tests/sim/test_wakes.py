@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import pytest
 import trio
 
 from p2pflop.job.buying import BUSY_PREFIX, MAX_REST_NS
-from p2pflop.node import wishes
+from p2pflop.node import bidding, wishes
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_file
 from p2pflop.units import NS_PER_S
 from tests.sim.test_hostile_quotes import Stranger
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 TRIED_S = 600
 LIMIT_NUSD = 10_000
+
+
+@pytest.fixture(autouse=True)
+def _all_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks are counted by what was told of them."""
+    monkeypatch.setattr(bidding, "MAX_LOOKS", TRIED_S)
 
 
 def refuse(node: MemoryNode) -> None:
