@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain
 from typing import Annotated, Final
 
 import msgspec
@@ -29,6 +31,7 @@ from p2pflop.market.sheets import OpenSheet
 from p2pflop.node.driver import LIFE_ROW
 from p2pflop.node.journal import JobRows, Row
 from p2pflop.node.orders import Ranking
+from p2pflop.units import MIB
 from p2pflop.wire import U63, Hash, Record, decode, encode, envelope_kind
 
 LOOK_ROW: Final = "look"
@@ -52,6 +55,8 @@ LOOK_ROWS: Final = (
 )
 REJECT_ROW: Final = "reject"
 MAX_REASON_CHARS: Final = 200
+MAX_SHOWN_BYTES: Final = 48 * MIB
+"""Of sheets and answers in one evidence; policies and figures have the rest of its size."""
 
 Classes = Annotated[tuple[Hash, ...], msgspec.Meta(max_length=MAX_CLASSES)]
 JoinedIds = Annotated[bytes, msgspec.Meta(max_length=MAX_SHEETS * HASH_BYTES)]
@@ -162,20 +167,28 @@ def evidence_of(
             looks[-1].session = (decode(Again, row.body),)
         elif looks:
             _take(row, looks)
-    return Evidence(
-        version=1,
-        network=network,
-        looks=tuple(_look(looked, sheet) for looked in _newest(looks)),
-    )
+    kept = cache(sheet)
+    newest = [_look(looked, kept) for looked in looks[-MAX_LOOKS:]]
+    return Evidence(version=1, network=network, looks=tuple(_newest(newest, len(looks))))
 
 
-def _newest(looks: Sequence[_Looked]) -> Sequence[_Looked]:
-    """The looks to be shown: where not all can be, from the beginning of a round on, if one is."""
-    shown = looks[-MAX_LOOKS:]
-    if len(shown) == len(looks):
+def _newest(looks: Sequence[Look], count: int) -> Sequence[Look]:
+    """Those of the newest of ``count`` looks to be shown: where not all can be, from the beginning
+    of a round on, if one is."""
+    first, left_bytes = len(looks), MAX_SHOWN_BYTES
+    while first and (left_bytes := left_bytes - _size_bytes(looks[first - 1])) >= 0:
+        first -= 1
+    shown = looks[min(first, len(looks) - 1) :] if looks else looks
+    if len(shown) == count:
         return shown
-    begins = [place for place, looked in enumerate(shown) if not looked.row.continues]
+    begins = [place for place, look in enumerate(shown) if not look.continues]
     return shown[begins[0] :] if begins else shown
+
+
+def _size_bytes(look: Look) -> int:
+    """What of a look can be large."""
+    tried = (wire for each in look.attempts for wire in (each.bid, each.fill, each.reject))
+    return sum(map(len, chain(look.sheets, tried)))
 
 
 def _look(looked: _Looked, sheet: Callable[[bytes], bytes | None]) -> Look:

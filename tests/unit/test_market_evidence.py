@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from p2pflop.ids import content_hash
 from p2pflop.market.evidence import Attempt, Evidence, Look, Verdict, replay
 from p2pflop.market.limits import MAX_LIMIT, Limit, lease_seconds
+from p2pflop.market.ranking import Policy
+from p2pflop.market.records import MAX_SHEET_BYTES
 from p2pflop.market.samples import (
     ASK_LIFE_NS,
     NOW_NS,
@@ -18,7 +21,10 @@ from p2pflop.market.samples import (
     party,
 )
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS
+from p2pflop.node.evidence import LOOK_ROW, LookRow, evidence_of
+from p2pflop.node.journal import Row
 from p2pflop.units import NS_PER_S
+from p2pflop.wire import decode, encode
 
 
 def verdict(seen: Look) -> Verdict:
@@ -73,3 +79,21 @@ def test_the_nodes_of_a_job_are_the_buyers_own_word() -> None:
     seen = look(view, bid(party(0), second, book_digest=view.digest))
     assert verdict(replace(seen, known=((Limit.NODES, 11),))) is Verdict.BEST
     assert verdict(replace(seen, known=((Limit.NODES, 10),))) is Verdict.WORSE
+
+
+def test_evidence_of_a_book_full_of_large_sheets_can_be_read() -> None:
+    """Sheets are as large as their signers like, and a run that waits has seen many of them."""
+    ids = b"".join(content_hash(bytes([number])) for number in range(256))
+    looks = [LookRow(at, at % 2 == 1, 1, (), Policy(), True, ids) for at in range(64)]
+    rows = [Row(look.at_ns, look.at_ns, LOOK_ROW, encode(look)) for look in looks]
+    large = bytes(MAX_SHEET_BYTES)
+    made = evidence_of(rows, lambda _: large, "main")
+    times = [look.at_ns for look in made.looks]
+    assert times == list(range(times[0], 64))
+    assert 20 <= len(times) < 32
+    assert not made.looks[0].continues
+    data = encode(made)
+    assert len(data) <= Evidence.MAX_BYTES
+    assert len(decode(Evidence, data).looks) == len(times)
+    assert len(evidence_of(rows, lambda _: large[:1000], "main").looks) == 64
+    assert evidence_of([], lambda _: None, "main").looks == ()
