@@ -252,6 +252,15 @@ class Bidding:
         limit_nusd = self._refused_nusd.get(deal.node, NEVER_AGAIN)
         return deal.node not in self._tried or deal.total_nusd <= limit_nusd
 
+    def _to_ask(self, deals: Sequence[Deal]) -> list[Deal]:
+        """Of each node that may be asked the best ask, and each of its quotes: silence and refusals
+        are a node's, and it may have as many asks as a sheet holds."""
+        found: dict[tuple[bytes, bytes], Deal] = {}
+        for deal in deals:
+            if self._may_ask(deal):
+                found.setdefault((deal.node, deal.ticket), deal)
+        return list(found.values())
+
     def _ranking_for(self, attempt: int) -> Ranking:
         """The look by which number ``attempt`` is bid: a new one where the last has led nowhere.
 
@@ -282,7 +291,7 @@ class Bidding:
         order = self._order
         quoted = self._buyer.wishes.quoted(self._run_id)
         ranking = self._ranking = self._buyer.rank(order, self._classes, quoted, only)
-        self._deals = [deal for deal in ranking.deals if self._may_ask(deal)]
+        self._deals = self._to_ask(ranking.deals)
         keep_look(
             self._rows,
             ranking,

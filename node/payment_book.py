@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Final
 
 from p2pflop.dht.database import Database, Operation
+from p2pflop.node.ledger_book import MAX_NODES
 
 MAX_LISTED: Final = 1000
 
@@ -113,6 +114,16 @@ class PaymentBook:
             *(State.ACKNOWLEDGED, Side.PAID, account, since_ns),
         )
         return int(count)
+
+    def nodes_of(self, account: bytes) -> list[bytes]:
+        """The keys of nodes of that account whose word about a payment was heard, the latest first;
+        at most ``MAX_NODES``."""
+        found = self._database.read(
+            "SELECT node FROM payments WHERE account = ? AND heard != x''"
+            " GROUP BY node ORDER BY MAX(at_ns) DESC LIMIT ?",
+            *(account, MAX_NODES),
+        )
+        return [bytes(node) for (node,) in found]
 
     async def put(self, payment: Payment, entry: Operation | None = None) -> None:
         """Write a payment as it is now, and the ledger's ``entry``, in one commit."""

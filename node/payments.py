@@ -443,10 +443,11 @@ class Payments:
         """Where the word may go. Once one node has heard it, to no other: each has its own book."""
         if payment.node:
             return [payment.node]
-        traded = self._ledger_book.nodes_of(payment.account)
-        present = list(self._nodes_of(payment.account))
-        first = [node for node in traded if node in present]
-        return list(dict.fromkeys(first + traded + present))[:MAX_NODES_TRIED]
+        account = payment.account
+        known = self._ledger_book.nodes_of(account) + self._book.nodes_of(account)
+        present = list(self._nodes_of(account))
+        first = [node for node in known if node in present]
+        return list(dict.fromkeys(first + known + present))[:MAX_NODES_TRIED]
 
     async def _pin(self, payment: bytes, node: bytes) -> Payment:
         """Remember where the word goes, before it does."""

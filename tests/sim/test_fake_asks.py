@@ -10,7 +10,7 @@ import trio
 
 from p2pflop.dht.planes import Stream
 from p2pflop.market.evidence import Evidence, Verdict, replay
-from p2pflop.market.records import Rejected
+from p2pflop.market.records import MAX_SHEET_ORDERS, Rejected
 from p2pflop.market.samples import ask, party
 from p2pflop.node import bidding, evidence
 from p2pflop.node.dialing import NodeDialer
@@ -224,3 +224,26 @@ async def test_who_has_delivered_before_is_waited_for(
     run_id = await buyer.submit(sample_file(3, seed=1))
     assert (await market.end_of(buyer, run_id))["provider"] == late.peer
     assert buyer.events(run_id, "rejected") == []
+
+
+async def test_a_node_with_many_asks_is_asked_once_a_round(
+    market: Market, autojump_clock: object
+) -> None:
+    """Silence and refusals are its own, and not of one of its asks: 32 of them, which an identity
+    may have, would else cost a buyer as much as 32 identities."""
+    honest, buyer = await market.provider(), await market.buyer()
+    at_ns = now_ns()
+    offers = [
+        ask(number, PRICE_NUSD // 2 + 10 * number, class_id=class_of(honest))
+        for number in range(MAX_SHEET_ORDERS)
+    ]
+    for number in range(3):
+        buyer.sheets.book.apply(party(number).sheet(*offers, now_ns=at_ns), at_ns)
+    run_id = await buyer.submit(sample_file(3))
+    end = await market.end_of(buyer, run_id)
+    assert (end["kind"], end.get("provider")) == ("result", honest.peer)
+    asked = [event["provider"] for event in buyer.events(run_id, "rejected")]
+    assert len(asked) == len(set(asked)) == 3
+    assert trio.current_time() < 60
+    [look] = replay(decode(Evidence, buyer.buyer.evidence(run_id)))
+    assert look.is_right

@@ -62,7 +62,9 @@ async def test_every_run_ends_and_ledgers_agree_whatever_fails(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1000, 1100))
-async def test_many_seeds(ordeal: Ordeal, tmp_path: Path, nursery: trio.Nursery, seed: int) -> None:
+async def test_many_seeds(
+    ordeal: Ordeal, autojump_clock: object, tmp_path: Path, nursery: trio.Nursery, seed: int
+) -> None:
     await survive(ordeal, tmp_path, nursery, seed)
 
 

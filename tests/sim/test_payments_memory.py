@@ -274,6 +274,24 @@ async def test_a_word_for_an_unknown_node_is_tried_again_when_anybody_connects(
     assert trio.current_time() - began < payments_module.MAX_AGAIN_S / 2
 
 
+async def test_who_has_claimed_can_be_told_of_other_money(
+    market: Market, autojump_clock: object
+) -> None:
+    """A buyer that pays ahead is in no order book, and has bought nothing yet."""
+    buyer, provider = await market.buyer(), await market.provider()
+    await provider.sell()
+    buyer.meet(provider)
+    await buyer.money.pay(payment_id(1), provider.account, 10**9, "ahead")
+    await trio.sleep(LONG_S)
+    await provider.money.acknowledge(payment_id(1))
+    await provider.money.receive(payment_id(2), buyer.account, 5, "and in cash")
+    await trio.sleep(LONG_S)
+    assert all(payment["told"] for payment in provider.money.listed())
+    assert market.debts(buyer, provider) == (-(10**9) - 5, -(10**9) - 5)
+    [claimed, cash] = sorted(buyer.money.listed(), key=lambda each: -each["amount_nusd"])
+    assert (claimed["state"], cash["state"]) == ("acknowledged", "acknowledged")
+
+
 async def test_who_connects_again_and_again_is_told_no_more_often_than_every_second(
     market: Market, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
