@@ -240,9 +240,9 @@ class LedgerBook:
                 raise
 
     def _load(self) -> Ledger:
-        rows = self._database.read("SELECT body FROM entries ORDER BY seq")
+        rows = self._database.read("SELECT account, body FROM entries ORDER BY seq")
         try:
-            return Ledger.load(decode(Entry, body) for (body,) in rows)
+            return Ledger.load(_filed(account, decode(Entry, body)) for account, body in rows)
         except ProtocolError as error:
             raise VerificationError(
                 f"{self._database.path} holds what is no ledger entry: {error.message}",
@@ -252,6 +252,13 @@ class LedgerBook:
     def _entries(self, limit: int) -> list[Entry]:
         rows = self._database.read("SELECT body FROM entries ORDER BY seq DESC LIMIT ?", limit)
         return [decode(Entry, body) for (body,) in rows]
+
+
+def _filed(account: bytes, entry: Entry) -> Entry:
+    """An entry that statements of its account have. Raises ProtocolError."""
+    if any(posting.counterparty != account for posting in entry.postings):
+        raise ProtocolError("one is filed under another account than its own")
+    return entry
 
 
 def _memo(what: str, text: str) -> str:

@@ -30,7 +30,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -169,6 +169,7 @@ class Bought:
     errand: Errand
     run_id: str
     max_nusd: int | None
+    is_cancelled: bool = False
     end: Json = field(default_factory=dict)
 
 
@@ -212,6 +213,14 @@ class World:
     def failure(self, what: str) -> AssertionError:
         """An error that says how to see it again."""
         return AssertionError(f"{what}; replay with seed {self.seed} and {self.settings}")
+
+    def settings_of(self, _price_nusd: int | None) -> dict[str, Any]:
+        """What a node that asks this price is set to beside it, in a world that has more in it."""
+        return {}
+
+    def options(self) -> dict[str, Any]:
+        """More of a submission, likewise."""
+        return {}
 
     async def run(self, visit: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint) -> None:
         """Everything, to the end, and with it what ``visit`` does from the beginning on. Raises
@@ -269,6 +278,7 @@ class World:
             price_nusd=price_nusd,
             session=session or self.session,
             gossips=True,
+            **self.settings_of(price_nusd),
         )
         node.workers.step_s = self.random.choice((0.02, 0.2, 1.0))
         await node.start(self._nursery)
@@ -306,6 +316,7 @@ class World:
             deadline_s=self.random.choice(DEADLINES_S),
             checkpoint_steps=bought.errand.checkpoint_steps,
             fresh=True,
+            **self.options(),
         )
 
     async def _crash(self) -> None:
@@ -487,6 +498,8 @@ class World:
                     raise self.failure(f"{name} has another hash than the unbroken run")
                 if bought.max_nusd is not None and end["cost_nusd"] > bought.max_nusd:
                     raise self.failure(f"{name} cost more than its limit")
+            elif bought.is_cancelled and end["kind"] == "cancelled":
+                continue
             elif end.get("error") not in ("ProviderError", "MarketError"):
                 raise self.failure(f"{name} failed by no fault of others: {end}")
 

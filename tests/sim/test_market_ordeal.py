@@ -29,17 +29,19 @@ Ordeal = Callable[..., Awaitable[World]]
 def ordeal(tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> Ordeal:
     """Runs the world of a seed to its end, without the check. For a test with autojump_clock."""
 
-    async def run(seed: int, settings: WorldSettings, name: str = "world") -> World:
+    async def run(
+        seed: int, settings: WorldSettings, name: str = "world", world: type[World] = World
+    ) -> World:
         print(f"replay with seed {seed} and {settings}")
         chance = random.Random(seed)  # noqa: S311 - a simulation
         monkeypatch.setattr(secrets, "token_bytes", chance.randbytes)
         monkeypatch.setattr(secrets, "token_hex", lambda count: chance.randbytes(count).hex())
         monkeypatch.setattr(secrets, "SystemRandom", lambda: chance)
         import_module("trio._core._run")._r.seed(seed)
-        world = World(tmp_path / name, nursery, seed, settings)
-        await world.run()
-        print(world.story())
-        return world
+        made = world(tmp_path / name, nursery, seed, settings)
+        await made.run()
+        print(made.story())
+        return made
 
     return run
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from p2pflop.errors import ConfigError, StoreError
+from p2pflop.errors import ConfigError, StoreError, VerificationError
 from p2pflop.ids import content_hash
 from p2pflop.node import payments as payments_module
+from p2pflop.node.ledger_book import LedgerBook
 from p2pflop.node.memory_market import MemoryNode, sample_file
 from p2pflop.node.payment_book import Payment, Side, State
 from p2pflop.node.payment_stream import PROTOCOL
@@ -499,3 +500,24 @@ def test_a_payment_is_the_same_only_if_all_that_matters_is() -> None:
         replace(made, amount_nusd=6),
     ):
         assert not made.is_same(other.side, other.account, other.amount_nusd)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("UPDATE entries SET account = zeroblob(32) WHERE seq = 1", "under another account"),
+        ("UPDATE entries SET body = x'00' WHERE seq = 1", "no ledger entry"),
+        ("DELETE FROM entries WHERE seq = 1", "not what was written"),
+    ],
+)
+async def test_a_damaged_ledger_is_not_opened(
+    market: Market, autojump_clock: object, damage: str, told: str
+) -> None:
+    """Not even where only statements would be wrong, which find entries by their account."""
+    provider, buyer, due = await indebted(market)
+    await buyer.money.pay(payment_id(), provider.account, due, "")
+    database = buyer.ledger_book._database
+    await database.write(lambda connection: connection.execute(damage))
+    with pytest.raises(VerificationError, match=told) as raised:
+        LedgerBook(database, buyer.account)
+    assert "backup" in raised.value.hint
