@@ -201,17 +201,17 @@ class Bidding:
         known = deal.account == own_account or self._buyer.ledger_book.has_bought_from(deal.account)
         if known or deal.ticket or deal.account in self._passed:
             return None
-        word_s = FIRST_WORD_S * 0.5 ** len(self._passed)
-        self._passed.add(deal.account)
-        return max(word_s, LEAST_WORD_S, opening_s)
+        return max(FIRST_WORD_S * 0.5 ** len(self._passed), LEAST_WORD_S, opening_s)
 
     def note_unanswered(self, node: bytes, reason: str, at_ns: int) -> None:
         """A provider said neither yes nor no: not to be asked again for a while, unless it was
         passed over, and that for the first time."""
         account, experience = self._accounts.get(node), self._buyer.experience
-        note = experience.note_excused if PASSED_PREFIX in reason else experience.note_failure
-        if account is not None:
-            note(account, at_ns)
+        if account is not None and PASSED_PREFIX in reason:
+            self._passed.add(account)
+            experience.note_excused(account, at_ns)
+        elif account is not None:
+            experience.note_failure(account, at_ns)
 
     def describe(self, bid: Bid) -> Json:
         """What is told of a bid that was filled, and what is paid ahead to its provider."""

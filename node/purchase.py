@@ -403,8 +403,9 @@ class Purchase:
         self._conversation = conversation
         for word in words:
             conversation.tell(word)
-        if self._lifecycle.state is State.BIDDING:
-            self._nursery.start_soon(self._pass_over, attempt, trio.current_time() - began_at)
+        patience_s = self._bidding.patience_s(attempt, trio.current_time() - began_at)
+        if self._lifecycle.state is State.BIDDING and patience_s is not None:
+            self._nursery.start_soon(self._pass_over, attempt, patience_s)
 
         async def on_message(message: m.Message) -> None:
             if self._conversation is conversation:
@@ -421,11 +422,8 @@ class Purchase:
             else:
                 await self._come_back(why, provider, attempt)
 
-    async def _pass_over(self, attempt: int, opening_s: float) -> None:
+    async def _pass_over(self, attempt: int, patience_s: float) -> None:
         """Ask the next one if a stranger says nothing for a while."""
-        patience_s = self._bidding.patience_s(attempt, opening_s)
-        if patience_s is None:
-            return
         await trio.sleep(patience_s)
         why = f"{PASSED_PREFIX}it said nothing for {patience_s:.1f} s"
         await self._driver.hear(Lost(why, attempt))

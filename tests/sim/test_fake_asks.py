@@ -195,6 +195,21 @@ async def test_who_was_passed_over_is_asked_again_if_nobody_else_takes_the_job(
     assert len(buyer.events(run_id, "filled")) == 1
 
 
+async def test_who_says_no_leaves_the_next_as_long(
+    market: Market, autojump_clock: object, slow: dict[str, float]
+) -> None:
+    for number in range(3):
+        provider = await market.provider(f"provider-{number}", price_nusd=PRICE_NUSD // 2)
+        provider.seller.stopping = True
+    late = await market.provider("late")
+    await market.provider("dearer", price_nusd=2 * PRICE_NUSD)
+    buyer = await market.buyer()
+    slow[late.peer] = 1.5
+    run_id = await buyer.submit(sample_file(3))
+    assert (await market.end_of(buyer, run_id))["provider"] == late.peer
+    assert len(buyer.events(run_id, "rejected")) == 3
+
+
 async def test_a_far_stranger_has_as_long_as_it_took_to_reach_it(
     market: Market, autojump_clock: object, slow: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
