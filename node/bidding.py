@@ -132,7 +132,7 @@ class Bidding:
             nonce=ranking.nonce,
             now_ns=now_ns,
             book_digest=ranking.view.digest,
-            policy_digest=ranking.policy.digest(),
+            mandate_digest=ranking.mandate.digest(),
             delegation=identity.delegation(now_ns),
             network=identity.network,
         )
@@ -295,8 +295,6 @@ class Bidding:
         keep_look(
             self._rows,
             ranking,
-            self._classes,
-            order.max_nusd,
             continues=continues,
             known=order.known,
             wanted=None if self._deals else Wanted(ranking.nonce, order.costs, order.terms),

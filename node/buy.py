@@ -28,6 +28,7 @@ from p2pflop.job.file import CheckedJob
 from p2pflop.job.spec import FeedSource, class_id
 from p2pflop.job.validate import Refusal
 from p2pflop.kernels.classes import chosen_family, descriptor
+from p2pflop.market.mandate import SALT_BYTES, Mandate
 from p2pflop.market.ranking import MAX_POLICY_ACCOUNTS, Accounts, Deal, Miss, Policy, Quoted, rank
 from p2pflop.market.records import NONCE_BYTES, Bid
 from p2pflop.market.views import BookView
@@ -240,13 +241,20 @@ class Buyer:
             need = order.need(classes or frozenset(view.by_price), nonce)
             return rank(view.sheets, need, policy, view.at_ns, admitted, quoted)
 
-        return self.look(ranked, only=only)
+        return self.look(ranked, classes, order.max_nusd, only=only)
 
     def look(
-        self, ranked: Ranker, excluded: Sequence[bytes] = (), only: Sequence[bytes] = ()
+        self,
+        ranked: Ranker,
+        classes: frozenset[bytes],
+        max_nusd: int,
+        *,
+        excluded: Sequence[bytes] = (),
+        only: Sequence[bytes] = (),
     ) -> Ranking:
-        """The book as it is now, ``ranked`` by this node's policy: who has failed lately is avoided
-        if anybody else does, ``excluded`` accounts are in any case, as are others than ``only``."""
+        """The book as it is now, ``ranked`` for ``classes``, or any if there are none, a budget and
+        this node's policy: who has failed lately is avoided if anybody else does, ``excluded``
+        accounts are in any case, as are others than ``only``."""
         now_ns = self.now_ns()
         nonce = secrets.token_bytes(NONCE_BYTES)
         kept = self.sheets.view(now_ns)
@@ -264,7 +272,9 @@ class Buyer:
             entries = ranked(view, nonce, policy, admitted)
             if any(isinstance(entry, Deal) for entry in entries):
                 break
-        return Ranking(nonce, view, policy, entries, admitted, left_alone)
+        salt = secrets.token_bytes(SALT_BYTES)
+        mandate = Mandate(policy.canonical(), max_nusd, tuple(sorted(classes)), salt)
+        return Ranking(nonce, view, mandate, entries, admitted, left_alone)
 
     def job_file(self, run_id: str) -> bytes:
         """The encoded job file of a run. Raises ConfigError for a session, which has none."""

@@ -14,7 +14,6 @@ from p2pflop.errors import ProtocolError
 from p2pflop.ids import HASH_BYTES
 from p2pflop.market.evidence import (
     MAX_ATTEMPTS,
-    MAX_CLASSES,
     MAX_LOOKS,
     MAX_SHEETS,
     Again,
@@ -25,16 +24,17 @@ from p2pflop.market.evidence import (
     Wanted,
 )
 from p2pflop.market.limits import MAX_LIMIT, Known
-from p2pflop.market.ranking import Policy
+from p2pflop.market.mandate import Mandate
 from p2pflop.market.records import Bid, Fill
 from p2pflop.market.sheets import OpenSheet
 from p2pflop.node.driver import LIFE_ROW
 from p2pflop.node.journal import JobRows, Row
 from p2pflop.node.orders import Ranking
 from p2pflop.units import MIB
-from p2pflop.wire import U63, Hash, Record, decode, encode, envelope_kind
+from p2pflop.wire import U63, Record, decode, encode, envelope_kind
 
-LOOK_ROW: Final = "look"
+LOOK_ROW: Final = "look/2"
+"""Those of the first kind had no mandate, and are passed over."""
 ATTESTED_ROW: Final = "attested"
 """The accounts of the look before that a strict buyer held to be attested, one after the other."""
 WANTED_ROW: Final = "wanted"
@@ -58,7 +58,6 @@ MAX_REASON_CHARS: Final = 200
 MAX_SHOWN_BYTES: Final = 48 * MIB
 """Of sheets and answers in one evidence; policies and figures have the rest of its size."""
 
-Classes = Annotated[tuple[Hash, ...], msgspec.Meta(max_length=MAX_CLASSES)]
 JoinedIds = Annotated[bytes, msgspec.Meta(max_length=MAX_SHEETS * HASH_BYTES)]
 
 
@@ -67,9 +66,7 @@ class LookRow(Record, frozen=True):
 
     at_ns: U63
     continues: bool
-    max_nusd: U63
-    class_ids: Classes
-    policy: Policy
+    mandate: Mandate
     whole: bool
     sheets: JoinedIds
 
@@ -100,8 +97,6 @@ class _Looked:
 def keep_look(
     rows: JobRows,
     ranking: Ranking,
-    classes: frozenset[bytes],
-    max_nusd: int,
     *,
     continues: bool,
     known: Known = (),
@@ -125,14 +120,12 @@ def keep_look(
     look = LookRow(
         at_ns=ranking.view.at_ns,
         continues=continues,
-        max_nusd=max_nusd,
-        class_ids=tuple(sorted(classes)[:MAX_CLASSES]),
-        policy=ranking.policy.canonical(),
+        mandate=ranking.mandate,
         whole=whole,
         sheets=b"".join(sheet.sealed.id for sheet in sheets),
     )
     rows.add(LOOK_ROW, encode(look))
-    if ranking.policy.attested_only:
+    if ranking.mandate.policy.attested_only:
         accounts = sorted({sheet.account for sheet in sheets})
         attested = [each for each in accounts if each in ranking.admitted]
         rows.add(ATTESTED_ROW, b"".join(attested))
@@ -169,7 +162,7 @@ def evidence_of(
             _take(row, looks)
     kept = cache(sheet)
     newest = [_look(looked, kept) for looked in looks[-MAX_LOOKS:]]
-    return Evidence(version=1, network=network, looks=tuple(_newest(newest, len(looks))))
+    return Evidence(version=2, network=network, looks=tuple(_newest(newest, len(looks))))
 
 
 def _newest(looks: Sequence[Look], count: int) -> Sequence[Look]:
@@ -198,9 +191,7 @@ def _look(looked: _Looked, sheet: Callable[[bytes], bytes | None]) -> Look:
     return Look(
         at_ns=kept.at_ns,
         continues=kept.continues,
-        max_nusd=kept.max_nusd,
-        class_ids=kept.class_ids,
-        policy=kept.policy,
+        mandate=kept.mandate,
         whole=kept.whole and len(wires) == len(ids),
         sheets=tuple(wires),
         attested=tuple(_split(looked.attested)),

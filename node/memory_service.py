@@ -146,7 +146,7 @@ class MemoryService:
     async def evidence(self, run_id: str) -> bytes:
         """Nothing was decided."""
         self._run(run_id)
-        return encode(Evidence(1, "memory", ()))
+        return encode(Evidence(2, "memory", ()))
 
     async def events(self, run_id: str, after_seq: int) -> AsyncIterator[list[Json]]:
         """See NodeService."""

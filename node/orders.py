@@ -19,7 +19,8 @@ from p2pflop.job.spec import MODE_COLLECT, ROLE_STATE, Job, shards_of, times_due
 from p2pflop.job.validate import Refusal
 from p2pflop.market.evidence import Avoided
 from p2pflop.market.limits import Known, Limit
-from p2pflop.market.ranking import Accounts, Deal, Miss, MissReason, Need, Policy
+from p2pflop.market.mandate import Mandate
+from p2pflop.market.ranking import Accounts, Deal, Miss, MissReason, Need
 from p2pflop.market.records import MIN_CHECKPOINT_SECONDS, CostLine, Terms
 from p2pflop.market.views import BookView
 from p2pflop.node.execute import memory_bytes, unsupported
@@ -111,12 +112,12 @@ class Order:
 class Ranking:
     """One look at the book for one order. ``nonce`` breaks its ties and goes into the bid.
 
-    ``admitted`` are whom a strict node holds to be attested, ``avoided`` whom the policy excludes.
+    ``admitted`` are whom a strict node holds to be attested, ``avoided`` whom its policy excludes.
     """
 
     nonce: bytes
     view: BookView
-    policy: Policy
+    mandate: Mandate
     ranked: list[Deal | Miss]
     admitted: Accounts
     avoided: tuple[Avoided, ...] = ()

@@ -236,7 +236,7 @@ class SessionBuyer:
         ranking = self._look(session, classes, again, left_nusd)
         why = None if ranking.deals else no_lease(ranking.ranked, session.wish, left_nusd)
         terms = self._terms(session, self.base.now_ns())
-        look = SessionLook(ranking, classes, again, terms, left_nusd, session.known())
+        look = SessionLook(ranking, again, terms, session.known())
         await session.story.looked(look, "" if why is None else why.message, continues=bool(shown))
         if why is not None:
             is_final = any(miss.reason is MissReason.BUDGET for miss in ranking.misses)
@@ -290,7 +290,7 @@ class SessionBuyer:
             )
             return rank_session(view.sheets, need, again, policy, view.at_ns, admitted)
 
-        return self.base.look(ranked, excluded=tuple(session.faulted))
+        return self.base.look(ranked, classes, left_nusd, excluded=tuple(session.faulted))
 
     def _quote(self, session: Session, ask: Ask, again: Mark) -> int:
         """What the next lease may bill on ``ask``."""
@@ -330,7 +330,7 @@ class SessionBuyer:
             nonce=looked.nonce,
             now_ns=now_ns,
             book_digest=looked.view.digest,
-            policy_digest=looked.policy.digest(),
+            mandate_digest=looked.mandate.digest(),
             delegation=identity.delegation(now_ns),
             network=identity.network,
         )

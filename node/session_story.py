@@ -32,13 +32,11 @@ MAX_TITLE_CHARS: Final = 80
 
 @dataclass(frozen=True, slots=True)
 class SessionLook:
-    """One look at the book: for what is to be done again, for ``left_nusd`` at most."""
+    """One look at the book, for what is to be done again."""
 
     ranking: Ranking
-    classes: frozenset[bytes]
     again: Mark
     terms: Terms
-    left_nusd: int
     known: Known
 
 
@@ -108,8 +106,6 @@ class SessionStory:
         keep_look(
             self.run.rows,
             look.ranking,
-            look.classes,
-            look.left_nusd,
             continues=continues,
             known=look.known,
             session=session,

@@ -1,8 +1,8 @@
 """Evidence of a decision: all that is needed to see again that the best deal was taken.
 
-A buyer keeps, of each look at the book, the sheets that it had, its policy and its bids with what
-came of them. ``replay`` ranks those sheets anew by the public rule and compares: the bids commit to
-the book and the policy by their digests, sheets and bids are signed, so that neither can be made up
+A buyer keeps, of each look at the book, the sheets that it had, its mandate and its bids with what
+came of them. ``replay`` ranks those sheets anew by the public rule and compares: bids commit to the
+book and the mandate by their digests, sheets and bids are signed, so that neither can be made up
 afterwards. A bid is right if every better deal was asked before and did not fill. A directed quote
 is no part of the book: the bid on it shows it, and it has to be better than all that the book had.
 """
@@ -20,13 +20,13 @@ from p2pflop.errors import ProtocolError, VerificationError
 from p2pflop.job.session import Mark
 from p2pflop.market.fills import SUPERSEDED
 from p2pflop.market.limits import MAX_ASK_LIMITS, Known, Limit
+from p2pflop.market.mandate import Mandate
 from p2pflop.market.ranking import (
     MAX_POLICY_ACCOUNTS,
     Accounts,
     Deal,
     Miss,
     Need,
-    Policy,
     Quoted,
     rank,
     sum_costs,
@@ -50,11 +50,10 @@ from p2pflop.market.sessions import rank_session
 from p2pflop.market.sheets import CLOCK_TOLERANCE_NS, OpenSheet, open_sheet
 from p2pflop.market.views import BookView
 from p2pflop.market.wishes import check_ticket
-from p2pflop.wire import U32, U63, Hash, Key, Record, Sealed, Text, open_sealed
+from p2pflop.wire import U32, U63, Key, Record, Sealed, Text, open_sealed
 
 MAX_SHEETS: Final = 256
 """Kept of one look; of a larger book the best."""
-MAX_CLASSES: Final = 64
 MAX_ATTEMPTS: Final = 256
 MAX_LOOKS: Final = 64
 MAX_RECORD_BYTES: Final = 64 * 1024
@@ -103,22 +102,20 @@ class Avoided(Record, frozen=True):
 
 
 class Look(Record, frozen=True):
-    """One look at the book. ``class_ids`` empty: of any class. ``whole``: nothing was left out.
+    """One look at the book, by a mandate. ``whole``: nothing was left out.
 
     ``continues``: who was asked after the look before is not asked again, unless it showed a newer
     sheet with its refusal. ``attested``: the accounts among these that the buyer held to be so, if
     its policy is to deal with no others. ``wanted``: of a look that led to no bid, nothing or one.
     ``avoided`` is the buyer's own word. ``session``: of a look for a lease of a session, what has
-    to be done again first, for ``max_nusd`` at most; asks are ranked by ``sessions.rank_session``.
+    to be done again first, for the budget at most; asks are ranked by ``sessions.rank_session``.
     ``known``: what their limits were compared with beside what a bid says, by the limit's id, if
     any has one. It is the buyer's own word, too, and counts for nothing where a job's bid says it.
     """
 
     at_ns: U63
     continues: bool
-    max_nusd: U63
-    class_ids: Annotated[tuple[Hash, ...], msgspec.Meta(max_length=MAX_CLASSES)]
-    policy: Policy
+    mandate: Mandate
     whole: bool
     sheets: Annotated[tuple[SheetEnvelope, ...], msgspec.Meta(max_length=MAX_SHEETS)]
     attested: Annotated[tuple[Key, ...], msgspec.Meta(max_length=MAX_SHEETS)]
@@ -134,7 +131,7 @@ class Evidence(Record, frozen=True):
 
     MAX_BYTES: ClassVar[int] = 64 * 1024 * 1024
 
-    version: Literal[1]
+    version: Literal[2]
     network: Text
     looks: Annotated[tuple[Look, ...], msgspec.Meta(max_length=MAX_LOOKS)]
 
@@ -148,7 +145,7 @@ class Verdict(StrEnum):
     WORSE = "a better deal was not asked"
     UNKNOWN_ASK = "the ask was not in the book"
     OTHER_BOOK = "the bid commits to another book"
-    OTHER_POLICY = "the bid commits to another policy"
+    OTHER_MANDATE = "the bid commits to another policy, budget or classes"
     OTHER_QUOTE = "the quote is not what the ask says"
     OTHER_TIME = "the look at the book is not of the time of the bid"
     FORGED = "a record is not signed as it should be"
@@ -299,10 +296,10 @@ def _rank(
             held_seconds=again.held_seconds,
         )
         need = _need(look, view, bid, (mark.flop, mark.touched_bytes))
-        return rank_session(view.sheets, need, mark, look.policy, look.at_ns, attested)
+        return rank_session(view.sheets, need, mark, look.mandate.policy, look.at_ns, attested)
     costs = () if isinstance(bid, Again) else bid.costs
     need = _need(look, view, bid, sum_costs(costs))
-    return rank(view.sheets, need, look.policy, look.at_ns, attested, quoted)
+    return rank(view.sheets, need, look.mandate.policy, look.at_ns, attested, quoted)
 
 
 def _need(look: Look, view: BookView, bid: Bid | Wanted | Again, work: tuple[int, int]) -> Need:
@@ -310,13 +307,13 @@ def _need(look: Look, view: BookView, bid: Bid | Wanted | Again, work: tuple[int
     known = look.known if look.session else _beside(look.known)
     every = {ask.class_id for sheet in view.sheets for ask in sheet.sheet.asks}
     return Need(
-        class_ids=frozenset(look.class_ids or every),
+        class_ids=frozenset(look.mandate.class_ids or every),
         flop=work[0],
         touched_bytes=work[1],
         moved_bytes=bid.terms.moved_bytes,
         memory_bytes=bid.terms.memory_bytes,
         deadline_ns=bid.terms.deadline_ns,
-        max_nusd=look.max_nusd,
+        max_nusd=look.mandate.max_nusd,
         nonce=bid.nonce,
         known=known,
     )
@@ -331,7 +328,7 @@ def _is_quoted(look: Look, deal: Deal, bid: Bid) -> bool:
     """Whether the quote is what the ask says; a session's is a part of what is left for it."""
     if session_prices(bid) is None or not look.session:
         return deal.total_nusd == bid.quote_nusd
-    return bid.quote_nusd <= look.max_nusd and set(session_ext(deal.ask)) <= set(bid.ext)
+    return bid.quote_nusd <= look.mandate.max_nusd and set(session_ext(deal.ask)) <= set(bid.ext)
 
 
 def _judge(
@@ -359,8 +356,8 @@ def _judge(
         return Verdict.OTHER_TIME, place
     if look.whole and bid.book_digest != view.digest:
         return Verdict.OTHER_BOOK, place
-    if bid.policy_digest != look.policy.digest():
-        return Verdict.OTHER_POLICY, place
+    if bid.mandate_digest != look.mandate.digest():
+        return Verdict.OTHER_MANDATE, place
     if not found:
         return Verdict.UNKNOWN_ASK, place
     if not _is_quoted(look, deals[place], bid):

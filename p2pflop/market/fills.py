@@ -90,7 +90,7 @@ def make_bid(
     nonce: bytes,
     now_ns: int,
     book_digest: bytes,
-    policy_digest: bytes,
+    mandate_digest: bytes,
     delegation: bytes,
     root_from: bytes = ZERO_HASH,
     checkpoint_s: int = 0,
@@ -118,7 +118,7 @@ def make_bid(
         quote_nusd=quote_nusd,
         decided_at_ns=now_ns,
         book_digest=book_digest,
-        policy_digest=policy_digest,
+        mandate_digest=mandate_digest,
         delegation=delegation,
         ext=(*charges_ext(deal.ask), *checkpoint_ext(checkpoint_s), *ticket_ext(deal.ticket)),
     )

@@ -25,7 +25,7 @@ from p2pflop.market.records import Ask, CostLine
 from p2pflop.market.sheets import OpenSheet
 from p2pflop.market.views import BookView
 from p2pflop.units import FLOP_PER_PFLOP, MAX_NUSD, NS_PER_S, format_bytes, format_usd
-from p2pflop.wire import U63, Hash, Key, Record, encode
+from p2pflop.wire import U63, Hash, Key, Record
 
 BYTES_PER_GB: Final = 10**9
 MAX_POLICY_ACCOUNTS: Final = 256
@@ -73,10 +73,6 @@ class Policy(Record, frozen=True):
                 sorted(set(self.experience), key=lambda e: (e.account, e.class_id, e.flop_per_s))
             ),
         )
-
-    def digest(self) -> bytes:
-        """What a bid commits to: the hash of the canonical encoding."""
-        return content_hash(encode(self.canonical()))
 
 
 @dataclass(frozen=True, slots=True)

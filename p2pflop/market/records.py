@@ -161,7 +161,7 @@ class Bid(SignedRecord, frozen=True):
     quote_nusd: U63
     decided_at_ns: U63
     book_digest: Hash
-    policy_digest: Hash
+    mandate_digest: Hash
     delegation: DelegationBytes
     ext: Ext = ()
 

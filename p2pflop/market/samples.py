@@ -13,6 +13,7 @@ from p2pflop.market.book import Book
 from p2pflop.market.desk import BuyerDesk, ProviderDesk
 from p2pflop.market.evidence import Attempt, Look
 from p2pflop.market.fills import make_bid
+from p2pflop.market.mandate import SALT_BYTES, Mandate
 from p2pflop.market.ranking import Deal, Need, Policy, rank, sum_costs
 from p2pflop.market.records import Ask, Bid, CostLine, Terms
 from p2pflop.market.sessions import make_session_bid
@@ -49,6 +50,7 @@ COSTS: Final = (
 TERMS: Final = Terms(
     memory_bytes=2**30, moved_bytes=10**6, checkpoint_steps=10, deadline_ns=DEADLINE_NS
 )
+MANDATE: Final = Mandate(Policy(), 10**9, (CLASS_ID,), bytes(SALT_BYTES))
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def bid(buyer: Party, deal: Deal, now_ns: int = NOW_NS, **rest: Any) -> Sealed[B
         "nonce": NONCE,
         "now_ns": now_ns,
         "book_digest": ROOT,
-        "policy_digest": Policy().digest(),
+        "mandate_digest": MANDATE.digest(),
         "delegation": buyer.delegation,
         **rest,
     }
@@ -133,7 +135,7 @@ def session_bid(buyer: Party, deal: Deal, **rest: Any) -> Sealed[Bid]:
         "nonce": NONCE,
         "now_ns": NOW_NS,
         "book_digest": ROOT,
-        "policy_digest": Policy().digest(),
+        "mandate_digest": MANDATE.digest(),
         "delegation": buyer.delegation,
         **rest,
     }
@@ -158,9 +160,7 @@ def look(view: BookView, made: Sealed[Bid]) -> Look:
     return Look(
         at_ns=NOW_NS,
         continues=False,
-        max_nusd=10**9,
-        class_ids=(CLASS_ID,),
-        policy=Policy(),
+        mandate=MANDATE,
         whole=True,
         sheets=tuple(sheet.sealed.wire for sheet in view.sheets),
         attested=(),

@@ -143,7 +143,7 @@ def make_session_bid(
     nonce: bytes,
     now_ns: int,
     book_digest: bytes,
-    policy_digest: bytes,
+    mandate_digest: bytes,
     delegation: bytes,
     network: str = DEFAULT_NETWORK,
 ) -> Sealed[Bid]:
@@ -167,7 +167,7 @@ def make_session_bid(
         quote_nusd=quote_nusd,
         decided_at_ns=now_ns,
         book_digest=book_digest,
-        policy_digest=policy_digest,
+        mandate_digest=mandate_digest,
         delegation=delegation,
         ext=ext,
     )

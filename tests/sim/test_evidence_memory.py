@@ -17,6 +17,7 @@ from p2pflop.cli.progress import ranked_lines
 from p2pflop.errors import ConfigError, ProtocolError
 from p2pflop.market.evidence import MAX_SHEETS, Evidence, Look, Verdict, replay
 from p2pflop.market.ranking import Miss, MissReason, Policy
+from p2pflop.market.samples import MANDATE
 from p2pflop.node import bidding
 from p2pflop.node import evidence as kept
 from p2pflop.node.memory_market import PRICE_NUSD, MemoryNode, sample_file
@@ -108,9 +109,15 @@ async def test_what_was_tampered_with_is_seen(market: Market, autojump_clock: ob
     evidence = evidence_of(buyer, run_id)
     look = evidence.looks[0]
     assert verdict(with_look(evidence, sheets=look.sheets[:-1])) is Verdict.OTHER_BOOK
-    assert verdict(with_look(evidence, policy=Policy(max_price_nusd=1))) is Verdict.OTHER_POLICY
-    assert verdict(with_look(evidence, class_ids=(bytes(32),))) is Verdict.UNKNOWN_ASK
-    assert verdict(with_look(evidence, max_nusd=0)) is Verdict.UNKNOWN_ASK
+    others: dict[str, object] = {
+        "policy": Policy(max_price_nusd=1),
+        "class_ids": (),
+        "max_nusd": look.mandate.max_nusd - 1,
+        "salt": bytes(16),
+    }
+    for name, other in others.items():
+        changed_mandate = replace(look.mandate, **{name: other})
+        assert verdict(with_look(evidence, mandate=changed_mandate)) is Verdict.OTHER_MANDATE
     attempt = look.attempts[0]
     for changed in (
         replace(attempt, bid=attempt.bid[:-1] + bytes([attempt.bid[-1] ^ 1])),
@@ -175,7 +182,7 @@ async def test_the_commands_show_it_and_find_what_is_wrong(
     right, wrong = tmp_path / "right.p2pe", tmp_path / "wrong.p2pe"
     evidence = evidence_of(buyer, run_id)
     right.write_bytes(encode(evidence))
-    wrong.write_bytes(encode(with_look(evidence, policy=Policy(max_price_nusd=1))))
+    wrong.write_bytes(encode(with_look(evidence, mandate=MANDATE)))
 
     assert run(["explain", str(right)]) == 0
     shown = capsys.readouterr()
@@ -195,7 +202,7 @@ async def test_the_commands_show_it_and_find_what_is_wrong(
     wrong.write_bytes(encode(with_look(evidence, whole=False)))
     assert run(["audit-tape", str(right), str(wrong)]) == 0
     assert "0 against the rule, 1 unproven: not all of the" in capsys.readouterr().err
-    wrong.write_bytes(encode(with_look(evidence, policy=Policy(max_price_nusd=1))))
+    wrong.write_bytes(encode(with_look(evidence, mandate=MANDATE)))
     assert run(["audit-tape", str(right), str(wrong)]) == ProtocolError.exit_code
     assert f"{wrong}: the bid to" in capsys.readouterr().err
     none = tmp_path / "none.p2pe"
@@ -222,10 +229,10 @@ async def test_the_commands_show_it_and_find_what_is_wrong(
 
 
 def test_limits_bound_what_is_decoded() -> None:
-    look = Look(0, False, 0, (), Policy(), True, (b"",) * (MAX_SHEETS + 1), (), ())
+    look = Look(0, False, MANDATE, True, (b"",) * (MAX_SHEETS + 1), (), ())
     with pytest.raises(Exception, match="length"):
-        decode(Evidence, encode(Evidence(1, "main", (look,))))
-    assert replay(Evidence(1, "main", ())) == []
+        decode(Evidence, encode(Evidence(2, "main", (look,))))
+    assert replay(Evidence(2, "main", ())) == []
 
 
 async def test_a_look_that_found_nothing_tells_why_of_each_ask(

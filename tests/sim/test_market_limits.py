@@ -12,7 +12,7 @@ from p2pflop.errors import ConfigError
 from p2pflop.ids import content_hash
 from p2pflop.market.ranking import Miss, Policy, rank
 from p2pflop.market.records import ZERO_HASH, Receipt
-from p2pflop.market.samples import NOW_NS, ask, need, party
+from p2pflop.market.samples import MANDATE, NOW_NS, ask, need, party
 from p2pflop.market.views import BookView
 from p2pflop.node import buy, ledger_book, letters, quoting, sell
 from p2pflop.node import messages as m
@@ -108,7 +108,7 @@ def test_of_a_ranking_the_best_are_told() -> None:
     )
     ranked = rank(sheets, need(), Policy(), NOW_NS)
     assert sum(isinstance(entry, Miss) for entry in ranked) > MAX_RANKED_TOLD
-    told = describe_ranking(Ranking(bytes(16), BookView(sheets, NOW_NS), Policy(), ranked, ()))
+    told = describe_ranking(Ranking(bytes(16), BookView(sheets, NOW_NS), MANDATE, ranked, ()))
     assert len(told["deals"]) == len(told["misses"]) == MAX_RANKED_TOLD
     assert told["asks"] == len(ranked)
     totals = [deal["total_nusd"] for deal in told["deals"]]

@@ -209,8 +209,9 @@ async def test_evidence_that_was_tampered_with_is_seen(
     assert verdict() is Verdict.BEST
     assert verdict(sheets=look.sheets[:1]) is Verdict.OTHER_BOOK
     assert verdict(session=()) is Verdict.OTHER_QUOTE
-    assert verdict(max_nusd=0) is Verdict.OTHER_QUOTE
-    assert verdict(policy=replace(look.policy, max_price_nusd=1)) is Verdict.OTHER_POLICY
+    for changed in ({"max_nusd": 0}, {"policy": replace(look.mandate.policy, max_price_nusd=1)}):
+        mandate = replace(look.mandate, **changed)
+        assert verdict(mandate=mandate) is Verdict.OTHER_MANDATE
     assert verdict(attempts=(replace(look.attempts[0], fill=look.attempts[0].bid),)) is (
         Verdict.FORGED
     )

@@ -13,7 +13,6 @@ from p2pflop.ids import content_hash
 from p2pflop.market import desk as desk_module
 from p2pflop.market.evidence import (
     MAX_ATTEMPTS,
-    MAX_CLASSES,
     MAX_LOOKS,
     MAX_RECORD_BYTES,
     Attempt,
@@ -22,12 +21,13 @@ from p2pflop.market.evidence import (
 )
 from p2pflop.market.fills import check_costs
 from p2pflop.market.ledger import MAX_POSTINGS, Entry, Kind, Posting
+from p2pflop.market.mandate import MAX_CLASSES, SALT_BYTES
 from p2pflop.market.payments import MAX_TEXT_CHARS, is_plain
 from p2pflop.market.ranking import MAX_EXPERIENCE, MAX_POLICY_ACCOUNTS, Policy
 from p2pflop.market.ranking import Experience as Audited
 from p2pflop.market.rates import remember
 from p2pflop.market.records import MAX_COST_LINES, ZERO_HASH, Rejected
-from p2pflop.market.samples import NOW_NS, ask, bid, deals, party
+from p2pflop.market.samples import MANDATE, NOW_NS, ask, bid, deals, party
 from p2pflop.node import experience as experience_module
 from p2pflop.node import lapses as lapses_module
 from p2pflop.node.experience import MAX_PAUSE_NS, Experience
@@ -39,8 +39,8 @@ KEYS = [content_hash(b"account %d" % number) for number in range(300)]
 
 
 def looks(count: int = 1, **fields: Any) -> Evidence:
-    look = Look(0, False, 0, (), Policy(), True, (), (), ())
-    return Evidence(1, "main", (replace(look, **fields),) * count)
+    look = Look(0, False, MANDATE, True, (), (), ())
+    return Evidence(2, "main", (replace(look, **fields),) * count)
 
 
 def entry(postings: int) -> Entry:
@@ -65,9 +65,10 @@ def attempts(count: int, bid_bytes: int = 0) -> tuple[Attempt, ...]:
         ),
         (looks(MAX_LOOKS), looks(MAX_LOOKS + 1)),
         (
-            looks(class_ids=tuple(KEYS[:MAX_CLASSES])),
-            looks(class_ids=tuple(KEYS[: MAX_CLASSES + 1])),
+            replace(MANDATE, class_ids=tuple(KEYS[:MAX_CLASSES])),
+            replace(MANDATE, class_ids=tuple(KEYS[: MAX_CLASSES + 1])),
         ),
+        (replace(MANDATE, salt=b"s" * SALT_BYTES), replace(MANDATE, salt=b"s" * (SALT_BYTES + 1))),
         (looks(attempts=attempts(MAX_ATTEMPTS)), looks(attempts=attempts(MAX_ATTEMPTS + 1))),
         (
             looks(attempts=attempts(1, MAX_RECORD_BYTES)),
@@ -75,7 +76,7 @@ def attempts(count: int, bid_bytes: int = 0) -> tuple[Attempt, ...]:
         ),
         (entry(MAX_POSTINGS), entry(MAX_POSTINGS + 1)),
     ],
-    ids=["excluded", "experience", "looks", "classes", "attempts", "envelope", "postings"],
+    ids=["excluded", "experience", "looks", "classes", "salt", "attempts", "envelope", "postings"],
 )
 def test_records_are_read_up_to_their_limits(most: Record, over: Record) -> None:
     assert decode(type(most), encode(most)) == most

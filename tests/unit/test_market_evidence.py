@@ -7,10 +7,10 @@ from msgspec.structs import replace
 from p2pflop.ids import content_hash
 from p2pflop.market.evidence import Attempt, Evidence, Look, Verdict, replay
 from p2pflop.market.limits import MAX_LIMIT, Limit, lease_seconds
-from p2pflop.market.ranking import Policy
 from p2pflop.market.records import MAX_SHEET_BYTES
 from p2pflop.market.samples import (
     ASK_LIFE_NS,
+    MANDATE,
     NOW_NS,
     TERMS,
     ask,
@@ -28,7 +28,7 @@ from p2pflop.wire import decode, encode
 
 
 def verdict(seen: Look) -> Verdict:
-    [told] = replay(Evidence(1, "main", (seen,)))
+    [told] = replay(Evidence(2, "main", (seen,)))
     return told.bids[0].verdict
 
 
@@ -67,7 +67,7 @@ def test_no_earlier_clock_makes_the_lease_too_long_for_a_better_ask() -> None:
     asked = bid(party(0), first, book_digest=view.digest)
     later = bid(party(0), second, NOW_NS + 600 * NS_PER_S, book_digest=view.digest)
     attempts = tuple(Attempt(each.wire, b"", b"", "") for each in (asked, later))
-    [told] = replay(Evidence(1, "main", (replace(seen, attempts=attempts),)))
+    [told] = replay(Evidence(2, "main", (replace(seen, attempts=attempts),)))
     assert [each.verdict for each in told.bids] == [Verdict.BEST, Verdict.NEXT]
 
 
@@ -84,7 +84,7 @@ def test_the_nodes_of_a_job_are_the_buyers_own_word() -> None:
 def test_evidence_of_a_book_full_of_large_sheets_can_be_read() -> None:
     """Sheets are as large as their signers like, and a run that waits has seen many of them."""
     ids = b"".join(content_hash(bytes([number])) for number in range(256))
-    looks = [LookRow(at, at % 2 == 1, 1, (), Policy(), True, ids) for at in range(64)]
+    looks = [LookRow(at, at % 2 == 1, MANDATE, True, ids) for at in range(64)]
     rows = [Row(look.at_ns, look.at_ns, LOOK_ROW, encode(look)) for look in looks]
     large = bytes(MAX_SHEET_BYTES)
     made = evidence_of(rows, lambda _: large, "main")

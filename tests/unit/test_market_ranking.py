@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from p2pflop.errors import MarketError
 from p2pflop.market.limits import Limit, Over
+from p2pflop.market.mandate import SALT_BYTES
 from p2pflop.market.ranking import (
     Deal,
     Experience,
@@ -23,6 +25,7 @@ from p2pflop.market.samples import (
     ASK_LIFE_NS,
     CLASS_ID,
     DEADLINE_NS,
+    MANDATE,
     NOW_NS,
     ask,
     book,
@@ -165,10 +168,20 @@ def test_best_is_the_first_of_the_ranking() -> None:
     assert best(view, need(max_nusd=0), Policy(), NOW_NS) is None
 
 
-def test_a_policy_has_one_digest_however_it_is_written() -> None:
+def test_a_policy_has_one_form_however_it_is_written() -> None:
     one, two = bytes(32), b"\1" * 32
-    assert Policy(excluded=(one, two)).digest() == Policy(excluded=(two, one, two)).digest()
-    assert Policy(excluded=(one,)).digest() != Policy(only=(one,)).digest() != Policy().digest()
+    assert Policy(excluded=(two, one, two)).canonical() == Policy(excluded=(one, two))
+
+
+def test_a_mandate_has_another_digest_if_anything_in_it_is_another() -> None:
+    others = (
+        msgspec.structs.replace(MANDATE, policy=Policy(only=(bytes(32),))),
+        msgspec.structs.replace(MANDATE, policy=Policy(excluded=(bytes(32),))),
+        msgspec.structs.replace(MANDATE, max_nusd=MANDATE.max_nusd - 1),
+        msgspec.structs.replace(MANDATE, class_ids=(bytes(32),)),
+        msgspec.structs.replace(MANDATE, salt=b"\1" * SALT_BYTES),
+    )
+    assert len({each.digest() for each in (MANDATE, *others)}) == len(others) + 1
 
 
 def test_no_deal_says_why_and_what_to_do() -> None:

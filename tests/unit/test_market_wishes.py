@@ -258,7 +258,7 @@ def test_evidence_takes_a_quote_that_beats_the_book_and_no_other() -> None:
     def verdict(deal: Deal, *sheets: OpenSheet) -> evidence.Verdict:
         view = book(*sheets).view(NOW_NS)
         seen = look(view, bid(BUYER, deal, book_digest=view.digest))
-        [replayed] = evidence.replay(evidence.Evidence(1, "main", (seen,)))
+        [replayed] = evidence.replay(evidence.Evidence(2, "main", (seen,)))
         return replayed.bids[0].verdict
 
     deal = quoted_deal()
