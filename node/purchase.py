@@ -426,8 +426,8 @@ class Purchase:
         if patience_s is None:
             return
         await trio.sleep(patience_s)
-        if self._lifecycle.state is State.BIDDING:
-            await self._lost(f"{PASSED_PREFIX}it said nothing for {patience_s:.1f} s", attempt)
+        why = f"{PASSED_PREFIX}it said nothing for {patience_s:.1f} s"
+        await self._driver.hear(Lost(why, attempt))
 
     async def _come_back(self, why: str, provider: str, attempt: int) -> None:
         """A stream broke after the confirm: try another before giving the provider up."""

@@ -440,6 +440,8 @@ class Buying:
             case _ if state in (State.RANKING, State.WAITING, State.CHECKING, State.VERIFYING):
                 # No stream is needed yet, or all that is needed can come over another one.
                 return Move(Edge.QUIET)
+            case Lost(_, int(attempt)) if (state, attempt) != (State.BIDDING, self.attempt):
+                return Move(Edge.QUIET)
             case Lost(reason):
                 return self._fall(f"the provider was lost: {reason}", state, now_ns, Edge.LOST)
             case Fault(reason, job_fault):

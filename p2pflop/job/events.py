@@ -62,9 +62,14 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The stream broke, could not be opened, or was closed because of what came on it."""
+    """The stream broke, could not be opened, or was closed because of what came on it.
+
+    With ``attempt``, of a buyer's: the bid of that number was not answered. It tells nothing of one
+    that is answered by now, nor of a later bid.
+    """
 
     reason: str
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
