@@ -92,3 +92,19 @@ def test_the_bounds_are_those_in_the_documents() -> None:
     told = {(side, State(state)): int(s.replace(",", "")) for side, state, s in rows}
     limits = {"buyer": BUYER_LIMITS, "provider": PROVIDER_LIMITS}
     assert told == {key: limits[key[0]][key[1]].after_ns // NS_PER_S for key in STATES}
+
+
+@pytest.mark.parametrize("state", [State.BIDDING, State.CONFIRMING, State.RUNNING])
+def test_that_a_bid_was_not_answered_says_nothing_of_one_that_is(state: State) -> None:
+    """The answer may come while that is on its way through the driver."""
+    made = pair(state).buyer
+    attempt = made.side.attempt
+    assert made.on(Lost("passed over: too slow", attempt + 1), NOW_NS) == []
+    assert made.state is state
+    made.on(Lost("passed over: too slow", attempt), NOW_NS)
+    if state is State.BIDDING:
+        assert made.state in (State.WAITING, State.BIDDING)
+        assert made.side.attempt == attempt + 1
+        assert "passed over" in made.side.outcome()[0]
+    else:
+        assert made.state is state
