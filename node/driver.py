@@ -183,7 +183,6 @@ class Driver:
             match action:
                 case Send("bid"):
                     await self._hands.send(action)
-                    await trio.lowlevel.checkpoint()  # it leaves before its write is prepared
                     await self._hands.write()
                 case Send():
                     await self._hands.write()
