@@ -96,6 +96,7 @@ class Sweep:
         self._stopped = ""
         self._fault: BaseException | None = None
         self._threads: list[threading.Thread] = []
+        self._at_work = 0
 
     def __repr__(self) -> str:
         return f"Sweep({self.id[:12]!r}, {counted(len(self), 'job')})"
@@ -160,7 +161,7 @@ class Sweep:
         """Cancel what is under way and buy no more. What was delivered until then is owed."""
         self._stop("the sweep was cancelled")
         ends_at = time.monotonic() + CANCEL_WITHIN_S
-        for thread in self._threads:
+        for thread in list(self._threads):
             thread.join(max(0.0, ends_at - time.monotonic()))
 
     # Inside
@@ -172,12 +173,17 @@ class Sweep:
             self._todo = deque([*standing.found, *standing.fresh])
             self._limits, self._ended = standing.limits, standing.ended
             self._spent_nusd = standing.spent_nusd
-        for _ in range(min(self._plan.under_way, len(self._todo))):
+        with self._changed:
+            self._hire()
+        return self
+
+    def _hire(self) -> None:
+        """Under the lock: have a thread for each unit that waits, ``under_way`` at most."""
+        for _ in range(min(self._plan.under_way - self._at_work, len(self._todo))):
             thread = threading.Thread(target=self._work, daemon=True, name=f"sweep {self.id[:12]}")
             self._threads.append(thread)
-        for thread in self._threads:
+            self._at_work += 1
             thread.start()
-        return self
 
     def _unit_id(self, unit: Unit) -> str:
         """The id of the run of a job, or of the pack of several."""
@@ -259,6 +265,7 @@ class Sweep:
             price_nusd = self._price(client)
             with self._changed:
                 if not self._todo:
+                    self._at_work -= 1
                     return None
                 unit = self._todo[0]
                 known = unit in self._limits
@@ -296,6 +303,7 @@ class Sweep:
         if self._todo and self._todo[0] == unit:
             self._todo.popleft()
         self._todo.extendleft((place,) for place in reversed(unit))
+        self._hire()
 
     def _price(self, client: Client) -> int | None:
         """What the best deal for one of the jobs asks now; they all cost the same."""
@@ -419,6 +427,7 @@ class Sweep:
         """``ended``: with which event; one with a result is paid for, and only to be had again."""
         with self._changed:
             self._spent_nusd += cost_nusd
+            self._limits.pop(unit, None)  # that cost was within it
             if ended not in ("cancelled", "result") and not self._stopped:
                 self._split(unit)
                 return []
