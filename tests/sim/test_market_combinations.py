@@ -82,8 +82,13 @@ class BusyWorld(World):
             if buyer.down.is_set() or provider.down.is_set():
                 continue
             act = self.random.choice((self._claim, self._claim, self._answer, self._answer_unasked))
-            with suppress(P2PFlopError, PowerCutError), trio.move_on_after(5):
-                await act(buyer, provider)
+            try:
+                with suppress(P2PFlopError), trio.move_on_after(5):
+                    await act(buyer, provider)
+            except PowerCutError:  # in this task, which is none of the node's
+                for node in (buyer, provider):
+                    if node.is_dying:
+                        node.cut_power()
 
     async def _claim(self, buyer: MemoryNode, provider: MemoryNode) -> None:
         amount_nusd = self.random.choice((1, 10, 100, 1000))
