@@ -63,7 +63,7 @@ class Bidding:
         self._is_unfilled = True
         self._refusal = ""
         self._silent = 0
-        self._has_asked_known = self._is_among_known = False
+        self._has_asked_known = self._is_among_known = self._has_spared = False
 
     def desk(self) -> BuyerDesk:
         """The desk of a purchase by these deals."""
@@ -147,6 +147,8 @@ class Bidding:
         """
         self._refusal = reason
         node = bid.provider
+        if reason.startswith(BUSY_PREFIX):
+            self._buyer.waiting.note_full(self._accounts[node])
         if reason != SUPERSEDED or node in self._refused_nusd:
             return
         shown = reopen(Reject, wire, self._buyer.identity.network).record.sheet
@@ -271,7 +273,8 @@ class Bidding:
             self._has_asked_known = True
             if known := self._known():
                 return self._look(attempt, continues=True, only=known)
-        most = len(self._deals) if self._is_among_known else ASKED_A_LOOK
+        is_partial = self._is_among_known or self._has_spared
+        most = len(self._deals) if is_partial else ASKED_A_LOOK
         if self._ranking is None or attempt - self._first_attempt >= most:
             return self._look(attempt, continues=True)
         return self._ranking
@@ -282,6 +285,15 @@ class Bidding:
         untried = {deal.account for deal in self._deals if self._may_ask(deal)}
         return sorted(account for account in untried if has_bought_from(account))
 
+    def _full_among_equals(self, ranking: Ranking) -> list[bytes]:
+        """Of the best deals, which are equally good, the accounts that had no room just now, unless
+        all are: the draw would have half of the runs of a sweep ask in vain. Who is left out is
+        asked last."""
+        deals = self._to_ask(ranking.deals)
+        best = {deal.account for deal in deals if deal.total_nusd == deals[0].total_nusd}
+        full = best & self._buyer.waiting.full
+        return sorted(full) if full != best else []
+
     def _look(self, attempt: int, *, continues: bool, only: Sequence[bytes] = ()) -> Ranking:
         """Rank; the deals are those from ``attempt`` on that may be asked in this round.
 
@@ -290,7 +302,11 @@ class Bidding:
         self._is_among_known = bool(only)
         order = self._order
         quoted = self._buyer.wishes.quoted(self._run_id)
-        ranking = self._ranking = self._buyer.rank(order, self._classes, quoted, only)
+        ranking = self._buyer.rank(order, self._classes, quoted, only=only)
+        full = self._full_among_equals(ranking)
+        if full:
+            ranking = self._buyer.rank(order, self._classes, quoted, only=only, excluded=full)
+        self._ranking, self._has_spared = ranking, bool(full)
         self._deals = self._to_ask(ranking.deals)
         keep_look(
             self._rows,

@@ -230,10 +230,13 @@ class Buyer:
         order: Order,
         classes: frozenset[bytes],
         quoted: Sequence[Quoted] = (),
+        *,
         only: Sequence[bytes] = (),
+        excluded: Sequence[bytes] = (),
     ) -> Ranking:
         """Rank the book as it is now, of these classes or, if there are none, of all, and what is
-        ``quoted``; of ``only`` these accounts, if any are named."""
+        ``quoted``; of ``only`` these accounts, if any are named, and of none that is ``excluded``.
+        """
 
         def ranked(
             view: BookView, nonce: bytes, policy: Policy, admitted: Accounts
@@ -241,7 +244,7 @@ class Buyer:
             need = order.need(classes or frozenset(view.by_price), nonce)
             return rank(view.sheets, need, policy, view.at_ns, admitted, quoted)
 
-        return self.look(ranked, classes, order.max_nusd, only=only)
+        return self.look(ranked, classes, order.max_nusd, only=only, excluded=excluded)
 
     def look(
         self,

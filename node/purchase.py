@@ -214,7 +214,7 @@ class Purchase:
         """All is computed, or over: whoever waits may have its slot."""
         if not self._has_left_room:
             self._has_left_room = True
-            self._buyer.waiting.room_freed()
+            self._buyer.waiting.room_freed(self._bidding.account_of(self._lent_to))
 
     @property
     def wants_room_for(self) -> Order | None:

@@ -16,6 +16,8 @@ from p2pflop.node.guard import survive
 from p2pflop.node.orders import Order
 
 QUEUE_S: Final = 2.0
+FULL_S: Final = 1.0
+"""How long an account that had no room for a run is taken to have none for others."""
 
 
 class Waiting(Protocol):
@@ -35,6 +37,7 @@ class WaitingRoom:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._waiting: dict[str, Waiting] = {}
+        self._full: dict[bytes, float] = {}
 
     def enter(self, run_id: str, waiting: Waiting) -> None:
         """Wait from now on."""
@@ -50,8 +53,23 @@ class WaitingRoom:
         if waiting is not None:
             self._nursery.start_soon(survive, waiting.try_again)
 
-    def room_freed(self) -> None:
-        """Somebody has room again: let the run try that has waited longest."""
+    def note_full(self, account: bytes) -> None:
+        """An account has said that it has no room now."""
+        now_s = trio.current_time()
+        self._full = {each: until_s for each, until_s in self._full.items() if until_s > now_s}
+        self._full[account] = now_s + FULL_S
+
+    @property
+    def full(self) -> frozenset[bytes]:
+        """The accounts that said so lately, and at which no run of this node has ended since."""
+        now_s = trio.current_time()
+        return frozenset(each for each, until_s in self._full.items() if until_s > now_s)
+
+    def room_freed(self, account: bytes | None = None) -> None:
+        """Somebody, that account if it is known, has room again: let the run try that has waited
+        longest."""
+        if account is not None:
+            self._full.pop(account, None)
         if self._waiting:
             self.wake(next(iter(self._waiting)))
 

@@ -47,13 +47,45 @@ async def test_newcomers_queue_behind_who_waits_for_room(
     for run_id in [*runs, *newcomers]:
         assert (await market.end_of(buyer, run_id))["kind"] == "result"
     refusals = [len(buyer.events(run_id, "rejected")) for run_id in newcomers]
-    # Of two deals of the same price, the one that has just got room need not be the first.
+    # That one of two equal deals has no room is known once it has refused.
     assert max(refusals) <= 1
     for run_id in newcomers:
         replays = replay(decode(Evidence, buyer.buyer.evidence(run_id)))
         assert all(each.is_right for each in replays)
     await market.settle_down()
     market.check()
+
+
+async def test_of_equal_deals_one_that_had_no_room_just_now_is_asked_last(
+    market: Market, autojump_clock: object
+) -> None:
+    one, two = [await market.provider(name, slots=1) for name in ("one", "two")]
+    buyer = await market.buyer()
+    for full, free in ((one, two), (two, one)):
+        buyer.buyer.waiting.note_full(full.account)
+        run_id = await buyer.submit(sample_file(STEPS), fresh=True)
+        end = await market.end_of(buyer, run_id)
+        assert (end["kind"], end["provider"]) == ("result", free.peer)
+        buyer.buyer.waiting.room_freed(full.account)
+    buyer.buyer.waiting.note_full(one.account)
+    two.seller.stopping = True
+    run_id = await buyer.submit(sample_file(STEPS), fresh=True)
+    assert (await market.end_of(buyer, run_id))["provider"] == one.peer
+    assert [event["provider"] for event in buyer.events(run_id, "rejected")] == [two.peer]
+    evidence = decode(Evidence, buyer.buyer.evidence(run_id))
+    assert [look.mandate.policy.excluded for look in evidence.looks] == [(one.account,), ()]
+    assert all(each.is_right for each in replay(evidence))
+
+
+async def test_a_dearer_deal_is_not_taken_because_the_best_had_no_room(
+    market: Market, autojump_clock: object
+) -> None:
+    best = await market.provider("best", slots=1)
+    await market.provider("dearer", price_nusd=2 * PRICE_NUSD, slots=1)
+    buyer = await market.buyer()
+    buyer.buyer.waiting.note_full(best.account)
+    run_id = await buyer.submit(sample_file(STEPS))
+    assert (await market.end_of(buyer, run_id))["provider"] == best.peer
 
 
 async def test_who_may_pay_more_does_not_queue(market: Market, autojump_clock: object) -> None:

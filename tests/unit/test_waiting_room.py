@@ -11,7 +11,7 @@ import trio.testing
 from p2pflop.node.memory_market import sample_file
 from p2pflop.node.orders import Order, open_order
 from p2pflop.node.service import SubmitOptions
-from p2pflop.node.waiting_room import QUEUE_S, WaitingRoom
+from p2pflop.node.waiting_room import FULL_S, QUEUE_S, WaitingRoom
 
 HERE, THERE = frozenset({bytes(32)}), frozenset({bytes([1] * 32)})
 
@@ -44,6 +44,20 @@ async def test_who_has_waited_longest_is_woken_first_and_once(nursery: trio.Nurs
         await trio.testing.wait_all_tasks_blocked()
         woken.append([waiter.woken for waiter in waiters])
     assert woken == [[1, 0, 0], [1, 0, 1], [1, 0, 1]]
+
+
+async def test_who_says_that_it_has_no_room_is_full_for_a_while_or_until_a_run_ends_there(
+    nursery: trio.Nursery, autojump_clock: object
+) -> None:
+    room = WaitingRoom(nursery)
+    room.note_full(b"one")
+    room.note_full(b"two")
+    room.room_freed()
+    assert room.full == {b"one", b"two"}
+    room.room_freed(b"one")
+    assert room.full == {b"two"}
+    await trio.sleep(FULL_S)
+    assert room.full == frozenset()
 
 
 @pytest.mark.parametrize(
