@@ -146,14 +146,16 @@ async def test_its_own_user_buys_at_no_price_whatever_the_home_charges(
     assert (end["kind"], end["provider"], end["cost_nusd"]) == ("result", node.peer, 0)
 
 
+def withheld(frame: bytes) -> list[bytes]:
+    """A tamper that lets no countersignature pass."""
+    return [] if isinstance(m.decode_message(frame, "peer"), m.Countersigned) else [frame]
+
+
 async def test_a_delivered_result_waits_for_its_countersignature_for_as_long_as_it_takes(
     market: Market, autojump_clock: object
 ) -> None:
     """The buyer has it and signed for it; the hour that it has for that is one in which it can."""
     cheap, _, buyer = await three(market)
-
-    def withheld(frame: bytes) -> list[bytes]:
-        return [] if isinstance(m.decode_message(frame, "peer"), m.Countersigned) else [frame]
 
     buyer.tamper_sent = withheld
     run_id = await submit(buyer)
@@ -182,9 +184,6 @@ async def test_a_countersignature_that_comes_late_gives_the_credit_back(
 ) -> None:
     """What was billed and not signed when the node died counts against the buyer, until it is."""
     cheap, _, buyer = await three(market)
-
-    def withheld(frame: bytes) -> list[bytes]:
-        return [] if isinstance(m.decode_message(frame, "peer"), m.Countersigned) else [frame]
 
     buyer.tamper_sent = withheld
     run_id = await submit(buyer)

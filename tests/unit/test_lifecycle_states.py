@@ -226,22 +226,6 @@ def test_what_is_countersigned_is_owed_even_after_the_providers_end(end: Event) 
 
 
 @pytest.mark.parametrize("state", [State.BIDDING, State.CONFIRMING, State.RUNNING])
-def test_that_a_bid_was_not_answered_says_nothing_of_one_that_is(state: State) -> None:
-    """The answer may come while that is on its way through the driver."""
-    made = pair(state).buyer
-    attempt = made.side.attempt
-    assert made.on(Lost("passed over: too slow", attempt + 1), NOW_NS) == []
-    assert made.state is state
-    made.on(Lost("passed over: too slow", attempt), NOW_NS)
-    if state is State.BIDDING:
-        assert made.state in (State.WAITING, State.BIDDING)
-        assert made.side.attempt == attempt + 1
-        assert "passed over" in made.side.outcome()[0]
-    else:
-        assert made.state is state
-
-
-@pytest.mark.parametrize("state", [State.BIDDING, State.CONFIRMING, State.RUNNING])
 def test_a_silent_provider_is_given_up(state: State) -> None:
     both = pair(state)
     limit = BUYER_LIMITS[state]
